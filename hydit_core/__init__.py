@@ -1,0 +1,1 @@
+"""HunyuanDiT: model, samplers, weights, LoRA merging and training, free of ComfyUI."""

@@ -1,0 +1,34 @@
+"""Errors that a user can act on, and how the command lines show them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class HyditError(Exception):
+    """Base of every error that says what was found, what was expected and what to do."""
+
+
+class WeightsError(HyditError):
+    """A weights file that cannot be read, is of another kind, or does not fit."""
+
+
+class ConfigError(HyditError):
+    """A configuration or command-line value that is not accepted."""
+
+
+class DataError(HyditError):
+    """Training data that is missing, unreadable or inconsistent."""
+
+
+def cli_main(run: Callable[[], int | None]) -> int:
+    """Run a command line; a :class:`HyditError` becomes ``error: ...`` on stderr and exit code 2."""
+    try:
+        return run() or 0
+    except HyditError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
