@@ -1,0 +1,49 @@
+# make demo    a picture from a Chinese and an English prompt, from nothing
+# make test    every test that needs no ComfyUI
+# make lint    ruff and mypy
+# make bench   benchmarks/*.py, one after the other
+#
+# TORCH_INDEX  where pip takes torch from, for those who want the CPU or another CUDA build:
+#              make demo TORCH_INDEX=URL
+# PYTHON       the Python that .venv is made with
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+OUT ?= outputs/demo
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.headless
+	$(BIN)/python -m hydit_core.generate --prompt "红苹果" --prompt "a red apple" --seed 1 --out $(OUT)
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/.test
+	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# One environment serves all; torch goes first, so that its build is chosen once and by the user.
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(PIP) -e ".[$*]" -c constraints.txt
+	touch $@
