@@ -1,0 +1,103 @@
+"""HunyuanDiT: latents, timestep and text in, prediction and variance out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DiTConfig
+from .attention import AttentionFn, Options, sdpa
+from .blocks import FinalLayer
+from .rope import rope_table
+from .trunk import Context, Trunk
+
+__all__ = ["Context", "DiT"]
+
+
+class DiT(Trunk):
+    """HunyuanDiT (Li et al. 2024): a U-shaped transformer over latent patches.
+
+    After construction the weights are of no use: load a state dict or call :meth:`initialize`.
+    Parameters are described at :class:`Trunk`.
+    """
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Any = nn,
+        attention: AttentionFn = sdpa,
+    ):
+        super().__init__(
+            config,
+            num_blocks=config.depth,
+            dtype=dtype,
+            device=device,
+            operations=operations,
+            attention=attention,
+        )
+        patch_values = config.patch_size**2 * config.out_channels
+        self.final_layer = FinalLayer(config.hidden_size, patch_values, operations, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Context,
+        control: Sequence[Tensor | None] | None = None,
+        *,
+        options: Options = None,
+    ) -> Tensor:
+        """Predict from noisy latents.
+
+        ``x`` (B, in_channels, H, W), any H and W; ``t`` (B,) or scalar, the timestep 0..999, fractions
+        allowed; ``context`` from :meth:`encode_context`. ``control[i]`` (B, N, D), from a ControlNet, is added
+        to skip i; None adds nothing. ``options`` is handed to the attention function.
+
+        Returns (B, out_channels, H, W) in the dtype of ``x``: the prediction (v for the published weights) in
+        the first half of the channels, the learned variance in the second. Computes in the context's dtype.
+
+        Raises :class:`ValueError` when ``control`` has not one entry for each of ``config.num_controls`` skips.
+        """
+        config = self.config
+        if control is not None and len(control) != config.num_controls:
+            raise ValueError(
+                f"control has {len(control)} residuals; this model of depth {config.depth} has "
+                f"{config.num_controls} skips to add them to"
+            )
+        th, tw = (-(-size // config.patch_size) for size in x.shape[-2:])
+        rope = rope_table(th, tw, config.head_dim, base=config.rope_base, device=x.device)
+        vector = self._condition(t, context)  # (B, D)
+        tokens = self.x_embedder(x.to(context.text.dtype))  # (B, N, D)
+
+        skips: list[Tensor] = []
+        for i in range(config.depth):
+            skip = skips.pop() if i > config.depth // 2 else None
+            if skip is not None and control is not None:
+                residual = control[len(skips)]
+                skip = skip if residual is None else skip + residual.to(skip.dtype)
+            tokens = self._run_block(i, tokens, context.text, vector, rope, skip, options)
+            if i < config.num_controls:
+                skips.append(tokens)
+
+        out = self._unpatchify(self.final_layer(tokens, vector), th, tw)
+        return out[..., : x.shape[-2], : x.shape[-1]].to(x.dtype)
+
+    def _unpatchify(self, tokens: Tensor, th: int, tw: int) -> Tensor:
+        """(B, th*tw, p*p*C) -> (B, C, th*p, tw*p)."""
+        patches = tokens.unflatten(-1, (self.config.patch_size, self.config.patch_size, -1))
+        patches = patches.unflatten(1, (th, tw))  # (B, th, tw, p, p, C)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """As :meth:`Trunk.initialize`; the final layer is zero, so a fresh model outputs exactly 0."""
+        super().initialize(generator)
+        for layer in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)

@@ -1,0 +1,47 @@
+"""Two-dimensional rotary positions (RoFormer, Su et al. 2021), stretched over a fixed square grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope_table(
+    th: int, tw: int, head_dim: int, *, base: int = 32, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for a grid of ``th`` x ``tw`` tokens, each (th*tw, head_dim) float32, row-major.
+
+    Whatever the resolution, the longer side spans ``base`` positions and the shorter one is centered in them,
+    as HunyuanDiT was trained (Tencent/HunyuanDiT ``get_fill_resize_and_crop`` and ``get_2d_rotary_pos_embed``).
+    The first half of a head turns with the column, the second with the row; the values come in pairs.
+    """
+    if th > tw:
+        rh, rw = base, round(base / th * tw)
+    else:
+        rh, rw = round(base / tw * th), base
+    # Python's round is half-to-even, as in the code that the weights were trained with
+    top, left = round((base - rh) / 2), round((base - rw) / 2)
+    rows = top + torch.arange(th, dtype=torch.float32, device=device) * (rh / th)
+    columns = left + torch.arange(tw, dtype=torch.float32, device=device) * (rw / tw)
+
+    half = head_dim // 2
+    exponents = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
+    frequencies = (10000.0**-exponents).repeat_interleave(2)  # (half,)
+    angles = torch.cat(
+        (
+            (columns[:, None] * frequencies).expand(th, tw, half),
+            (rows[:, None] * frequencies)[:, None].expand(th, tw, half),
+        ),
+        dim=-1,
+    ).reshape(th * tw, head_dim)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (2k, 2k+1) of ``x`` (B, N, heads, head_dim) in float32; same shape and dtype back.
+
+    A complex product does in one pass what cosine, sine and swapped copies do in many.
+    """
+    turn = torch.complex(cos[:, ::2], sin[:, ::2])[:, None]  # (N, 1, head_dim / 2)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
