@@ -221,8 +221,8 @@ def kl_config(keys: Iterable[str], shape: Shape, *, norm_num_groups: int = 32) -
     if uneven := [c for c in channels if c % norm_num_groups]:
         raise WeightsError(
             f"the VAE's {uneven[0]} channels cannot be split into {norm_num_groups} norm groups; the number "
-            "of groups is not visible in the weights: give it as vae.norm_num_groups in the file's hydit.config, "
-            "or as norm_num_groups in the config.json beside it"
+            "of groups is not visible in the weights: give it as vae.norm_num_groups in the file's "
+            "hydit.config or as norm_num_groups in the config.json beside it"
         )
     return {
         "in_channels": shape("encoder.conv_in.weight")[1],

@@ -1,0 +1,365 @@
+"""The autoencoder between pictures and latents, through diffusers' classes.
+
+``AutoencoderKL`` (the SDXL VAE's architecture, of any size) and ``AutoencoderTiny`` (TAESD) behind one face.
+Latents that leave this module are *scaled*: what the diffusion model works on, of about unit variance
+(Rombach et al. 2022, section D.1). Loaded from a diffusers folder, from a file in LDM, TAESD or diffusers
+names, or from an all-in-one checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelInfo
+from .errors import HyditError, WeightsError
+from .weights import vae_layout
+from .weights.files import open_tensors
+from .weights.source import TensorSource, as_source
+
+SCALING_FACTOR = 0.13025
+_FALLBACK_TILE = 64
+_FOLDERS = ("", "vae", "sdxl-vae-fp16-fix", "t2i/sdxl-vae-fp16-fix")
+_CONFIG = "config.json"
+
+
+class VAE(nn.Module):
+    """An autoencoder with the diffusion model's latent scale.
+
+    Args:
+        model: ``AutoencoderKL`` or ``AutoencoderTiny`` of diffusers.
+        scaling_factor, shift_factor: scaled latents are ``(z - shift_factor) * scaling_factor``.
+        preview_rgb: rows of 3 that turn a latent pixel's channels into a color in [-1, 1]: one row a
+            channel, and optionally one more row, added to the sum.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        scaling_factor: float = SCALING_FACTOR,
+        shift_factor: float = 0.0,
+        preview_rgb: list[list[float]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.scaling_factor = scaling_factor
+        self.shift_factor = shift_factor
+        self.preview_rgb = preview_rgb
+        config: Any = model.config
+        self.is_tiny = not hasattr(model, "quant_conv")
+        self.latent_channels: int = config["latent_channels"]
+        #: Side of a picture divided by the side of its latents.
+        self.downscale: int = 2 ** (len(config["block_out_channels"]) - 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """Encode pictures into the parameters of the latents' distribution.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1]; H and W multiples of :attr:`downscale`.
+
+        Returns:
+            (B, 2C, h, w) float32: C channels of mean, then C of log-variance, **unscaled**; :meth:`sample`
+            and :meth:`mode` turn them into scaled latents. A TAESD has no variance: its log-variance is -30,
+            the lowest that :meth:`sample` honors.
+        """
+        if any(side % self.downscale for side in images.shape[-2:]):
+            raise HyditError(
+                f"pictures of {images.shape[-1]}x{images.shape[-2]} pixels cannot be encoded: width and "
+                f"height must be multiples of {self.downscale}"
+            )
+        images = images.to(self.device, self.dtype)
+        encoder: Any = self.model
+        if self.is_tiny:
+            mean = encoder.encode(images).latents.float()
+            return torch.cat([mean, torch.full_like(mean, -30.0)], dim=1)
+        return encoder.encode(images).latent_dist.parameters.float()
+
+    def mode(self, moments: Tensor) -> Tensor:
+        """Moments (B, 2C, h, w) -> the most likely scaled latents (B, C, h, w)."""
+        return (moments.chunk(2, dim=1)[0] - self.shift_factor) * self.scaling_factor
+
+    def sample(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Moments (B, 2C, h, w) -> scaled latents (B, C, h, w) drawn from their distribution.
+
+        The noise is drawn on the generator's device: a CPU generator gives the same latents everywhere.
+        """
+        mean, log_variance = moments.chunk(2, dim=1)
+        device = generator.device if generator is not None else moments.device
+        noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype)
+        deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        return (mean + deviation * noise.to(mean.device) - self.shift_factor) * self.scaling_factor
+
+    def encode_mode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> their most likely scaled latents (B, C, h, w), float32."""
+        return self.mode(self.encode_moments(images))
+
+    def decode(self, latents: Tensor, *, tile: int | None = None, overlap: int | None = None) -> Tensor:
+        """Decode scaled latents.
+
+        A float16 decoder that overflows (the original SDXL VAE does) is turned into float32 and run again; a
+        device without enough memory for the whole picture gets tiles. Both are told by a warning.
+
+        Args:
+            latents: (B, C, h, w), scaled.
+            tile: side, in latent pixels, of the square pieces to decode one after another; ``None`` decodes
+                the whole picture at once. Norms see one tile only, so tiles change a picture slightly.
+            overlap: latent pixels that neighboring tiles share and blend over; default a quarter of ``tile``.
+
+        Returns:
+            (B, 3, h * downscale, w * downscale) float32, nominally in [-1, 1], not clamped.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise HyditError(
+                f"this VAE decodes latents of shape (batch, {self.latent_channels}, height, width), "
+                f"got {tuple(latents.shape)}"
+            )
+        z = latents.to(self.device, torch.float32) / self.scaling_factor + self.shift_factor
+        try:
+            images = self._decode(z, tile, overlap)
+        except torch.OutOfMemoryError:
+            if tile is not None:
+                raise
+            warnings.warn("not enough memory to decode the whole picture: decoding in tiles", stacklevel=2)
+            images = self._decode(z, _FALLBACK_TILE, overlap)
+        if self.dtype == torch.float16 and not torch.isfinite(images).all():
+            warnings.warn("the VAE overflowed in float16: using it in float32 from now on", stacklevel=2)
+            self.model.float()
+            images = self._decode(z, tile, overlap)
+        return images
+
+    def _decode(self, z: Tensor, tile: int | None, overlap: int | None) -> Tensor:
+        decoder: Any = self.model
+        if tile is None or max(z.shape[-2:]) <= tile:
+            return decoder.decode(z.to(self.dtype)).sample.float()
+        overlap = tile // 4 if overlap is None else overlap
+        if not 0 <= overlap < tile:
+            raise HyditError(
+                f"tiles of {tile} latent pixels cannot overlap by {overlap}; use 0 to {tile - 1}"
+            )
+        height, width = z.shape[-2:]
+        scale = self.downscale
+        images = weights = None
+        for top in _starts(height, tile, overlap):
+            for left in _starts(width, tile, overlap):
+                piece = z[..., top : top + tile, left : left + tile]
+                picture = decoder.decode(piece.to(self.dtype)).sample.float()
+                if images is None or weights is None:
+                    images = picture.new_zeros(*picture.shape[:2], height * scale, width * scale)
+                    weights = picture.new_zeros(1, 1, height * scale, width * scale)
+                rows = _ramp(top, piece.shape[-2], height, overlap, scale).to(picture)
+                columns = _ramp(left, piece.shape[-1], width, overlap, scale).to(picture)
+                mask = rows[:, None] * columns
+                box = (
+                    ...,
+                    slice(top * scale, top * scale + mask.shape[0]),
+                    slice(left * scale, left * scale + mask.shape[1]),
+                )
+                images[box] += picture * mask
+                weights[box] += mask
+        assert images is not None and weights is not None
+        return images / weights
+
+
+def _starts(size: int, tile: int, overlap: int) -> list[int]:
+    """First positions of tiles that cover ``size``, the last one flush with the end."""
+    if size <= tile:
+        return [0]
+    return [*range(0, size - tile, tile - overlap), size - tile]
+
+
+def _ramp(start: int, length: int, size: int, overlap: int, scale: int) -> Tensor:
+    """Blending weights of one tile along one axis, in pixels: linear where it meets a neighbor, else 1."""
+    pixels = torch.arange(length * scale) + 0.5
+    ramp = torch.ones(length * scale)
+    if overlap and start > 0:
+        ramp = torch.minimum(ramp, pixels / (overlap * scale))
+    if overlap and start + length < size:
+        ramp = torch.minimum(ramp, pixels.flip(0) / (overlap * scale))
+    return ramp
+
+
+def load_vae(
+    path_or_source: str | Path | TensorSource | Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    info: ModelInfo | None = None,
+) -> VAE:
+    """Load a VAE, frozen and in eval mode.
+
+    Args:
+        path_or_source: a diffusers folder (the VAE's own, or a pipeline's with ``vae/`` inside), Tencent's
+            ``t2i`` folder, a weights file (LDM, TAESD or diffusers names, with prefix ``vae.``,
+            ``first_stage_model.`` or none; other tensors in the file are ignored), or an open mapping from
+            such names to tensors.
+        dtype, device: of the loaded weights.
+        info: what the checkpoint's metadata says; read from the file when not given. Its ``vae`` entry may
+            hold ``norm_num_groups``, ``scaling_factor``, ``shift_factor`` and ``preview_rgb``.
+
+    Raises:
+        WeightsError: there is no VAE, or it does not fit the architecture that its names announce.
+    """
+    config: dict[str, Any] = {}
+    if isinstance(path_or_source, str | Path):
+        path = Path(path_or_source)
+        name = str(path)
+        if path.is_dir():
+            path = _vae_folder(path)
+            name = str(path)
+        config = _read_config(path if path.is_dir() else path.parent)
+        source = open_tensors(path)
+    else:
+        source = as_source(path_or_source)
+        name = str(source.path)
+    options = {**config, **_file_options(source, info)}
+    try:
+        return _build(source, options, dtype, device)
+    except WeightsError as error:
+        raise WeightsError(f"{name}: {error}") from None
+
+
+def _vae_folder(folder: Path) -> Path:
+    for relative in _FOLDERS:
+        if "Autoencoder" in str(_read_config(folder / relative).get("_class_name")):
+            return folder / relative
+    raise WeightsError(
+        f"{folder} holds no VAE: expected a config.json that names AutoencoderKL or AutoencoderTiny, "
+        "in the folder itself or in vae/ inside it"
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json, or nothing when there is none or it belongs to another kind of model."""
+    try:
+        config = json.loads((folder / _CONFIG).read_text("utf-8"))
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise WeightsError(f"{folder / _CONFIG} is not valid JSON: {error}") from None
+    return config if "Autoencoder" in str(config.get("_class_name")) else {}
+
+
+def _file_options(source: TensorSource, info: ModelInfo | None) -> dict[str, Any]:
+    # The version only picks defaults that do not concern the VAE.
+    info = info or ModelInfo.from_metadata(source.metadata, version="v1.2")
+    return info.vae
+
+
+def _build(
+    source: TensorSource, options: dict[str, Any], dtype: torch.dtype, device: str | torch.device
+) -> VAE:
+    kind = vae_layout.detect_vae(source.keys())
+    if kind is None:
+        found = ", ".join(list(source.keys())[:3]) or "no tensor at all"
+        raise WeightsError(
+            "no VAE found: expected names such as vae.encoder.down.0.block.0.conv1.weight (LDM), "
+            f"encoder.down_blocks.0.resnets.0.conv1.weight (diffusers) or taesd_decoder.1.weight; "
+            f"found {found}"
+        )
+    stored = vae_layout.strip_vae_prefix(source.keys(), kind)
+    names = _diffusers_names(stored, kind)
+    model = _empty_model(kind, names, source, options)
+    _check_fit(model, names, source)
+    model.load_state_dict(_read(names, source, dtype, device), assign=True)
+    model.requires_grad_(False).eval()
+    scaling, shift = _scale(kind, stored, source, options)
+    vae = VAE(model, scaling_factor=scaling, shift_factor=shift, preview_rgb=options.get("preview_rgb"))
+    return vae.eval()
+
+
+def _diffusers_names(stored: dict[str, str], kind: vae_layout.VaeKind) -> dict[str, str]:
+    """diffusers name -> name in the file."""
+    if kind.architecture == "tiny":
+        wanted = ("encoder.", "decoder.", "taesd_encoder.", "taesd_decoder.")
+    else:
+        wanted = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    own = {name: key for name, key in stored.items() if name.startswith(wanted)}
+    if kind.layout == "diffusers":
+        return {vae_layout.undeprecate(name): key for name, key in own.items()}
+    rename = vae_layout.taesd_renaming if kind.architecture == "tiny" else vae_layout.kl_renaming
+    return {new: own[name] for name, new in rename(own, to="diffusers").items()}
+
+
+def _empty_model(
+    kind: vae_layout.VaeKind, names: dict[str, str], source: TensorSource, options: dict[str, Any]
+) -> nn.Module:
+    """The architecture that the shapes describe, on the meta device."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    def shape(name: str) -> tuple[int, ...]:
+        try:
+            return source.shape(names[name])
+        except KeyError:
+            raise WeightsError(f"the VAE is incomplete: tensor {name} is missing") from None
+
+    chosen = {"act_fn": options["act_fn"]} if "act_fn" in options else {}
+    with torch.device("meta"):
+        model: Any
+        if kind.architecture == "tiny":
+            model = AutoencoderTiny(**vae_layout.tiny_config(names, shape), **chosen)
+        else:
+            groups = int(options.get("norm_num_groups", 32))
+            config = vae_layout.kl_config(names, shape, norm_num_groups=groups)
+            model = AutoencoderKL(**config, **chosen)
+    return model
+
+
+def _check_fit(model: nn.Module, names: dict[str, str], source: TensorSource) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in expected if name not in names]
+    problems += [f"{name} is not part of the architecture" for name in names if name not in expected]
+    for name, shape in expected.items():
+        found = source.shape(names[name]) if name in names else shape
+        if vae_layout.is_attention_matrix(name):
+            found = found[:2]
+        if found != shape:
+            problems.append(f"{name} has shape {found} instead of {shape}")
+    if problems:
+        raise WeightsError(
+            f"the VAE does not fit {type(model).__name__} ({len(problems)} problems): "
+            f"{'; '.join(problems[:3])}"
+        )
+
+
+def _read(
+    names: dict[str, str], source: TensorSource, dtype: torch.dtype, device: str | torch.device
+) -> dict[str, Tensor]:
+    tensors = {}
+    for name, key in names.items():
+        tensor = source.get(key, dtype).to(device)
+        tensors[name] = vae_layout.to_matrix(tensor) if vae_layout.is_attention_matrix(name) else tensor
+    return tensors
+
+
+def _scale(
+    kind: vae_layout.VaeKind,
+    stored: dict[str, str],
+    source: TensorSource,
+    options: dict[str, Any],
+) -> tuple[float, float]:
+    """Scaling and shift factor of the latents."""
+    if kind.layout != "taesd":
+        default = 1.0 if kind.architecture == "tiny" else SCALING_FACTOR
+        return float(options.get("scaling_factor", default)), float(options.get("shift_factor") or 0.0)
+    scaling = float(options.get("scaling_factor", SCALING_FACTOR))
+    # ComfyUI defines a TAESD's unscaled latents as z / vae_scale + vae_shift, z being what the network makes.
+    # Both scales as float32, in which the file holds its own: equal ones then give exactly 1.
+    scaling = float(torch.tensor(scaling))
+    vae_scale = float(source[stored["vae_scale"]]) if "vae_scale" in stored else scaling
+    vae_shift = float(source[stored["vae_shift"]]) if "vae_shift" in stored else 0.0
+    return scaling / vae_scale, -vae_shift * vae_scale
