@@ -253,9 +253,11 @@ def _merge(start: Any, values: Mapping[str, Any]) -> Any:
     """``start`` with those of its fields that ``values`` names; the format number guards their meaning."""
     new: dict[str, Any] = {f.name: getattr(start, f.name) for f in fields(start)}
     for name in new.keys() & values.keys():
-        value, old = values[name], new[name]
+        value: Any = values[name]
+        old = new[name]
         nested = isinstance(old, (DiffusionConfig, SamplingDefaults))
-        if not isinstance(value, dict if nested else (int, float) if isinstance(old, float) else type(old)):
+        kind: Any = dict if nested else (int, float) if isinstance(old, float) else type(old)
+        if not isinstance(value, kind):
             raise WeightsError(f"metadata {METADATA_KEY!r}: {name} is {value!r}, not like {old!r}")
         new[name] = _merge(old, value) if nested else value
     return type(start)(**new)

@@ -34,7 +34,13 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, config: DiTConfig, attention: AttentionFn, operations: Any, *, skip: bool = False, **factory: Any
+        self,
+        config: DiTConfig,
+        attention: AttentionFn,
+        operations: Any,
+        *,
+        skip: bool = False,
+        **factory: Any,
     ):
         super().__init__()
         dim, heads = config.hidden_size, config.num_heads

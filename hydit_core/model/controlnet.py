@@ -76,9 +76,9 @@ class ControlNet(Trunk):
         self._zero_projections()
 
     def _zero_projections(self) -> None:
-        for layer in (self.before_proj, *self.after_proj_list):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (self.before_proj, self.after_proj_list):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     @classmethod
     @torch.no_grad()

@@ -42,7 +42,9 @@ class DiT(Trunk):
             attention=attention,
         )
         patch_values = config.patch_size**2 * config.out_channels
-        self.final_layer = FinalLayer(config.hidden_size, patch_values, operations, dtype=dtype, device=device)
+        self.final_layer = FinalLayer(
+            config.hidden_size, patch_values, operations, dtype=dtype, device=device
+        )
 
     def forward(
         self,
@@ -56,13 +58,13 @@ class DiT(Trunk):
         """Predict from noisy latents.
 
         ``x`` (B, in_channels, H, W), any H and W; ``t`` (B,) or scalar, the timestep 0..999, fractions
-        allowed; ``context`` from :meth:`encode_context`. ``control[i]`` (B, N, D), from a ControlNet, is added
-        to skip i; None adds nothing. ``options`` is handed to the attention function.
+        allowed; ``context`` from :meth:`encode_context`. ``control[i]`` (B, N, D), from a ControlNet, is
+        added to skip i; None adds nothing. ``options`` is handed to the attention function.
 
         Returns (B, out_channels, H, W) in the dtype of ``x``: the prediction (v for the published weights) in
         the first half of the channels, the learned variance in the second. Computes in the context's dtype.
 
-        Raises :class:`ValueError` when ``control`` has not one entry for each of ``config.num_controls`` skips.
+        Raises :class:`ValueError` when ``control`` has not ``config.num_controls`` entries.
         """
         config = self.config
         if control is not None and len(control) != config.num_controls:
@@ -98,6 +100,6 @@ class DiT(Trunk):
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """As :meth:`Trunk.initialize`; the final layer is zero, so a fresh model outputs exactly 0."""
         super().initialize(generator)
-        for layer in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (self.final_layer.adaLN_modulation, self.final_layer.linear):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)

@@ -48,7 +48,7 @@ class PatchEmbed(nn.Module):
         self.proj = operations.Conv2d(in_channels, dim, kernel_size=patch, stride=patch, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (B, C, H, W) -> (B, N, D), row-major; odd sizes continue circularly at the right and bottom."""
+        """``x`` (B, C, H, W) -> (B, N, D), row-major; odd sizes go on circularly at the right and bottom."""
         right, bottom = -x.shape[-1] % self.patch, -x.shape[-2] % self.patch
         if right or bottom:
             x = F.pad(x, (0, right, 0, bottom), mode="circular")
@@ -56,12 +56,12 @@ class PatchEmbed(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One vector from the mT5 rows: their mean attends to itself and to all of them (CLIP's attention pool)."""
+    """One vector from the mT5 rows: their mean attends to itself and to all (CLIP's attention pool)."""
 
     def __init__(self, length: int, dim: int, num_heads: int, out_dim: int, operations: Any, **factory: Any):
         super().__init__()
         self.num_heads = num_heads
-        self.positional_embedding = nn.Parameter(torch.zeros(length + 1, dim, **factory))
+        self.positional_embedding: nn.Parameter = nn.Parameter(torch.zeros(length + 1, dim, **factory))
         self.k_proj = operations.Linear(dim, dim, **factory)
         self.q_proj = operations.Linear(dim, dim, **factory)
         self.v_proj = operations.Linear(dim, dim, **factory)

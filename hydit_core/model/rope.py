@@ -11,8 +11,8 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines for a grid of ``th`` x ``tw`` tokens, each (th*tw, head_dim) float32, row-major.
 
-    Whatever the resolution, the longer side spans ``base`` positions and the shorter one is centered in them,
-    as HunyuanDiT was trained (Tencent/HunyuanDiT ``get_fill_resize_and_crop`` and ``get_2d_rotary_pos_embed``).
+    Whatever the resolution, the longer side spans ``base`` positions and the shorter one is centered in
+    them, as HunyuanDiT was trained (Tencent/HunyuanDiT, ``get_fill_resize_and_crop``).
     The first half of a head turns with the column, the second with the row; the values come in pairs.
     """
     if th > tw:

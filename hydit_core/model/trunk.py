@@ -127,7 +127,9 @@ class Trunk(nn.Module):
             ("t5", t5, t5_mask, config.t5_len, config.t5_dim),
         ):
             if features.ndim != 3 or features.shape[1] < length or features.shape[2] != dim:
-                raise ValueError(f"{name} features {tuple(features.shape)}; expected (batch, {length}, {dim})")
+                raise ValueError(
+                    f"{name} features {tuple(features.shape)}; expected (batch, {length}, {dim})"
+                )
             if mask.shape != features.shape[:2]:
                 raise ValueError(f"{name} mask {tuple(mask.shape)}; expected {tuple(features.shape[:2])}")
 
@@ -175,18 +177,18 @@ class Trunk(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 _xavier_uniform(module.weight, generator)
-                nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 _normal(module.weight, 1.0, generator)
         for mlp in (self.t_embedder.mlp, self.extra_embedder):
-            _normal(mlp[0].weight, 0.02, generator)
-            _normal(mlp[2].weight, 0.02, generator)
-        # every block starts without a shift from the condition
-        for block in self.blocks:
-            nn.init.zeros_(block.default_modulation[1].weight)
+            for layer in mlp:
+                if isinstance(layer, nn.Linear):
+                    _normal(layer.weight, 0.02, generator)
+        for name, parameter in self.named_parameters():
+            # zero modulation: at first the condition shifts no block
+            if name.endswith(".bias") or ".default_modulation." in name:
+                nn.init.zeros_(parameter)
         _normal(self.text_embedding_padding, 1.0, generator)
         _normal(self.pooler.positional_embedding, self.config.t5_dim**-0.5, generator)
 
@@ -194,7 +196,9 @@ class Trunk(nn.Module):
 def _xavier_uniform(weight: Tensor, generator: torch.Generator | None) -> None:
     """Glorot & Bengio 2010; a convolution counts as the matrix from its patch to its channels."""
     bound = (6 / (weight.shape[0] + weight[0].numel())) ** 0.5
-    weight.copy_(torch.empty(weight.shape, device=_device(generator)).uniform_(-bound, bound, generator=generator))
+    weight.copy_(
+        torch.empty(weight.shape, device=_device(generator)).uniform_(-bound, bound, generator=generator)
+    )
 
 
 def _normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
