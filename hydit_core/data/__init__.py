@@ -1,0 +1,34 @@
+"""Pictures and captions for training: sources, sizes, order, caches.
+
+Every batch is a pure function of (configuration, seed, step): it does not depend on the rank, on the
+number of workers, or on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from .config import BucketConfig, CacheConfig, DataConfig, SourceConfig
+from .dataset import Batch, TrainData, open_dataset
+from .images import Geometry, load_picture, to_tensor
+from .manifest import Manifest, Record
+from .order import BatchOrder, hash_int, sample_generator, uniform
+from .summary import DataSummary
+
+__all__ = [
+    "Batch",
+    "BatchOrder",
+    "BucketConfig",
+    "CacheConfig",
+    "DataConfig",
+    "DataSummary",
+    "Geometry",
+    "Manifest",
+    "Record",
+    "SourceConfig",
+    "TrainData",
+    "hash_int",
+    "load_picture",
+    "open_dataset",
+    "sample_generator",
+    "to_tensor",
+    "uniform",
+]

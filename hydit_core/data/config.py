@@ -1,0 +1,187 @@
+"""What a training run says about its data: the ``[data]`` table of a configuration file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Size = tuple[int, int]
+"""A picture's (width, height) in pixels."""
+
+SIZE_MULTIPLE = 8
+"""The VAE makes one latent of 8 x 8 pixels, so both sides of every trained size divide by it."""
+
+_SIZE = re.compile(r"(\d+)\s*[xX×]\s*(\d+)")
+
+
+def parse_size(text: str) -> Size:
+    """Read ``"WxH"`` (width first); raises ValueError for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write width x height, for example '1024x768'")
+    return int(match[1]), int(match[2])
+
+
+def check_size(size: Size) -> Size:
+    """Raise ValueError unless both sides are positive multiples of 8."""
+    if any(side <= 0 or side % SIZE_MULTIPLE for side in size):
+        raise ValueError(
+            f"size {size[0]}x{size[1]}: width and height must be positive multiples of {SIZE_MULTIPLE}"
+        )
+    return size
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceConfig(_Model):
+    """One place that pictures and captions come from.
+
+    A folder holds pictures with a same-named ``.txt`` beside each. A JSONL or CSV file has one row
+    per picture; relative picture paths start at ``root``, by default the folder of that file.
+    """
+
+    path: Path
+    kind: Literal["auto", "folder", "jsonl", "csv"] = "auto"
+    root: Path | None = None
+    image_field: str | None = None
+    """Column that holds the picture's path; by default the first known name that a row has."""
+    caption_fields: tuple[str, ...] = ()
+    """Columns that hold captions; by default every known name. Several captions are alternatives."""
+    control_field: str | None = None
+    """Column with the path of a control picture; handed on in ``Record.extra["control"]``."""
+    caption_lines: bool = False
+    """Folder only: every line of a ``.txt`` is one alternative caption, not the whole file one caption."""
+    repeats: Annotated[int, Field(ge=1)] = 1
+    """How many times an epoch shows each of this source's pictures."""
+
+
+class BucketConfig(_Model):
+    """Sizes for pictures of different shapes; a picture goes to the nearest aspect ratio.
+
+    Without ``sizes`` the buckets are Tencent's: from the square base, one side grows and the other
+    shrinks by ``step`` until ``max_side`` (default 2 x base) and ``min_side`` (default base / 2).
+    """
+
+    enabled: bool = False
+    step: Annotated[int, Field(ge=SIZE_MULTIPLE, multiple_of=SIZE_MULTIPLE)] = 64
+    min_side: Annotated[int, Field(ge=SIZE_MULTIPLE, multiple_of=SIZE_MULTIPLE)] | None = None
+    max_side: Annotated[int, Field(ge=SIZE_MULTIPLE, multiple_of=SIZE_MULTIPLE)] | None = None
+    sizes: tuple[str, ...] = ()
+
+    @field_validator("sizes")
+    @classmethod
+    def _valid_sizes(cls, sizes: tuple[str, ...]) -> tuple[str, ...]:
+        for text in sizes:
+            check_size(parse_size(text))
+        return sizes
+
+    @model_validator(mode="after")
+    def _sizes_need_buckets(self) -> BucketConfig:
+        if self.sizes and not self.enabled:
+            raise ValueError("sizes are given but enabled is false: set enabled = true to use buckets")
+        return self
+
+
+class CacheConfig(_Model):
+    """What is computed once and kept on disk, outside the picture folders.
+
+    With ``latents`` a picture's crop is fixed (the center) and its flip is one of two stored
+    variants, because the VAE no longer sees the picture during training. ``text`` keeps the text
+    encoders' outputs and is refused when the encoders are trained.
+    """
+
+    dir: Path | None = None
+    latents: bool = False
+    text: bool = False
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    ram_mb: Annotated[int, Field(ge=0)] = 4096
+    """Caches up to this size are read into memory whole, once; larger ones are read as they are used."""
+
+
+class DataConfig(_Model):
+    """Everything about the pictures and captions of a training run."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    resolution: int | Size = 1024
+    """Edge in pixels of the square base size, or one fixed (width, height)."""
+    buckets: BucketConfig = BucketConfig()
+    crop: Literal["random", "center"] | None = None
+    """Where the longer side is cropped; unset means random, or the center when latents are cached."""
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of a left-right flip."""
+    min_side: Annotated[int, Field(ge=0)] = 0
+    """Pictures whose shorter side is below this many pixels are left out, and counted."""
+    alpha_color: str = "white"
+    """What shows through transparent pixels: a CSS name or ``#rrggbb``."""
+    on_unreadable: Literal["error", "skip"] = "error"
+    allow_missing_captions: bool = False
+    empty_caption: str = ""
+    """Caption of pictures that have none, where ``allow_missing_captions`` permits them."""
+    validation: int | float = 0
+    """A count (int) or a fraction below 1 (float) of the pictures, held out by a hash of their names."""
+    posterior: Literal["sample", "mode"] = "sample"
+    """Whether each step samples the VAE's posterior, as Tencent does, or takes its mean."""
+    cache: CacheConfig = CacheConfig()
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that prepare batches ahead; the batches do not depend on their number."""
+
+    @field_validator("resolution")
+    @classmethod
+    def _valid_resolution(cls, resolution: int | Size) -> int | Size:
+        check_size((resolution, resolution) if isinstance(resolution, int) else resolution)
+        return resolution
+
+    @field_validator("alpha_color")
+    @classmethod
+    def _valid_color(cls, color: str) -> str:
+        from PIL import ImageColor
+
+        ImageColor.getrgb(color)
+        return color
+
+    @field_validator("validation")
+    @classmethod
+    def _valid_validation(cls, value: int | float) -> int | float:
+        if value < 0 or (isinstance(value, float) and value >= 1):
+            raise ValueError(f"validation = {value}: use a count (0, 1, 2, ...) or a fraction below 1.0")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.buckets.enabled and not isinstance(self.resolution, int) and not self.buckets.sizes:
+            raise ValueError(
+                "buckets are generated from one base edge: set resolution to a single number, "
+                "or list buckets.sizes"
+            )
+        if self.cache.latents and self.crop == "random":
+            raise ValueError(
+                "cached latents have a fixed crop: remove crop = 'random', or set cache.latents = false"
+            )
+        return self
+
+    @property
+    def fixed_size(self) -> Size:
+        """The one size that is trained when buckets are off."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    @property
+    def random_crop(self) -> bool:
+        """Whether the crop is drawn anew each time a picture is shown."""
+        return self.crop != "center" and not self.cache.latents
+
+    def resolved(self, base: Path) -> DataConfig:
+        """A copy whose relative paths start at ``base``, for example the configuration file's folder."""
+
+        def absolute(path: Path | None) -> Path | None:
+            return None if path is None else base / path.expanduser()
+
+        sources = tuple(
+            s.model_copy(update={"path": absolute(s.path), "root": absolute(s.root)}) for s in self.sources
+        )
+        cache = self.cache.model_copy(update={"dir": absolute(self.cache.dir)})
+        return self.model_copy(update={"sources": sources, "cache": cache})

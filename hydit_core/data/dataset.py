@@ -1,0 +1,243 @@
+"""From a data configuration to batches: :func:`open_dataset` and :class:`TrainData`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from .buckets import assign_buckets, bucket_sizes
+from .config import DataConfig, Size
+from .images import Geometry, load_picture, to_tensor
+from .manifest import Findings, Manifest, gather, validation_rows
+from .order import BatchOrder, hash_int, uniform
+from .summary import DataSummary, summarize
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one rank trains on in one step: B samples of one size.
+
+    Either ``pixels`` (B, 3, H, W) float32 in [-1, 1] or, from a latent cache, ``moments``
+    (B, 2 C, H/8, W/8): the mean and log variance of the VAE's posterior, unscaled.
+
+    ``original_sizes`` and ``crops`` are (B, 2) integers: width, height of the picture before
+    resizing, and left, top of the crop after it; the size condition of v1.1 is made of them.
+    ``positions`` (B,) are the samples' places in the global batch, for random draws that do not
+    depend on the rank (:func:`sample_generator`). ``weights`` (B,) is 1, or 0 for a sample that only
+    fills a validation batch. ``skipped`` names pictures that could not be decoded and were replaced.
+    """
+
+    step: int
+    keys: list[str]
+    captions: list[str]
+    size: Size
+    original_sizes: torch.Tensor
+    crops: torch.Tensor
+    positions: torch.Tensor
+    weights: torch.Tensor
+    pixels: torch.Tensor | None = None
+    moments: torch.Tensor | None = None
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, torch.Tensor):
+                moved[f.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One prepared sample of a batch."""
+
+    key: str
+    caption: str
+    geometry: Geometry
+    values: torch.Tensor
+    skipped: tuple[str, ...] = ()
+
+
+def open_dataset(
+    config: DataConfig, *, seed: int, batch_size: int, world_size: int = 1, rank: int = 0
+) -> TrainData:
+    """Gather the pictures and captions of a run. Reads picture headers, writes nothing.
+
+    ``batch_size`` is per rank. Raises :class:`DataError` as :func:`gather` does.
+    """
+    manifest, findings = gather(config)
+    return TrainData(
+        config, manifest, findings, seed=seed, batch_size=batch_size, world_size=world_size, rank=rank
+    )
+
+
+class TrainData:
+    """The training and validation batches of a run.
+
+    :meth:`batch` is a pure function of the step: random crop, flip and choice of caption are hashed
+    from (seed, step, position in the global batch). It can be pickled to worker processes.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        manifest: Manifest,
+        findings: Findings,
+        *,
+        seed: int,
+        batch_size: int,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.findings = findings
+        self.seed = seed
+        self.rank = rank
+        self.sizes = bucket_sizes(config)
+        self.bucket_of_row = assign_buckets(manifest.widths, manifest.heights, self.sizes)
+        held_out = validation_rows(manifest, config.validation)
+        repeats = np.array([source.repeats for source in config.sources])[manifest.sources]
+        train = np.flatnonzero(~held_out)
+        self.row_of_sample = np.repeat(train, repeats[train])
+        self.validation = np.flatnonzero(held_out)
+        self.order = BatchOrder(
+            self.bucket_of_row[self.row_of_sample],
+            batch_size,
+            world_size,
+            seed,
+            areas=[w * h for w, h in self.sizes],
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps until every picture has been shown (as often as its source is repeated)."""
+        return self.order.steps_per_epoch
+
+    def fingerprint(self) -> str:
+        """Changes with anything that changes which sample a step sees, for a check on resuming."""
+        total = hash_int(self.seed, self.order.global_batch, str(self.sizes), str(self.config.flip))
+        for record, bucket in zip(self.manifest, self.bucket_of_row, strict=True):
+            total = hash_int(total, record.key, *record.captions, int(bucket))
+        return f"{hash_int(total, *np.bincount(self.row_of_sample)):016x}"
+
+    def summary(self) -> DataSummary:
+        """Counts of everything found, for ``--dry-run`` and the log."""
+        return summarize(self)
+
+    def batch(self, step: int) -> Batch:
+        """This rank's samples of ``step``."""
+        indices = self.order.samples(step)
+        size = self.sizes[self.order.bucket(step)]
+        positions = self.order.positions(self.rank)
+        samples = [self._training_sample(step, p, int(indices[p]), size) for p in positions]
+        return self._collate(step, samples, size, positions, [1.0] * len(samples))
+
+    def loader(self, start_step: int, end_step: int, workers: int | None = None) -> Iterator[Batch]:
+        """Batches of the steps from ``start_step`` up to, not including, ``end_step``, in order.
+
+        ``workers`` processes (default: as configured) prepare them ahead; the batches are the same
+        for any number. Draws nothing from torch's global generator.
+        """
+        workers = self.config.workers if workers is None else workers
+        if workers == 0:
+            yield from (self.batch(step) for step in range(start_step, end_step))
+            return
+        yield from torch.utils.data.DataLoader(
+            _Steps(self),
+            sampler=range(start_step, end_step),
+            batch_size=None,
+            num_workers=workers,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """This rank's share of the held-out pictures: no randomness, first caption, center crop.
+
+        Every rank gets the same number of batches, all of ``batch_size``; what only fills them up
+        has weight 0. ``positions`` count through the whole validation set, and ``step`` is -1.
+        """
+        batch_size, world = self.order.batch_size, self.order.world_size
+        batches: list[tuple[np.ndarray, list[float]]] = []
+        for bucket in np.unique(self.bucket_of_row[self.validation]):
+            places = np.flatnonzero(self.bucket_of_row[self.validation] == bucket)
+            for start in range(0, len(places), batch_size):
+                real = places[start : start + batch_size]
+                filled = np.resize(real, batch_size)
+                batches.append((filled, [1.0] * len(real) + [0.0] * (batch_size - len(real))))
+        while len(batches) % world:
+            batches.append((batches[0][0], [0.0] * batch_size))
+        for places, weights in batches[self.rank :: world]:
+            size = self.sizes[self.bucket_of_row[self.validation[places[0]]]]
+            samples = [self._validation_sample(int(self.validation[p]), size) for p in places]
+            yield self._collate(-1, samples, size, places, weights)
+
+    def _training_sample(self, step: int, position: int, index: int, size: Size) -> _Sample:
+        draw = (self.seed, step, position)
+        fraction = uniform(*draw, "crop") if self.config.random_crop else 0.5
+        flip = uniform(*draw, "flip") < self.config.flip
+        skipped: list[str] = []
+        for row in self._stand_ins(index):
+            try:
+                geometry, values = self._picture(row, size, fraction, flip)
+            except DataError:
+                if self.config.on_unreadable == "error":
+                    raise
+                skipped.append(self.manifest.keys[row])
+                continue
+            which = int(uniform(*draw, "caption") * self.manifest.caption_count(row))
+            caption = self.manifest.caption(row, which)
+            return _Sample(self.manifest.keys[row], caption, geometry, values, tuple(skipped))
+        raise DataError(f"none of the {len(skipped)} pictures for size {size[0]}x{size[1]} can be read")
+
+    def _stand_ins(self, index: int) -> Iterator[int]:
+        """The row of a sample, then, should it be unreadable, the rows that follow it in its bucket."""
+        rows = self.row_of_sample[self.order.bucket_members(index)]
+        start = int(np.searchsorted(self.order.bucket_members(index), index))
+        return (int(rows[(start + i) % len(rows)]) for i in range(len(rows)))
+
+    def _validation_sample(self, row: int, size: Size) -> _Sample:
+        geometry, values = self._picture(row, size, 0.5, False)
+        return _Sample(self.manifest.keys[row], self.manifest.caption(row, 0), geometry, values)
+
+    def _picture(self, row: int, size: Size, fraction: float, flip: bool) -> tuple[Geometry, torch.Tensor]:
+        picture = load_picture(self.manifest.path(row), self.config.alpha_color)
+        geometry = Geometry.cover(picture.size, size, fraction=fraction, flip=flip)
+        return geometry, to_tensor(geometry.apply(picture))
+
+    def _collate(
+        self, step: int, samples: list[_Sample], size: Size, positions: Any, weights: list[float]
+    ) -> Batch:
+        values = torch.stack([s.values for s in samples])
+        return Batch(
+            step=step,
+            keys=[s.key for s in samples],
+            captions=[s.caption for s in samples],
+            size=size,
+            original_sizes=torch.tensor([s.geometry.original for s in samples]),
+            crops=torch.tensor([(s.geometry.left, s.geometry.top) for s in samples]),
+            positions=torch.tensor([int(p) for p in positions]),
+            weights=torch.tensor(weights),
+            pixels=values,
+            skipped=tuple(key for s in samples for key in s.skipped),
+        )
+
+
+class _Steps(torch.utils.data.Dataset[Batch]):
+    """Batches by step number, for torch's DataLoader."""
+
+    def __init__(self, data: TrainData) -> None:
+        self._data = data
+
+    def __getitem__(self, step: int) -> Batch:
+        return self._data.batch(step)

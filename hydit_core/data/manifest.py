@@ -1,0 +1,224 @@
+"""The list of all pictures and captions of a run, in columns, and how it is gathered."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from .columns import StringColumn
+from .config import DataConfig, Size, SourceConfig
+from .images import probe_size
+from .order import hash_int
+from .sources import Entry, read_source
+
+_SHOWN = 5
+"""How many files an error or a summary names."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture: ``key`` is its name for people and logs, stable when the data move."""
+
+    key: str
+    path: Path
+    captions: tuple[str, ...]
+    width: int
+    height: int
+    extra: dict[str, str]
+
+
+@dataclass
+class Findings:
+    """What gathering met besides pictures: a count, and the first few names, of each."""
+
+    missing_captions: int = 0
+    missing_shown: list[str] = field(default_factory=list)
+    unreadable: int = 0
+    unreadable_shown: list[str] = field(default_factory=list)
+    too_small: int = 0
+
+
+class Manifest:
+    """All records of a run, held in columns; indexing makes a :class:`Record`."""
+
+    def __init__(self) -> None:
+        self.keys = StringColumn()
+        self.captions = StringColumn()
+        self._paths = StringColumn()
+        self._extras = StringColumn()
+        self._caption_ends = array("q", [0])
+        self._widths, self._heights, self._sources = array("i"), array("i"), array("i")
+
+    def append(self, entry: Entry, key: str, size: Size, source: int) -> None:
+        """Add a row; ``source`` is the index of the configured source it came from."""
+        self.keys.append(key)
+        self._paths.append(str(entry.path))
+        self._extras.append(json.dumps(entry.extra) if entry.extra else "")
+        for caption in entry.captions:
+            self.captions.append(caption)
+        self._caption_ends.append(len(self.captions))
+        self._widths.append(size[0])
+        self._heights.append(size[1])
+        self._sources.append(source)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Record:
+        extra = self._extras[index]
+        return Record(
+            key=self.keys[index],
+            path=self.path(index),
+            captions=tuple(self.caption(index, i) for i in range(self.caption_count(index))),
+            width=self._widths[index],
+            height=self._heights[index],
+            extra=json.loads(extra) if extra else {},
+        )
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    def path(self, index: int) -> Path:
+        return Path(self._paths[index])
+
+    def size(self, index: int) -> Size:
+        """(width, height) in pixels, as the picture is shown."""
+        return self._widths[index], self._heights[index]
+
+    def caption_count(self, index: int) -> int:
+        return self._caption_ends[index + 1] - self._caption_ends[index]
+
+    def caption(self, index: int, which: int) -> str:
+        return self.captions[self._caption_ends[index] + which]
+
+    @property
+    def widths(self) -> np.ndarray:
+        return np.array(self._widths, dtype=np.int64)
+
+    @property
+    def heights(self) -> np.ndarray:
+        return np.array(self._heights, dtype=np.int64)
+
+    @property
+    def sources(self) -> np.ndarray:
+        """Index of each row's source in the configuration, (n,)."""
+        return np.array(self._sources, dtype=np.int64)
+
+
+def gather(config: DataConfig) -> tuple[Manifest, Findings]:
+    """Read all sources and look at every picture's header. Writes nothing.
+
+    A row that gives its picture's width and height is believed, and its picture is not opened.
+    Raises :class:`DataError` for missing captions, unless they are allowed, and for pictures that
+    are missing or unreadable, unless those are to be skipped; the first few are named.
+    """
+    manifest, findings = Manifest(), Findings()
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for number, source in enumerate(config.sources):
+            name = source_name(source)
+            for chunk in _chunks(read_source(source), 1024):
+                for entry, size in zip(chunk, pool.map(_size, chunk), strict=True):
+                    _add(manifest, findings, config, entry, f"{name}/{entry.key}", size, number)
+    _raise_findings(config, findings)
+    if len(manifest) == 0:
+        raise DataError("no usable picture is left: " + ", ".join(str(s.path) for s in config.sources))
+    return manifest, findings
+
+
+def source_name(source: SourceConfig) -> str:
+    """What a source's keys begin with: its folder's or file's own name, not where that lies."""
+    return source.path.resolve().stem if source.path.is_file() else source.path.resolve().name
+
+
+def validation_rows(manifest: Manifest, validation: int | float) -> np.ndarray:
+    """Rows held out for validation: (n,) booleans.
+
+    They depend on the pictures' names alone. With a fraction, adding pictures moves none of the
+    others; with a count, the pictures with the lowest hashes are taken. Rows of one picture stay together.
+    """
+    if not validation:
+        return np.zeros(len(manifest), dtype=bool)
+    hashes = np.array([hash_int("validation", key) for key in _strings(manifest.keys)], dtype=np.uint64)
+    if isinstance(validation, float):
+        held_out = hashes < np.uint64(int(validation * 2**64))
+    else:
+        distinct = np.unique(hashes)
+        if validation >= len(distinct):
+            raise DataError(f"validation = {validation}, but there are {len(distinct)} pictures in all")
+        held_out = hashes < distinct[validation]
+    if held_out.all():
+        raise DataError(
+            f"validation = {validation} holds out all {len(manifest)} pictures, none is left to train"
+        )
+    return held_out
+
+
+def _strings(column: StringColumn) -> Iterator[str]:
+    return (column[i] for i in range(len(column)))
+
+
+def _chunks(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
+    iterator = iter(entries)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _size(entry: Entry) -> Size | DataError:
+    try:
+        if control := entry.extra.get("control"):
+            probe_size(Path(control))
+        return (entry.width, entry.height) if entry.width and entry.height else probe_size(entry.path)
+    except DataError as error:
+        return error
+
+
+def _add(
+    manifest: Manifest,
+    findings: Findings,
+    config: DataConfig,
+    entry: Entry,
+    key: str,
+    size: Size | DataError,
+    source: int,
+) -> None:
+    if not entry.captions:
+        findings.missing_captions += 1
+        if len(findings.missing_shown) < _SHOWN:
+            findings.missing_shown.append(f"{entry.path}" + (f" ({entry.hint})" if entry.hint else ""))
+        entry = Entry(entry.key, entry.path, (config.empty_caption,), extra=entry.extra)
+    if isinstance(size, DataError):
+        findings.unreadable += 1
+        if len(findings.unreadable_shown) < _SHOWN:
+            findings.unreadable_shown.append(str(size))
+    elif min(size) < config.min_side:
+        findings.too_small += 1
+    else:
+        manifest.append(entry, key, size, source)
+
+
+def _raise_findings(config: DataConfig, findings: Findings) -> None:
+    def listed(shown: list[str], count: int) -> str:
+        more = f"\n  ... and {count - len(shown)} more" if count > len(shown) else ""
+        return "".join(f"\n  {line}" for line in shown) + more
+
+    if findings.missing_captions and not config.allow_missing_captions:
+        raise DataError(
+            f"{findings.missing_captions} pictures have no caption:"
+            + listed(findings.missing_shown, findings.missing_captions)
+            + "\nGive each a caption, or set data.allow_missing_captions = true to train them with "
+            "data.empty_caption"
+        )
+    if findings.unreadable and config.on_unreadable == "error":
+        raise DataError(
+            f"{findings.unreadable} pictures cannot be read:"
+            + listed(findings.unreadable_shown, findings.unreadable)
+            + "\nRepair or remove them, or set data.on_unreadable = 'skip' to leave them out"
+        )

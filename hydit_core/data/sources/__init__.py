@@ -1,0 +1,46 @@
+"""Where pictures and captions come from: one module a format, all yielding :class:`Entry` rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ...errors import DataError
+from ..config import SourceConfig
+from .entry import Entry
+
+__all__ = ["Entry", "read_source", "source_kind"]
+
+
+def source_kind(source: SourceConfig) -> str:
+    """The format of a source: as configured, or told from its path. Raises DataError."""
+    path = source.path
+    if not path.exists():
+        raise DataError(f"data source {path} does not exist")
+    if source.kind != "auto":
+        return source.kind
+    if path.is_dir():
+        return "folder"
+    kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise DataError(
+            f"data source {path}: expected a folder of pictures, or a file that ends in {', '.join(kinds)}; "
+            "set kind if the name is another"
+        )
+    return kind
+
+
+def read_source(source: SourceConfig) -> Iterator[Entry]:
+    """All rows of a source, in a fixed order. Raises DataError where the source is malformed."""
+    kind = source_kind(source)
+    if kind == "folder":
+        from .folder import read_folder
+
+        return read_folder(source)
+    if kind == "jsonl":
+        from .jsonl import read_jsonl
+
+        return read_jsonl(source)
+    from .csv import read_csv
+
+    return read_csv(source)

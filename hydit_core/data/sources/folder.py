@@ -1,0 +1,78 @@
+"""A folder (with its subfolders) of pictures, each with a same-named ``.txt`` beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...errors import DataError
+from ..config import SourceConfig
+from .entry import Entry
+
+PICTURE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+)
+_CAPTION_LIKE = (".caption", ".captions", ".txt", ".text", ".json", ".md", ".cap")
+
+
+def read_folder(source: SourceConfig) -> Iterator[Entry]:
+    """Pictures in the order of their relative paths. Hidden files and folders are left out.
+
+    The whole ``.txt`` is one caption, its line breaks turned to spaces; with ``caption_lines`` each
+    line is one alternative.
+    """
+    root = source.path
+    if not root.is_dir():
+        raise DataError(f"data source {root} is not a folder")
+    found = False
+    for folder, names in _walk(root):
+        present = set(names)
+        for name in names:
+            if Path(name).suffix.lower() not in PICTURE_SUFFIXES:
+                continue
+            found = True
+            path = folder / name
+            captions, hint = _captions(folder, Path(name).stem, present, source.caption_lines)
+            yield Entry(path.relative_to(root).as_posix(), path, captions, hint=hint)
+    if not found:
+        raise DataError(f"data source {root}: no pictures found ({', '.join(sorted(PICTURE_SUFFIXES))})")
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
+
+    for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(folder), sorted(name for name in names if not name.startswith("."))
+
+
+def _captions(folder: Path, stem: str, present: set[str], lines: bool) -> tuple[tuple[str, ...], str]:
+    """(captions, hint): the hint names a file that looks like the caption when there is none."""
+    name = f"{stem}.txt"
+    if name in present:
+        text = read_text(folder / name)
+        parts = text.splitlines() if lines else [" ".join(text.split("\n"))]
+        captions = tuple(part.strip() for part in parts if part.strip())
+        return captions, "" if captions else f"{name} is empty"
+    for other in sorted(present):
+        start, suffix = os.path.splitext(other)
+        if suffix.lower() in _CAPTION_LIKE and Path(start).stem.lower() in (
+            stem.lower(),
+            Path(stem).stem.lower(),
+        ):
+            return (), f"found {other}, expected {name}"
+    return (), ""
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file, with or without a byte order mark. Raises DataError naming it."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error

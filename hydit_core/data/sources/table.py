@@ -1,0 +1,73 @@
+"""What the formats with rows and named columns share: which column is the picture, which the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import DataError
+from ..config import SourceConfig
+from .entry import Entry
+
+IMAGE_FIELDS = ("image", "file_name", "image_path", "img_path", "path", "file")
+CAPTION_FIELDS = ("caption", "captions", "text", "prompt", "text_zh", "text_en")
+
+
+def row_entry(row: Mapping[str, Any], source: SourceConfig, where: str) -> Entry:
+    """One row as an :class:`Entry`; ``where`` ("data.jsonl, line 7") appears in errors."""
+    image_field = source.image_field or next((f for f in IMAGE_FIELDS if row.get(f)), None)
+    value = row.get(image_field) if image_field else None
+    if not isinstance(value, str) or not value.strip():
+        wanted = source.image_field or "one of " + ", ".join(IMAGE_FIELDS)
+        raise DataError(
+            f"{where}: no picture path; expected {wanted}, found {', '.join(map(str, row)) or 'nothing'}"
+        )
+    root = source.root or source.path.parent
+    extra = {}
+    if source.control_field:
+        control = row.get(source.control_field)
+        if not isinstance(control, str) or not control.strip():
+            raise DataError(f"{where}: no control picture in {source.control_field!r}")
+        extra["control"] = str(root / control.strip())
+    captions = _captions(row, source, where)
+    hint = "" if captions else f"no text in {', '.join(source.caption_fields or CAPTION_FIELDS)}"
+    return Entry(
+        key=Path(value.strip()).as_posix(),
+        path=root / value.strip(),
+        captions=captions,
+        width=_side(row, "width", where),
+        height=_side(row, "height", where),
+        extra=extra,
+        hint=hint,
+    )
+
+
+def _captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tuple[str, ...]:
+    found: list[str] = []
+    for name in source.caption_fields or CAPTION_FIELDS:
+        value = row.get(name)
+        values = value if isinstance(value, list) else [value]
+        for text in values:
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{where}: {name} holds {type(text).__name__}, expected text or a list of texts"
+                )
+            if text.strip():
+                found.append(text.strip())
+    return tuple(found)
+
+
+def _side(row: Mapping[str, Any], name: str, where: str) -> int:
+    value = row.get(name)
+    if value in (None, ""):
+        return 0
+    try:
+        side = int(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: {name} is {value!r}, expected a number of pixels") from error
+    if side <= 0:
+        raise DataError(f"{where}: {name} is {side}, expected a number of pixels")
+    return side

@@ -1,0 +1,88 @@
+"""What was found in the data, for people (``--dry-run``) and for logs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .dataset import TrainData
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Counts of a run's data. ``buckets`` maps "WxH" to the number of training pictures."""
+
+    pictures: int
+    train: int
+    samples_per_epoch: int
+    validation: int
+    sources: dict[str, int]
+    buckets: dict[str, int]
+    steps_per_epoch: int
+    captions: int
+    caption_bytes: tuple[int, int, int]
+    """Shortest, median and longest caption in bytes of UTF-8."""
+    missing_captions: int
+    missing_shown: list[str]
+    skipped: int
+    skipped_shown: list[str]
+    too_small: int
+    enlarged: int
+    """Pictures smaller than the size that they are trained at."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The summary as text, one fact a line."""
+        short, middle, long = self.caption_bytes
+        lines = [
+            f"pictures: {self.pictures} ({self.train} to train, {self.validation} for validation)",
+            *(f"  from {name}: {count}" for name, count in self.sources.items()),
+            f"samples per epoch: {self.samples_per_epoch}, in {self.steps_per_epoch} batches",
+            f"captions: {self.captions}, of {short} to {long} bytes (median {middle})",
+            "sizes:",
+            *(f"  {size}: {count}" for size, count in self.buckets.items()),
+        ]
+        if self.enlarged:
+            lines.append(f"smaller than their training size, so enlarged: {self.enlarged}")
+        if self.too_small:
+            lines.append(f"left out, below min_side: {self.too_small}")
+        if self.skipped:
+            lines += [f"left out, unreadable: {self.skipped}", *(f"  {name}" for name in self.skipped_shown)]
+        if self.missing_captions:
+            lines += [
+                f"without a caption: {self.missing_captions}",
+                *(f"  {name}" for name in self.missing_shown),
+            ]
+        return lines
+
+
+def summarize(data: TrainData) -> DataSummary:
+    """Count what a dataset holds."""
+    manifest, findings, config = data.manifest, data.findings, data.config
+    lengths = manifest.captions.lengths()
+    train = np.unique(data.row_of_sample)
+    counts = np.bincount(data.bucket_of_row[train], minlength=len(data.sizes))
+    targets = np.array(data.sizes)[data.bucket_of_row]
+    per_source = np.bincount(manifest.sources, minlength=len(config.sources))
+    return DataSummary(
+        pictures=len(manifest),
+        train=len(train),
+        samples_per_epoch=len(data.row_of_sample),
+        validation=len(data.validation),
+        sources={str(s.path): int(n) for s, n in zip(config.sources, per_source, strict=True)},
+        buckets={f"{w}x{h}": int(n) for (w, h), n in zip(data.sizes, counts, strict=True) if n},
+        steps_per_epoch=data.steps_per_epoch,
+        captions=len(lengths),
+        caption_bytes=(int(lengths.min()), int(np.median(lengths)), int(lengths.max())),
+        missing_captions=findings.missing_captions,
+        missing_shown=findings.missing_shown,
+        skipped=findings.unreadable,
+        skipped_shown=findings.unreadable_shown,
+        too_small=findings.too_small,
+        enlarged=int(((manifest.widths < targets[:, 0]) | (manifest.heights < targets[:, 1])).sum()),
+    )
