@@ -1,0 +1,1 @@
+"""Weights on disk: safe lazy reading, atomic writing, every key layout, and naming what a file is."""

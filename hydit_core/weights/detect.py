@@ -1,0 +1,234 @@
+"""Say what a file is, from its names and shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..config import DIT_G2_V12, DIT_XL2_V12, METADATA_KEY, DiTConfig, ModelInfo
+from ..errors import HyditError, WeightsError
+from .families import other_family
+from .layouts import find_model, to_tencent
+from .source import TensorSource, as_source
+from .views import TensorView
+
+BERT_PREFIXES = ("text_encoders.hydit_clip.", "cond_stage_model.hydit_clip.", "hydit_clip.")
+MT5_PREFIXES = ("text_encoders.mt5xl.", "cond_stage_model.mt5xl.", "mt5xl.")
+VAE_PREFIXES = ("vae.", "first_stage_model.")
+
+_WANTED = {
+    "dit": "a HunyuanDiT (DiT) checkpoint",
+    "controlnet": "a HunyuanDiT ControlNet",
+    "lora": "a HunyuanDiT LoRA",
+    "bert": "a BERT text encoder",
+    "t5": "an mT5 text encoder",
+    "vae": "a VAE",
+}
+_ADVICE = {
+    "lora": "give it as a LoRA, beside the checkpoint that it changes",
+    "controlnet": "give it as a ControlNet, beside a checkpoint",
+    "ip_adapter": "IP-Adapters are given beside a checkpoint",
+    "dit": "give it as the model",
+}
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file is.
+
+    Attributes:
+        kind: ``dit``, ``controlnet``, ``lora``, ``ip_adapter``, ``bert``, ``t5``, ``vae``, ``other`` (a
+            known family that is not ours) or ``unknown``.
+        name: what to call it in a sentence, such as "a HunyuanDiT-g/2 v1.2 checkpoint".
+        version: "v1.2" or "v1.1" (standing for v1.0 too: their shapes are the same); "" if not ours.
+        layout: "tencent", "diffusers" or "comfy" for DiT and ControlNet; for others their own layout's name.
+        prefix: what stands before the model's names in the file.
+        config: the dimensions of a DiT or ControlNet.
+        parts: of an all-in-one file: which of "bert", "t5", "vae" it holds beside the DiT.
+    """
+
+    kind: str
+    name: str
+    version: str = ""
+    layout: str = ""
+    prefix: str = ""
+    config: DiTConfig | None = None
+    parts: tuple[str, ...] = ()
+
+
+def detect(source: TensorSource | Mapping[str, torch.Tensor]) -> FileKind:
+    """Name what the tensors are. Reads no tensor data.
+
+    Raises:
+        WeightsError: if it is a HunyuanDiT whose dimensions contradict each other.
+    """
+    source = as_source(source)
+    keys = dict.fromkeys(source.keys())
+    for rule in (_lora, _ip_adapter, _model, _other, _encoder, _vae):
+        if kind := rule(source, keys):
+            return kind
+    return FileKind("unknown", "not a weights file of a kind that is known here")
+
+
+def expect(source: TensorSource, *wanted: str) -> FileKind:
+    """:func:`detect`, and an error in one line when the file is of another kind.
+
+    Raises:
+        WeightsError: names the file, what it is and what was expected.
+    """
+    kind = detect(source)
+    if kind.kind in wanted:
+        return kind
+    expected = " or ".join(_WANTED[name] for name in wanted)
+    advice = _ADVICE.get(kind.kind, f"the first of its {len(source)} tensors is {next(iter(source), 'none')}")
+    raise WeightsError(f"{source.path} is {kind.name}; expected {expected}; {advice}")
+
+
+def tencent_view(source: TensorSource, kind: FileKind) -> TensorView:
+    """The DiT or ControlNet of a detected file under Tencent's names."""
+    return to_tencent(source, kind.layout, prefix=kind.prefix)  # type: ignore[arg-type]
+
+
+def model_size(config: DiTConfig) -> str:
+    """``g/2`` or ``XL/2`` for the published dimensions, else the dimensions themselves."""
+    for name, known in (("g/2", DIT_G2_V12), ("XL/2", DIT_XL2_V12)):
+        if (config.hidden_size, config.depth, config.mlp_hidden) == (
+            known.hidden_size,
+            known.depth,
+            known.mlp_hidden,
+        ):
+            return name
+    return f"{config.hidden_size}x{config.depth}"
+
+
+def version_text(config: DiTConfig, metadata: Mapping[str, str]) -> str:
+    """The version as people say it; shapes cannot tell v1.0 from v1.1, metadata can."""
+    if METADATA_KEY in metadata:
+        return ModelInfo.from_metadata(metadata, version=config.version).version
+    return "v1.2" if config.version == "v1.2" else "v1.1 or v1.0"
+
+
+Keys = Mapping[str, Any]
+
+
+def _has(keys: Keys, *words: str) -> bool:
+    return any(word in key for key in keys for word in words)
+
+
+def _lora(source: TensorSource, keys: Keys) -> FileKind | None:
+    styles: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("PEFT", (".lora_A.", ".lora_B.", ".lora_embedding_A")),
+        ("kohya", (".lora_down.", ".lora_up.", ".hada_w1_a", ".lokr_w1", ".oft_blocks")),
+        ("gui", (".lora.up.", ".lora.down.")),
+    )
+    style = next((name for name, words in styles if _has(keys, *words)), None)
+    if style is None:
+        return None
+    if _has(keys, "attn1.Wqkv.", "attn1_Wqkv.", "attn2.kv_proj.", "attn2_kv_proj.", "default_modulation"):
+        label = {"PEFT": "PEFT layout", "kohya": "kohya layout", "gui": "Tencent's GUI layout"}[style]
+        return FileKind("lora", f"a HunyuanDiT LoRA ({label})", layout=style.lower())
+    if _has(keys, "lora_te1_encoder_layer_") and not _has(keys, "lora_unet_"):
+        return FileKind("lora", "a LoRA of HunyuanDiT's BERT (kohya layout)", layout="kohya")
+    # diffusers names of this model: blocks.N, not transformer_blocks.N
+    if any(".attn1.to_q." in f".{key}" and ".blocks." in f".{key}" and "_blocks." not in key for key in keys):
+        return FileKind("lora", "a HunyuanDiT LoRA (diffusers names)", layout="diffusers")
+    family = _lora_family(keys)
+    name = f"a LoRA for {family}, not for HunyuanDiT" if family else "a LoRA of another model"
+    return FileKind("other", name)
+
+
+def _lora_family(keys: Keys) -> str:
+    marks = (
+        ("Flux", ("lora_unet_double_blocks", "single_transformer_blocks", "double_blocks.")),
+        ("SD3", ("joint_blocks", "transformer.transformer_blocks.0.attn.add_k_proj")),
+        ("SDXL", ("lora_te2_text_model", "lora_unet_input_blocks", "text_encoder_2.")),
+        ("SD1.x, SD2 or SDXL", ("down_blocks", "input_blocks", "mid_block")),
+    )
+    return next((family for family, words in marks if _has(keys, *words)), "")
+
+
+def _ip_adapter(source: TensorSource, keys: Keys) -> FileKind | None:
+    if "mlp_t5.0.weight" not in keys and _has(keys, "kv_proj_ip_adapter", "ip_adapter_clip_len_trans_block"):
+        return FileKind("ip_adapter", "a HunyuanDiT IP-Adapter", layout="tencent")
+    return None
+
+
+def _model(source: TensorSource, keys: Keys) -> FileKind | None:
+    found = find_model(keys)
+    if found is None:
+        return None
+    layout, prefix = found
+    view = to_tencent(source, layout, prefix=prefix)
+    try:
+        config = DiTConfig.from_state_dict(view.shapes(), **_heads(source))
+    except HyditError as error:
+        raise WeightsError(f"{source.path} looks like a HunyuanDiT, but: {error}") from error
+    version = version_text(config, source.metadata)
+    name = f"HunyuanDiT-{model_size(config)} {version}"
+    if _has(keys, "kv_proj_ip_adapter"):
+        name += " with an IP-Adapter inside"
+    if "final_layer.linear.weight" not in view:
+        return FileKind("controlnet", f"a {name} ControlNet", config.version, layout, prefix, config)
+    parts = tuple(part for part, prefixes in _PARTS.items() if any(k.startswith(prefixes) for k in keys))
+    what = f"a {name} all-in-one checkpoint" if parts else f"a {name} checkpoint"
+    return FileKind("dit", what, config.version, layout, prefix, config, parts)
+
+
+_PARTS = {"bert": BERT_PREFIXES, "t5": MT5_PREFIXES, "vae": VAE_PREFIXES}
+
+
+def _heads(source: TensorSource) -> dict[str, int]:
+    """What the shapes do not tell but the dimensions need."""
+    if METADATA_KEY not in source.metadata:
+        return {}
+    info = ModelInfo.from_metadata(source.metadata, version="v1.2")
+    return {"pooler_heads": info.pooler_heads, "rope_base": info.rope_base}
+
+
+def _other(source: TensorSource, keys: Keys) -> FileKind | None:
+    family = other_family(source.shapes())
+    return FileKind("other", family) if family else None
+
+
+def _anchored(keys: Keys, anchor: str, also: Callable[[str], str]) -> str | None:
+    """The prefix before ``anchor``, if what ``also`` makes of it is there too."""
+    for key in keys:
+        if key.endswith(anchor):
+            prefix = key[: -len(anchor)]
+            if also(prefix) in keys:
+                return prefix
+    return None
+
+
+def _encoder(source: TensorSource, keys: Keys) -> FileKind | None:
+    prefix = _anchored(
+        keys,
+        "embeddings.word_embeddings.weight",
+        lambda p: f"{p}encoder.layer.0.attention.self.query.weight",
+    )
+    if prefix is not None:
+        vocab, width = source.shape(f"{prefix}embeddings.word_embeddings.weight")
+        name = f"a BERT text encoder (width {width}, vocabulary {vocab})"
+        return FileKind("bert", name, layout="transformers", prefix=prefix)
+    first = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    prefix = _anchored(keys, first, lambda p: f"{p}{first}")
+    if prefix is None:
+        return None
+    width = source.shape(prefix + first)[1]
+    gated = f"{prefix}encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in keys
+    vocab = source.shape(f"{prefix}shared.weight")[0] if f"{prefix}shared.weight" in keys else 0
+    name = f"{'an mT5 or T5 v1.1' if gated else 'a T5 v1.0'} text encoder (width {width}, vocabulary {vocab})"
+    return FileKind("t5", name, layout="transformers", prefix=prefix)
+
+
+def _vae(source: TensorSource, keys: Keys) -> FileKind | None:
+    from .vae_layout import detect_vae
+
+    found = detect_vae(keys)
+    if found is None:
+        return None
+    kind = "AutoencoderKL" if found.architecture == "kl" else "AutoencoderTiny (TAESD)"
+    return FileKind("vae", f"a VAE ({kind}, {found.layout} names)", layout=found.layout, prefix=found.prefix)

@@ -1,0 +1,229 @@
+"""Opening weights: safetensors, torch files and folders of either, read lazily and never executed."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import WeightsError
+from .dtypes import SAFETENSORS_DTYPES
+from .pickles import open_pickle
+from .source import MergedSource, TensorSource, cast
+from .writer import atomic_path, save_safetensors
+
+__all__ = [
+    "SafetensorsSource",
+    "TensorSource",
+    "atomic_path",
+    "has_weights",
+    "open_tensors",
+    "save_safetensors",
+]
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_STANDARD_NAMES = (
+    "diffusion_pytorch_model.",
+    "model.",
+    "pytorch_model.",
+    "adapter_model.",
+    "pytorch_model_ema",
+    "pytorch_model_",
+    "mp_rank_00",
+)
+_AGAIN = " download or save it again"
+_HEADER_LIMIT = 100_000_000
+_FOREIGN = {
+    b"<": "an HTML or XML page (a failed download?)",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself (run git lfs pull)",
+    b"GGUF": "a GGUF file, which is not supported; use safetensors",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+}
+
+
+def open_tensors(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
+    """Open a weights file, or a folder of them, without reading its tensors.
+
+    The content decides what a file is, not its suffix. In a folder: an ``*.index.json`` with its shards,
+    else the one safetensors or torch file, else Tencent's ``pytorch_model_{load_key}.pt`` or DeepSpeed's
+    ``mp_rank_00_model_states.pt``.
+
+    Args:
+        load_key: ``ema``, ``module``, ``distill`` ...: which weights of a torch file that holds several.
+
+    Raises:
+        WeightsError: if it is missing, damaged, or holds no tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, load_key)
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist")
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+    if not head:
+        raise WeightsError(f"{path} is empty (0 bytes);{_AGAIN}")
+    if head[8:9] != b"{":
+        for magic, name in _FOREIGN.items():
+            if head.lstrip().startswith(magic):
+                raise WeightsError(f"{path} is {name}; expected a weights file")
+    if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[8:9] != b"{"):
+        return open_pickle(path, load_key=load_key)
+    return SafetensorsSource(path)
+
+
+class _Entry(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class SafetensorsSource(TensorSource):
+    """A mapped safetensors file. Tensors are views of the mapping (copy on write) until they are cast."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                start, header = _read_header(file, path)
+                size = os.fstat(file.fileno()).st_size
+                self.metadata = _metadata(header.pop("__metadata__", None))
+                self._entries = {
+                    key: _entry(path, key, value, start, size - start) for key, value in header.items()
+                }
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+        self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
+
+    def keys(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._entries[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._entries[key].dtype
+
+    def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        entry = self._entries[key]
+        if entry.begin == entry.end:
+            return cast(torch.empty(entry.shape, dtype=entry.dtype), dtype)
+        data = self._bytes[entry.begin : entry.end]
+        if entry.begin % entry.dtype.itemsize:
+            data = data.clone()  # older writers did not align
+        return cast(data.view(entry.dtype).view(entry.shape), dtype)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+
+def _read_header(file: Any, path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data starts, and the header; names what is wrong with a damaged file."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    peek = file.read(1)
+    if size < 10 or peek != b"{" or not 0 < length <= _HEADER_LIMIT:
+        raise WeightsError(
+            f"{path} is not a weights file: neither safetensors nor a torch file ({size:,} bytes);{_AGAIN}"
+        )
+    if length > size - 8:
+        raise WeightsError(
+            f"{path} is truncated: its header alone needs {length + 8:,} bytes, the file has {size:,};"
+            f"{_AGAIN}"
+        )
+    try:
+        header = json.loads(peek + file.read(length - 1))
+        if not isinstance(header, dict):
+            raise ValueError
+    except ValueError:
+        raise WeightsError(f"{path}: the safetensors header is damaged;{_AGAIN}") from None
+    return 8 + length, header
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    return {str(key): str(text) for key, text in value.items()} if isinstance(value, dict) else {}
+
+
+def _entry(path: Path, key: str, value: Any, start: int, available: int) -> _Entry:
+    try:
+        name, shape = value["dtype"], tuple(int(n) for n in value["shape"])
+        begin, end = (int(offset) for offset in value["data_offsets"])
+    except (TypeError, KeyError, ValueError):
+        raise WeightsError(f"{path}: the header entry of {key} is damaged;{_AGAIN}") from None
+    if name not in SAFETENSORS_DTYPES:
+        raise WeightsError(f"{path}: {key} has dtype {name}, which is not supported")
+    dtype = SAFETENSORS_DTYPES[name]
+    if end > available:
+        raise WeightsError(
+            f"{path} is truncated: {key} ends at byte {start + end:,}, the file has {start + available:,};"
+            f"{_AGAIN}"
+        )
+    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise WeightsError(f"{path}: the header entry of {key} is damaged;{_AGAIN}")
+    return _Entry(dtype, shape, start + begin, start + end)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weights files of a folder, the one to take first."""
+    return sorted((p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES), key=_preference)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder itself holds weights files."""
+    return folder.is_dir() and bool(_weight_files(folder))
+
+
+def _open_folder(folder: Path, load_key: str | None) -> TensorSource:
+    indexes = sorted(folder.glob("*.index.json"), key=_preference)
+    if indexes:
+        return _open_shards(indexes[0])
+    files = _weight_files(folder)
+    if load_key is not None:
+        files = [p for p in files if p.stem.endswith(f"_{load_key}")] or files
+    if not files:
+        raise WeightsError(f"{folder} holds no weights; expected one of *{', *'.join(SUFFIXES)} in it")
+    if len(files) > 1 and _preference(files[0])[2] >= 2 * len(_STANDARD_NAMES):
+        shown = ", ".join(p.name for p in files[:8])
+        raise WeightsError(f"{folder} holds {len(files)} weights files; name one of them: {shown}")
+    keyed = load_key is not None and files[0].stem.endswith(f"_{load_key}")
+    return open_tensors(files[0], load_key=None if keyed else load_key)
+
+
+def _preference(path: Path) -> tuple[bool, bool, int, str]:
+    """The order in which the files of a folder are tried: the format, then plain before variants."""
+    name = path.name
+    torch_format = ".safetensors" not in name
+    unwanted = any(word in name for word in ("optim", "zero_pp_rank", "training_args", "scheduler"))
+    rank = next((i for i, stem in enumerate(_STANDARD_NAMES) if name.startswith(stem)), len(_STANDARD_NAMES))
+    variant = name.removesuffix(".index.json").count(".") > 1
+    return unwanted, torch_format, 2 * rank + variant, name
+
+
+def _open_shards(index: Path) -> TensorSource:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{index} is damaged: no weight_map in it; download it again") from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        shown = ", ".join(missing[:5])
+        raise WeightsError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {shown}")
+    shards = [open_tensors(index.parent / name) for name in names]
+    merged = MergedSource(shards, path=index.parent, metadata=_metadata(content.get("metadata")))
+    lost = [key for key in weight_map if key not in merged]
+    if lost:
+        raise WeightsError(f"{index.parent}: {len(lost)} tensors of the index are missing, first {lost[0]}")
+    return merged

@@ -1,0 +1,153 @@
+"""From a file or folder to a model, and from a model to a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..config import DiTConfig, ModelInfo
+from ..errors import WeightsError
+from .detect import FileKind, expect, tencent_view
+from .parts import Parts, model_info, open_model, parts
+from .save import save_checkpoint
+from .source import FP8_DTYPES, TensorSource, cast
+
+__all__ = [
+    "Parts",
+    "assign_weights",
+    "compute_dtype",
+    "load_controlnet",
+    "load_dit",
+    "model_info",
+    "open_model",
+    "parts",
+    "save_checkpoint",
+]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def load_dit(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    operations: Any = None,
+    attention: Any = None,
+    load_key: str | None = None,
+) -> tuple[Any, ModelInfo]:
+    """Load a HunyuanDiT of any version, size and layout.
+
+    Tensors are cast as they are read, and nothing is ever held twice. Without a cast, CPU weights are views
+    of the mapped file (copy on write): do not truncate the file while the model lives.
+
+    Args:
+        path: a file, or a folder (diffusers pipeline, its transformer, Tencent's ``t2i``).
+        dtype: of the weights; default: the file's own, bfloat16 if that is an 8-bit float.
+        operations: namespace of layer classes, default ``torch.nn``.
+        attention: attention function, default the model's own.
+        load_key: which weights of a torch file that holds several (``ema``, ``module`` ...).
+
+    Returns:
+        The :class:`~hydit_core.model.dit.DiT` in eval mode, and what the file says about itself.
+
+    Raises:
+        WeightsError: if the file is something else, or lacks tensors, or has too many.
+    """
+    from ..model.dit import DiT
+
+    return _load(DiT, "dit", path, dtype, device, operations, attention, load_key)
+
+
+def load_controlnet(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    operations: Any = None,
+    attention: Any = None,
+    load_key: str | None = None,
+) -> tuple[Any, ModelInfo]:
+    """Load a HunyuanDiT ControlNet in either layout; like :func:`load_dit`."""
+    from ..model.controlnet import ControlNet
+
+    return _load(ControlNet, "controlnet", path, dtype, device, operations, attention, load_key)
+
+
+def _load(
+    cls: Any,
+    wanted: str,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    operations: Any,
+    attention: Any,
+    load_key: str | None,
+) -> tuple[Any, ModelInfo]:
+    source = open_model(path, load_key=load_key)
+    kind = expect(source, wanted)
+    view = tencent_view(source, kind)
+    config, info = model_config(view, kind), model_info(source, kind)
+    dtype = dtype or compute_dtype(view)
+    options = {"operations": operations, "attention": attention}
+    given = {name: value for name, value in options.items() if value is not None}
+    model = cls(config, dtype=dtype, device="meta", **given)
+    assign_weights(model, view, dtype=dtype, device=device)
+    return model.eval(), info
+
+
+def compute_dtype(source: TensorSource) -> torch.dtype:
+    """The dtype that a file's weights are used in when nobody chose one."""
+    stored = source.main_dtype() or torch.float32
+    return torch.bfloat16 if stored in FP8_DTYPES else stored
+
+
+def assign_weights(
+    model: Module, source: TensorSource, *, dtype: torch.dtype | None, device: str | torch.device
+) -> Module:
+    """Give a model on the meta device its weights, one tensor at a time.
+
+    Raises:
+        WeightsError: listing tensors that are missing, unexpected or of another shape.
+    """
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    _check_names(expected, source)
+    device = torch.device(device)
+    state: dict[str, torch.Tensor] = {}
+    for key in expected:
+        if device.type == "cpu":
+            state[key] = source.get(key, dtype)
+        else:
+            state[key] = cast(source.get(key).to(device), dtype)
+        source.release(key)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def _check_names(expected: Mapping[str, tuple[int, ...]], source: TensorSource) -> None:
+    found = source.shapes()
+    problems = []
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    other = [
+        f"{key} {found[key]} instead of {shape}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other)):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            problems.append(f"{len(names)} {label}: {', '.join(names[:8])}{more}")
+    if problems:
+        raise WeightsError(f"{source.path} does not fit its own dimensions; tensors {'; '.join(problems)}")
+
+
+def model_config(view: TensorSource, kind: FileKind) -> DiTConfig:
+    """The dimensions of a detected DiT or ControlNet."""
+    if kind.config is None:
+        raise WeightsError(f"{view.path} is {kind.name}, which has no dimensions of a HunyuanDiT")
+    return kind.config

@@ -1,0 +1,142 @@
+"""The parts of a checkpoint, and what it says about itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..config import METADATA_KEY, ModelInfo
+from ..errors import WeightsError
+from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, tencent_view
+from .files import has_weights, open_tensors
+from .source import TensorSource
+from .views import rename, without_prefix
+
+# Where the folders that are published keep the transformer: diffusers' and Tencent's.
+_MODEL_FOLDERS = ("", "transformer", "model", "t2i/model", "controlnet")
+Prediction = Literal["v", "epsilon", "sample"]
+_SCHEDULER = Path("scheduler") / "scheduler_config.json"
+
+
+def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
+    """Open a DiT or ControlNet: a file, its folder, a diffusers pipeline's folder, or Tencent's.
+
+    Raises:
+        WeightsError: if nothing is there or it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        for name in _MODEL_FOLDERS:
+            if has_weights(path / name):
+                return open_tensors(path / name, load_key=load_key)
+        looked = ", ".join(name for name in _MODEL_FOLDERS if name)
+        raise WeightsError(f"{path} holds no weights, neither in itself nor in {looked}")
+    return open_tensors(path, load_key=load_key)
+
+
+def model_info(source: TensorSource, kind: FileKind) -> ModelInfo:
+    """What the file says about itself, completed by a diffusers scheduler beside it and by its name."""
+    info = ModelInfo.from_metadata(source.metadata, version=kind.version)
+    if METADATA_KEY in source.metadata:
+        return info
+    info = _with_scheduler(info, source.path)
+    # A torch file's own key comes first, then Tencent's file names (pytorch_model_ema.pt).
+    text = f"{source.metadata.get('hydit.load_key', '')} {source.path.name}"
+    variant = re.search(r"(?<![a-z])(ema|module|distill)", text.lower())
+    return replace(info, variant=variant.group(1)) if variant else info
+
+
+def _with_scheduler(info: ModelInfo, path: Path) -> ModelInfo:
+    """Take the betas and the prediction type of a diffusers pipeline's scheduler."""
+    folder = path if path.is_dir() else path.parent
+    config = next(
+        (file for base in (folder, folder.parent) if (file := base / _SCHEDULER).is_file()),
+        None,
+    )
+    if config is None:
+        return info
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        names: dict[str, Prediction] = {"v_prediction": "v", "epsilon": "epsilon", "sample": "sample"}
+        diffusion = replace(
+            info.diffusion,
+            beta_start=float(values.get("beta_start", info.diffusion.beta_start)),
+            beta_end=float(values.get("beta_end", info.diffusion.beta_end)),
+            prediction=names[values.get("prediction_type", "v_prediction")],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{config} is no scheduler configuration of diffusers: {error!r}") from error
+    return replace(info, diffusion=diffusion)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a checkpoint; None for what it does not hold.
+
+    Attributes:
+        dit: Tencent's names.
+        bert: the names of transformers' BertModel (``embeddings.word_embeddings.weight`` ...).
+        mt5: the names of transformers' MT5EncoderModel (``shared.weight``, ``encoder.block.0...``).
+        spiece_model: the serialized sentencepiece model of mT5's tokenizer.
+        bert_vocab: the text of BERT's ``vocab.txt``, in UTF-8.
+        vae: LDM or TAESD names.
+        info: what shapes do not tell; None without a DiT.
+    """
+
+    path: Path
+    metadata: Mapping[str, str]
+    kind: FileKind
+    dit: TensorSource | None
+    bert: TensorSource | None
+    mt5: TensorSource | None
+    spiece_model: bytes | None
+    bert_vocab: bytes | None
+    vae: TensorSource | None
+    info: ModelInfo | None
+
+
+def parts(path: str | os.PathLike[str], *, load_key: str | None = None) -> Parts:
+    """Open an all-in-one checkpoint (or a DiT, which is one with a single part)."""
+    return split_parts(open_model(path, load_key=load_key))
+
+
+def split_parts(source: TensorSource) -> Parts:
+    """The parts of an open checkpoint, as lazy views."""
+    kind = detect(source)
+    has_dit = kind.kind == "dit"
+    mt5 = _part(source, tuple(f"{p}transformer." for p in MT5_PREFIXES))
+    if mt5 is not None and "shared.weight" in mt5:
+        mt5 = rename(mt5, lambda key: None if key == "encoder.embed_tokens.weight" else key)
+    return Parts(
+        path=source.path,
+        metadata=source.metadata,
+        kind=kind,
+        dit=tencent_view(source, kind) if has_dit else None,
+        bert=_part(source, tuple(f"{p}transformer.bert." for p in BERT_PREFIXES)),
+        mt5=mt5,
+        spiece_model=_bytes(source, tuple(f"{p}spiece_model" for p in MT5_PREFIXES)),
+        bert_vocab=_bytes(source, tuple(f"{p}vocab" for p in BERT_PREFIXES)),
+        vae=_part(source, VAE_PREFIXES),
+        info=model_info(source, kind) if has_dit else None,
+    )
+
+
+def _part(source: TensorSource, prefixes: tuple[str, ...]) -> TensorSource | None:
+    for prefix in prefixes:
+        if any(key.startswith(prefix) for key in source):
+            return without_prefix(source, prefix)
+    return None
+
+
+def _bytes(source: TensorSource, names: tuple[str, ...]) -> bytes | None:
+    for name in names:
+        if name in source:
+            return source.get(name).to(torch.uint8).contiguous().numpy().tobytes()
+    return None

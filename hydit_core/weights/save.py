@@ -1,0 +1,107 @@
+"""Writing checkpoints that this project, ComfyUI and Tencent's code open."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..config import DiTConfig, ModelInfo
+from .layouts import COMFY_PREFIX
+from .modelspec import file_metadata
+from .source import FP8_DTYPES, CastSource, MemorySource, MergedSource, TensorSource, as_source
+from .views import rename
+from .writer import save_safetensors
+
+BERT_PREFIX = "text_encoders.hydit_clip.transformer.bert."
+BERT_VOCAB = "text_encoders.hydit_clip.vocab"
+MT5_PREFIX = "text_encoders.mt5xl.transformer."
+SPIECE_MODEL = "text_encoders.mt5xl.spiece_model"
+VAE_PREFIX = "vae."
+
+Tensors = TensorSource | Mapping[str, torch.Tensor]
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    dit: Tensors,
+    info: ModelInfo,
+    bert: Tensors | None = None,
+    t5: Tensors | None = None,
+    spiece_model: bytes | None = None,
+    bert_vocab: bytes | None = None,
+    vae: Tensors | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a DiT, or an all-in-one checkpoint in ComfyUI's layout, atomically.
+
+    A DiT alone is written under Tencent's names without a prefix. With any other part the file is an
+    all-in-one: ``model.diffusion_model.*``, ``text_encoders.*``, ``vae.*``.
+
+    Args:
+        dit: Tencent's names. ``bert`` and ``t5``: the names of transformers' BertModel and MT5EncoderModel.
+        vae: LDM or TAESD names.
+        dtype: of all floating-point tensors; default: as they are. For an 8-bit float see :func:`dtypes_for`.
+        metadata: goes over what the file gets by itself (:func:`~.modelspec.file_metadata`).
+
+    Raises:
+        WeightsError: if the file cannot be written; what was there before is still there then.
+    """
+    dit = as_source(dit)
+    config = DiTConfig.from_state_dict(dit.shapes(), pooler_heads=info.pooler_heads, rope_base=info.rope_base)
+    parts = other_parts(bert=bert, t5=t5, spiece_model=spiece_model, bert_vocab=bert_vocab, vae=vae)
+    if parts:
+        dit = rename(dit, lambda key: COMFY_PREFIX + key)
+    source: TensorSource = MergedSource([dit, *parts], path=Path(path), metadata={})
+    if dtype is not None:
+        source = CastSource(source, dtypes_for(source, dtype))
+    save_safetensors(path, source, file_metadata(config, info, extra=metadata))
+
+
+def other_parts(
+    *,
+    bert: Tensors | None = None,
+    t5: Tensors | None = None,
+    spiece_model: bytes | None = None,
+    bert_vocab: bytes | None = None,
+    vae: Tensors | None = None,
+) -> list[TensorSource]:
+    """What stands beside the DiT in an all-in-one file, under the names that it has there."""
+    parts: list[TensorSource] = []
+    for prefix, tensors in ((BERT_PREFIX, bert), (MT5_PREFIX, t5), (VAE_PREFIX, vae)):
+        if tensors is not None:
+            parts.append(_prefixed(as_source(tensors), prefix))
+    for name, content in ((BERT_VOCAB, bert_vocab), (SPIECE_MODEL, spiece_model)):
+        if content is not None:
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            parts.append(MemorySource({name: data}))
+    return parts
+
+
+def _prefixed(source: TensorSource, prefix: str) -> TensorSource:
+    # transformers lists mT5's embedding twice; it is one tensor.
+    twice = {"encoder.embed_tokens.weight"} if "shared.weight" in source else set()
+    return rename(source, lambda key: None if key in twice else prefix + key)
+
+
+def dtypes_for(source: TensorSource, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Which dtype each floating-point tensor gets when a file is cast to ``dtype``.
+
+    In an 8-bit float only the matrices inside the DiT's blocks are stored (96 % of DiT-g/2); norms, biases,
+    embedders and the final layer, whose errors every token sees, keep 16 bits.
+    """
+    plan: dict[str, torch.dtype] = {}
+    for key in source:
+        stored = source.dtype(key)
+        if not stored.is_floating_point:
+            continue
+        in_block = key.removeprefix(COMFY_PREFIX).startswith("blocks.")
+        if dtype not in FP8_DTYPES or (in_block and len(source.shape(key)) == 2):
+            plan[key] = dtype
+        elif stored.itemsize > 2:
+            plan[key] = torch.float16
+    return plan

@@ -1,0 +1,182 @@
+"""Named tensors that are read one at a time, wherever they come from."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Cast a floating-point tensor; integers (a vocabulary, a tokenizer's bytes) stay as they are.
+
+    Casting to an 8-bit float clamps to its range first: torch would turn what is too large into NaN.
+    """
+    if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
+        return tensor
+    if dtype in FP8_DTYPES:
+        limit = torch.finfo(dtype).max
+        return tensor.float().clamp(-limit, limit).to(dtype)
+    return tensor.to(dtype)
+
+
+class TensorSource(ABC):
+    """A read-only collection of named tensors. Names, shapes and dtypes are known without reading data.
+
+    ``dict(source)`` works. Tensors may be views of a mapped file: write to them only after a copy.
+    """
+
+    path: Path
+    metadata: Mapping[str, str]
+
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """The names, in the order of the file."""
+
+    @abstractmethod
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header."""
+
+    @abstractmethod
+    def dtype(self, key: str) -> torch.dtype:
+        """A tensor's stored dtype, from the header."""
+
+    @abstractmethod
+    def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read one tensor, cast to ``dtype`` if it is a floating-point one."""
+
+    def release(self, key: str) -> None:  # noqa: B027 - most sources hold nothing that could be freed
+        """Say that this tensor is not needed again; a source that holds it in memory may free it."""
+
+    def numel(self, key: str) -> int:
+        """The number of elements of a tensor."""
+        return math.prod(self.shape(key))
+
+    def nbytes(self, key: str) -> int:
+        """The stored size of a tensor in bytes."""
+        return self.numel(key) * self.dtype(key).itemsize
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """All shapes by name."""
+        return {key: self.shape(key) for key in self.keys()}
+
+    def main_dtype(self) -> torch.dtype | None:
+        """The floating-point dtype that most of the data has; None without floating-point tensors."""
+        sizes: dict[torch.dtype, int] = {}
+        for key in self.keys():
+            if (dtype := self.dtype(key)).is_floating_point:
+                sizes[dtype] = sizes.get(dtype, 0) + self.numel(key)
+        return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.get(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+
+class MemorySource(TensorSource):
+    """Tensors that are already in memory, such as a state dict."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        path: Path | str = "<memory>",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.metadata = dict(metadata or {})
+        self._tensors = dict(tensors)
+        self._facts = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in self._tensors.items()}
+
+    def keys(self) -> list[str]:
+        return list(self._facts)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._facts[key][0]
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._facts[key][1]
+
+    def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return cast(self._tensors[key].detach(), dtype)
+
+    def release(self, key: str) -> None:
+        self._tensors.pop(key, None)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._facts
+
+
+class MergedSource(TensorSource):
+    """Several sources with different names as one: the shards of a folder, the parts of a checkpoint."""
+
+    def __init__(self, sources: list[TensorSource], *, path: Path, metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._owner = {key: source for source in sources for key in source}
+
+    def keys(self) -> list[str]:
+        return list(self._owner)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._owner[key].shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._owner[key].dtype(key)
+
+    def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._owner[key].get(key, dtype)
+
+    def release(self, key: str) -> None:
+        self._owner[key].release(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._owner
+
+
+class CastSource(TensorSource):
+    """A source whose tensors have other dtypes: ``dtypes`` names those that change."""
+
+    def __init__(self, source: TensorSource, dtypes: Mapping[str, torch.dtype]) -> None:
+        self.path = source.path
+        self.metadata = source.metadata
+        self._source = source
+        self._dtypes = dtypes
+
+    def keys(self) -> list[str]:
+        return self._source.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._source.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._dtypes.get(key, self._source.dtype(key))
+
+    def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        stored = self._source.get(key, self._dtypes.get(key))
+        return cast(stored, dtype)
+
+    def release(self, key: str) -> None:
+        self._source.release(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._source
+
+
+def as_source(tensors: TensorSource | Mapping[str, Any]) -> TensorSource:
+    """A mapping of tensors as a source; a source stays itself."""
+    return tensors if isinstance(tensors, TensorSource) else MemorySource(tensors)

@@ -1,0 +1,93 @@
+"""A source under other names: each tensor is a concatenation of row ranges of the tensors below.
+
+Renaming, fusing q/k/v, splitting them, swapping halves and keeping one row are all that one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .source import TensorSource, cast
+
+
+class Piece(NamedTuple):
+    """Rows ``start`` to ``stop`` (dimension 0) of a tensor; both None means the tensor as it is."""
+
+    key: str
+    start: int | None = None
+    stop: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        return self.start is None and self.stop is None
+
+
+class TensorView(TensorSource):
+    """A lazy view: ``recipes`` says for each name which pieces of ``source`` it is made of, in order."""
+
+    def __init__(self, source: TensorSource, recipes: Mapping[str, Sequence[Piece]]) -> None:
+        self.path = source.path
+        self.metadata = source.metadata
+        self.source = source
+        self._recipes = {name: tuple(pieces) for name, pieces in recipes.items()}
+        self._readers: dict[str, int] = {}
+        for pieces in self._recipes.values():
+            for key in {piece.key for piece in pieces}:
+                self._readers[key] = self._readers.get(key, 0) + 1
+
+    def keys(self) -> list[str]:
+        return list(self._recipes)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._recipes
+
+    def _rows(self, piece: Piece) -> int:
+        rows = self.source.shape(piece.key)[0]
+        return len(range(rows)[piece.start : piece.stop])
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        pieces = self._recipes[key]
+        first = self.source.shape(pieces[0].key)
+        if len(pieces) == 1 and pieces[0].whole:
+            return first
+        return (sum(self._rows(piece) for piece in pieces), *first[1:])
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.source.dtype(self._recipes[key][0].key)
+
+    def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        pieces = self._recipes[key]
+        if len(pieces) == 1:
+            piece = pieces[0]
+            if piece.whole:
+                return self.source.get(piece.key, dtype)
+            return cast(self.source.get(piece.key)[piece.start : piece.stop], dtype)
+        # Written into place piece by piece: the source's dtype never exists as a second whole tensor.
+        stored = self.dtype(key)
+        out = torch.empty(self.shape(key), dtype=dtype if dtype and stored.is_floating_point else stored)
+        row = 0
+        for piece in pieces:
+            part = cast(self.source.get(piece.key)[piece.start : piece.stop], out.dtype)
+            out[row : row + part.shape[0]] = part
+            row += part.shape[0]
+        return out
+
+    def release(self, key: str) -> None:
+        for below in {piece.key for piece in self._recipes[key]}:
+            self._readers[below] -= 1
+            if not self._readers[below]:
+                self.source.release(below)
+
+
+def rename(source: TensorSource, name: Callable[[str], str | None]) -> TensorView:
+    """A view under new names; ``name`` returns None for tensors that are left out."""
+    renamed = {key: name(key) for key in source}
+    return TensorView(source, {new: (Piece(key),) for key, new in renamed.items() if new is not None})
+
+
+def without_prefix(source: TensorSource, prefix: str) -> TensorView:
+    """The tensors whose names start with ``prefix``, named without it."""
+    return rename(source, lambda key: key[len(prefix) :] if key.startswith(prefix) else None)

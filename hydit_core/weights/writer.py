@@ -1,0 +1,118 @@
+"""Atomic, streaming writing of safetensors files."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import WeightsError
+from .dtypes import SAFETENSORS_NAMES
+from .source import TensorSource, as_source
+
+_ALIGNMENT = 64
+_counter = itertools.count()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary name in the folder of ``path``; rename it to ``path`` when the block succeeds.
+
+    The block writes a file or makes a folder there. What it wrote reaches the disk before the rename, so
+    ``path`` holds either its old content or the complete new one, also after a crash. An existing file is
+    replaced, an existing folder is not. Parent folders are made.
+
+    Raises:
+        WeightsError: if the place cannot be written to. The temporary file is gone then.
+    """
+    path = Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{next(_counter)}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise WeightsError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or every file of a folder, onto the disk."""
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    # Windows cannot open folders, and there the rename itself is journaled.
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def save_safetensors(
+    path: str | os.PathLike[str],
+    tensors: TensorSource | Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file atomically, one tensor after another.
+
+    At most one tensor of a lazy source is in memory at a time. Widest dtypes come first, then names in
+    order, so that every tensor is aligned to its element size and equal content gives equal bytes.
+
+    Raises:
+        WeightsError: if a dtype has no place in the format or the file cannot be written.
+    """
+    source = as_source(tensors)
+    order = sorted(source.keys(), key=lambda key: (-source.dtype(key).itemsize, key))
+    header = _header(source, order, dict(metadata or {}))
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for key in order:
+            _write_tensor(file, key, source)
+
+
+def _header(source: TensorSource, order: list[str], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for key in order:
+        dtype = source.dtype(key)
+        if dtype not in SAFETENSORS_NAMES:
+            raise WeightsError(f"{source.path}: {key} has dtype {dtype}, which safetensors cannot hold")
+        end = offset + source.nbytes(key)
+        shape = list(source.shape(key))
+        entries[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    return text + b" " * (-(len(text) + 8) % _ALIGNMENT)
+
+
+def _write_tensor(file: BinaryIO, key: str, source: TensorSource) -> None:
+    tensor = source.get(key)
+    if tuple(tensor.shape) != source.shape(key) or tensor.dtype != source.dtype(key):
+        raise WeightsError(
+            f"{source.path}: {key} is {tensor.dtype} {tuple(tensor.shape)},"
+            f" its header says {source.dtype(key)} {source.shape(key)}"
+        )
+    if tensor.numel():
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        file.write(flat.numpy().data)
