@@ -1,0 +1,139 @@
+"""The two text encoders of HunyuanDiT, as transformers implements them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
+
+from ..errors import ConfigError, WeightsError
+from .features import TextFeatures, Tokens
+from .tokenizers import Tokenizers
+
+#: What shapes do not tell of an encoder; these travel in a file's ``hydit.config``.
+BERT_OPTIONS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+#: Whether BERT's vocabulary is a lower-case one: stands beside BERT_OPTIONS, as in tokenizer_config.json.
+LOWERCASE = "do_lower_case"
+T5_OPTIONS = ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon")
+# An embedding may be padded to a round number of rows: mT5's has 12 more than its tokenizer has pieces.
+_SPARE_ROWS = 128
+
+
+class TextEncoders(nn.Module):
+    """BERT and an mT5 encoder with their tokenizers.
+
+    Args:
+        bert: without pooling layer.
+        t5: its last hidden state, after the final norm, is the feature.
+        tokenizers: for these encoders.
+
+    Raises:
+        WeightsError: a tokenizer does not belong to its encoder.
+        ConfigError: BERT has fewer positions than the tokenizers' ``text_len``.
+    """
+
+    def __init__(self, bert: BertModel, t5: MT5EncoderModel, tokenizers: Tokenizers) -> None:
+        super().__init__()
+        _check_vocabulary("BERT", tokenizers.bert_size, bert.config.vocab_size)
+        _check_vocabulary("mT5", tokenizers.t5_size, t5.config.vocab_size)
+        if bert.config.max_position_embeddings < tokenizers.text_len:
+            raise ConfigError(
+                f"BERT has {bert.config.max_position_embeddings} positions, fewer than the "
+                f"{tokenizers.text_len} tokens that the DiT expects; it belongs to another model"
+            )
+        self.bert = bert
+        self.t5 = t5
+        self.tokenizers = tokenizers
+        self.t5.set_input_embeddings(self.t5.shared)  # one table, whatever the loading left behind
+
+    @classmethod
+    def build(
+        cls,
+        bert_config: Mapping[str, Any],
+        t5_config: Mapping[str, Any],
+        vocab: bytes,
+        spiece_model: bytes,
+        text_len: int = 77,
+        t5_len: int = 256,
+        *,
+        seed: int = 0,
+    ) -> TextEncoders:
+        """Fresh encoders in training mode, initialized as transformers does.
+
+        Args:
+            bert_config, t5_config: fields of ``BertConfig`` and ``MT5Config``; the vocabulary sizes default
+                to the tokenizers', BERT's positions to ``text_len``.
+            vocab, spiece_model: see :class:`~.tokenizers.Tokenizers`.
+            seed: of the initial weights; the global random state is left alone.
+        """
+        tokenizers = Tokenizers(vocab, spiece_model, text_len=text_len, t5_len=t5_len)
+        defaults = {"vocab_size": tokenizers.bert_size, "max_position_embeddings": text_len}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            bert = BertModel(BertConfig(**{**defaults, **bert_config}), add_pooling_layer=False)
+            t5 = MT5EncoderModel(MT5Config(**{"vocab_size": tokenizers.t5_size, **t5_config}))
+        return cls(bert, t5, tokenizers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.bert.embeddings.word_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """BERT's; mT5's own is ``t5.dtype``."""
+        return self.bert.embeddings.word_embeddings.weight.dtype
+
+    def tokenize(self, prompts: str | Sequence[str], prompts_t5: str | Sequence[str] | None = None) -> Tokens:
+        """B prompts as token numbers, with a report of lengths and of what was cut (see :class:`Tokens`).
+
+        ``prompts_t5`` gives mT5 other texts than BERT.
+        """
+        return self.tokenizers(prompts, prompts_t5)
+
+    def forward(self, tokens: Tokens) -> TextFeatures:
+        """Hidden states of all rows, padded ones included, in the encoders' dtypes. Differentiable."""
+        tokens = tokens.to(self.device)
+        bert = self.bert(input_ids=tokens.bert_ids, attention_mask=tokens.bert_mask)
+        t5 = self.t5(input_ids=tokens.t5_ids, attention_mask=tokens.t5_mask)
+        return TextFeatures(bert.last_hidden_state, tokens.bert_mask, t5.last_hidden_state, tokens.t5_mask)
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: str | Sequence[str], prompts_t5: str | Sequence[str] | None = None
+    ) -> TextFeatures:
+        """Features of B prompts, without gradients; see :meth:`tokenize` and :meth:`forward`."""
+        return self(self.tokenize(prompts, prompts_t5))
+
+    def state_parts(self) -> dict[str, Any]:
+        """The encoders as :func:`~..weights.save.save_checkpoint` takes them.
+
+        ``bert`` and ``t5`` under transformers' names (mT5's embedding once), ``bert_vocab`` and
+        ``spiece_model`` as bytes. Tensors are shared, not copied.
+        """
+        t5: dict[str, Tensor] = self.t5.state_dict()
+        t5.pop("encoder.embed_tokens.weight", None)
+        return {
+            "bert": self.bert.state_dict(),
+            "t5": t5,
+            "bert_vocab": self.tokenizers.vocab,
+            "spiece_model": self.tokenizers.spiece_model,
+        }
+
+    def info(self) -> dict[str, dict[str, Any]]:
+        """``bert`` and ``t5`` of :class:`~..config.ModelInfo`: what the encoders' shapes do not tell."""
+        bert = {name: getattr(self.bert.config, name) for name in BERT_OPTIONS}
+        return {
+            "bert": {**bert, LOWERCASE: self.tokenizers.lowercase},
+            "t5": {name: getattr(self.t5.config, name) for name in T5_OPTIONS},
+        }
+
+
+def _check_vocabulary(encoder: str, tokens: int, rows: int) -> None:
+    if not tokens <= rows < tokens + _SPARE_ROWS:
+        raise WeightsError(
+            f"the {encoder} tokenizer has {tokens} tokens, the encoder's embedding {rows} rows: they "
+            "belong to different models"
+        )

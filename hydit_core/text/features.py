@@ -1,0 +1,83 @@
+"""What passes between tokenizers, text encoders and the DiT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TextFeatures(NamedTuple):
+    """Hidden states of both encoders for B prompts. No row is zeroed or dropped.
+
+    The DiT replaces masked rows, but its pooler reads all of mT5's rows, padding included
+    (Tencent/HunyuanDiT, ``hydit/modules/poolers.py``): what stands in them changes the picture.
+    """
+
+    bert: Tensor
+    """(B, L1, D1)"""
+    bert_mask: Tensor
+    """(B, L1) integers, 1 for tokens and 0 for padding"""
+    t5: Tensor
+    """(B, L2, D2)"""
+    t5_mask: Tensor
+    """(B, L2) integers"""
+
+    def to(self, device: torch.device | str) -> TextFeatures:
+        return TextFeatures(*(part.to(device) for part in self))
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """How one prompt fits one encoder."""
+
+    encoder: str
+    """"BERT" or "mT5"."""
+    n_tokens: int
+    """Tokens of the whole prompt, begin and end tokens included."""
+    limit: int
+    """Tokens that the encoder takes, begin and end tokens included."""
+    cut: str = ""
+    """What the encoder does not see; for mT5 in its normalized spelling."""
+    unknown: tuple[str, ...] = ()
+    """Pieces of the prompt that the vocabulary does not have: the encoder cannot tell them apart."""
+
+    @property
+    def truncated(self) -> bool:
+        return self.n_tokens > self.limit
+
+    def __str__(self) -> str:
+        text = f"{self.encoder}: {self.n_tokens} of at most {self.limit} tokens"
+        if self.truncated:
+            text += f", cut off: {self.cut!r}"
+        if self.unknown:
+            text += f", not in its vocabulary: {' '.join(self.unknown)}"
+        return text
+
+
+class PromptReport(NamedTuple):
+    """Both encoders' reports on one prompt."""
+
+    bert: TokenReport
+    t5: TokenReport
+
+
+class Tokens(NamedTuple):
+    """B prompts as token numbers, padded on the right to the encoders' full lengths."""
+
+    bert_ids: Tensor
+    """(B, L1) int64"""
+    bert_mask: Tensor
+    """(B, L1) int64, 1 for tokens and 0 for padding"""
+    t5_ids: Tensor
+    """(B, L2) int64"""
+    t5_mask: Tensor
+    """(B, L2) int64"""
+    reports: tuple[PromptReport, ...]
+    """one a prompt"""
+
+    def to(self, device: torch.device | str) -> Tokens:
+        bert_ids, bert_mask, t5_ids, t5_mask = (part.to(device) for part in self[:4])
+        return Tokens(bert_ids, bert_mask, t5_ids, t5_mask, self.reports)
