@@ -100,7 +100,9 @@ class Schedule:
         elif spacing == "linspace":
             t = ((steps - index) * ((total - 1) / steps)).round()
         else:
-            t = (total - index * (total / steps)).round() - 1
+            # The stride as numpy.arange takes it, rounding included: it decides the halves as in diffusers.
+            stride = (total - total / steps) - total
+            t = (total + index * stride).round() - 1
         return t.long()
 
     def sigmas_for(self, spacing: str, steps: int, strength: float = 1.0) -> Tensor:
