@@ -1,0 +1,92 @@
+"""``python -m hydit_core.train CONFIG.toml``, ``... cache CONFIG.toml``, ``... report RUN_DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import ConfigError, cli_main
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    commands = {"cache": _cache, "report": _report}
+    command = commands[arguments.pop(0)] if arguments and arguments[0] in commands else _train
+    return cli_main(lambda: command(arguments))
+
+
+def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m hydit_core.train{name}", description=description)
+    parser.add_argument("config", type=Path, metavar="CONFIG.toml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one value, for example --set run.steps=500 (may be repeated)",
+    )
+    return parser
+
+
+def _train(arguments: list[str]) -> int:
+    parser = _config_parser("", "Train HunyuanDiT. Further commands: cache CONFIG.toml, report RUN_DIR.")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN_DIR",
+        help="continue a run: its folder, a checkpoint's folder, or 'auto' (run.output_dir if it holds one)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would be trained; write nothing")
+    parser.add_argument(
+        "--stop-after-micro",
+        type=int,
+        metavar="N",
+        help="save everything and stop after N micro-batches, as an interruption would",
+    )
+    options = parser.parse_args(arguments)
+
+    from .config import load_config
+
+    config = load_config(options.config, options.set)
+    if options.dry_run:
+        from .dryrun import describe
+
+        print("\n".join(describe(config)))
+        return 0
+
+    from .launch import train
+
+    finished = train(config, resume=options.resume, stop_after_micro=options.stop_after_micro)
+    return 0 if finished else 3
+
+
+def _cache(arguments: list[str]) -> int:
+    parser = _config_parser(" cache", "Encode the pictures (and captions) of a run ahead of training.")
+    options = parser.parse_args(arguments)
+
+    from .config import load_config
+    from .launch import build_caches
+
+    build_caches(load_config(options.config, options.set))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m hydit_core.train report", description="A run's losses as a table and a picture."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, help="the picture (default: RUN_DIR/losses.png)")
+    options = parser.parse_args(arguments)
+    if not options.run.is_dir():
+        raise ConfigError(f"{options.run}: no such folder; give the output_dir of a run")
+
+    from .report import report
+
+    print(report(options.run, options.out or options.run / "losses.png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

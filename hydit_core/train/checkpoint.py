@@ -1,0 +1,165 @@
+"""Checkpoints that hold everything needed to continue, and survive a crash at any moment.
+
+A checkpoint is a folder ``checkpoints/step_00001000`` of safetensors and JSON files, no pickles:
+
+* ``weights``    parameters of the trained module, as they are trained
+* ``ema``        their averages (if enabled)
+* ``optimizer``  ``name|key`` -> moments and step counts
+* ``gradients``  only when training stopped inside an accumulation
+* ``state.json`` the progress record: step, micro-batch, counters, configuration
+* ``manifest.json`` size and SHA-256 of each of the above
+
+It is written under another name, flushed to disk, and renamed: what bears the final name is
+complete. On loading, a checkpoint that does not match its manifest is passed over for the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import HyditError
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8,})(?:_micro_(\d+))?")
+
+
+@dataclass
+class Progress:
+    """Where a run is. Everything random or scheduled is a function of this and of the configuration."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    micro: int = 0
+    """Micro-batches of the next step that are already in the gradients."""
+    ema_updates: int = 0
+    skipped: int = 0
+    """Steps left out because something was not finite, in the whole run."""
+    bad_in_a_row: int = 0
+    seconds: float = 0.0
+    """Training time so far."""
+
+
+@dataclass
+class Checkpoint:
+    """The content of a checkpoint in memory."""
+
+    progress: Progress
+    config: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    """File stem (weights, ema, optimizer, gradients) -> tensors."""
+    path: Path | None = None
+
+
+def folder_name(progress: Progress) -> str:
+    micro = f"_micro_{progress.micro}" if progress.micro else ""
+    return f"step_{progress.step:08d}{micro}"
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
+    """Write ``checkpoint`` into ``folder`` atomically, then remove all but the newest ``keep_last``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / folder_name(checkpoint.progress)
+    temporary = folder / f".writing-{target.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for stem, tensors in checkpoint.tensors.items():
+        if tensors:
+            plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+            save_file(plain, temporary / f"{stem}.safetensors")
+    record = {
+        "format": FORMAT,
+        "progress": asdict(checkpoint.progress),
+        "config": checkpoint.config,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    (temporary / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in temporary.iterdir()}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*temporary.iterdir(), temporary]:
+        _flush(path)
+    if target.exists():  # the same step saved again: a folder cannot be replaced in one move
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _flush(folder)
+    for old in listing(folder)[keep_last:]:
+        shutil.rmtree(old)
+    return target
+
+
+def listing(folder: Path) -> list[Path]:
+    """Finished checkpoints in ``folder``, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(m, p) for p in folder.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(found, key=lambda mp: (int(mp[0][1]), int(mp[0][2] or 0)), reverse=True)]
+
+
+def load_latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest valid checkpoint; damaged ones are reported through ``warn`` and passed over.
+
+    None when there are no checkpoints. Raises :class:`HyditError` when all of them are damaged.
+    """
+    damaged = []
+    for path in listing(folder):
+        try:
+            return load(path)
+        except HyditError as error:
+            damaged.append(path)
+            warn(f"{error}; trying the checkpoint before it")
+    if damaged:
+        raise HyditError(f"{folder}: all {len(damaged)} checkpoints are damaged; none can be resumed")
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises :class:`HyditError` when it is incomplete or damaged."""
+    try:
+        manifest: Mapping[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name, entry in manifest.items():
+            size = (path / name).stat().st_size
+            if size != entry["size"]:
+                raise HyditError(f"{path}: {name} is damaged ({size} bytes, {entry['size']} were written)")
+            if _sha256(path / name) != entry["sha256"]:
+                raise HyditError(f"{path}: {name} is damaged (its content is not what was written)")
+        record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise HyditError(
+                f"{path}: checkpoint format {record['format']}, this version reads {FORMAT}; update hydit"
+            )
+        tensors = {p.stem: load_file(p) for p in path.glob("*.safetensors")}
+        progress = Progress(**record["progress"])
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise HyditError(f"{path}: not a complete checkpoint ({error})") from error
+    return Checkpoint(progress, record["config"], tensors, path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,325 @@
+"""The training configuration: one TOML file, checked completely before any model is loaded.
+
+Unknown keys are refused with the nearest known name. Relative paths in the file are relative to the
+file's own folder; relative paths given by ``--set`` are relative to the current folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from ..config import DiffusionConfig, DiTConfig, SamplingDefaults
+from ..data.config import DataConfig
+from ..errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    import tomli as tomllib
+
+
+def _resolve(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, (str, Path)) or not str(value):
+        return value
+    base = (info.context or {}).get("base", Path.cwd())
+    return (base / Path(value).expanduser()).resolve()
+
+
+ConfigPath = Annotated[Path, BeforeValidator(_resolve)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _mirror(name: str, source: type) -> type[Section]:
+    """A strict pydantic section with the fields and defaults of the dataclass ``source``."""
+    hints = typing.get_type_hints(source)
+    fields: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(source)}
+    return create_model(name, __base__=Section, **fields)
+
+
+DiTSection = _mirror("DiTSection", DiTConfig)
+DiffusionSection = _mirror("DiffusionSection", DiffusionConfig)
+DefaultsSection = _mirror("DefaultsSection", SamplingDefaults)
+
+
+class TextScratch(Section):
+    """Fresh text encoders: transformers' configuration fields and the tokenizer files."""
+
+    bert: dict[str, Any]
+    t5: dict[str, Any]
+    vocab: ConfigPath
+    spiece: ConfigPath
+
+
+def _text_kind(value: Any) -> str:
+    return "table" if isinstance(value, (dict, TextScratch)) else "path"
+
+
+class InfoSection(Section):
+    """What the exported file says of itself; unset fields keep what ``init_from`` says."""
+
+    version: str | None = None
+    variant: str | None = None
+    base: str | None = None
+    diffusion: DiffusionSection | None = None  # type: ignore[valid-type]
+    defaults: DefaultsSection | None = None  # type: ignore[valid-type]
+
+
+class ModelSection(Section):
+    init_from: ConfigPath | None = Field(default=None, description="weights to start from, in any layout")
+    from_scratch: DiTSection | None = Field(default=None, description="dimensions of a fresh DiT")  # type: ignore[valid-type]
+    text_encoders: (
+        Annotated[
+            Annotated[ConfigPath, Tag("path")] | Annotated[TextScratch, Tag("table")],
+            Discriminator(_text_kind),
+        ]
+        | None
+    ) = Field(default=None, description="path, or a table for fresh ones; default: those inside init_from")
+    vae: ConfigPath | None = Field(default=None, description="default: the one inside init_from")
+    info: InfoSection = InfoSection()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if (self.init_from is None) == (self.from_scratch is None):
+            raise ValueError("give exactly one of init_from (weights) and from_scratch (dimensions)")
+        if self.from_scratch is not None and (self.text_encoders is None or self.vae is None):
+            raise ValueError("from_scratch needs text_encoders (a path, or a table for fresh ones) and vae")
+        return self
+
+
+class ObjectiveSection(Section):
+    kind: Literal["full"] = "full"
+    train_text_encoders: bool = False
+    timesteps: Literal["uniform", "stratified", "logit_normal"] = "uniform"
+    weighting: Literal["constant", "min_snr", "min_snr_v"] = "constant"
+    snr_gamma: float = Field(default=5.0, gt=0)
+    vlb: bool = Field(default=True, description="add the variational bound that trains the variance channels")
+    noise_offset: float = Field(default=0.0, ge=0)
+    dropout_bert: float = Field(default=0.0, ge=0, le=1, description="probability of an empty BERT text")
+    dropout_t5: float = Field(default=0.0, ge=0, le=1, description="probability of an empty mT5 text")
+    dropout_joint: float = Field(default=0.0, ge=0, le=1, description="probability that both are empty")
+
+
+class GroupSection(Section):
+    """Parameters by name: a glob (``dit.blocks.*.attn1.*``) or, after ``re:``, a regular expression."""
+
+    match: str
+    lr_scale: float = Field(default=1.0, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    freeze: bool = False
+
+
+class OptimizerSection(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(default=1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="of weights with two or more dimensions")
+    muon_lr: float = Field(default=0.02, gt=0, description="Muon's rate, for the blocks' matrices")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    groups: tuple[GroupSection, ...] = ()
+
+
+class ScheduleSection(Section):
+    kind: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_start: float = Field(default=0.0, ge=0, le=1, description="fraction of the steps before decay")
+    min_lr: float = Field(default=0.0, ge=0, le=1, description="final learning rate as a fraction of lr")
+
+
+class RunSection(Section):
+    output_dir: ConfigPath
+    steps: int = Field(gt=0, description="optimizer steps")
+    batch_size: int = Field(gt=0, description="samples per micro-batch and per process")
+    grad_accumulation: int = Field(default=1, gt=0)
+    clip_norm: float = Field(default=1.0, ge=0, description="0 turns clipping off")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool | float = Field(default=False, description="true, or the fraction of blocks")
+    seed: int = 0
+    threads: int | None = Field(default=None, gt=0, description="CPU threads; default: torch's choice")
+    device: str = Field(default="auto", description="auto, cpu, cuda")
+    max_bad_steps: int = Field(default=10, gt=0, description="stop after so many non-finite steps in a row")
+
+
+class EmaSection(Section):
+    enabled: bool = True
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+    warmup: bool = Field(default=True, description="decay at step n is min(decay, 1 - (1 + n) ** -power)")
+    power: float = Field(default=2 / 3, gt=0)
+
+
+class ValidationSection(Section):
+    every: int = Field(default=0, ge=0, description="steps; 0 turns it off")
+    batch_size: int | None = Field(default=None, gt=0, description="default: run.batch_size")
+
+
+class SamplesSection(Section):
+    every: int = Field(default=0, ge=0, description="steps; 0 turns it off; step 0 is drawn too")
+    prompts: tuple[str, ...] = ()
+    negative: str = ""
+    steps: int = Field(default=25, gt=0)
+    cfg: float = 6.0
+    sampler: str = "dpmpp_2m"
+    spacing: str = "linspace"
+    seed: int = 0
+    width: int | None = Field(default=None, gt=0, multiple_of=8, description="default: the model's own")
+    height: int | None = Field(default=None, gt=0, multiple_of=8)
+
+
+class CheckpointSection(Section):
+    every: int = Field(default=1000, gt=0)
+    keep_last: int = Field(default=2, gt=0)
+    export_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    export_all_in_one: bool = Field(default=True, description="false: the exported file holds the DiT only")
+
+
+class MetricsSection(Section):
+    every: int = Field(default=10, gt=0, description="steps between records in metrics.jsonl")
+    tensorboard: bool = Field(default=True, description="used when tensorboard is installed")
+
+
+class TrainConfig(Section):
+    model: ModelSection
+    data: DataConfig
+    run: RunSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    ema: EmaSection = EmaSection()
+    validation: ValidationSection = ValidationSection()
+    samples: SamplesSection = SamplesSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    metrics: MetricsSection = MetricsSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.samples.every and not self.samples.prompts:
+            raise ValueError("samples.every is set but samples.prompts is empty")
+        if self.schedule.warmup_steps > self.run.steps:
+            raise ValueError("schedule.warmup_steps is larger than run.steps")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
+    """Read and check a TOML file; ``overrides`` are ``dotted.key=value`` with TOML values.
+
+    Raises :class:`ConfigError` with every fault found, each with its dotted path.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides or []:
+        _apply(raw, override)
+    base = path.resolve().parent
+    try:
+        config = TrainConfig.model_validate(raw, context={"base": base})
+    except ValidationError as error:
+        raise ConfigError(f"{path}:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+    return config.model_copy(update={"data": config.data.resolved(base)})
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError(f"--set {override}: expected key=value, for example run.steps=500")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    table = raw
+    for name in parents:
+        child = table.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {name} is not a table")
+        table = child
+    if isinstance(value, str) and _is_path(parents, last):
+        value = str(Path.cwd() / Path(value).expanduser())
+    table[last] = value
+
+
+def _explain(error: Any) -> str:
+    loc = [part for part in error["loc"] if part not in ("table", "path") or part is error["loc"][-1]]
+    dotted = ".".join(str(part) for part in loc) or "(whole file)"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "known here: " + ", ".join(sorted(known))
+        return f"  {dotted}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+    return f"  {dotted}: {message}{shown}"
+
+
+def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = TrainConfig
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = None if section is None else section.model_fields.get(str(part))
+        leaves = [] if field is None else _leaves(field)
+        section = next((leaf for leaf in leaves if issubclass(leaf, BaseModel)), None)
+    return section
+
+
+def _known_keys(loc: Sequence[Any]) -> list[str]:
+    section = _section_at(loc)
+    return [] if section is None else list(section.model_fields)
+
+
+def _is_path(parents: Sequence[str], last: str) -> bool:
+    section = _section_at(parents)
+    field = None if section is None else section.model_fields.get(last)
+    return field is not None and Path in _leaves(field)
+
+
+def _leaves(field: FieldInfo) -> list[type]:
+    """The classes inside a field's annotation, such as ``Path`` in ``Path | None``."""
+
+    def walk(annotation: Any) -> Iterator[type]:
+        arguments = typing.get_args(annotation)
+        if not arguments and isinstance(annotation, type):
+            yield annotation
+        for argument in arguments:
+            yield from walk(argument)
+
+    return list(walk(field.annotation))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """``key: old -> new`` for each value that differs between two dumped configurations."""
+    found: list[str] = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}")
+    return found

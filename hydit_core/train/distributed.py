@@ -1,0 +1,93 @@
+"""One program on one process or many: ``python -m`` on a laptop, ``torchrun -m`` on several devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of them. With one process every method is a no-op."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of ``values`` over the processes (in place)."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on at least one process."""
+        if self.world == 1:
+            return flag
+        value = torch.tensor([float(flag)], device=self.device)
+        return bool(self.sum(value).item())
+
+    def mean(self, tensors: Iterable[Tensor]) -> None:
+        """Average each tensor over the processes (in place)."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor.div_(self.world)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """``module`` with gradients averaged over the processes."""
+        if self.world == 1:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices)
+
+    def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Context of a backward pass; gradients are exchanged in the last one of a step only."""
+        if isinstance(module, DistributedDataParallel) and not last:
+            return module.no_sync()
+        return nullcontext()
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start(device: str = "auto") -> Processes:
+    """Join the group that ``torchrun`` describes in the environment, or run alone.
+
+    Raises :class:`ConfigError` for a device that this machine does not have.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"run.device = {device!r}: not a device name; use auto, cpu or cuda") from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"run.device = {device!r}: torch sees no CUDA device; use cpu or auto")
+        chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
+    if world > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Processes(rank, world, chosen)

@@ -1,0 +1,129 @@
+"""From a checked configuration to a running training."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..data import LatentCache, TrainData, build_latent_cache, open_dataset, require_outside_sources
+from ..data.cache import cache_folder
+from ..errors import ConfigError
+from . import checkpoint as checkpoints
+from . import distributed
+from .config import TrainConfig
+from .distributed import Processes
+from .loop import Trainer, find_checkpoint
+from .objectives import FullObjective
+from .parts import ModelParts, build
+
+
+def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: int | None = None) -> bool:
+    """Run or continue a training; True when it reached its last step, False when it was interrupted.
+
+    ``resume`` is a run's folder, a checkpoint's folder, or "auto": ``run.output_dir`` if it holds a
+    checkpoint, else a fresh start.
+    """
+    run = config.run
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    if run.device != "cpu":
+        torch.set_float32_matmul_precision("high")
+    processes = distributed.start(run.device)
+    try:
+        _check_output(config, resume)
+        say = _say if processes.is_main else _silent
+        data = open_data(config, processes.rank, processes.world)
+        parts = build(config)
+        prepare_data(config, data, parts, processes)
+        objective = FullObjective(parts, config.objective, processes.device)
+        objective.parts.dit.gradient_checkpointing = float(run.gradient_checkpointing)
+        trainer = Trainer(config, objective, data, processes)
+        if resume is not None:
+            _resume(trainer, run.output_dir if resume == "auto" else Path(resume), resume == "auto", say)
+        return trainer.run(stop_after_micro=stop_after_micro)
+    finally:
+        processes.close()
+
+
+def open_data(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainData:
+    return open_dataset(
+        config.data, seed=config.run.seed, batch_size=config.run.batch_size, world_size=world, rank=rank
+    )
+
+
+def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, processes: Processes) -> None:
+    """Encode what is missing from the latent cache, if there is to be one, and train from it."""
+    if not config.data.cache.latents:
+        return
+    parts.vae.to(processes.device)
+    with tqdm(desc="encoding pictures", unit="picture", disable=not processes.is_main) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        build_latent_cache(data, parts.vae, progress)
+    processes.barrier()
+    data.use_latents(LatentCache(data, parts.vae, cache_folder(config.data)))
+
+
+def build_caches(config: TrainConfig) -> None:
+    """Encode everything that the configuration wants cached, without training."""
+    if not config.data.cache.latents:
+        raise ConfigError("nothing to do: set data.cache.latents = true to keep encoded pictures")
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    processes = distributed.start(config.run.device)
+    try:
+        data = open_data(config, processes.rank, processes.world)
+        prepare_data(config, data, build(config), processes)
+    finally:
+        processes.close()
+    if processes.is_main:
+        _say(f"latents of {len(data.manifest)} pictures are in {cache_folder(config.data)}")
+
+
+def _check_output(config: TrainConfig, resume: str | None) -> None:
+    folder = config.run.output_dir
+    require_outside_sources(folder, config.data, "the run")
+    found = checkpoints.listing(folder / "checkpoints")
+    if resume is None and found:
+        raise ConfigError(
+            f"{folder} already holds a run ({found[0].name}): continue it with --resume auto, "
+            "or choose another run.output_dir"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.output_dir: cannot write to {folder}: {error.strerror}") from error
+
+
+def _resume(trainer: Trainer, where: Path, may_be_new: bool, say: Callable[[str], None]) -> None:
+    found = find_checkpoint(where, say)
+    if found is None:
+        if not may_be_new:
+            raise ConfigError(
+                f"--resume {where}: no checkpoint there; give the folder of a run, or 'auto' to start afresh "
+                "when there is none"
+            )
+        say("no checkpoint yet: starting from step 0")
+        return
+    for line in trainer.restore(found):
+        say(f"changed since the checkpoint: {line}")
+    micro = f", micro-batch {found.progress.micro}" if found.progress.micro else ""
+    say(f"continuing from {found.path}: step {found.progress.step}{micro}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    pass

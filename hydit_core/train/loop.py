@@ -1,0 +1,400 @@
+"""The training loop: micro-batches, updates, records, checkpoints, and a clean way out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Batch, TrainData, hash_int
+from ..errors import ConfigError, HyditError
+from . import checkpoint as checkpoints
+from .checkpoint import Checkpoint, Progress
+from .config import TrainConfig, differences
+from .distributed import Processes
+from .draws import TrainingDraws
+from .metrics import Metrics
+from .objectives import Objective
+from .optim import Ema, Optimizers, learning_rate_factor, parameter_groups
+from .samples import draw_samples
+from .validation import validate
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Trainer:
+    """One run. ``data`` must have been opened with the run's batch size, rank and world size."""
+
+    def __init__(
+        self, config: TrainConfig, objective: Objective, data: TrainData, processes: Processes
+    ) -> None:
+        run = config.run
+        self.config = config
+        self.objective = objective
+        self.data = data
+        self.processes = processes
+        self.folder = run.output_dir
+        self.progress = Progress()
+
+        everything = objective.parameters()
+        groups = parameter_groups(everything, config.optimizer)
+        trained = {name for group in groups for name in group.names}
+        for name, parameter in everything.items():
+            parameter.requires_grad_(name in trained)
+        self.trained = {name: p for name, p in everything.items() if name in trained}
+        self.model: nn.Module = processes.wrap(objective.module)
+        self.optimizer = Optimizers(groups, self.trained, config.optimizer)
+        self.ema = Ema(self.trained, config.ema) if config.ema.enabled else None
+
+        self.global_batch = run.batch_size * processes.world
+        self.draws = TrainingDraws(
+            config.objective,
+            run.seed,
+            self.global_batch * run.grad_accumulation,
+            num_timesteps=len(objective.schedule),
+            sample_posterior=config.data.posterior == "sample",
+        )
+        self._stop_signal: str | None = None
+        self._window = _Window(processes)
+
+    # -- the run ---------------------------------------------------------------------------------
+
+    def run(self, *, stop_after_micro: int | None = None) -> bool:
+        """Train to the last step; True if it was reached, False if the run was interrupted.
+
+        ``stop_after_micro`` interrupts after so many micro-batches, as a signal would.
+        """
+        run, progress = self.config.run, self.progress
+        self.metrics = Metrics(
+            self.folder,
+            start=progress.step,
+            total=run.steps,
+            active=self.processes.is_main,
+            tensorboard=self.config.metrics.tensorboard,
+        )
+        begun, before = time.monotonic(), progress.seconds
+        if progress.step == 0 and progress.micro == 0:
+            self._look(0)
+        micro_batches = 0
+        batches = self._batches()
+        with self._signals():
+            while progress.step < run.steps and not self._interrupted():
+                batch = self._next(batches)
+                if batch is None:
+                    break
+                stepped = self._micro_step(batch)
+                progress.seconds = before + time.monotonic() - begun
+                micro_batches += 1
+                if stop_after_micro is not None and micro_batches >= stop_after_micro:
+                    self._stop_signal = self._stop_signal or f"{stop_after_micro} micro-batches done"
+                if stepped:
+                    self._after_step()
+        del batches  # ends the data workers
+        finished = progress.step >= run.steps
+        if not finished:
+            self.save()
+            self.metrics.note(
+                f"stopped ({self._stop_signal}) at step {progress.step}"
+                + (f", micro-batch {progress.micro}" if progress.micro else "")
+                + f"; everything is saved. Continue with --resume {self.folder}"
+            )
+        self.metrics.close()
+        return finished
+
+    def _batches(self) -> Iterator[Batch]:
+        run, progress = self.config.run, self.progress
+        start = progress.step * run.grad_accumulation + progress.micro
+        return self.data.loader(start, run.steps * run.grad_accumulation)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        try:
+            return next(batches)
+        except RuntimeError:
+            # Ctrl-C reaches the data workers too; their end is no error then.
+            if self._stop_signal:
+                return None
+            raise
+
+    def _interrupted(self) -> bool:
+        if self.processes.world == 1:
+            return self._stop_signal is not None
+        # Processes must agree, and must not wait for each other inside an accumulation.
+        if self.progress.micro:
+            return False
+        return self.processes.any(self._stop_signal is not None)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a clean stop; a second SIGINT stops at once."""
+
+        def handle(number: int, frame: Any) -> None:
+            if self._stop_signal and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop_signal = signal.Signals(number).name
+
+        try:
+            old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread
+            old = {}
+        try:
+            yield
+        finally:
+            for number, previous in old.items():
+                signal.signal(number, previous)
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def _micro_step(self, batch: Batch) -> bool:
+        """Forward and backward of one micro-batch; True when it completed an optimizer step."""
+        run, progress = self.config.run, self.progress
+        step, micro = progress.step, progress.micro
+        last = micro + 1 == run.grad_accumulation
+        places = (batch.positions + micro * self.global_batch).tolist()
+        draws = self.draws(step, places, self.objective.latent_shape(batch))
+        inputs = self.objective.inputs(batch, draws)
+        # Whatever draws from the global generator (a layer with dropout, say) is a function of the place too.
+        torch.manual_seed(hash_int(run.seed, step, micro, self.processes.rank, "global") >> 1)
+        with self.processes.accumulating(self.model, last):
+            with self._autocast():
+                terms = self.model(**inputs)
+            (terms.loss.mean() / run.grad_accumulation).backward()
+        self._window.add(terms, batch)
+        progress.micro += 1
+        if last:
+            self._update()
+        return last
+
+    def _autocast(self) -> torch.autocast:
+        kind = self.processes.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.config.run.precision == "bf16")
+
+    def _update(self) -> None:
+        """Clip, check, update, average; then the gradients start afresh."""
+        run, progress = self.config.run, self.progress
+        factor = learning_rate_factor(progress.step, run.steps, self.config.schedule)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), run.clip_norm or math.inf)
+        value = float(norm)
+        if math.isfinite(value):
+            self.optimizer.step(factor)
+            progress.bad_in_a_row = 0
+            if self.ema is not None:
+                self.ema.update()
+        else:
+            self._skip(value)
+        for parameter in self.trained.values():
+            parameter.grad = None
+        self._window.close_step(value, factor * self.config.optimizer.lr)
+        progress.step += 1
+        progress.micro = 0
+
+    def _skip(self, norm: float) -> None:
+        progress, step = self.progress, self.progress.step
+        progress.skipped += 1
+        progress.bad_in_a_row += 1
+        culprits = self._window.culprits()
+        text = (
+            f"step {step}: not finite (gradient norm {norm}), update left out "
+            f"({progress.bad_in_a_row} in a row); batch: {', '.join(culprits)}"
+        )
+        self.metrics.note(text)
+        self.metrics.record(step, {"skipped": progress.skipped, "keys": culprits})
+        if progress.bad_in_a_row >= self.config.run.max_bad_steps:
+            raise HyditError(
+                f"{text}. Stopped: run.max_bad_steps = {self.config.run.max_bad_steps}. "
+                "Lower optimizer.lr, or use precision fp32, and resume from the last checkpoint"
+            )
+
+    # -- between steps -----------------------------------------------------------------------------
+
+    def _after_step(self) -> None:
+        config, step = self.config, self.progress.step
+        final = step == config.run.steps
+        self.metrics.advance()
+        if step % config.metrics.every == 0 or final or step == 1:
+            self._log(step)
+        self._look(step)
+        if step % config.checkpoint.every == 0 or final:
+            self.save()
+
+    def _log(self, step: int) -> None:
+        values = self._window.flush()
+        if self.progress.skipped:
+            values["skipped"] = self.progress.skipped
+        seconds = self.progress.seconds
+        values["seconds"] = round(seconds, 2)
+        shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.2e}"}
+        self.metrics.record(step, values, show=shown)
+
+    def _look(self, step: int) -> None:
+        """Validation and sample pictures, where they are due at ``step``."""
+        config, final = self.config, step == self.config.run.steps
+        every = config.validation.every
+        if every and (step % every == 0 or final):
+            values = validate(self.objective, self.data, self.processes, self._autocast)
+            if self.ema is not None and step > 0:
+                with self.ema.swapped():
+                    averaged = validate(self.objective, self.data, self.processes, self._autocast)
+                values.update({f"{name}_ema": value for name, value in averaged.items()})
+            if values:
+                self.metrics.record(step, values)
+                self.metrics.note(
+                    f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+                )
+        every = config.samples.every
+        if every and (step % every == 0 or final):
+            if self.processes.is_main:
+                with self._averaged():
+                    path = draw_samples(
+                        self.objective.parts,
+                        config.samples,
+                        self.folder / "samples",
+                        step,
+                        self.processes.device,
+                    )
+                self.metrics.note(f"step {step}: pictures in {path}")
+            self.processes.barrier()
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.ema is None else self.ema.swapped()
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint and, at the end of a step, the exported model."""
+        progress = self.progress
+        gradients: dict[str, Tensor] = {}
+        if progress.micro:
+            gradients = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
+            self.processes.mean(gradients.values())
+        if self.processes.is_main:
+            tensors: dict[str, dict[str, Tensor]] = {
+                "weights": {name: p.detach() for name, p in self.objective.parameters().items()},
+                "optimizer": self.optimizer.state(),
+                "gradients": gradients,
+            }
+            if self.ema is not None:
+                tensors["ema"] = self.ema.average
+                progress.ema_updates = self.ema.updates
+            content = Checkpoint(progress, self.config.model_dump(mode="json"), tensors)
+            keep = self.config.checkpoint.keep_last
+            checkpoints.save(self.folder / "checkpoints", content, keep_last=keep)
+            self._export()
+        self.processes.barrier()
+
+    def _export(self) -> None:
+        settings = self.config.checkpoint
+        extra = {
+            "hydit.training": f"step {self.progress.step} of {self.config.run.steps}, "
+            f"batch {self.draws.step_size}, seed {self.config.run.seed}"
+        }
+        with self._averaged():
+            self.objective.export(
+                self.folder / "model.safetensors",
+                dtype=DTYPES[settings.export_dtype],
+                all_in_one=settings.export_all_in_one,
+                extra=extra,
+            )
+
+    def restore(self, found: Checkpoint) -> list[str]:
+        """Continue from a checkpoint; returns what differs in the configuration, for a note to the user.
+
+        Raises :class:`ConfigError` if the checkpoint does not belong to such a model.
+        """
+        where = found.path or "the checkpoint"
+        _copy_into(self.objective.parameters(), found.tensors.get("weights", {}), f"{where}: weights")
+        self.optimizer.load(found.tensors.get("optimizer", {}))
+        self.progress = found.progress
+        if self.ema is not None and "ema" in found.tensors:
+            _copy_into(self.ema.average, found.tensors["ema"], f"{where}: ema")
+            self.ema.updates = found.progress.ema_updates
+        elif self.ema is not None:
+            self.ema = Ema(self.trained, self.config.ema)
+        if found.progress.micro:
+            gradients = found.tensors.get("gradients", {})
+            for name, parameter in self.trained.items():
+                if name in gradients:
+                    parameter.grad = gradients[name].to(parameter.device, copy=True)
+        return differences(found.config, self.config.model_dump(mode="json"))
+
+
+def _copy_into(targets: dict[str, Any], tensors: dict[str, Tensor], where: str) -> None:
+    missing = sorted(set(targets) - set(tensors))
+    foreign = sorted(set(tensors) - set(targets))
+    if missing or foreign:
+        names = ", ".join((missing or foreign)[:3])
+        raise ConfigError(
+            f"{where} do not fit this configuration: {len(missing)} missing, {len(foreign)} unknown "
+            f"({names}); "
+            "to start a new run from these weights use model.init_from"
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            if target.shape != tensors[name].shape:
+                raise ConfigError(
+                    f"{where}: {name} has shape {tuple(tensors[name].shape)}, "
+                    f"the configuration asks for {tuple(target.shape)}"
+                )
+            target.copy_(tensors[name])
+
+
+class _Window:
+    """Losses since the last record, kept on the device so that no step waits for them."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self._terms: list[Tensor] = []
+        self._norms: list[float] = []
+        self._lr = 0.0
+        self._step: list[tuple[Tensor, list[str]]] = []
+
+    def add(self, terms: Any, batch: Batch) -> None:
+        per_sample = torch.stack([terms.loss, terms.mse, terms.vlb]).detach()  # (3, B)
+        self._terms.append(per_sample.mean(1))
+        self._step.append((per_sample[0], batch.keys))
+
+    def close_step(self, norm: float, lr: float) -> None:
+        self._norms.append(norm)
+        self._lr = lr
+        self._step.clear()
+
+    def culprits(self) -> list[str]:
+        """Keys of this step's samples whose loss is not finite; of all samples if every loss is."""
+        everyone = [key for _, keys in self._step for key in keys]
+        guilty = [
+            key
+            for losses, keys in self._step
+            for key, loss in zip(keys, losses.tolist(), strict=True)
+            if not math.isfinite(loss)
+        ]
+        return guilty or everyone
+
+    def flush(self) -> dict[str, Any]:
+        """Means since the last call, over all processes."""
+        means = self.processes.sum(torch.stack(self._terms).nanmean(0)) / self.processes.world
+        norms = [n for n in self._norms if math.isfinite(n)]
+        norm = sum(norms) / len(norms) if norms else math.nan
+        self._terms.clear()
+        self._norms.clear()
+        names = ("loss", "mse", "vlb")
+        values: dict[str, Any] = {name: round(v, 6) for name, v in zip(names, means.tolist(), strict=True)}
+        return {**values, "grad_norm": round(norm, 4), "lr": self._lr}
+
+
+Note = Callable[[str], None]
+
+
+def find_checkpoint(where: Path, warn: Note) -> Checkpoint | None:
+    """The newest valid checkpoint of a run's folder, or the one in ``where`` itself.
+
+    None if there is none. Raises :class:`HyditError` if there are only damaged ones.
+    """
+    if (where / "manifest.json").exists():
+        return checkpoints.load(where)
+    return checkpoints.load_latest(where / "checkpoints", warn)

@@ -1,0 +1,101 @@
+"""What a run records: metrics.jsonl always, tensorboard if installed, a progress bar on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Writer of one run's records; a ``Metrics`` of a process that is not the main one writes nothing.
+
+    Records after step ``start`` are removed first: they belong to work that a resumed run repeats.
+    """
+
+    def __init__(
+        self, folder: Path, *, start: int, total: int, active: bool = True, tensorboard: bool = True
+    ) -> None:
+        self.active = active
+        self._board: Any = None
+        if not active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILE
+        _truncate(path, start)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._board = _summary_writer(folder / "tensorboard", start)
+        self._bar = tqdm(
+            total=total,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            # A log file wants a line now and then, a terminal a smooth bar.
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+
+    def advance(self) -> None:
+        """One more step on the bar."""
+        if self.active:
+            self._bar.update()
+
+    def record(self, step: int, values: dict[str, Any], *, show: dict[str, str] | None = None) -> None:
+        """Append ``{"step": step, **values}``; ``show`` goes to the progress bar."""
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+        if show:
+            self._bar.set_postfix(show, refresh=False)
+
+    def note(self, text: str) -> None:
+        """A line for the reader of the terminal, above the bar."""
+        if self.active:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+
+def _summary_writer(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start + 1)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a metrics file; a last line that was cut by a crash is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def _truncate(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = [record for record in read(path) if record["step"] <= step]
+    temporary = path.with_suffix(".writing")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,187 @@
+"""Parameter groups, learning-rate schedule and weight averaging."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .config import EmaSection, GroupSection, OptimizerSection, ScheduleSection
+
+
+@dataclass(frozen=True)
+class Group:
+    """Named parameters that share a learning-rate scale and a weight decay."""
+
+    names: tuple[str, ...]
+    lr_scale: float
+    weight_decay: float
+    muon: bool = False
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Glob over the whole name, or a regular expression (searched) after ``re:``."""
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def parameter_groups(parameters: Mapping[str, Tensor], config: OptimizerSection) -> list[Group]:
+    """Sort ``parameters`` into groups; the first matching entry of ``optimizer.groups`` decides.
+
+    Frozen parameters are left out. Weight decay spares biases, norms and other one-dimensional
+    parameters unless a group sets it for them. Raises :class:`ConfigError` for a pattern that
+    matches nothing (a typing error would otherwise train what should be frozen).
+    """
+    unused = set(range(len(config.groups)))
+    sorted_in: dict[tuple[float, float, bool], list[str]] = {}
+    for name, parameter in parameters.items():
+        entry: GroupSection | None = None
+        for index, candidate in enumerate(config.groups):
+            if matches(candidate.match, name):
+                unused.discard(index)
+                entry = entry or candidate
+        if entry is not None and entry.freeze:
+            continue
+        lr_scale = 1.0 if entry is None else entry.lr_scale
+        if entry is not None and entry.weight_decay is not None:
+            decay = entry.weight_decay
+        else:
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        muon = config.name == "muon" and parameter.ndim == 2 and ".blocks." in f".{name}"
+        sorted_in.setdefault((lr_scale, decay, muon), []).append(name)
+    if unused:
+        wrong = [config.groups[i].match for i in sorted(unused)]
+        some = ", ".join(list(parameters)[:: max(1, len(parameters) // 4)][:4])
+        raise ConfigError(
+            f"optimizer.groups: no parameter matches {', '.join(map(repr, wrong))}; names look like: {some}"
+        )
+    if not sorted_in:
+        raise ConfigError("optimizer.groups: every parameter is frozen, there is nothing to train")
+    return [Group(tuple(names), *key) for key, names in sorted_in.items()]
+
+
+class Optimizers:
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest, as one optimizer.
+
+    State goes in and out by parameter name, so that a checkpoint does not depend on the order of
+    parameters or groups.
+    """
+
+    def __init__(
+        self, groups: list[Group], parameters: Mapping[str, nn.Parameter], config: OptimizerSection
+    ) -> None:
+        self.config = config
+        self._names: list[list[str]] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        plain = [g for g in groups if not g.muon]
+        if plain:
+            self._add(plain, parameters, config.lr)
+        matrices = [g for g in groups if g.muon]
+        if matrices:
+            self._add(matrices, parameters, config.muon_lr)
+
+    def _add(self, groups: list[Group], parameters: Mapping[str, nn.Parameter], lr: float) -> None:
+        config = self.config
+        tables = [
+            {
+                "params": [parameters[n] for n in g.names],
+                "weight_decay": g.weight_decay,
+                "base_lr": lr * g.lr_scale,
+            }
+            for g in groups
+        ]
+        if groups[0].muon:
+            optimizer: torch.optim.Optimizer = torch.optim.Muon(
+                tables, lr=lr, momentum=config.muon_momentum, weight_decay=config.weight_decay
+            )
+        else:
+            optimizer = torch.optim.AdamW(tables, lr=lr, betas=config.betas, eps=config.eps, fused=True)
+        self._optimizers.append(optimizer)
+        self._names.append([n for g in groups for n in g.names])
+
+    def step(self, factor: float) -> None:
+        """One update with every group's learning rate multiplied by ``factor``."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimizer.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """``name|key`` -> tensor (moments and step counts)."""
+        found: dict[str, Tensor] = {}
+        for optimizer, names in zip(self._optimizers, self._names, strict=True):
+            for index, entries in optimizer.state_dict()["state"].items():
+                for key, value in entries.items():
+                    found[f"{names[index]}|{key}"] = torch.as_tensor(value)
+        return found
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for optimizer, names in zip(self._optimizers, self._names, strict=True):
+            position = {name: index for index, name in enumerate(names)}
+            entries: dict[int, dict[str, Tensor]] = {}
+            for full, value in state.items():
+                name, _, key = full.rpartition("|")
+                if name in position:
+                    entries.setdefault(position[name], {})[key] = value
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def learning_rate_factor(step: int, steps: int, config: ScheduleSection) -> float:
+    """The learning rate of step ``step`` (from 0) as a fraction of the configured one.
+
+    Linear warm-up, then constant until ``decay_start`` (and at least the end of the warm-up), then a
+    half cosine or a line down to ``min_lr`` at the last step.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.kind == "constant":
+        return 1.0
+    begin = max(config.warmup_steps, int(config.decay_start * steps))
+    done = min(1.0, max(0.0, (step - begin) / max(1, steps - begin)))
+    shape = 1 - done if config.kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.min_lr + (1 - config.min_lr) * shape
+
+
+class Ema:
+    """Exponential moving average of parameters, in float32.
+
+    The warm-up is that of Tencent/HunyuanDiT's training code: ``1 - (1 + n) ** -power``, capped.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], config: EmaSection) -> None:
+        self.config = config
+        self.live = dict(parameters)
+        self.average = {n: p.detach().to(torch.float32, copy=True) for n, p in self.live.items()}
+        self.updates = 0
+
+    def decay(self, update: int) -> float:
+        """Weight of the old average at update number ``update`` (from 1)."""
+        if not self.config.warmup:
+            return self.config.decay
+        return min(self.config.decay, 1 - (1 + update) ** -self.config.power)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        live = [p.detach().float() for p in self.live.values()]
+        torch._foreach_lerp_(list(self.average.values()), live, 1 - self.decay(self.updates))
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the model holds the averaged weights; afterwards exactly what it held before."""
+        with torch.no_grad():
+            kept = [p.detach().clone() for p in self.live.values()]
+            torch._foreach_copy_([p.detach() for p in self.live.values()], list(self.average.values()))
+            try:
+                yield
+            finally:
+                torch._foreach_copy_([p.detach() for p in self.live.values()], kept)

@@ -1,0 +1,143 @@
+"""The networks of a run: loaded or fresh, and written back as one file."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DiTConfig, ModelInfo
+from ..data import hash_int
+from ..errors import ConfigError
+from ..locate import ModelFiles, model_files
+from ..model.dit import DiT
+from ..text import TextEncoders, load_text_encoders
+from ..vae import VAE, load_vae
+from ..weights.load import load_dit
+from ..weights.save import save_checkpoint
+from ..weights.vae_layout import diffusers_to_ldm, diffusers_to_taesd
+from .config import InfoSection, ModelSection, TextScratch, TrainConfig
+
+
+@dataclass
+class ModelParts:
+    """What is trained and what it needs; ``info`` describes the file that comes out."""
+
+    dit: DiT
+    text: TextEncoders
+    vae: VAE
+    info: ModelInfo
+
+    def save(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
+        """Write the DiT, or everything in one file."""
+        if not all_in_one:
+            save_checkpoint(path, dit=self.dit.state_dict(), info=self.info, dtype=dtype, metadata=extra)
+            return
+        save_checkpoint(
+            path,
+            dit=self.dit.state_dict(),
+            **self.text.state_parts(),
+            vae=vae_tensors(self.vae),
+            info=self.info,
+            dtype=dtype,
+            metadata=extra,
+        )
+
+
+def vae_tensors(vae: VAE) -> dict[str, Tensor]:
+    """A VAE's weights in the names of all-in-one files."""
+    state = vae.model.state_dict()
+    if vae.is_tiny:
+        return diffusers_to_taesd(state, vae_scale=vae.scaling_factor)
+    return diffusers_to_ldm(state)
+
+
+def build(config: TrainConfig) -> ModelParts:
+    """Load or initialize the networks of a run, on the CPU.
+
+    A fresh model is a function of ``run.seed``. What is trained is float32; frozen text encoders take
+    the precision of the run.
+
+    Raises:
+        WeightsError: a file is missing or holds something else.
+        ConfigError: parts do not fit each other.
+    """
+    model = config.model
+    files = _files(model)
+    if model.from_scratch is not None:
+        dit = DiT(DiTConfig.from_dict(model.from_scratch.model_dump()))
+        dit.initialize(torch.Generator().manual_seed(_seed(config, "dit")))
+        info = ModelInfo.published(dit.config.version)
+        info = dataclasses.replace(info, pooler_heads=dit.config.pooler_heads, rope_base=dit.config.rope_base)
+    else:
+        dit, info = load_dit(files.dit, dtype=torch.float32)
+        info = dataclasses.replace(
+            info, diffusion=files.diffusion or info.diffusion, base=files.dit.name, variant=""
+        )
+    text = _text(config, files, dit.config)
+    vae = load_vae(files.vae)
+    info = _with_section(info, model.info)
+    options = text.info()
+    info = dataclasses.replace(info, bert=options["bert"], t5=options["t5"], vae=_vae_info(vae, info))
+    return ModelParts(dit, text, vae, info)
+
+
+def _files(model: ModelSection) -> ModelFiles:
+    text = model.text_encoders if isinstance(model.text_encoders, Path) else None
+    if model.init_from is not None:
+        return model_files(model.init_from, text_encoders=text, vae=model.vae)
+    assert model.vae is not None
+    return ModelFiles(dit=Path(), text_encoders=text or Path(), vae=model.vae)
+
+
+def _text(config: TrainConfig, files: ModelFiles, dit: DiTConfig) -> TextEncoders:
+    scratch = config.model.text_encoders
+    lengths = {"text_len": dit.text_len, "t5_len": dit.t5_len}
+    if not isinstance(scratch, TextScratch):
+        trained = config.objective.train_text_encoders
+        half = config.run.precision == "bf16" and not trained
+        dtype = torch.bfloat16 if half else torch.float32
+        return load_text_encoders(files.text_encoders, dtype=dtype, device="cpu", **lengths)
+    contents = []
+    for path in (scratch.vocab, scratch.spiece):
+        try:
+            contents.append(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"model.text_encoders: cannot read {path}: {error.strerror}") from error
+    vocab, spiece = contents
+    seed = _seed(config, "text encoders")
+    return TextEncoders.build(scratch.bert, scratch.t5, vocab, spiece, **lengths, seed=seed)
+
+
+def _seed(config: TrainConfig, purpose: str) -> int:
+    return hash_int(config.run.seed, purpose) >> 1
+
+
+def _with_section(info: ModelInfo, section: InfoSection) -> ModelInfo:
+    changes: dict[str, object] = {
+        name: value
+        for name in ("version", "variant", "base")
+        if (value := getattr(section, name)) is not None
+    }
+    for name in ("diffusion", "defaults"):
+        table = getattr(section, name)
+        if table is not None:
+            changes[name] = dataclasses.replace(getattr(info, name), **table.model_dump(exclude_unset=True))
+    return dataclasses.replace(info, **changes)  # type: ignore[arg-type]
+
+
+def _vae_info(vae: VAE, info: ModelInfo) -> dict[str, object]:
+    found: dict[str, object] = {**info.vae, "scaling_factor": vae.scaling_factor}
+    config: Any = vae.model.config
+    groups = config.get("norm_num_groups")
+    if groups is not None:
+        found["norm_num_groups"] = groups
+    if vae.shift_factor:
+        found["shift_factor"] = vae.shift_factor
+    if vae.preview_rgb is not None:
+        found["preview_rgb"] = vae.preview_rgb
+    return found
