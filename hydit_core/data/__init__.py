@@ -6,6 +6,7 @@ number of workers, or on where a run was interrupted.
 
 from __future__ import annotations
 
+from .cache import LatentCache, build_latent_cache, require_outside_sources, user_cache_folder
 from .config import BucketConfig, CacheConfig, DataConfig, SourceConfig
 from .dataset import Batch, TrainData, open_dataset
 from .images import Geometry, load_picture, to_tensor
@@ -21,14 +22,18 @@ __all__ = [
     "DataConfig",
     "DataSummary",
     "Geometry",
+    "LatentCache",
     "Manifest",
     "Record",
     "SourceConfig",
     "TrainData",
+    "build_latent_cache",
     "hash_int",
     "load_picture",
     "open_dataset",
+    "require_outside_sources",
     "sample_generator",
     "to_tensor",
     "uniform",
+    "user_cache_folder",
 ]

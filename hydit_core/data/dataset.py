@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from ..errors import DataError
 from .buckets import assign_buckets, bucket_sizes
+from .cache import LatentCache
 from .config import DataConfig, Size
 from .images import Geometry, load_picture, to_tensor
 from .manifest import Findings, Manifest, gather, validation_rows
@@ -118,6 +119,7 @@ class TrainData:
             seed,
             areas=[w * h for w, h in self.sizes],
         )
+        self._latents: LatentCache | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -130,6 +132,21 @@ class TrainData:
         for record, bucket in zip(self.manifest, self.bucket_of_row, strict=True):
             total = hash_int(total, record.key, *record.captions, int(bucket))
         return f"{hash_int(total, *np.bincount(self.row_of_sample)):016x}"
+
+    def use_latents(self, cache: LatentCache) -> None:
+        """Take latents from a complete cache from now on, in place of pictures.
+
+        Raises :class:`DataError` if pictures are not in it, unless unreadable ones are to be skipped.
+        """
+        cache.store.refresh()
+        missing = int(cache.missing().any(axis=1).sum())
+        if missing and (self.config.on_unreadable == "error" or missing == len(self.manifest)):
+            raise DataError(
+                f"the latent cache {cache.store.folder} lacks {missing} of {len(self.manifest)} pictures; "
+                "run `python -m hydit_core.train cache CONFIG.toml` to complete it"
+            )
+        cache.load(self.config.cache.ram_mb << 20)
+        self._latents = cache
 
     def summary(self) -> DataSummary:
         """Counts of everything found, for ``--dry-run`` and the log."""
@@ -180,37 +197,52 @@ class TrainData:
         for places, weights in batches[self.rank :: world]:
             size = self.sizes[self.bucket_of_row[self.validation[places[0]]]]
             samples = [self._validation_sample(int(self.validation[p]), size) for p in places]
+            weights = [0.0 if s.skipped else w for s, w in zip(samples, weights, strict=True)]
             yield self._collate(-1, samples, size, places, weights)
 
     def _training_sample(self, step: int, position: int, index: int, size: Size) -> _Sample:
         draw = (self.seed, step, position)
         fraction = uniform(*draw, "crop") if self.config.random_crop else 0.5
         flip = uniform(*draw, "flip") < self.config.flip
+        caption = uniform(*draw, "caption")
+        return self._first_readable(self._training_rows(index), size, fraction, flip, caption)
+
+    def _training_rows(self, index: int) -> Iterator[int]:
+        """The row of a sample, then, as stand-ins, those of the samples after it in its bucket."""
+        members = self.order.bucket_members(index)
+        start = int(np.searchsorted(members, index))
+        return (int(self.row_of_sample[members[(start + i) % len(members)]]) for i in range(len(members)))
+
+    def _validation_sample(self, row: int, size: Size) -> _Sample:
+        return self._first_readable(self._validation_rows(row), size, 0.5, False, 0.0)
+
+    def _validation_rows(self, row: int) -> Iterator[int]:
+        yield row
+        alike = self.validation[self.bucket_of_row[self.validation] == self.bucket_of_row[row]]
+        yield from (int(other) for other in alike if other != row)
+
+    def _first_readable(
+        self, rows: Iterable[int], size: Size, fraction: float, flip: bool, caption: float
+    ) -> _Sample:
+        """The first of ``rows`` that can be read; a second one is only tried if that is configured."""
         skipped: list[str] = []
-        for row in self._stand_ins(index):
+        for row in rows:
+            key = self.manifest.keys[row]
             try:
                 geometry, values = self._picture(row, size, fraction, flip)
             except DataError:
                 if self.config.on_unreadable == "error":
                     raise
-                skipped.append(self.manifest.keys[row])
+                skipped.append(key)
                 continue
-            which = int(uniform(*draw, "caption") * self.manifest.caption_count(row))
-            caption = self.manifest.caption(row, which)
-            return _Sample(self.manifest.keys[row], caption, geometry, values, tuple(skipped))
+            which = int(caption * self.manifest.caption_count(row))
+            return _Sample(key, self.manifest.caption(row, which), geometry, values, tuple(skipped))
         raise DataError(f"none of the {len(skipped)} pictures for size {size[0]}x{size[1]} can be read")
 
-    def _stand_ins(self, index: int) -> Iterator[int]:
-        """The row of a sample, then, should it be unreadable, the rows that follow it in its bucket."""
-        rows = self.row_of_sample[self.order.bucket_members(index)]
-        start = int(np.searchsorted(self.order.bucket_members(index), index))
-        return (int(rows[(start + i) % len(rows)]) for i in range(len(rows)))
-
-    def _validation_sample(self, row: int, size: Size) -> _Sample:
-        geometry, values = self._picture(row, size, 0.5, False)
-        return _Sample(self.manifest.keys[row], self.manifest.caption(row, 0), geometry, values)
-
     def _picture(self, row: int, size: Size, fraction: float, flip: bool) -> tuple[Geometry, torch.Tensor]:
+        if self._latents is not None:
+            geometry = Geometry.cover(self.manifest.size(row), size, flip=flip)
+            return geometry, self._latents.get(row, flip)
         picture = load_picture(self.manifest.path(row), self.config.alpha_color)
         geometry = Geometry.cover(picture.size, size, fraction=fraction, flip=flip)
         return geometry, to_tensor(geometry.apply(picture))
@@ -228,7 +260,8 @@ class TrainData:
             crops=torch.tensor([(s.geometry.left, s.geometry.top) for s in samples]),
             positions=torch.tensor([int(p) for p in positions]),
             weights=torch.tensor(weights),
-            pixels=values,
+            pixels=values if self._latents is None else None,
+            moments=values if self._latents is not None else None,
             skipped=tuple(key for s in samples for key in s.skipped),
         )
 

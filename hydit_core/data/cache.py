@@ -1,0 +1,225 @@
+"""Latents that are encoded once and kept on disk, under the hash of everything they depend on.
+
+A cached picture has one crop, the center, and with ``flip`` a second, flipped entry. What is kept
+are the VAE's moments (mean and log variance), so each step can still sample the posterior.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..errors import ConfigError, DataError
+from .config import DataConfig, Size
+from .fingerprints import PictureHashes, Progress, file_hash, module_hash
+from .images import Geometry, load_picture, read_picture, to_tensor
+from .sources import source_kind
+from .store import KEY_LENGTH, TensorStore, content_key
+
+if TYPE_CHECKING:
+    from ..vae import VAE
+    from .dataset import TrainData
+
+_RECIPE = "latents 1: cover, LANCZOS, center crop"
+"""Part of every key; to be changed with anything in the way from file to pixels."""
+
+
+def cache_folder(config: DataConfig, default: Path | None = None) -> Path:
+    """Where a run's caches lie: as configured, else ``default``, else the user's cache folder.
+
+    Raises :class:`ConfigError` if that is inside a folder of training pictures.
+    """
+    folder = config.cache.dir or default or user_cache_folder()
+    require_outside_sources(folder, config, "the cache")
+    return folder
+
+
+def user_cache_folder() -> Path:
+    """The platform's folder for caches, of this project."""
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hydit"
+
+
+def require_outside_sources(folder: Path, config: DataConfig, what: str) -> None:
+    """Raise :class:`ConfigError` if ``folder`` lies inside a picture folder.
+
+    What a run writes there, sample pictures above all, the next run would take for training pictures.
+    """
+    place = folder.expanduser().resolve()
+    for source in config.sources:
+        pictures = source.path.resolve()
+        if source_kind(source) == "folder" and place.is_relative_to(pictures):
+            raise ConfigError(
+                f"{what} would be written to {folder}, inside the picture folder {source.path}; "
+                "choose a place outside it"
+            )
+
+
+class LatentCache:
+    """The cached moments of a dataset's pictures under one VAE.
+
+    Opening it hashes the pictures that changed since the last time and encodes nothing;
+    :func:`build_latent_cache` adds what is missing. Raises :class:`DataError` for a picture that
+    cannot be read, unless such pictures are to be skipped.
+    """
+
+    def __init__(self, data: TrainData, vae: VAE, folder: Path, *, progress: Progress | None = None) -> None:
+        config = data.config
+        vae_hash = module_hash(vae)
+        self.dtype: torch.dtype = getattr(torch, config.cache.dtype)
+        self.store = TensorStore(folder / f"latents-{vae_hash[:16]}")
+        self._recipe = (_RECIPE, vae_hash, config.alpha_color, config.cache.dtype)
+        self._memory: dict[str, torch.Tensor] = {}
+        flips = np.full(len(data.manifest), config.flip > 0)
+        flips[data.validation] = False
+        self._keys = np.zeros((len(flips), 2), dtype=f"S{KEY_LENGTH}")
+        hashes = PictureHashes(folder, rank=data.rank)
+        for row, flip in enumerate(flips):
+            try:
+                digest = hashes.of(data.manifest.path(row))
+            except DataError:
+                if config.on_unreadable == "error":
+                    raise
+                continue  # no key: get() will say that it is absent
+            size = data.sizes[data.bucket_of_row[row]]
+            self._keys[row, 0] = self.key(digest, size, False)
+            if flip:
+                self._keys[row, 1] = self.key(digest, size, True)
+            if progress is not None and row % 256 == 255:
+                progress(row + 1, len(flips))
+        hashes.save()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Worker processes that are started afresh read from disk; forked ones share the memory."""
+        return {**self.__dict__, "_memory": {}}
+
+    def key(self, digest: str, size: Size, flip: bool) -> str:
+        """The store key of a picture file with SHA-256 ``digest``, cropped to ``size``."""
+        return content_key(*self._recipe, digest, f"{size[0]}x{size[1]}", "flip" if flip else "")
+
+    def missing(self) -> np.ndarray:
+        """Which entries are wanted and not on disk: (rows, 2) booleans, unflipped and flipped."""
+        stored = self.store.contains(self._keys)
+        return (self._keys != b"") & ~stored
+
+    def matches(self, row: int, digest: str, size: Size) -> bool:
+        """Whether ``digest`` is still the picture that ``row`` was opened with."""
+        return self._keys[row, 0] == self.key(digest, size, False).encode()
+
+    def put(self, row: int, flip: bool, moments: torch.Tensor) -> None:
+        self.store.put(self._keys[row, int(flip)].decode(), moments.to(self.dtype))
+
+    def get(self, row: int, flip: bool) -> torch.Tensor:
+        """(2 C, h, w) float32. Raises :class:`DataError` if it is not there."""
+        key = self._keys[row, int(flip)].decode()
+        try:
+            return (self._memory[key] if key in self._memory else self.store.get(key)).float()
+        except KeyError:
+            raise DataError(f"the latent cache {self.store.folder} has no entry for picture {row}") from None
+
+    def load(self, limit_bytes: int) -> bool:
+        """Read everything that is stored into memory if it fits into ``limit_bytes``; say whether it did."""
+        keys = [k.decode() for k in np.unique(self._keys[(self._keys != b"") & ~self.missing()])]
+        if self.store.nbytes(keys) > limit_bytes:
+            return False
+        self._memory = self.store.read(keys)
+        return True
+
+
+def build_latent_cache(
+    data: TrainData,
+    vae: VAE,
+    progress: Progress | None = None,
+    *,
+    folder: Path | None = None,
+    batch_size: int = 4,
+) -> LatentCache:
+    """Encode the pictures that have no latents on disk yet, and write them.
+
+    With several ranks each encodes its share; let all finish before ``data.use_latents(cache)``.
+    Interrupted at any moment, it goes on next time after the last shard written. ``folder`` is used
+    unless the configuration names a place. ``progress`` gets (pictures done, pictures to encode).
+
+    Raises:
+        ConfigError: if the cache would lie inside a picture folder.
+        DataError: for an unreadable picture, unless such are to be skipped; if the disk is full; or
+            if the VAE's output is not finite.
+    """
+    cache = LatentCache(data, vae, cache_folder(data.config, folder))
+    missing = cache.missing()
+    rows = np.flatnonzero(missing.any(axis=1))[data.rank :: data.order.world_size]
+    cache.store.clean()
+    done = 0
+    try:
+        for batch in _decoded(data, cache, rows, batch_size):
+            wanted = [
+                (row, flip, pixels)
+                for row, pixels in batch
+                for flip in (False, True)
+                if missing[row, int(flip)]
+            ]
+            for start in range(0, len(wanted), batch_size):
+                part = wanted[start : start + batch_size]
+                pixels = torch.stack([p.flip(-1) if flip else p for _, flip, p in part])
+                for (row, flip, _), moments in zip(part, _encode(vae, pixels, cache.dtype), strict=True):
+                    cache.put(row, flip, moments)
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(rows))
+    finally:
+        cache.store.flush()
+        cache.store.refresh()
+    return cache
+
+
+def _encode(vae: VAE, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with torch.no_grad():
+        moments = vae.encode_moments(pixels).to(dtype)
+    if not torch.isfinite(moments).all():
+        raise DataError(
+            f"the VAE's output is not finite for a batch of {pixels.shape[-1]}x{pixels.shape[-2]} pictures; "
+            "load the VAE as float32 (the original SDXL VAE overflows in float16), or set cache.dtype"
+        )
+    return moments
+
+
+def _decoded(
+    data: TrainData, cache: LatentCache, rows: np.ndarray, batch_size: int
+) -> Iterator[list[tuple[int, torch.Tensor]]]:
+    """Batches of (row, pixels), of one size each; the next one is decoded while one is encoded."""
+    batches: list[np.ndarray] = []
+    for bucket in np.unique(data.bucket_of_row[rows]):
+        members = rows[data.bucket_of_row[rows] == bucket]
+        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
+    with ThreadPoolExecutor(max_workers=max(1, data.config.workers)) as pool:
+        ahead: deque[list[Future[torch.Tensor | None]]] = deque()
+        for number in range(len(batches) + 1):
+            if number < len(batches):
+                ahead.append([pool.submit(_pixels, data, cache, int(row)) for row in batches[number]])
+            if number:
+                results = [future.result() for future in ahead.popleft()]
+                yield [
+                    (int(r), p) for r, p in zip(batches[number - 1], results, strict=True) if p is not None
+                ]
+
+
+def _pixels(data: TrainData, cache: LatentCache, row: int) -> torch.Tensor | None:
+    """(3, H, W) of an unflipped picture, or None if it is unreadable and to be skipped."""
+    path, size = data.manifest.path(row), data.sizes[data.bucket_of_row[row]]
+    try:
+        content = read_picture(path)
+        picture = load_picture(content, data.config.alpha_color, name=str(path))
+    except DataError:
+        if data.config.on_unreadable == "error":
+            raise
+        return None
+    if not cache.matches(row, file_hash(content), size):
+        raise DataError(f"{path} was changed while the cache was being built; run it again")
+    return to_tensor(Geometry.cover(picture.size, size).apply(picture))

@@ -1,0 +1,92 @@
+"""What cache keys are made of: the hash of a module's weights, and the hashes of picture files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..errors import DataError
+from .images import read_picture
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+_RACY_SECONDS = 2.0
+
+
+def module_hash(module: torch.nn.Module) -> str:
+    """SHA-256, hexadecimal, of all weights and buffers with their names, shapes and dtypes.
+
+    The groups and the epsilon of norms are included: they change the outputs and are not weights.
+    """
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        for attribute in ("num_groups", "eps"):
+            if (value := getattr(part, attribute, None)) is not None:
+                digest.update(f"{name}.{attribute}={value};".encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def file_hash(data: bytes) -> str:
+    """SHA-256, hexadecimal, of a picture file's bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+class PictureHashes:
+    """SHA-256 of picture files, remembered by (path, size, time of change).
+
+    So an unchanged picture is not read again, and an edited one always is: what was hashed within
+    two seconds of its change is not remembered, because a second change might have left the same time.
+    """
+
+    def __init__(self, folder: Path, *, rank: int = 0) -> None:
+        self._file = folder / f"pictures-{rank}.jsonl"
+        self._known: dict[str, tuple[int, int, str]] = {}
+        self._new: list[str] = []
+        for path in sorted(folder.glob("pictures-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    name, size, changed, digest = json.loads(line)
+                except ValueError:  # the last line of a process that was killed
+                    continue
+                self._known[name] = (size, changed, digest)
+
+    def of(self, path: Path) -> str:
+        """The hash of a file's bytes. Raises :class:`DataError` if it cannot be read."""
+        name = str(path.resolve())
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"cannot read picture {path}: {error.strerror}") from error
+        known = self._known.get(name)
+        if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
+            return known[2]
+        digest = file_hash(read_picture(path))
+        if time.time() - status.st_mtime > _RACY_SECONDS:
+            self._known[name] = (status.st_size, status.st_mtime_ns, digest)
+            self._new.append(json.dumps([name, *self._known[name]]))
+        return digest
+
+    def save(self) -> None:
+        """Write down the hashes made since the last call."""
+        if not self._new:
+            return
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._file, "a", encoding="utf-8") as file:
+                # A leading newline ends a line that a killed process may have left open.
+                file.write("\n" + "\n".join(self._new) + "\n")
+        except OSError as error:
+            raise DataError(f"cannot write {self._file}: {error.strerror}") from error
+        self._new.clear()
