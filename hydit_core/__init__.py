@@ -1,1 +1,71 @@
-"""HunyuanDiT: model, samplers, weights, LoRA merging and training, free of ComfyUI."""
+"""HunyuanDiT: model, samplers, weights, LoRA merging and training, free of ComfyUI.
+
+>>> import hydit_core
+>>> pipe = hydit_core.load()  # the embedded model; or a file or folder
+>>> pipe("a red apple", seed=1)[0].save("apple.png")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, DataError, HyditError, WeightsError
+
+if TYPE_CHECKING:
+    from .config import DiffusionConfig, DiTConfig, ModelInfo, SamplingDefaults
+    from .model.controlnet import ControlNet
+    from .model.dit import DiT
+    from .pipeline import Pipeline, load
+    from .presets import PRESETS
+    from .weights.load import load_controlnet, load_dit, save_checkpoint
+
+__version__ = "0.1.0"
+
+# Found when they are first asked for: importing hydit_core alone must not import torch.
+_HOMES = {
+    "PRESETS": "presets",
+    "ControlNet": "model.controlnet",
+    "DiT": "model.dit",
+    "DiTConfig": "config",
+    "DiffusionConfig": "config",
+    "ModelInfo": "config",
+    "Pipeline": "pipeline",
+    "SamplingDefaults": "config",
+    "load": "pipeline",
+    "load_controlnet": "weights.load",
+    "load_dit": "weights.load",
+    "save_checkpoint": "weights.load",
+}
+
+__all__ = [
+    "PRESETS",
+    "ConfigError",
+    "ControlNet",
+    "DataError",
+    "DiT",
+    "DiTConfig",
+    "DiffusionConfig",
+    "HyditError",
+    "ModelInfo",
+    "Pipeline",
+    "SamplingDefaults",
+    "WeightsError",
+    "load",
+    "load_controlnet",
+    "load_dit",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,249 @@
+"""``python -m hydit_core.generate``: pictures from prompts, as PNG files that remember their parameters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from .config import NEGATIVE_PROMPT, SamplingDefaults
+from .data.config import parse_size
+from .data.images import load_picture
+from .diffusion.samplers import SAMPLERS
+from .diffusion.schedule import SPACINGS
+from .errors import ConfigError, cli_main
+from .pipeline import DTYPES, Picture, Pipeline, load
+from .png import png_info
+from .presets import PRESETS
+from .weights.writer import atomic_path
+
+_FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns its exit code: 0, or 2 after an ``error: ...`` line on stderr."""
+    args = _parser().parse_args(argv)
+    return cli_main(lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hydit_core.generate",
+        description="Draw pictures from prompts. What is not given is as the model's file recommends.",
+    )
+    what = parser.add_argument_group("what to draw")
+    what.add_argument("--prompt", action="extend", nargs="+", default=[], metavar="TEXT", help="one or more")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="text file, UTF-8, one prompt a line")
+    what.add_argument(
+        "--negative",
+        metavar="TEXT",
+        help="what to steer away from; `tencent`: Tencent's own text",
+    )
+    what.add_argument("--init-image", type=Path, metavar="FILE", help="start from this picture")
+    what.add_argument(
+        "--strength",
+        type=float,
+        default=None,
+        help="how far to leave --init-image: above 0, up to 1 (default 0.6)",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", metavar="PATH", help="file or folder; default: the model that comes with hydit"
+    )
+    model.add_argument("--text-encoders", metavar="PATH", help="where they are, if not inside --model")
+    model.add_argument("--vae", metavar="PATH", help="where it is, if not inside --model")
+    model.add_argument(
+        "--dtype", default="auto", choices=DTYPES, help="of the computation (default: %(default)s)"
+    )
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--preset", choices=PRESETS, help="the settings published for a release")
+    how.add_argument("--size", type=_size, metavar="WxH", help="pixels, multiples of 8")
+    how.add_argument("--steps", type=int)
+    how.add_argument("--cfg", type=float, help="guidance scale, 1 (off) and up")
+    how.add_argument("--guidance-rescale", type=float, help="0 (off) to 1")
+    how.add_argument("--sampler", choices=SAMPLERS)
+    how.add_argument("--spacing", choices=SPACINGS, help="of the timesteps; default: what suits the sampler")
+    how.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
+    how.add_argument(
+        "--batch", type=int, default=1, help="pictures of each prompt, seeds counting up (default: 1)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs"), help="folder, or a .png (default: outputs)"
+    )
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _run(args: argparse.Namespace) -> None:
+    prompts = _prompts(args)
+    if args.strength is not None and args.init_image is None:
+        raise ConfigError("--strength needs --init-image")
+    if not 0 <= args.seed < 2**63:
+        raise ConfigError(f"--seed {args.seed}: use a number from 0 to {2**63 - 1}")
+    init = None if args.init_image is None else load_picture(args.init_image)
+    names = _output_names(args.out, len(prompts) * args.batch)
+    rank, mine = _share(len(prompts))
+    if not mine:
+        return
+    pipe = load(
+        args.model,
+        text_encoders=args.text_encoders,
+        vae=args.vae,
+        dtype=args.dtype,
+        device=_device(args.device),
+    )
+    settings = _settings(pipe, args, init)
+    strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
+    own = [prompts[index] for index in mine]
+    for note in pipe.advice(own, settings):
+        print(f"warning: {note}", file=sys.stderr)
+
+    steps = len(pipe.schedule.sigmas_for(settings.spacing, settings.steps, strength)) - 1
+    # None: no bar where stderr is not a terminal.
+    with tqdm(total=steps * len(own), unit="step", disable=None if rank == 0 else True) as bar:
+        drawn = pipe.pictures(
+            own,
+            settings,
+            seed=args.seed,
+            batch=args.batch,
+            init_image=init,
+            strength=strength,
+            callback=lambda *_: bar.update(),
+        )
+        for picture in drawn:
+            index = mine[picture.prompt_index]
+            path = names.path(index * args.batch + picture.seed - args.seed, index, picture)
+            facts = _facts(pipe, settings, picture)
+            if init is not None:
+                facts |= {"init_image": args.init_image.name, "strength": strength}
+            with atomic_path(path) as temporary:
+                picture.image.save(temporary, format="PNG", pnginfo=png_info(facts))
+            bar.clear()
+            print(path, flush=True)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        try:
+            lines = args.prompts.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompts {args.prompts}: cannot be read as UTF-8 text: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with a prompt a line")
+    return prompts
+
+
+def _settings(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | None) -> SamplingDefaults:
+    negative = NEGATIVE_PROMPT if args.negative == "tencent" else args.negative
+    settings = pipe.settings(
+        args.preset,
+        negative=negative,
+        steps=args.steps,
+        cfg=args.cfg,
+        guidance_rescale=args.guidance_rescale,
+        sampler=args.sampler,
+        spacing=args.spacing,
+        width=args.size and args.size[0],
+        height=args.size and args.size[1],
+    )
+    if init is not None and args.size is None:
+        width, height = _size_like(init.size, settings.width * settings.height)
+        settings = pipe.settings(args.preset, **{**vars(settings), "width": width, "height": height})
+    return settings
+
+
+def _size_like(size: tuple[int, int], area: int) -> tuple[int, int]:
+    """Multiples of 16 with the proportions of ``size`` and about ``area`` pixels."""
+    scale = (area / (size[0] * size[1])) ** 0.5
+    width, height = (max(16, round(side * scale / 16) * 16) for side in size)
+    return width, height
+
+
+def _share(count: int) -> tuple[int, list[int]]:
+    """This process's rank, and which of ``count`` prompts are its own under torchrun."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return rank, list(range(rank, count, world))
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+def _facts(pipe: Pipeline, settings: SamplingDefaults, picture: Picture) -> dict[str, Any]:
+    """What is written into the picture."""
+    return {
+        "prompt": picture.prompt,
+        **vars(settings),
+        "negative": settings.negative if settings.cfg > 1 else "",
+        "seed": picture.seed,
+        "model": pipe.name,
+        "version": pipe.info.version,
+        "dtype": str(pipe.dit.dtype).removeprefix("torch."),
+    }
+
+
+class _Names:
+    """Where pictures go: into a folder under names made from the prompts, or to one named file."""
+
+    def __init__(self, folder: Path, stem: str | None, count: int):
+        self.folder = folder
+        self.stem = stem
+        self.count = count
+
+    def path(self, number: int, index: int, picture: Picture) -> Path:
+        """For picture ``number`` of the run, of prompt ``index``, both counting from 0."""
+        if self.stem is not None:
+            return self.folder / (f"{self.stem}.png" if self.count == 1 else f"{self.stem}-{number + 1}.png")
+        words = re.sub(r"\W+", "-", picture.prompt).strip("-")[:40].strip("-")
+        return _unused(self.folder / f"{index + 1:03d}-{words}-{picture.seed}.png")
+
+
+def _unused(path: Path) -> Path:
+    """``path``, or with a number behind it when it exists: a picture is never written over unasked."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate = path.with_name(f"{path.stem}-{number}.png")
+        number += 1
+    return candidate
+
+
+def _output_names(out: Path, count: int) -> _Names:
+    """Check, before anything is loaded, that pictures can be written to ``--out``."""
+    suffix = out.suffix.lower()
+    if suffix in _FOREIGN:
+        raise ConfigError(f"--out {out}: pictures are written as PNG; end the name in .png, or name a folder")
+    folder, stem = (out.parent, out.stem) if suffix == ".png" else (out, None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot write there: {error.strerror or error}") from error
+    if stem is not None and out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder")
+    return _Names(folder, stem, count)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

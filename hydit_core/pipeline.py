@@ -1,0 +1,431 @@
+"""From text to pictures: encoders, DiT, sampler and autoencoder in one object."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import ModelInfo, SamplingDefaults
+from .data.images import Geometry, to_tensor
+from .diffusion.denoiser import Denoiser
+from .diffusion.guidance import GuidedDenoiser
+from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS, draw_noise, noise_sampler_from, start_latents
+from .diffusion.schedule import SPACINGS, Schedule
+from .errors import ConfigError, HyditError, WeightsError
+from .model.dit import Context, DiT
+from .presets import PRESETS
+
+if TYPE_CHECKING:
+    from .text import TextEncoders
+    from .vae import VAE
+
+Progress = Callable[[int, int, Tensor], object]
+"""``(step, steps, denoised latents)``, called once a step, ``step`` counting from 1."""
+
+_TRAINED_SIZE = 1024
+"""The original size that Tencent's inference states to models with a size condition."""
+
+
+class Picture(NamedTuple):
+    """One result: the picture, and which prompt (by its position) and which seed it came from."""
+
+    image: Image.Image
+    prompt: str
+    prompt_index: int
+    seed: int
+
+
+class Pipeline:
+    """Text to picture with one HunyuanDiT. Made by :func:`hydit_core.load`, or from loaded parts.
+
+    Args:
+        dit, text, vae: the three networks, on one device.
+        info: what the model's file says about itself: noise schedule and recommended settings.
+        name: of the file or folder, for the records.
+    """
+
+    def __init__(self, dit: DiT, text: TextEncoders, vae: VAE, info: ModelInfo, *, name: str = ""):
+        self.dit = dit
+        self.text = text
+        self.vae = vae
+        self.info = info
+        self.name = name
+        self.schedule = Schedule(info.diffusion)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.dit.parameters()).device
+
+    # -- settings --------------------------------------------------------------------------------------------
+
+    def settings(self, preset: str | None = None, **given: Any) -> SamplingDefaults:
+        """The model's recommended settings, or a preset's, with those of ``given`` that are not None.
+
+        A sampler that is chosen without a spacing brings its own (``DEFAULT_SPACING`` of the samplers).
+
+        Raises:
+            ConfigError: a value is unknown or out of range; the message lists what is possible.
+        """
+        if preset is not None and preset not in PRESETS:
+            raise ConfigError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
+        base = PRESETS[preset] if preset is not None else self.info.defaults
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if "sampler" in chosen and "spacing" not in chosen:
+            chosen["spacing"] = DEFAULT_SPACING.get(chosen["sampler"], base.spacing)
+        settings = dataclasses.replace(base, **chosen)
+        _check(settings, self.vae.downscale)
+        self.schedule.timesteps(settings.spacing, settings.steps)
+        return settings
+
+    def advice(self, prompts: Sequence[str], settings: SamplingDefaults) -> list[str]:
+        """What the user should know before sampling: cut prompts, unknown words, unsuitable sizes."""
+        texts = {f"prompt {i}": prompt for i, prompt in enumerate(prompts, 1)}
+        if settings.cfg > 1:
+            texts["negative prompt"] = settings.negative
+        notes = [
+            f"{name}, {report}"
+            for name, reports in zip(texts, self.text.tokenize([*texts.values()]).reports, strict=True)
+            for report in reports
+            if report.truncated or report.unknown
+        ]
+        best = self.info.defaults
+        ratio = settings.width * settings.height / (best.width * best.height)
+        if not 1 / 3 < ratio < 3:
+            notes.append(
+                f"{settings.width}x{settings.height} is far {'below' if ratio < 1 else 'above'} the size "
+                f"that this model was made for ({best.width}x{best.height}): expect a poor picture"
+            )
+        return notes
+
+    # -- sampling --------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative: str | None = None,
+        *,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        cfg: float | None = None,
+        guidance_rescale: float | None = None,
+        sampler: str | None = None,
+        spacing: str | None = None,
+        eta: float | None = None,
+        seed: int = 0,
+        batch: int = 1,
+        init_image: Image.Image | None = None,
+        strength: float = 1.0,
+        preset: str | None = None,
+        callback: Progress | None = None,
+    ) -> list[Image.Image]:
+        """Draw ``batch`` pictures of each prompt; what is None comes from the model's own recommendation.
+
+        Picture i of a prompt is drawn with ``seed + i`` and does not depend on the batch that it is part of.
+
+        Args:
+            prompt: one text or several.
+            negative: what to steer away from; "" for nothing. Not used when ``cfg`` is 1.
+            width, height: pixels, multiples of 8.
+            steps, sampler, spacing: see ``SAMPLERS`` and :meth:`~.diffusion.schedule.Schedule.timesteps`.
+            cfg: guidance scale, 1 (off) and up.
+            guidance_rescale: 0 (off) to 1.
+            eta: noise of the ddim sampler, 0 to 1.
+            init_image: start from this picture, scaled and cropped to fit.
+            strength: how far to leave it, above 0, up to 1.
+            preset: published settings in place of the model's recommendation, see :data:`~.presets.PRESETS`.
+            callback: see :data:`Progress`.
+
+        Returns:
+            Pictures in the order of the prompts, ``batch`` of each. Warns of cut prompts and poor sizes.
+
+        Raises:
+            ConfigError: a setting is out of range.
+            HyditError: the networks' values overflowed.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        settings = self.settings(
+            preset,
+            negative=negative,
+            width=width,
+            height=height,
+            steps=steps,
+            cfg=cfg,
+            guidance_rescale=guidance_rescale,
+            sampler=sampler,
+            spacing=spacing,
+        )
+        for note in self.advice(prompts, settings):
+            warnings.warn(note, stacklevel=2)
+        drawn = self.pictures(
+            prompts,
+            settings,
+            eta=eta,
+            seed=seed,
+            batch=batch,
+            init_image=init_image,
+            strength=strength,
+            callback=callback,
+        )
+        return [picture.image for picture in drawn]
+
+    def pictures(
+        self,
+        prompts: Sequence[str],
+        settings: SamplingDefaults,
+        *,
+        eta: float | None = None,
+        seed: int = 0,
+        batch: int = 1,
+        init_image: Image.Image | None = None,
+        strength: float = 1.0,
+        callback: Progress | None = None,
+    ) -> Iterator[Picture]:
+        """As :meth:`__call__`, one picture at a time, so that each can be shown before the next is begun."""
+        if batch < 1:
+            raise ConfigError(f"batch {batch}: use 1 or more")
+        if eta is not None and settings.sampler != "ddim":
+            raise ConfigError(f"eta belongs to the ddim sampler; {settings.sampler} has none")
+        sigmas = self.schedule.sigmas_for(settings.spacing, settings.steps, strength)
+        options = {} if eta is None else {"eta": eta}
+        init = None if init_image is None else self._encode_image(init_image, settings)
+        uncond = self.context([settings.negative], settings) if settings.cfg > 1 else None
+        for index, prompt in enumerate(prompts):
+            context = self.context([prompt], settings)
+            seeds = [seed + i for i in range(batch)]
+            latents = self._sample(context, uncond, settings, sigmas, seeds, init, callback, options)
+            for latent, one in zip(latents, seeds, strict=True):
+                yield Picture(self._decode(latent), prompt, index, one)
+
+    @torch.no_grad()
+    def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:
+        """What the DiT is told about B prompts and, if it was trained with sizes, about the size."""
+        features = self.text.encode(list(prompts))
+        if not all(torch.isfinite(part).all() for part in (features.bert, features.t5)):
+            raise HyditError(f"the text encoders' output is not finite in {self.text.dtype}; {_DTYPE_ADVICE}")
+        size = None
+        if self.dit.config.size_cond:
+            row = [_TRAINED_SIZE, _TRAINED_SIZE, settings.width, settings.height, 0, 0]
+            size = torch.tensor([row] * len(prompts), dtype=torch.float32, device=self.device)
+        bert, bert_mask, t5, t5_mask = features.to(self.device)
+        dtype = self.dit.dtype
+        return self.dit.encode_context(bert.to(dtype), bert_mask, t5.to(dtype), t5_mask, image_meta_size=size)
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        context: Context,
+        uncond: Context | None,
+        settings: SamplingDefaults,
+        sigmas: Tensor,
+        seeds: Sequence[int],
+        init: Tensor | None,
+        callback: Progress | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Latents (B, C, h, w), float32, one for each seed."""
+        scale = self.vae.downscale
+        shape = (self.dit.config.in_channels, settings.height // scale, settings.width // scale)
+        generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
+        noise = draw_noise((len(seeds), *shape), generators).to(self.device)
+        x = start_latents(noise, sigmas, init)
+
+        denoiser: Denoiser
+        if uncond is None:
+            context = _repeat(context, len(seeds))
+            denoiser = Denoiser(self._predict, self.schedule)
+        else:
+            context = Context.cat([_repeat(uncond, len(seeds)), _repeat(context, len(seeds))])
+            denoiser = GuidedDenoiser(self._predict, self.schedule, settings.cfg, settings.guidance_rescale)
+
+        def each_step(state: dict[str, Any]) -> None:
+            if not torch.isfinite(state["denoised"]).all():
+                level = state["sigma"].to(x) * x.new_ones(len(seeds))
+                raise HyditError(
+                    self._overflow(lambda: denoiser(state["x"], level, context=context), state["i"])
+                )
+            if callback is not None:
+                callback(state["i"] + 1, len(sigmas) - 1, state["denoised"])
+
+        return SAMPLERS[settings.sampler](
+            denoiser,
+            x,
+            sigmas.to(self.device),
+            extra_args={"context": context},
+            callback=each_step,
+            disable=True,
+            # The generators that drew the start noise go on: step noise is independent of it.
+            noise_sampler=noise_sampler_from(x, generators),
+            **options,
+        )
+
+    def _predict(self, x_t: Tensor, t: Tensor, *, context: Context) -> Tensor:
+        return self.dit(x_t.to(self.dit.dtype), t, context)
+
+    def _overflow(self, run: Callable[[], Any], step: int) -> str:
+        """Where the DiT's first non-finite value comes from, found by running the step once more."""
+        culprits: list[str] = []
+
+        def watch(name: str) -> Callable[..., None]:
+            def check(module: Any, args: Any, output: Any) -> None:
+                if not culprits and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                    culprits.append(name)
+
+            return check
+
+        hooks = [
+            module.register_forward_hook(watch(name)) for name, module in self.dit.named_modules() if name
+        ]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        place = f"first in {culprits[0]}" if culprits else "outside its layers"
+        return (
+            f"step {step + 1}: the DiT's values are not finite in {self.dit.dtype}, {place}; {_DTYPE_ADVICE}"
+        )
+
+    # -- pictures and latents --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _encode_image(self, image: Image.Image, settings: SamplingDefaults) -> Tensor:
+        geometry = Geometry.cover(image.size, (settings.width, settings.height))
+        return self.vae.encode_mode(to_tensor(geometry.apply(image.convert("RGB")))[None]).to(self.device)
+
+    @torch.no_grad()
+    def _decode(self, latent: Tensor) -> Image.Image:
+        pixels = self.vae.decode(latent[None])[0]  # (3, H, W)
+        if not torch.isfinite(pixels).all():
+            raise HyditError(f"the VAE's output is not finite in {self.vae.dtype}; {_DTYPE_ADVICE}")
+        levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return Image.fromarray(np.asarray(levels.permute(1, 2, 0).cpu()))
+
+
+_DTYPE_ADVICE = (
+    "try dtype bfloat16 or float32, and make sure that the weights are those of a finished training"
+)
+
+
+def _check(settings: SamplingDefaults, multiple: int) -> None:
+    """Raise ConfigError for a setting that cannot be sampled with."""
+    if settings.sampler not in SAMPLERS:
+        raise ConfigError(f"unknown sampler {settings.sampler!r}: use one of {', '.join(SAMPLERS)}")
+    if settings.spacing not in SPACINGS:
+        raise ConfigError(f"unknown spacing {settings.spacing!r}: use one of {', '.join(SPACINGS)}")
+    width, height = settings.width, settings.height
+    if width < multiple or height < multiple or width % multiple or height % multiple:
+        near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in (width, height))
+        raise ConfigError(
+            f"size {width}x{height}: width and height must be multiples of {multiple}; try {near}"
+        )
+    if settings.cfg < 1:
+        raise ConfigError(f"cfg {settings.cfg:g}: use 1 (no guidance) or more")
+    if not 0 <= settings.guidance_rescale <= 1:
+        raise ConfigError(f"guidance rescale {settings.guidance_rescale:g}: use 0 (off) to 1")
+
+
+def _repeat(context: Context, count: int) -> Context:
+    return Context(*(part.expand(count, *part.shape[1:]) for part in context))
+
+
+# -- loading --------------------------------------------------------------------------------------------
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    text_encoders: str | Path | None = None,
+    vae: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    load_key: str | None = None,
+) -> Pipeline:
+    """Load a model and what belongs to it.
+
+    Args:
+        path: an all-in-one checkpoint, a diffusers folder, a folder in Tencent's layout (``t2i/``), or the
+            weights of a DiT alone. None: the model that comes with hydit.
+        text_encoders, vae: files or folders that hold these; needed where ``path`` does not.
+        dtype: of the computation: "auto", "float32", "float16", "bfloat16", or a torch dtype. "auto" is
+            float32 on the CPU, bfloat16 on a GPU that computes in it, else float16.
+        device: "auto" (a GPU if there is one), or a torch device.
+        load_key: which set of weights to take from a ``.pt`` file that holds several: ema, module, distill.
+
+    Raises:
+        WeightsError: a file is missing, damaged, or holds something else.
+        ConfigError: an unknown dtype or device.
+    """
+    from .text import load_text_encoders
+    from .vae import load_vae
+    from .weights.load import load_dit
+
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    source = embedded_model() if path is None else Path(path).expanduser()
+    dit, info = load_dit(source, dtype=dtype, device=device, load_key=load_key)
+    lengths = {"text_len": dit.config.text_len, "t5_len": dit.config.t5_len}
+    text = load_text_encoders(text_encoders or source, dtype=dtype, device=device, **lengths)
+    return Pipeline(dit, text, load_vae(vae or source, dtype=dtype, device=device), info, name=source.name)
+
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def embedded_model() -> Path:
+    """The model that comes with hydit: the one ``.safetensors`` file in its ``assets`` folder.
+
+    Raises :class:`WeightsError` if there is none, or more than one.
+    """
+    found = sorted(ASSETS.glob("*.safetensors"))
+    if len(found) != 1:
+        raise WeightsError(f"{ASSETS} holds {len(found)} models instead of one: name the model to use")
+    return found[0]
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """ "auto" is CUDA, then Apple's MPS, then the CPU. Raises ConfigError for a device that is not there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
+    return chosen
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+DTYPES = ("auto", *_DTYPES)
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the computation; see :func:`load`. Raises ConfigError for an unknown name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    return _DTYPES[dtype]

@@ -1,0 +1,67 @@
+"""Pictures that remember how they were made: the parameters in a PNG's text chunks.
+
+Two chunks are written. ``parameters`` is the line format that picture browsers and galleries show;
+``hydit`` is the same as JSON, for programs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from .errors import DataError
+
+FORMAT = 1
+# Names in the `parameters` line, in its customary order.
+_LINE = {
+    "steps": "Steps",
+    "sampler": "Sampler",
+    "spacing": "Schedule type",
+    "cfg": "CFG scale",
+    "guidance_rescale": "CFG rescale",
+    "seed": "Seed",
+    "model": "Model",
+    "strength": "Denoising strength",
+}
+
+
+def parameters_text(parameters: Mapping[str, Any]) -> str:
+    """The ``parameters`` text: prompt, negative prompt, then one line of settings."""
+    shown = [f"{label}: {parameters[key]}" for key, label in _LINE.items() if parameters.get(key) is not None]
+    shown.insert(1, f"Size: {parameters['width']}x{parameters['height']}")
+    lines = [str(parameters["prompt"])]
+    if parameters.get("negative"):
+        lines.append(f"Negative prompt: {parameters['negative']}")
+    return "\n".join([*lines, ", ".join(shown)])
+
+
+def png_info(parameters: Mapping[str, Any]) -> PngInfo:
+    """Both chunks. ``parameters`` needs at least prompt, width, height and steps."""
+    info = PngInfo()
+    info.add_itxt("parameters", parameters_text(parameters))
+    info.add_itxt("hydit", json.dumps({"format": FORMAT, **parameters}, ensure_ascii=False))
+    return info
+
+
+def read_parameters(path: str | Path) -> dict[str, Any]:
+    """The ``hydit`` chunk of a picture.
+
+    Raises:
+        DataError: the file is no picture, or carries no such chunk.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {}).get("hydit")
+    except OSError as error:
+        raise DataError(f"{path}: not a readable picture ({error})") from error
+    if text is None:
+        raise DataError(
+            f"{path}: carries no `hydit` chunk; it was not written by hydit, or was re-saved without it"
+        )
+    return json.loads(text)
