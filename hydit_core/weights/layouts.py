@@ -18,11 +18,13 @@ import torch
 
 from ..errors import WeightsError
 from .source import TensorSource, as_source
-from .views import Piece, TensorView, rename, without_prefix
+from .views import Piece, TensorView, rename
 
 Layout = Literal["tencent", "diffusers", "comfy"]
 LAYOUTS: tuple[Layout, ...] = ("tencent", "diffusers", "comfy")
 COMFY_PREFIX = "model.diffusion_model."
+PART_PREFIXES = ("text_encoders.", "cond_stage_model.", "vae.", "first_stage_model.", "conditioner.")
+"""What stands before the other parts of an all-in-one file."""
 
 
 class Rule(NamedTuple):
@@ -116,9 +118,10 @@ def to_tencent(
     checkpoints) row 0 stays, the only one that sampling ever used.
 
     Args:
-        prefix: what stands before every name; tensors without it are left out. ``comfy`` has its own.
+        prefix: what stands before every name; tensors without it, and an all-in-one file's other parts,
+            are left out. ``comfy`` has its own.
     """
-    view = without_prefix(as_source(source), prefix or (COMFY_PREFIX if layout == "comfy" else ""))
+    view = model_part(as_source(source), prefix or (COMFY_PREFIX if layout == "comfy" else ""))
     if layout != "diffusers":
         return _first_style_row(view)
     recipes: dict[str, tuple[Piece, ...]] = {}
@@ -180,12 +183,21 @@ def _first_style_row(view: TensorView) -> TensorView:
     return TensorView(view, recipes)
 
 
+def belongs_to_model(key: str, prefix: str) -> bool:
+    """Whether a file's key is of its DiT or ControlNet, not of another part of an all-in-one file."""
+    return key.startswith(prefix) and not key.startswith(PART_PREFIXES)
+
+
+def model_part(source: TensorSource, prefix: str) -> TensorView:
+    """A file's DiT or ControlNet, named without ``prefix``."""
+    return rename(source, lambda key: key[len(prefix) :] if belongs_to_model(key, prefix) else None)
+
+
 # What only this model has, in each layout: found at the end of a key, whatever stands before it.
 _ANCHORS: tuple[tuple[Layout, str], ...] = (
     ("tencent", "mlp_t5.0.weight"),
     ("diffusers", "text_embedder.linear_1.weight"),
 )
-_PART_PREFIXES = ("text_encoders.", "cond_stage_model.", "vae.", "first_stage_model.", "conditioner.")
 _KNOWN_PREFIXES = (COMFY_PREFIX, "model.", "", "module.", "transformer.", "base_model.model.")
 
 
@@ -199,7 +211,7 @@ def find_model(keys: Iterable[str]) -> tuple[Layout, str] | None:
     found: list[tuple[Layout, str]] = []
     for key in present:
         for layout, anchor in _ANCHORS:
-            if key.endswith(anchor) and not key.startswith(_PART_PREFIXES):
+            if key.endswith(anchor) and not key.startswith(PART_PREFIXES):
                 prefix = key[: -len(anchor)]
                 pooler = "pooler." if layout == "tencent" else "time_extra_emb.pooler."
                 if f"{prefix}{pooler}positional_embedding" in present:

@@ -49,7 +49,7 @@ def model_info(source: TensorSource, kind: FileKind) -> ModelInfo:
     info = _with_scheduler(info, source.path)
     # A torch file's own key comes first, then Tencent's file names (pytorch_model_ema.pt).
     text = f"{source.metadata.get('hydit.load_key', '')} {source.path.name}"
-    variant = re.search(r"(?<![a-z])(ema|module|distill)", text.lower())
+    variant = re.search(r"(?<![a-z])(ema|module|distill)(?:ed)?(?![a-z])", text.lower())
     return replace(info, variant=variant.group(1)) if variant else info
 
 

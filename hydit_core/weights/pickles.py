@@ -35,6 +35,8 @@ def open_pickle(path: Path, *, load_key: str | None = None) -> MemorySource:
     loaded = _load(path)
     tensors, used = _find_tensors(loaded, path, load_key)
     metadata = {"hydit.load_key": used} if used else {}
+    if len(choices := _choices(loaded)) > 1:
+        metadata["hydit.load_keys"] = ", ".join(choices)
     return MemorySource(tensors, path=path, metadata=metadata)
 
 
@@ -85,20 +87,25 @@ def _find_tensors(loaded: Any, path: Path, load_key: str | None) -> tuple[dict[s
     """The flat state dict inside what was saved, and the keys that led to it."""
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of tensors")
-    choices = [key for key, value in loaded.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+    choices = _choices(loaded)
     if load_key is not None:
         if load_key in choices:
             tensors, rest = _find_tensors(loaded[load_key], path, None)
             return tensors, f"{load_key}.{rest}" if rest else load_key
-        found = f"it has {', '.join(map(str, choices))}" if choices else "it is one plain state dict"
+        found = f"it has {', '.join(choices)}" if choices else "it is one plain state dict"
         raise WeightsError(f"{path} has no weights under {load_key!r}; {found}")
     if tensors := _tensors_of(loaded):
         return tensors, ""
     for key in (*LOAD_KEYS, *choices):
         if key in choices:
             tensors, rest = _find_tensors(loaded[key], path, None)
-            return tensors, f"{key}.{rest}" if rest else str(key)
+            return tensors, f"{key}.{rest}" if rest else key
     raise WeightsError(f"{path} holds no tensors" + _zero_hint(path))
+
+
+def _choices(loaded: Mapping[Any, Any]) -> list[str]:
+    """The keys under which there are tensors."""
+    return [str(key) for key, value in loaded.items() if isinstance(value, Mapping) and _holds_tensors(value)]
 
 
 def _holds_tensors(value: Any, depth: int = 3) -> bool:

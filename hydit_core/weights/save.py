@@ -52,6 +52,7 @@ def save_checkpoint(
         WeightsError: if the file cannot be written; what was there before is still there then.
     """
     dit = as_source(dit)
+    dit_names = dit.keys()
     config = DiTConfig.from_state_dict(dit.shapes(), pooler_heads=info.pooler_heads, rope_base=info.rope_base)
     parts = other_parts(bert=bert, t5=t5, spiece_model=spiece_model, bert_vocab=bert_vocab, vae=vae)
     if parts:
@@ -59,7 +60,8 @@ def save_checkpoint(
     source: TensorSource = MergedSource([dit, *parts], path=Path(path), metadata={})
     if dtype is not None:
         source = CastSource(source, dtypes_for(source, dtype))
-    save_safetensors(path, source, file_metadata(config, info, extra=metadata))
+    role = "controlnet" if "after_proj_list.0.weight" in dit_names else ""
+    save_safetensors(path, source, file_metadata(config, info, role=role, extra=metadata))
 
 
 def other_parts(

@@ -1,0 +1,66 @@
+"""``python -m hydit_core.weights inspect FILE`` and ``... convert IN OUT --layout LAYOUT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..errors import cli_main
+from .convert import convert
+from .describe import describe
+from .dtypes import DTYPES
+from .layouts import LAYOUTS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hydit_core.weights", description="Look into HunyuanDiT weights and convert them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    key_help = "which weights of a torch file that holds several: ema, module, distill ... (default: ema)"
+
+    inspect = commands.add_parser("inspect", help="say what a file is, from its header alone")
+    inspect.add_argument("file", help="a weights file, or a folder of diffusers' or Tencent's")
+    inspect.add_argument("--load-key", help=key_help)
+    inspect.set_defaults(run=_inspect)
+
+    change = commands.add_parser("convert", help="write a DiT or ControlNet in another layout or dtype")
+    change.add_argument("input", metavar="IN", help="a weights file, or a folder of diffusers' or Tencent's")
+    change.add_argument("output", metavar="OUT", help="a .safetensors file; a folder for --layout diffusers")
+    change.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        required=True,
+        help="tencent: the DiT alone; comfy: all-in-one for ComfyUI; diffusers: a folder",
+    )
+    change.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of the DiT (default: as it is); fp8: matrices of the blocks only, the rest keeps 16 bits",
+    )
+    change.add_argument("--load-key", help=key_help)
+    change.set_defaults(run=_convert)
+    return parser
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    print(describe(args.file, load_key=args.load_key))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    done = convert(args.input, args.output, layout=args.layout, dtype=dtype, load_key=args.load_key)
+    for note in done.notes:
+        print(note)
+    print(f"{done.path}: {done.kind.name.removeprefix('a ')} in layout {args.layout}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    return cli_main(lambda: args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

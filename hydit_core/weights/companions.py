@@ -1,0 +1,139 @@
+"""The text encoders, tokenizers and VAE that stand beside the transformer in a published folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelInfo
+from ..errors import WeightsError
+from . import vae_layout
+from .detect import expect
+from .files import has_weights, open_tensors
+from .save import other_parts
+from .source import MemorySource, TensorSource
+from .views import rename
+
+# diffusers' names, then Tencent's (t2i/).
+_BERT = ("text_encoder", "clip_text_encoder")
+_MT5 = ("text_encoder_2", "mt5")
+_VAE = ("vae", "sdxl-vae-fp16-fix")
+_VOCAB = ("tokenizer/vocab.txt",)
+# Fields of their config.json that shapes do not tell, as hydit.config keeps them.
+_BERT_OPTIONS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+_T5_OPTIONS = ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon")
+_VAE_OPTIONS = ("scaling_factor", "norm_num_groups")
+_SPIECE = ("tokenizer_2/spiece.model", "mt5/spiece.model")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Sources under the names of an all-in-one checkpoint, and what their config.json files say."""
+
+    sources: list[TensorSource] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+    bert: dict[str, Any] = field(default_factory=dict)
+    t5: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+
+    def complete(self, info: ModelInfo) -> ModelInfo:
+        """``info`` with what these parts' shapes do not tell."""
+        return replace(
+            info,
+            bert={**self.bert, **info.bert},
+            t5={**self.t5, **info.t5},
+            vae={**self.vae, **info.vae},
+        )
+
+
+def companions(folder: Path) -> Companions:
+    """Look in a diffusers pipeline's folder or Tencent's ``t2i`` (or the one above it); may find nothing.
+
+    Raises:
+        WeightsError: if a part's folder holds something else.
+    """
+    root = folder / "t2i" if (folder / "t2i").is_dir() else folder
+    bert, mt5, vae = (_weights_folder(root, names) for names in (_BERT, _MT5, _VAE))
+    vocab, spiece = (_content(root, names) for names in (_VOCAB, _SPIECE))
+    named = {"BERT": bert, "mT5": mt5, "VAE": vae, "BERT's vocabulary": vocab, "mT5's tokenizer": spiece}
+    return Companions(
+        sources=other_parts(
+            bert=_bert(bert) if bert else None,
+            t5=_mt5(mt5) if mt5 else None,
+            vae=_vae(vae) if vae else None,
+            bert_vocab=vocab,
+            spiece_model=spiece,
+        ),
+        found=[name for name, part in named.items() if part is not None],
+        bert=_config(bert, *_BERT_OPTIONS),
+        t5=_config(mt5, *_T5_OPTIONS),
+        vae=_config(vae, *_VAE_OPTIONS),
+    )
+
+
+def _weights_folder(root: Path, names: tuple[str, ...]) -> Path | None:
+    return next((root / name for name in names if has_weights(root / name)), None)
+
+
+def _content(root: Path, names: tuple[str, ...]) -> bytes | None:
+    return next(((root / name).read_bytes() for name in names if (root / name).is_file()), None)
+
+
+def _config(folder: Path | None, *names: str) -> dict[str, Any]:
+    """Some fields of a folder's config.json."""
+    file = folder / "config.json" if folder else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file} is not valid JSON: {error}") from None
+    return {name: values[name] for name in names if values.get(name) is not None}
+
+
+def _bert(folder: Path) -> TensorSource:
+    source = open_tensors(folder)
+    prefix = expect(source, "bert").prefix
+    wanted = ("embeddings.", "encoder.")  # not the pooler, which this model does not use
+
+    def name(key: str) -> str | None:
+        short = key.removeprefix(prefix)
+        inside = key.startswith(prefix) and short.startswith(wanted)
+        return short if inside and not short.endswith("position_ids") else None
+
+    return rename(source, name)
+
+
+def _mt5(folder: Path) -> TensorSource:
+    source = open_tensors(folder)
+    prefix = expect(source, "t5").prefix
+    embedding, copy = f"{prefix}shared.weight", f"{prefix}encoder.embed_tokens.weight"
+
+    def name(key: str) -> str | None:
+        if key == copy:
+            return None if embedding in source else "shared.weight"
+        short = key.removeprefix(prefix)
+        return short if key.startswith(prefix) and short.startswith(("shared.", "encoder.")) else None
+
+    return rename(source, name)
+
+
+def _vae(folder: Path) -> TensorSource:
+    source = open_tensors(folder)
+    expect(source, "vae")
+    kind = vae_layout.detect_vae(source.keys())
+    assert kind is not None  # expect() asked the same
+    names: Mapping[str, str] = vae_layout.strip_vae_prefix(source.keys(), kind)
+    # Views of a mapped file: nothing is read until it is written.
+    tensors = {name: source.get(key) for name, key in names.items()}
+    if kind.layout == "diffusers":
+        if kind.architecture == "kl":
+            tensors = vae_layout.diffusers_to_ldm(
+                {vae_layout.undeprecate(name): tensor for name, tensor in tensors.items()}
+            )
+        else:
+            tensors = vae_layout.diffusers_to_taesd(tensors)
+    return MemorySource(tensors, path=source.path)

@@ -1,0 +1,165 @@
+"""Changing a file's layout and dtype, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import METADATA_KEY, DiTConfig, ModelInfo
+from ..errors import WeightsError
+from .companions import Companions, companions
+from .detect import FileKind, expect, tencent_view
+from .diffusers_config import controlnet_config, scheduler_config, transformer_config
+from .layouts import Layout, belongs_to_model, from_tencent
+from .modelspec import file_metadata
+from .parts import model_info, open_model
+from .save import dtypes_for
+from .source import CastSource, MergedSource, TensorSource
+from .views import rename
+from .writer import atomic_path, save_safetensors
+
+_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_OURS = (METADATA_KEY, "hydit.source", "hydit.load_key", "hydit.load_keys")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What :func:`convert` did: what it wrote, and one line for each thing that a user should know."""
+
+    path: Path
+    kind: FileKind
+    notes: tuple[str, ...]
+
+
+def convert(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    load_key: str | None = None,
+) -> Converted:
+    """Write a DiT or ControlNet in another layout or dtype, one tensor at a time and atomically.
+
+    * ``tencent``: one safetensors file with the DiT alone.
+    * ``comfy``: one safetensors file. Everything else that an all-in-one file holds is kept as it is; of a
+      published folder the text encoders, tokenizers and VAE are put in. A ControlNet has no prefix there.
+    * ``diffusers``: a folder, ``transformer/`` and ``scheduler/`` (a ControlNet: the folder itself).
+
+    Args:
+        out: the file or folder to write; an existing file is replaced, a folder that is not empty is not.
+        dtype: for the DiT or ControlNet; default: as it is. Other parts keep theirs.
+        load_key: which weights of a torch file that holds several.
+
+    Raises:
+        WeightsError: if the input is something else or does not fit the layout, or the output cannot be
+            written. Nothing half-written is left.
+    """
+    path, out = Path(path), Path(out)
+    source = open_model(path, load_key=load_key)
+    kind = expect(source, "dit", "controlnet")
+    if kind.config is None:
+        raise WeightsError(f"{path} is {kind.name}, without dimensions")
+    _check_out(source, path, out, layout)
+    model: TensorSource = tencent_view(source, kind)
+    if dtype is not None:
+        model = CastSource(model, dtypes_for(model, dtype))
+    info = model_info(source, kind)
+    if layout == "diffusers":
+        metadata = _metadata(source, kind, info)
+        _write_folder(out, from_tencent(model, layout), kind, kind.config, info, metadata)
+        return Converted(out, kind, _left_out(kind))
+    if layout == "tencent" or kind.kind == "controlnet":
+        save_safetensors(out, model, _metadata(source, kind, info))
+        return Converted(out, kind, _left_out(kind))
+    others, beside = _others(source, kind), _beside(path, source)
+    whole = MergedSource(
+        [from_tencent(model, layout), others, *beside.sources], path=source.path, metadata={}
+    )
+    save_safetensors(out, whole, _metadata(source, kind, beside.complete(info)))
+    return Converted(out, kind, _put_in(others, beside))
+
+
+def _check_out(source: TensorSource, path: Path, out: Path, layout: Layout) -> None:
+    if out.exists() and any(given.exists() and out.samefile(given) for given in (path, source.path)):
+        raise WeightsError(f"{out} is the input itself; choose another name for the output")
+    if layout == "diffusers":
+        if out.is_file():
+            raise WeightsError(f"{out} is a file; the layout diffusers is written as a folder")
+        if out.suffix == ".safetensors":
+            raise WeightsError(f"{out}: the layout diffusers is written as a folder; leave out .safetensors")
+        if out.is_dir() and any(out.iterdir()):
+            raise WeightsError(f"{out} exists and is not empty; choose another name for the folder")
+    elif out.is_dir():
+        raise WeightsError(f"{out} is a folder; the layout {layout} is written as one .safetensors file")
+    elif out.suffix != ".safetensors":
+        raise WeightsError(f"{out}: the layout {layout} is written as .safetensors; give it that suffix")
+
+
+def _metadata(source: TensorSource, kind: FileKind, info: ModelInfo) -> dict[str, str]:
+    """Our metadata; what the input's own says beside that is kept."""
+    assert kind.config is not None
+    kept = {key: text for key, text in source.metadata.items() if key not in _OURS}
+    role = "controlnet" if kind.kind == "controlnet" else ""
+    return file_metadata(kind.config, info, role=role, source=source.path.name, extra=kept)
+
+
+def _write_folder(
+    out: Path,
+    tensors: TensorSource,
+    kind: FileKind,
+    config: DiTConfig,
+    info: ModelInfo,
+    metadata: Mapping[str, str],
+) -> None:
+    if kind.kind == "controlnet":
+        files = {"config.json": controlnet_config(config, info)}
+        weights = _WEIGHTS_NAME
+    else:
+        files = {
+            "transformer/config.json": transformer_config(config, info),
+            "scheduler/scheduler_config.json": scheduler_config(info),
+        }
+        weights = f"transformer/{_WEIGHTS_NAME}"
+    with atomic_path(out) as folder:
+        save_safetensors(folder / weights, tensors, metadata)
+        for name, content in files.items():
+            _write_json(folder / name, content)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _others(source: TensorSource, kind: FileKind) -> TensorSource:
+    """What a file holds beside its DiT, under the file's own names."""
+    return rename(source, lambda key: None if belongs_to_model(key, kind.prefix) else key)
+
+
+def _beside(path: Path, source: TensorSource) -> Companions:
+    """The parts in the folders beside the transformer, if a pipeline's folder was given."""
+    return companions(path) if path.is_dir() and path != source.path else Companions()
+
+
+def _left_out(kind: FileKind) -> tuple[str, ...]:
+    if not kind.parts:
+        return ()
+    names = {"bert": "BERT", "t5": "mT5", "vae": "the VAE"}
+    left = ", ".join(names[part] for part in kind.parts)
+    return (f"left out: {left} (the layout comfy keeps them)",)
+
+
+def _put_in(others: TensorSource, beside: Companions) -> tuple[str, ...]:
+    notes = []
+    if len(others):
+        notes.append(f"kept as they are: {len(others)} tensors beside the DiT")
+    if beside.found:
+        notes.append(f"put in from the folder: {', '.join(beside.found)}")
+    return tuple(notes)
