@@ -13,14 +13,13 @@ from torch import Tensor
 from ..config import DiTConfig, ModelInfo
 from ..data import hash_int
 from ..errors import ConfigError
-from ..locate import ModelFiles, model_files
 from ..model.dit import DiT
 from ..text import TextEncoders, load_text_encoders
 from ..vae import VAE, load_vae
 from ..weights.load import load_dit
 from ..weights.save import save_checkpoint
 from ..weights.vae_layout import diffusers_to_ldm, diffusers_to_taesd
-from .config import InfoSection, ModelSection, TextScratch, TrainConfig
+from .config import InfoSection, TextScratch, TrainConfig
 
 
 @dataclass
@@ -67,50 +66,46 @@ def build(config: TrainConfig) -> ModelParts:
         ConfigError: parts do not fit each other.
     """
     model = config.model
-    files = _files(model)
     if model.from_scratch is not None:
         dit = DiT(DiTConfig.from_dict(model.from_scratch.model_dump()))
         dit.initialize(torch.Generator().manual_seed(_seed(config, "dit")))
         info = ModelInfo.published(dit.config.version)
         info = dataclasses.replace(info, pooler_heads=dit.config.pooler_heads, rope_base=dit.config.rope_base)
     else:
-        dit, info = load_dit(files.dit, dtype=torch.float32)
-        info = dataclasses.replace(
-            info, diffusion=files.diffusion or info.diffusion, base=files.dit.name, variant=""
-        )
-    text = _text(config, files, dit.config)
-    vae = load_vae(files.vae)
+        assert model.init_from is not None
+        dit, info = load_dit(model.init_from, dtype=torch.float32)
+        info = dataclasses.replace(info, base=model.init_from.name, variant="")
+    text = _text(config, dit.config)
+    vae = load_vae(model.vae or _present(model.init_from))
     info = _with_section(info, model.info)
     options = text.info()
     info = dataclasses.replace(info, bert=options["bert"], t5=options["t5"], vae=_vae_info(vae, info))
     return ModelParts(dit, text, vae, info)
 
 
-def _files(model: ModelSection) -> ModelFiles:
-    text = model.text_encoders if isinstance(model.text_encoders, Path) else None
-    if model.init_from is not None:
-        return model_files(model.init_from, text_encoders=text, vae=model.vae)
-    assert model.vae is not None
-    return ModelFiles(dit=Path(), text_encoders=text or Path(), vae=model.vae)
-
-
-def _text(config: TrainConfig, files: ModelFiles, dit: DiTConfig) -> TextEncoders:
-    scratch = config.model.text_encoders
-    lengths = {"text_len": dit.text_len, "t5_len": dit.t5_len}
-    if not isinstance(scratch, TextScratch):
+def _text(config: TrainConfig, dit: DiTConfig) -> TextEncoders:
+    source = config.model.text_encoders
+    if not isinstance(source, TextScratch):
         trained = config.objective.train_text_encoders
         half = config.run.precision == "bf16" and not trained
         dtype = torch.bfloat16 if half else torch.float32
-        return load_text_encoders(files.text_encoders, dtype=dtype, device="cpu", **lengths)
+        path = source or _present(config.model.init_from)
+        return load_text_encoders(path, dtype=dtype, text_len=dit.text_len, t5_len=dit.t5_len)
     contents = []
-    for path in (scratch.vocab, scratch.spiece):
+    for path in (source.vocab, source.spiece):
         try:
             contents.append(path.read_bytes())
         except OSError as error:
             raise ConfigError(f"model.text_encoders: cannot read {path}: {error.strerror}") from error
     vocab, spiece = contents
     seed = _seed(config, "text encoders")
-    return TextEncoders.build(scratch.bert, scratch.t5, vocab, spiece, **lengths, seed=seed)
+    return TextEncoders.build(source.bert, source.t5, vocab, spiece, dit.text_len, dit.t5_len, seed=seed)
+
+
+def _present(path: Path | None) -> Path:
+    """The configuration guarantees ``init_from`` where nothing else is named."""
+    assert path is not None
+    return path
 
 
 def _seed(config: TrainConfig, purpose: str) -> int:

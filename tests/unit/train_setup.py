@@ -1,0 +1,121 @@
+"""A training run in a folder: eight small pictures, a tiny fresh model, and its configuration file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+from tiny import bert_vocab, spiece_model
+
+from hydit_core.weights.vae_layout import diffusers_to_ldm
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPTIONS = ["a red apple", "a green car", "two small birds", "blue heart", "红苹果", "小鸟", "cat", "dog tree"]
+COLORS = ["red", "green", "orange", "blue", "darkred", "gray", "yellow", "brown"]
+
+CONFIG = """
+[model]
+vae = "vae.safetensors"
+[model.from_scratch]
+hidden_size = 64
+depth = 4
+num_heads = 4
+mlp_hidden = 128
+text_dim = 32
+text_len = 12
+t5_dim = 32
+t5_len = 16
+t5_hidden = 64
+pooled_dim = 32
+[model.text_encoders]
+vocab = "vocab.txt"
+spiece = "spiece.model"
+bert = { hidden_size = 32, num_hidden_layers = 1, num_attention_heads = 2, intermediate_size = 64 }
+t5 = { d_model = 32, d_kv = 16, d_ff = 64, num_layers = 1, num_heads = 2 }
+[model.info.defaults]
+width = 64
+height = 64
+
+[data]
+sources = [{ path = "pictures" }]
+resolution = 64
+validation = 2
+
+[objective]
+train_text_encoders = true
+timesteps = "stratified"
+dropout_joint = 0.2
+noise_offset = 0.1
+
+[optimizer]
+lr = 1e-3
+weight_decay = 0.01
+
+[schedule]
+kind = "cosine"
+warmup_steps = 13
+
+[ema]
+decay = 0.95
+
+[run]
+output_dir = "run"
+steps = 20
+batch_size = 2
+grad_accumulation = 2
+threads = 1
+device = "cpu"
+
+[checkpoint]
+every = 1000
+
+[metrics]
+every = 1
+tensorboard = false
+"""
+
+
+def write_run(folder: Path) -> Path:
+    """Fill ``folder``; returns the configuration file. Six pictures train (1.5 steps an epoch), two validate."""
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True)
+    for index, (caption, color) in enumerate(zip(CAPTIONS, COLORS, strict=True)):
+        image = Image.new("RGB", (72, 64), "white")
+        ImageDraw.Draw(image).ellipse((8, 8, 40 + 3 * index, 56), fill=color)
+        image.save(pictures / f"{index}.png")
+        (pictures / f"{index}.txt").write_text(caption, encoding="utf-8")
+    (folder / "vocab.txt").write_bytes(bert_vocab())
+    (folder / "spiece.model").write_bytes(spiece_model())
+    save_file(diffusers_to_ldm(tiny_vae().state_dict()), folder / "vae.safetensors")
+    path = folder / "train.toml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return path
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command_line(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``python -m hydit_core.train`` in a process of its own."""
+    command = [sys.executable, "-m", "hydit_core.train", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=300, check=False
+    )
