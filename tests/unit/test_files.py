@@ -1,0 +1,410 @@
+"""Reading is lazy, safe and clear about what is wrong; writing is streamed and atomic."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import pickle
+import time
+import weakref
+
+import pytest
+import safetensors.torch
+import torch
+from key_lists import key_list, sparse_safetensors
+
+from hydit_core.errors import WeightsError
+from hydit_core.weights.files import atomic_path, open_tensors, save_safetensors
+from hydit_core.weights.load import open_model
+from hydit_core.weights.source import MemorySource, TensorSource
+
+EVERY_DTYPE = {
+    "half": torch.randn(3, 5, dtype=torch.float16),
+    "brain": torch.randn(7, dtype=torch.bfloat16),
+    "single": torch.randn(2, 3, 4),
+    "double": torch.randn(1, dtype=torch.float64),
+    "eight": torch.randn(5, 3).to(torch.float8_e4m3fn),
+    "eight_wide": torch.randn(3).to(torch.float8_e5m2),
+    "bytes": torch.arange(11, dtype=torch.uint8),
+    "long": torch.tensor(-5),
+    "flags": torch.tensor([True, False, True]),
+    "empty": torch.empty(0, 4),
+    "transposed": torch.randn(4, 6).T,
+}
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    right = right.contiguous()
+    return (
+        left.dtype == right.dtype
+        and left.shape == right.shape
+        and torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+    )
+
+
+def leftovers(folder) -> list[str]:
+    return [name for name in os.listdir(folder) if name.endswith(".tmp")]
+
+
+# --- safetensors -----------------------------------------------------------------------------------------
+
+
+def test_what_we_write_the_official_library_reads(tmp_path):
+    path = tmp_path / "new folder" / "file.safetensors"
+    save_safetensors(path, EVERY_DTYPE, {"note": "苹果"})
+    loaded = safetensors.torch.load_file(path)
+    assert loaded.keys() == EVERY_DTYPE.keys()
+    assert all(same(loaded[key], value) for key, value in EVERY_DTYPE.items())
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"note": "苹果"}
+
+
+def test_what_the_official_library_writes_we_read(tmp_path):
+    path = tmp_path / "file.safetensors"
+    tensors = {key: value.contiguous() for key, value in EVERY_DTYPE.items()}
+    safetensors.torch.save_file(tensors, path, metadata={"a": "b"})
+    source = open_tensors(path)
+    assert source.metadata == {"a": "b"}
+    assert sorted(source) == sorted(tensors) and len(source) == len(tensors)
+    for key, value in tensors.items():
+        assert source.shape(key) == tuple(value.shape) and source.dtype(key) == value.dtype
+        assert same(source[key], value), key
+
+
+def test_unaligned_files_of_older_writers_are_read(tmp_path):
+    value = torch.randn(5)
+    for spaces in range(8):
+        header = json.dumps({"x": {"dtype": "F32", "shape": [5], "data_offsets": [0, 20]}}).encode()
+        header += b" " * spaces
+        path = tmp_path / f"{spaces}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + value.numpy().tobytes())
+        assert torch.equal(open_tensors(path)["x"], value)
+
+
+def test_reading_with_a_dtype_casts_floats_only(tmp_path):
+    save_safetensors(tmp_path / "f.safetensors", EVERY_DTYPE)
+    source = open_tensors(tmp_path / "f.safetensors")
+    assert torch.equal(source.get("half", torch.float32), EVERY_DTYPE["half"].float())
+    assert source.get("bytes", torch.float32).dtype == torch.uint8
+
+
+def test_eight_bit_floats_clamp_instead_of_overflowing_to_nan():
+    source = MemorySource({"x": torch.tensor([1.0, 1e6, -1e6])})
+    eight = source.get("x", torch.float8_e4m3fn).float()
+    assert eight.tolist() == [1.0, 448.0, -448.0]
+
+
+def test_a_loaded_tensor_can_be_written_to_without_touching_the_file(tmp_path):
+    path = tmp_path / "f.safetensors"
+    save_safetensors(path, {"x": torch.ones(4)})
+    before = path.read_bytes()
+    open_tensors(path)["x"].zero_()
+    assert path.read_bytes() == before
+    assert open_tensors(path)["x"].sum() == 4
+
+
+def test_opening_a_full_size_file_reads_its_header_only(tmp_path):
+    shapes = key_list("g2_v12")
+    path = sparse_safetensors(tmp_path / "big.safetensors", shapes)
+    assert path.stat().st_size > 2_999_000_000
+    start = time.process_time()
+    source = open_tensors(path)
+    assert source.shapes() == shapes
+    assert time.process_time() - start < 2
+
+
+class Counting(TensorSource):
+    """Makes tensors when asked and counts how many are alive."""
+
+    def __init__(self, count: int) -> None:
+        self.path, self.metadata = "<made>", {}
+        self.names = [f"t{i}" for i in range(count)]
+        self.alive = self.most = 0
+
+    def keys(self):
+        return self.names
+
+    def shape(self, key):
+        return (1000,)
+
+    def dtype(self, key):
+        return torch.float32
+
+    def get(self, key, dtype=None):
+        tensor = torch.full((1000,), float(key[1:]))
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(tensor, self.gone)
+        return tensor
+
+    def gone(self):
+        self.alive -= 1
+
+
+def test_writing_holds_one_tensor_at_a_time(tmp_path):
+    source = Counting(30)
+    save_safetensors(tmp_path / "f.safetensors", source)
+    gc.collect()
+    assert source.alive == 0 and source.most <= 2
+    assert open_tensors(tmp_path / "f.safetensors")["t29"][0] == 29
+
+
+def test_equal_content_gives_equal_bytes(tmp_path):
+    tensors = {f"k{i}": torch.full((i,), i, dtype=torch.float16) for i in range(1, 9)}
+    save_safetensors(tmp_path / "a.safetensors", tensors, {"x": "y"})
+    save_safetensors(tmp_path / "b.safetensors", dict(reversed(tensors.items())), {"x": "y"})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+# --- atomic ----------------------------------------------------------------------------------------------
+
+
+class Failing(Counting):
+    def get(self, key, dtype=None):
+        if key == "t20":
+            raise RuntimeError("power cut")
+        return super().get(key, dtype)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "f.safetensors"
+    save_safetensors(path, {"x": torch.ones(3)})
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="power cut"):
+        save_safetensors(path, Failing(30))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["f.safetensors"]
+
+
+def test_the_old_content_is_whole_until_the_new_one_is(tmp_path):
+    path = tmp_path / "f.txt"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old" and temporary.parent == path.parent
+    assert path.read_text() == "new" and not leftovers(tmp_path)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("a")
+        raise RuntimeError
+    assert not os.listdir(tmp_path)
+    with atomic_path(tmp_path / "out") as temporary:
+        temporary.mkdir()
+        (temporary / "a").write_text("a")
+    assert (tmp_path / "out" / "a").read_text() == "a" and not leftovers(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightsError, match=r"cannot write .*file/x\.safetensors"):
+        save_safetensors(tmp_path / "file" / "x.safetensors", {"x": torch.ones(1)})
+    (tmp_path / "taken.safetensors").mkdir()
+    with pytest.raises(WeightsError, match=r"cannot write .*taken\.safetensors"):
+        save_safetensors(tmp_path / "taken.safetensors", {"x": torch.ones(1)})
+    assert not leftovers(tmp_path)
+
+
+# --- torch files -----------------------------------------------------------------------------------------
+
+WEIGHTS = {"a.weight": torch.randn(3, 4), "b": torch.randn(2, dtype=torch.float16)}
+
+
+@pytest.mark.parametrize("old_format", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.bin", "w.ckpt"])
+def test_torch_files_of_both_formats(tmp_path, name, old_format):
+    torch.save(WEIGHTS, tmp_path / name, _use_new_zipfile_serialization=not old_format)
+    source = open_tensors(tmp_path / name)
+    assert source.shapes() == {"a.weight": (3, 4), "b": (2,)}
+    assert all(torch.equal(source[key], value) for key, value in WEIGHTS.items())
+
+
+def test_the_content_decides_and_not_the_suffix(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "really_pt.safetensors")
+    save_safetensors(tmp_path / "really_safetensors.pt", WEIGHTS)
+    for name in ("really_pt.safetensors", "really_safetensors.pt"):
+        assert torch.equal(open_tensors(tmp_path / name)["b"], WEIGHTS["b"])
+
+
+def shifted(by: float) -> dict[str, torch.Tensor]:
+    return {key: value + by for key, value in WEIGHTS.items()}
+
+
+def test_ema_is_taken_unless_another_key_is_asked_for(tmp_path):
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    checkpoint = {
+        "module": shifted(1),
+        "ema": shifted(2),
+        "optimizer": None,
+        "ds_config": {"train_batch_size": 2},
+        "param_shapes": [{"a.weight": torch.Size([3, 4])}],
+        "steps": 500,
+        "args": argparse.Namespace(lr=1e-4, model="DiT-g/2", size=[1024, 1024]),
+    }
+    torch.save(checkpoint, path)
+    assert torch.equal(open_tensors(path)["b"], WEIGHTS["b"] + 2)
+    assert torch.equal(open_tensors(path, load_key="module")["b"], WEIGHTS["b"] + 1)
+    with pytest.raises(WeightsError, match=r"no weights under 'distill'; it has module, ema"):
+        open_tensors(path, load_key="distill")
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "distill", "anything"])
+def test_other_nestings_are_found(tmp_path, key):
+    torch.save({key: {"inner": shifted(3)}, "epoch": 4}, tmp_path / "w.ckpt")
+    assert torch.equal(open_tensors(tmp_path / "w.ckpt")["b"], WEIGHTS["b"] + 3)
+
+
+def test_a_key_is_refused_in_a_plain_file(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="no weights under 'ema'; it is one plain state dict"):
+        open_tensors(tmp_path / "w.pt", load_key="ema")
+
+
+class Bomb:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("old_format", [False, True], ids=["zip", "legacy"])
+def test_code_in_a_file_is_named_and_never_run(tmp_path, old_format):
+    target = tmp_path / "ran"
+    path = tmp_path / "evil.pt"
+    content = {"w": torch.ones(1), "x": Bomb(str(target))}
+    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(WeightsError, match=r"evil\.pt holds objects .*posix\.mkdir.*refused.*safetensors"):
+        open_tensors(path)
+    assert not target.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_bare_pickle_with_code_is_refused(tmp_path):
+    path = tmp_path / "bare.bin"
+    path.write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran"))))
+    with pytest.raises(WeightsError, match=r"bare\.bin cannot be read as a torch file") as error:
+        open_tensors(path)
+    assert not (tmp_path / "ran").exists()
+    assert "weights_only" not in str(error.value)
+
+
+# --- folders ---------------------------------------------------------------------------------------------
+
+
+def write_shards(folder, save, suffix: str) -> None:
+    names = [f"model-0000{i}-of-00002{suffix}" for i in (1, 2)]
+    for name, key in zip(names, WEIGHTS, strict=True):
+        save({key: WEIGHTS[key]}, folder / name)
+    index = {"metadata": {"total_size": 52}, "weight_map": dict(zip(WEIGHTS, names, strict=True))}
+    (folder / f"model{suffix}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_sharded_folders(tmp_path, suffix):
+    save = torch.save if suffix == ".bin" else lambda tensors, path: save_safetensors(path, tensors)
+    write_shards(tmp_path, save, suffix)
+    source = open_tensors(tmp_path)
+    assert all(torch.equal(source[key], value) for key, value in WEIGHTS.items())
+    (tmp_path / f"model-00002-of-00002{suffix}").unlink()
+    with pytest.raises(WeightsError, match=rf"lacks 1 of 2 shards: model-00002-of-00002{suffix}"):
+        open_tensors(tmp_path)
+
+
+def test_of_several_files_the_plain_safetensors_one_is_taken(tmp_path):
+    torch.save(shifted(1), tmp_path / "diffusion_pytorch_model.bin")
+    save_safetensors(tmp_path / "diffusion_pytorch_model.fp16.safetensors", shifted(2))
+    assert torch.equal(open_tensors(tmp_path)["b"], WEIGHTS["b"] + 2)
+    save_safetensors(tmp_path / "diffusion_pytorch_model.safetensors", shifted(3))
+    assert torch.equal(open_tensors(tmp_path)["b"], WEIGHTS["b"] + 3)
+
+
+def test_tencents_folder_gives_ema_or_what_is_asked_for(tmp_path):
+    folder = tmp_path / "t2i" / "model"
+    folder.mkdir(parents=True)
+    torch.save(shifted(1), folder / "pytorch_model_module.pt")
+    torch.save(shifted(2), folder / "pytorch_model_ema.pt")
+    assert torch.equal(open_model(tmp_path)["b"], WEIGHTS["b"] + 2)
+    assert torch.equal(open_model(tmp_path, load_key="module")["b"], WEIGHTS["b"] + 1)
+
+
+def test_a_folder_of_unrelated_files_asks_for_one(tmp_path):
+    for name in ("one.safetensors", "two.safetensors"):
+        save_safetensors(tmp_path / name, WEIGHTS)
+    with pytest.raises(WeightsError, match=r"holds 2 weights files; name one of them: one\.safetensors, two"):
+        open_tensors(tmp_path)
+
+
+# --- damaged ---------------------------------------------------------------------------------------------
+
+
+def whole(tmp_path) -> bytes:
+    save_safetensors(tmp_path / "whole.safetensors", WEIGHTS)
+    return (tmp_path / "whole.safetensors").read_bytes()
+
+
+def header_of(entries: dict) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+DAMAGED = {
+    "truncated data": (lambda good: good[:-5], r"is truncated: .* ends at byte \d+, the file has \d+"),
+    "truncated header": (lambda good: good[:40], r"is truncated: its header alone needs"),
+    "damaged header": (lambda good: good[:20] + b"\xff\xff" + good[22:], "header is damaged"),
+    "empty": (lambda good: b"", r"is empty \(0 bytes\)"),
+    "page": (lambda good: b"<!DOCTYPE html><html>404</html>", "HTML"),
+    "page with spaces": (lambda good: b"\n\n  <html>login</html>", "HTML"),
+    "pointer": (lambda good: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    "gguf": (lambda good: b"GGUF\x03\x00\x00\x00" + bytes(60), "GGUF"),
+    "noise": (lambda good: bytes(range(200)), "not a weights file"),
+    "short": (lambda good: b"abc", "not a weights file"),
+    "sizes": (
+        lambda good: header_of({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}) + bytes(8),
+        "the header entry of x is damaged",
+    ),
+    "offsets": (
+        lambda good: header_of({"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}) + bytes(8),
+        "the header entry of x is damaged",
+    ),
+    "entry": (lambda good: header_of({"x": [1]}) + bytes(8), "the header entry of x is damaged"),
+    "dtype": (
+        lambda good: header_of({"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}) + bytes(8),
+        "x has dtype F4, which is not supported",
+    ),
+    "half a torch file": (None, "cannot be read as a torch file"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damage_is_named_with_the_file(tmp_path, what):
+    spoil, message = DAMAGED[what]
+    path = tmp_path / "model.safetensors"
+    if spoil is None:
+        torch.save({"x": torch.zeros(1000)}, path)
+        path.write_bytes(path.read_bytes()[:2000])
+    else:
+        path.write_bytes(spoil(whole(tmp_path)))
+    with pytest.raises(WeightsError, match=message) as error:
+        open_tensors(path)
+    assert str(path) in str(error.value)
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(WeightsError, match=r"nothing\.safetensors does not exist"):
+        open_tensors(tmp_path / "nothing.safetensors")
+    (tmp_path / "readme.md").write_text("hello")
+    with pytest.raises(WeightsError, match="holds no weights"):
+        open_tensors(tmp_path)
+    with pytest.raises(WeightsError, match="neither in itself nor in transformer"):
+        open_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"index\.json is damaged"):
+        open_tensors(tmp_path)
+    torch.save({"epoch": 3}, tmp_path / "no_tensors.pt")
+    with pytest.raises(WeightsError, match="holds no tensors"):
+        open_tensors(tmp_path / "no_tensors.pt")
