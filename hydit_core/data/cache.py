@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,11 +66,11 @@ class LatentCache:
     """The cached moments of a dataset's pictures under one VAE.
 
     Opening it hashes the pictures that changed since the last time and encodes nothing;
-    :func:`build_latent_cache` adds what is missing. Raises :class:`DataError` for a picture that
-    cannot be read, unless such pictures are to be skipped.
+    :func:`build_latent_cache` adds what is missing. ``rows`` limits it to some of the pictures.
+    Raises :class:`DataError` for a picture that cannot be read, unless such are to be skipped.
     """
 
-    def __init__(self, data: TrainData, vae: VAE, folder: Path, *, progress: Progress | None = None) -> None:
+    def __init__(self, data: TrainData, vae: VAE, folder: Path, *, rows: Iterable[int] | None = None) -> None:
         config = data.config
         vae_hash = module_hash(vae)
         self.dtype: torch.dtype = getattr(torch, config.cache.dtype)
@@ -81,7 +81,7 @@ class LatentCache:
         flips[data.validation] = False
         self._keys = np.zeros((len(flips), 2), dtype=f"S{KEY_LENGTH}")
         hashes = PictureHashes(folder, rank=data.rank)
-        for row, flip in enumerate(flips):
+        for row in range(len(flips)) if rows is None else rows:
             try:
                 digest = hashes.of(data.manifest.path(row))
             except DataError:
@@ -90,10 +90,8 @@ class LatentCache:
                 continue  # no key: get() will say that it is absent
             size = data.sizes[data.bucket_of_row[row]]
             self._keys[row, 0] = self.key(digest, size, False)
-            if flip:
+            if flips[row]:
                 self._keys[row, 1] = self.key(digest, size, True)
-            if progress is not None and row % 256 == 255:
-                progress(row + 1, len(flips))
         hashes.save()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,6 +131,11 @@ class LatentCache:
         return True
 
 
+def open_latent_cache(data: TrainData, vae: VAE, *, folder: Path | None = None) -> LatentCache:
+    """The cache of all pictures, for ``data.use_latents``; encodes nothing."""
+    return LatentCache(data, vae, cache_folder(data.config, folder))
+
+
 def build_latent_cache(
     data: TrainData,
     vae: VAE,
@@ -140,10 +143,10 @@ def build_latent_cache(
     *,
     folder: Path | None = None,
     batch_size: int = 4,
-) -> LatentCache:
+) -> None:
     """Encode the pictures that have no latents on disk yet, and write them.
 
-    With several ranks each encodes its share; let all finish before ``data.use_latents(cache)``.
+    With several ranks each does its share; let all finish before :func:`open_latent_cache`.
     Interrupted at any moment, it goes on next time after the last shard written. ``folder`` is used
     unless the configuration names a place. ``progress`` gets (pictures done, pictures to encode).
 
@@ -152,9 +155,10 @@ def build_latent_cache(
         DataError: for an unreadable picture, unless such are to be skipped; if the disk is full; or
             if the VAE's output is not finite.
     """
-    cache = LatentCache(data, vae, cache_folder(data.config, folder))
+    share = range(data.rank, len(data.manifest), data.order.world_size)
+    cache = LatentCache(data, vae, cache_folder(data.config, folder), rows=share)
     missing = cache.missing()
-    rows = np.flatnonzero(missing.any(axis=1))[data.rank :: data.order.world_size]
+    rows = np.flatnonzero(missing.any(axis=1))
     cache.store.clean()
     done = 0
     try:
@@ -175,8 +179,6 @@ def build_latent_cache(
                 progress(done, len(rows))
     finally:
         cache.store.flush()
-        cache.store.refresh()
-    return cache
 
 
 def _encode(vae: VAE, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -148,6 +148,10 @@ class TrainData:
         cache.load(self.config.cache.ram_mb << 20)
         self._latents = cache
 
+    def captions(self) -> Iterator[str]:
+        """Every caption of every picture, with repetitions."""
+        return (self.manifest.captions[i] for i in range(len(self.manifest.captions)))
+
     def summary(self) -> DataSummary:
         """Counts of everything found, for ``--dry-run`` and the log."""
         return summarize(self)

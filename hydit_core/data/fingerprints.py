@@ -17,6 +17,7 @@ Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 _RACY_SECONDS = 2.0
+_SAVED_AT_ONCE = 1000
 
 
 def module_hash(module: torch.nn.Module) -> str:
@@ -76,6 +77,8 @@ class PictureHashes:
         if time.time() - status.st_mtime > _RACY_SECONDS:
             self._known[name] = (status.st_size, status.st_mtime_ns, digest)
             self._new.append(json.dumps([name, *self._known[name]]))
+            if len(self._new) >= _SAVED_AT_ONCE:
+                self.save()
         return digest
 
     def save(self) -> None:

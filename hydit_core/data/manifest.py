@@ -211,14 +211,14 @@ def _raise_findings(config: DataConfig, findings: Findings) -> None:
 
     if findings.missing_captions and not config.allow_missing_captions:
         raise DataError(
-            f"{findings.missing_captions} pictures have no caption:"
+            f"pictures without a caption: {findings.missing_captions}"
             + listed(findings.missing_shown, findings.missing_captions)
             + "\nGive each a caption, or set data.allow_missing_captions = true to train them with "
             "data.empty_caption"
         )
     if findings.unreadable and config.on_unreadable == "error":
         raise DataError(
-            f"{findings.unreadable} pictures cannot be read:"
+            f"pictures that cannot be read: {findings.unreadable}"
             + listed(findings.unreadable_shown, findings.unreadable)
             + "\nRepair or remove them, or set data.on_unreadable = 'skip' to leave them out"
         )

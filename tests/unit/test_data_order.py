@@ -104,7 +104,7 @@ def test_draws_depend_on_every_part_and_on_nothing_else() -> None:
     assert draw(1, 2, 3) == reference
     assert all(draw(*other) != reference for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)))
     values = np.array([uniform(1, step, "crop") for step in range(4000)])
-    assert 0 <= values.min() and values.max() < 1
+    assert values.min() >= 0 and values.max() < 1
     assert abs(values.mean() - 0.5) < 0.02 and abs(values.var() - 1 / 12) < 0.005
 
 
@@ -121,7 +121,7 @@ def test_generated_buckets_are_tencents() -> None:
     assert len(sizes) == 33 == len(set(sizes))
     assert sizes[0] == (1024, 1024)
     assert {(960, 1088), (512, 1536), (512, 2048), (2048, 512), (1088, 960)} <= set(sizes)
-    assert all(w % 64 == h % 64 == 0 and 512 <= min(w, h) and max(w, h) <= 2048 for w, h in sizes)
+    assert all(w % 64 == h % 64 == 0 and min(w, h) >= 512 and max(w, h) <= 2048 for w, h in sizes)
     assert bucket_sizes(config()) == sizes
 
 
