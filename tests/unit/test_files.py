@@ -359,7 +359,10 @@ DAMAGED = {
     "empty": (lambda good: b"", r"is empty \(0 bytes\)"),
     "page": (lambda good: b"<!DOCTYPE html><html>404</html>", "HTML"),
     "page with spaces": (lambda good: b"\n\n  <html>login</html>", "HTML"),
-    "pointer": (lambda good: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    "pointer": (
+        lambda good: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "Git LFS pointer",
+    ),
     "gguf": (lambda good: b"GGUF\x03\x00\x00\x00" + bytes(60), "GGUF"),
     "noise": (lambda good: bytes(range(200)), "not a weights file"),
     "short": (lambda good: b"abc", "not a weights file"),

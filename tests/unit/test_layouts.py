@@ -121,7 +121,9 @@ def test_every_prefix(name, prefix):
 
 
 def test_the_model_is_preferred_to_its_average():
-    tensors = {f"{prefix}{key}": v for prefix in ("model_ema.", "model.") for key, v in no_data("g2_v12").items()}
+    tensors = {
+        f"{prefix}{key}": v for prefix in ("model_ema.", "model.") for key, v in no_data("g2_v12").items()
+    }
     assert find_model(tensors) == ("comfy", "model.")
 
 
