@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class Progress:
     bad_in_a_row: int = 0
     seconds: float = 0.0
     """Training time so far."""
+    window: dict[str, Any] = field(default_factory=lambda: {"terms": [], "norms": []})
+    """Losses and gradient norms since the last record in metrics.jsonl."""
 
 
 @dataclass

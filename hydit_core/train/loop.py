@@ -273,6 +273,7 @@ class Trainer:
         if progress.micro:
             gradients = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
             self.processes.mean(gradients.values())
+        progress.window = self._window.state()
         if self.processes.is_main:
             tensors: dict[str, dict[str, Tensor]] = {
                 "weights": {name: p.detach() for name, p in self.objective.parameters().items()},
@@ -311,6 +312,7 @@ class Trainer:
         _copy_into(self.objective.parameters(), found.tensors.get("weights", {}), f"{where}: weights")
         self.optimizer.load(found.tensors.get("optimizer", {}))
         self.progress = found.progress
+        self._window.load(found.progress.window, self.processes.device)
         if self.ema is not None and "ema" in found.tensors:
             _copy_into(self.ema.average, found.tensors["ema"], f"{where}: ema")
             self.ema.updates = found.progress.ema_updates
@@ -374,6 +376,14 @@ class _Window:
             if not math.isfinite(loss)
         ]
         return guilty or everyone
+
+    def state(self) -> dict[str, Any]:
+        """For the progress record, so that an interruption leaves no trace in the next record."""
+        return {"terms": [term.tolist() for term in self._terms], "norms": list(self._norms)}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        self._terms = [torch.tensor(term, device=device) for term in state["terms"]]
+        self._norms = list(state["norms"])
 
     def flush(self) -> dict[str, Any]:
         """Means since the last call, over all processes."""

@@ -19,6 +19,7 @@ from ..vae import VAE, load_vae
 from ..weights.load import load_dit
 from ..weights.save import save_checkpoint
 from ..weights.vae_layout import diffusers_to_ldm, diffusers_to_taesd
+from .attention import training_attention
 from .config import InfoSection, TextScratch, TrainConfig
 
 
@@ -67,13 +68,13 @@ def build(config: TrainConfig) -> ModelParts:
     """
     model = config.model
     if model.from_scratch is not None:
-        dit = DiT(DiTConfig.from_dict(model.from_scratch.model_dump()))
+        dit = DiT(DiTConfig.from_dict(model.from_scratch.model_dump()), attention=training_attention)
         dit.initialize(torch.Generator().manual_seed(_seed(config, "dit")))
         info = ModelInfo.published(dit.config.version)
         info = dataclasses.replace(info, pooler_heads=dit.config.pooler_heads, rope_base=dit.config.rope_base)
     else:
         assert model.init_from is not None
-        dit, info = load_dit(model.init_from, dtype=torch.float32)
+        dit, info = load_dit(model.init_from, dtype=torch.float32, attention=training_attention)
         info = dataclasses.replace(info, base=model.init_from.name, variant="")
     text = _text(config, dit.config)
     vae = load_vae(model.vae or _present(model.init_from))
