@@ -3,9 +3,10 @@
     python evaluate.py --out work/eval [--model FILE]
     python evaluate.py --twemoji node_modules/@iconify-json/twemoji --write-signatures
 
-Pictures are cropped to what is not white, brought to one size of 16 x 16 and compared with every concept (and its
-mirror image) by color distance, so that position and size do not count. Writes ``report.json`` and contact
-sheets. ``signatures.npz`` holds what the concepts look like at that size, so that no icon package is needed.
+Pictures are cropped to what is not white, brought to one size of 16 x 16 and compared with every concept (and
+its mirror image) by color distance, so that position and size do not count. Writes ``report.json`` and
+contact sheets. ``signatures.npz`` holds what the concepts look like at that size, so that no icon package is
+needed.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def cjk_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--twemoji", type=Path, help="with --write-signatures: the unpacked icon package")
     parser.add_argument("--write-signatures", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("work/eval"))
@@ -127,7 +130,9 @@ def main() -> None:
                 seeds = {"seed": args.seed, "steps": args.steps, "cfg": args.cfg}
                 pictures += pipeline(part, **{k: v for k, v in seeds.items() if v is not None})
             found = [references.nearest(picture) for picture in pictures]
-            wrong = [f"{p} -> {f.english[0]}" for p, f, c in zip(prompts, found, group, strict=True) if f != c]
+            wrong = [
+                f"{p} -> {f.english[0]}" for p, f, c in zip(prompts, found, group, strict=True) if f != c
+            ]
             right = len(group) - len(wrong)
             report[f"{name}_{language}"] = {"right": right, "of": len(group), "wrong": wrong}
             print(f"{name} {language}: {right} of {len(group)}; wrong: {wrong}", flush=True)

@@ -127,7 +127,9 @@ def shape_svg(shape: str, colour: str) -> str:
             radius = 16.5 if i % 2 == 0 else 7.2
             angle = math.radians(-90 + 36 * i)
             corners.append((18 + radius * math.cos(angle), 19 + radius * math.sin(angle)))
-        body = f'<polygon points="{_points(corners)}" stroke="{fill}" stroke-width="1" stroke-linejoin="round"/>'
+        body = (
+            f'<polygon points="{_points(corners)}" stroke="{fill}" stroke-width="1" stroke-linejoin="round"/>'
+        )
     elif shape == "circle":
         body = '<circle cx="18" cy="18" r="16"/>'
     elif shape == "square":

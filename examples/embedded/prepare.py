@@ -4,7 +4,8 @@
     python prepare.py --twemoji node_modules/@iconify-json/twemoji --out work/data
 
 Writes ``plain.jsonl`` (each concept in the middle of the canvas, and mirrored), ``varied.jsonl`` (smaller and
-elsewhere, half of them saying so), their pictures, ``vocab.txt`` and ``spiece.model``. Same packages, same files.
+elsewhere, half of them saying so), their pictures, ``vocab.txt`` and ``spiece.model``. Same packages,
+same files.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def vary(random_: random.Random) -> tuple[int, int, int, bool, str | None]:
     return side, left, top, side < 80, where
 
 
-def write_pictures(concepts: list[Concept], icons: IconSet, out: Path, variations: int, seed: int) -> list[str]:
+def write_pictures(
+    concepts: list[Concept], icons: IconSet, out: Path, variations: int, seed: int
+) -> list[str]:
     """Pictures and the two JSONL files; returns every caption."""
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     plain, varied, every = [], [], []
@@ -106,8 +109,12 @@ def write_pictures(concepts: list[Concept], icons: IconSet, out: Path, variation
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--twemoji", type=Path, required=True, help="the unpacked @iconify-json/twemoji package")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--twemoji", type=Path, required=True, help="the unpacked @iconify-json/twemoji package"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--variations", type=int, default=10, help="varied pictures of each concept")
     parser.add_argument("--seed", type=int, default=1)

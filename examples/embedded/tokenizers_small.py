@@ -37,11 +37,15 @@ def write_vocabulary(captions: list[str], path: Path) -> None:
     english, chinese = words_of(captions)
     pieces = [*LETTERS, *("##" + letter for letter in LETTERS), *"-'.,!?:;()，。！？、"]
     words = [word for word, _ in english.most_common() if word not in LETTERS]
-    path.write_text("\n".join([*SPECIAL, *pieces, *words, *(c for c, _ in chinese.most_common())]) + "\n", "utf-8")
+    path.write_text(
+        "\n".join([*SPECIAL, *pieces, *words, *(c for c, _ in chinese.most_common())]) + "\n", "utf-8"
+    )
 
 
 def train_spiece(captions: list[str], path: Path) -> None:
-    """Whole English words, single Chinese characters, letters for the rest; ids as T5's: pad 0, end 1, unknown 2.
+    """Whole English words, single Chinese characters, letters for the rest.
+
+    Ids as T5's: pad 0, end 1, unknown 2.
 
     Left to itself the trainer splits "red" and merges whole Chinese phrases, and then nothing composes.
     """

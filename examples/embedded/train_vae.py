@@ -2,8 +2,8 @@
 
     python train_vae.py --twemoji node_modules/@iconify-json/twemoji --out work/vae
 
-It is a plain AutoencoderKL with 64 channels on every level and norms of 32 groups, the only shape of that size
-that ComfyUI's own VAE class builds too. Interrupt it when you like: the same command goes on from the last
+It is a plain AutoencoderKL with 64 channels on every level and norms of 32 groups, a shape that
+ComfyUI's own VAE class builds too. Interrupt it when you like: the same command goes on from the last
 checkpoint.
 
 Plain squared error learns shapes long before colors (green turns grey, red turns orange); the pooled L1, the
@@ -13,7 +13,7 @@ chroma L1 and the random permutation of the color channels are there for the col
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import random
 import time
 from collections.abc import Iterator
@@ -26,6 +26,10 @@ from diffusers import AutoencoderKL
 from icons import Concept, IconSet, on_white, read_concepts, render
 from PIL import Image
 from torch import Tensor, nn
+
+from hydit_core.config import ModelInfo
+from hydit_core.weights.vae_layout import diffusers_to_ldm
+from hydit_core.weights.writer import save_safetensors
 
 SIZE, CROP = 128, 64
 SCALE = 0.13025
@@ -162,7 +166,11 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     crops = Crops(icons, concepts, args.seed, args.out / "icons.npy")
     vae = build_vae()
     ema = {name: p.detach().clone() for name, p in vae.state_dict().items()}
-    banks = [p for name, p in vae.named_parameters() if p.ndim == 4 and "conv_in" not in name and "conv_out" not in name]
+    banks = [
+        p
+        for name, p in vae.named_parameters()
+        if p.ndim == 4 and "conv_in" not in name and "conv_out" not in name
+    ]
     chosen = {id(p) for p in banks}
     rest = [p for p in vae.parameters() if id(p) not in chosen]
     optimizers = [Muon(banks, args.muon_lr), torch.optim.AdamW(rest, args.lr, (0.9, 0.99), weight_decay=0.01)]
@@ -201,9 +209,14 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
         if (step + 1) % args.save == 0 or step + 1 == args.steps:
             averaged = build_vae()
             averaged.load_state_dict(ema)
-            print("psnr mean {:.2f} worst {:.2f} dB".format(*psnr(averaged, concepts[:: args.eval_stride])), flush=True)
+            print(
+                "psnr mean {:.2f} worst {:.2f} dB".format(*psnr(averaged, concepts[:: args.eval_stride])),
+                flush=True,
+            )
             state = {"model": vae.state_dict(), "ema": ema, "step": step + 1}
-            torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, args.out / "checkpoint.tmp")
+            torch.save(
+                {**state, "optimizers": [o.state_dict() for o in optimizers]}, args.out / "checkpoint.tmp"
+            )
             (args.out / "checkpoint.tmp").replace(checkpoint)
     vae.load_state_dict(ema)
     return vae.eval()
@@ -211,7 +224,10 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
 
 @torch.no_grad()
 def normalize_latents(vae: AutoencoderKL, pictures: np.ndarray) -> None:
-    """Fold each latent channel's mean and deviation into the weights: latents x 0.13025 get zero mean, unit std."""
+    """Fold each latent channel's mean and deviation into the weights.
+
+    Latents times 0.13025 then have zero mean and unit deviation, as samplers and hosts expect.
+    """
     means = []
     for start in range(0, len(pictures), 16):
         x = torch.from_numpy(pictures[start : start + 16]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
@@ -240,12 +256,18 @@ def preview_factors(vae: AutoencoderKL, pictures: np.ndarray) -> list[list[float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--twemoji", type=Path, required=True, help="the unpacked @iconify-json/twemoji package")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--twemoji", type=Path, required=True, help="the unpacked @iconify-json/twemoji package"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW: norms, biases, first and last layers")
+    parser.add_argument(
+        "--lr", type=float, default=1.5e-3, help="AdamW: norms, biases, first and last layers"
+    )
     parser.add_argument("--muon-lr", type=float, default=0.012)
     parser.add_argument("--kl", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=1)
@@ -259,9 +281,14 @@ def main() -> None:
     before = psnr(vae, concepts)
     normalize_latents(vae, concepts)
     after = psnr(vae, concepts)
-    print("all concepts: mean {:.2f} worst {:.2f} dB; with normalized latents {:.2f}".format(*before, after[0]))
-    vae.save_pretrained(args.out / "vae")
-    (args.out / "preview_rgb.json").write_text(json.dumps(preview_factors(vae, concepts)))
+    print(
+        "all concepts: mean {:.2f} worst {:.2f} dB; with normalized latents {:.2f}".format(*before, after[0])
+    )
+    options = {"norm_num_groups": 32, "scaling_factor": SCALE, "preview_rgb": preview_factors(vae, concepts)}
+    info = dataclasses.replace(ModelInfo.published("v1.2"), vae=options)
+    save_safetensors(
+        args.out / "vae.safetensors", diffusers_to_ldm(vae.state_dict()), {"hydit.config": info.to_json()}
+    )
 
 
 if __name__ == "__main__":
