@@ -25,6 +25,7 @@ from .png import png_info
 from .presets import PRESETS
 from .weights.writer import atomic_path
 
+VERSIONS = ("v1.0", "v1.1", "v1.2")
 _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
@@ -95,6 +96,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ConfigError("--strength needs --init-image")
     if not 0 <= args.seed < 2**63:
         raise ConfigError(f"--seed {args.seed}: use a number from 0 to {2**63 - 1}")
+    if args.batch < 1:
+        raise ConfigError(f"--batch {args.batch}: use 1 or more")
     init = None if args.init_image is None else load_picture(args.init_image)
     names = _output_names(args.out, len(prompts) * args.batch)
     rank, mine = _share(len(prompts))
@@ -110,7 +113,12 @@ def _run(args: argparse.Namespace) -> None:
     settings = _settings(pipe, args, init)
     strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
     own = [prompts[index] for index in mine]
-    for note in pipe.advice(own, settings):
+    notes = pipe.advice(own, settings)
+    if args.preset in VERSIONS and (args.preset == "v1.2") != (pipe.info.version == "v1.2"):
+        notes.append(
+            f"preset {args.preset} is meant for another release than this model ({pipe.info.version})"
+        )
+    for note in notes:
         print(f"warning: {note}", file=sys.stderr)
 
     steps = len(pipe.schedule.sigmas_for(settings.spacing, settings.steps, strength)) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -373,8 +374,22 @@ def load(
     source = embedded_model() if path is None else Path(path).expanduser()
     dit, info = load_dit(source, dtype=dtype, device=device, load_key=load_key)
     lengths = {"text_len": dit.config.text_len, "t5_len": dit.config.t5_len}
-    text = load_text_encoders(text_encoders or source, dtype=dtype, device=device, **lengths)
-    return Pipeline(dit, text, load_vae(vae or source, dtype=dtype, device=device), info, name=source.name)
+    with _or_say("text_encoders", given=text_encoders is not None):
+        text = load_text_encoders(text_encoders or source, dtype=dtype, device=device, **lengths)
+    with _or_say("vae", given=vae is not None):
+        autoencoder = load_vae(vae or source, dtype=dtype, device=device)
+    return Pipeline(dit, text, autoencoder, info, name=source.name)
+
+
+@contextlib.contextmanager
+def _or_say(part: str, *, given: bool) -> Iterator[None]:
+    """Add to an error about a part that was looked for in the model's own place how to name another."""
+    try:
+        yield
+    except WeightsError as error:
+        if given:
+            raise
+        raise WeightsError(f"{error} (--{part.replace('_', '-')} PATH, or {part}= in Python)") from None
 
 
 ASSETS = Path(__file__).parent / "assets"

@@ -1,0 +1,176 @@
+"""`python -m hydit_core.generate` on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hydit_core import WeightsError, load, pipeline
+from hydit_core.config import NEGATIVE_PROMPT
+from hydit_core.generate import main
+from hydit_core.png import read_parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def generate(tiny_model_file, capsys, tmp_path, monkeypatch):
+    """Run the command line in an empty folder; gives exit code, printed paths, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, model=tiny_model_file):
+        code = main(["--model", str(model), "--device", "cpu", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, [Path(line) for line in out.splitlines()], err
+
+    return run
+
+
+def test_one_png_a_prompt_and_seed_in_the_default_folder(generate):
+    code, paths, err = generate(
+        "--prompt", "红苹果", "a red apple!", "--prompt", "a/b: ..", "--batch", 2, "--seed", 7
+    )
+    assert code == 0 and "error" not in err
+    assert [str(path) for path in paths] == [
+        f"outputs/{name}.png"
+        for name in (
+            "001-红苹果-7", "001-红苹果-8", "002-a-red-apple-7", "002-a-red-apple-8", "003-a-b-7", "003-a-b-8"
+        )
+    ]  # fmt: skip
+    for path in paths:
+        with Image.open(path) as image:
+            assert (image.format, image.size, image.mode) == ("PNG", (64, 64), "RGB")
+
+
+def test_a_second_run_writes_over_nothing(generate):
+    first = generate("--prompt", "cat")[1][0]
+    before = first.read_bytes()
+    second = generate("--prompt", "cat", "--steps", 2)[1][0]
+    assert second.name == "001-cat-0-2.png"
+    assert first.read_bytes() == before
+
+
+def test_prompts_file_and_prompts_together(generate, tmp_path):
+    (tmp_path / "list.txt").write_text("\ufeffred apple\n\n  绿色的汽车  \n", encoding="utf-8")
+    _, paths, _ = generate("--prompt", "cat", "--prompts", "list.txt", "--steps", 1)
+    assert [read_parameters(path)["prompt"] for path in paths] == ["cat", "red apple", "绿色的汽车"]
+
+
+def test_out_may_name_the_file(generate, tmp_path):
+    assert generate("--prompt", "cat", "--steps", 1, "--out", "new/one.png")[1] == [Path("new/one.png")]
+    _, paths, _ = generate("--prompt", "cat", "dog", "--steps", 1, "--out", "new/one.png")
+    assert paths == [Path("new/one-1.png"), Path("new/one-2.png")]
+    assert all(path.is_file() for path in paths)
+
+
+def test_the_picture_tells_how_it_was_made_and_can_be_made_again(generate, tiny_model_file):
+    options = ("--steps", 4, "--cfg", 3, "--guidance-rescale", 0.5, "--sampler", "ddim", "--size", "64x96")
+    _, (path,), _ = generate("--prompt", "红 apple", "--negative", "fish", "--seed", 11, *options)
+    facts = read_parameters(path)
+    assert facts == {
+        "format": 1,
+        "prompt": "红 apple",
+        "negative": "fish",
+        "seed": 11,
+        "steps": 4,
+        "cfg": 3.0,
+        "guidance_rescale": 0.5,
+        "sampler": "ddim",
+        "spacing": "leading",
+        "width": 64,
+        "height": 96,
+        "model": tiny_model_file.name,
+        "version": "v1.2",
+        "dtype": "float32",
+    }
+    with Image.open(path) as image:
+        written = np.asarray(image)
+        text = image.text["parameters"]
+    assert text.splitlines()[:2] == ["红 apple", "Negative prompt: fish"]
+    assert "Steps: 4, Size: 64x96, Sampler: ddim, Schedule type: leading, CFG scale: 3.0," in text
+    names = ("width", "height", "steps", "cfg", "guidance_rescale", "sampler", "spacing", "seed")
+    again = load(tiny_model_file, device="cpu")(
+        facts["prompt"], facts["negative"], **{name: facts[name] for name in names}
+    )
+    assert (written == np.asarray(again[0])).all()
+
+
+def test_defaults_presets_and_negative_by_name(generate):
+    _, (plain,), _ = generate("--prompt", "cat")
+    facts = read_parameters(plain)
+    assert (facts["steps"], facts["sampler"], facts["cfg"], facts["negative"]) == (3, "dpmpp_2m", 2.0, "")
+    _, (named,), _ = generate("--prompt", "cat", "--negative", "tencent")
+    assert read_parameters(named)["negative"] == NEGATIVE_PROMPT
+    _, (preset,), err = generate("--prompt", "cat", "--preset", "v1.1", "--size", "64x64", "--steps", 2)
+    facts = read_parameters(preset)
+    assert (facts["steps"], facts["sampler"], facts["cfg"]) == (2, "ddpm", 6.0)
+    assert facts["negative"] == NEGATIVE_PROMPT
+    assert "warning: preset v1.1 is meant for another release than this model (v1.2)" in err
+
+
+def test_image_to_image_takes_the_pictures_proportions(generate, tmp_path):
+    Image.effect_noise((400, 100), 50).save(tmp_path / "start.png")
+    _, (path,), _ = generate("--prompt", "cat", "--init-image", "start.png", "--strength", 0.7, "--steps", 3)
+    facts = read_parameters(path)
+    # The model's area (64 x 64) in the shape 4:1.
+    assert (facts["width"], facts["height"]) == (128, 32)
+    assert (facts["init_image"], facts["strength"]) == ("start.png", 0.7)
+    _, (fixed,), _ = generate("--prompt", "cat", "--init-image", "start.png", "--size", "64x64", "--steps", 3)
+    assert read_parameters(fixed)["width"] == 64
+
+
+def test_torchrun_ranks_share_the_prompts(generate, monkeypatch):
+    prompts = ["cat", "dog", "tree"]
+    whole = {path.name: path.read_bytes() for path in generate("--prompt", *prompts, "--out", "all")[1]}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        shares.append([path.name for path in generate("--prompt", *prompts, "--out", "shared")[1]])
+    assert shares == [["001-cat-0.png", "003-tree-0.png"], ["002-dog-0.png"]]
+    assert {path.name: path.read_bytes() for path in Path("shared").iterdir()} == whole
+    # More ranks than prompts: the idle one does not even open the model.
+    assert generate("--prompt", "cat", model="absent.safetensors") == (0, [], "")
+
+
+def test_a_copy_of_the_default_model_draws_the_same_without_the_assets(
+    generate, tiny_model_file, monkeypatch
+):
+    """No code may know that a model is the embedded one."""
+    assets = Path("assets").absolute()
+    assets.mkdir()
+    shutil.copy(tiny_model_file, assets / "some_model.safetensors")
+    monkeypatch.setattr(pipeline, "ASSETS", assets)
+    embedded = load(device="cpu")("cat", seed=3)[0]
+    copy = Path("elsewhere.safetensors")
+    shutil.copy(assets / "some_model.safetensors", copy)
+    shutil.rmtree(assets)
+    _, (path,), _ = generate("--prompt", "cat", "--seed", 3, model=copy)
+    with Image.open(path) as image:
+        assert (np.asarray(image) == np.asarray(embedded)).all()
+    with pytest.raises(WeightsError, match="holds 0 models instead of one"):
+        load(device="cpu")
+
+
+def test_parts_may_come_from_other_files(generate, tiny_model_file):
+    _, (whole,), _ = generate("--prompt", "cat")
+    _, (split,), _ = generate("--prompt", "cat", "--text-encoders", tiny_model_file, "--vae", tiny_model_file)
+    assert Image.open(whole).tobytes() == Image.open(split).tobytes()
+
+
+def test_as_a_module_in_a_fresh_process(tiny_model_file, tmp_path):
+    """The door itself: nothing on stdout but paths, no network, no ComfyUI."""
+    command = [sys.executable, "-m", "hydit_core.generate", "--model", tiny_model_file, "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--prompt", "红苹果", "--out", tmp_path / "a.png"],
+        cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [str(tmp_path / "a.png")]
+    assert json.loads(Image.open(tmp_path / "a.png").text["hydit"])["prompt"] == "红苹果"
