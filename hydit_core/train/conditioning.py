@@ -21,11 +21,20 @@ class TextSource:
     remembered before an interruption.
     """
 
-    def __init__(self, encoders: TextEncoders, device: torch.device, *, trained: bool) -> None:
+    def __init__(
+        self,
+        encoders: TextEncoders,
+        device: torch.device,
+        *,
+        trained: bool,
+        stored: Callable[[str], TextFeatures] | None = None,
+    ) -> None:
+        """``stored`` gives one text's features from disk; without it frozen encoders compute them."""
         self.encoders = encoders
         self.device = device
         self.trained = trained
-        self._memory = _Memory(self._tokens if trained else self._features)
+        features = stored or encoders.encode
+        self._memory = _Memory(self._tokens if trained else lambda text: features(text).to("cpu"))
 
     def __call__(self, texts: Sequence[str], texts_t5: Sequence[str]) -> Tokens | TextFeatures:
         """Texts for the two encoders -> the batch's tensors on the device.
@@ -41,9 +50,6 @@ class TextSource:
 
     def _tokens(self, text: str) -> tuple[Tensor, ...]:
         return self.encoders.tokenize(text)[:4]
-
-    def _features(self, text: str) -> tuple[Tensor, ...]:
-        return tuple(part.cpu() for part in self.encoders.encode(text))
 
 
 class _Memory:

@@ -218,6 +218,11 @@ class TrainConfig(Section):
     def _consistent(self) -> TrainConfig:
         if self.samples.every and not self.samples.prompts:
             raise ValueError("samples.every is set but samples.prompts is empty")
+        if self.data.cache.text and self.objective.train_text_encoders:
+            raise ValueError(
+                "data.cache.text keeps the outputs of the text encoders, but objective.train_text_encoders "
+                "changes them at every step: turn one of the two off"
+            )
         if self.schedule.warmup_steps > self.run.steps:
             raise ValueError("schedule.warmup_steps is larger than run.steps")
         return self

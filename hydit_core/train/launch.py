@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from ..data import LatentCache, TrainData, build_latent_cache, open_dataset, require_outside_sources
 from ..data.cache import cache_folder
+from ..data.text_cache import TextCache, build_text_cache
 from ..errors import ConfigError
 from . import checkpoint as checkpoints
 from . import distributed
@@ -39,7 +41,8 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         data = open_data(config, processes.rank, processes.world)
         parts = build(config)
         prepare_data(config, data, parts, processes)
-        objective = FullObjective(parts, config.objective, processes.device)
+        stored = TextCache(config.data, parts.text) if config.data.cache.text else None
+        objective = FullObjective(parts, config.objective, processes.device, stored_text=stored)
         objective.parts.dit.gradient_checkpointing = float(run.gradient_checkpointing)
         trainer = Trainer(config, objective, data, processes)
         if resume is not None:
@@ -56,25 +59,41 @@ def open_data(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainData:
 
 
 def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, processes: Processes) -> None:
-    """Encode what is missing from the latent cache, if there is to be one, and train from it."""
-    if not config.data.cache.latents:
-        return
-    parts.vae.to(processes.device)
-    with tqdm(desc="encoding pictures", unit="picture", disable=not processes.is_main) as bar:
+    """Encode what the configured caches lack; latents come from their cache from then on."""
+    cache = config.data.cache
+    if cache.latents:
+        parts.vae.to(processes.device)
+        with _progress("encoding pictures", processes) as progress:
+            build_latent_cache(data, parts.vae, progress)
+        processes.barrier()
+        data.use_latents(LatentCache(data, parts.vae, cache_folder(config.data)))
+    if cache.text:
+        parts.text.to(processes.device)
+        with _progress("encoding captions", processes) as progress:
+            build_text_cache(data, parts.text, progress)
+        processes.barrier()
+        parts.text.to("cpu")
 
-        def progress(done: int, total: int) -> None:
+
+@contextmanager
+def _progress(what: str, processes: Processes) -> Iterator[Callable[[int, int], None]]:
+    with tqdm(desc=what, disable=not processes.is_main) as bar:
+
+        def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        build_latent_cache(data, parts.vae, progress)
-    processes.barrier()
-    data.use_latents(LatentCache(data, parts.vae, cache_folder(config.data)))
+        yield show
 
 
 def build_caches(config: TrainConfig) -> None:
     """Encode everything that the configuration wants cached, without training."""
-    if not config.data.cache.latents:
-        raise ConfigError("nothing to do: set data.cache.latents = true to keep encoded pictures")
+    cache = config.data.cache
+    if not (cache.latents or cache.text):
+        raise ConfigError(
+            "nothing to cache: set data.cache.latents = true (encoded pictures) or data.cache.text = true "
+            "(encoded captions)"
+        )
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     processes = distributed.start(config.run.device)
@@ -84,7 +103,7 @@ def build_caches(config: TrainConfig) -> None:
     finally:
         processes.close()
     if processes.is_main:
-        _say(f"latents of {len(data.manifest)} pictures are in {cache_folder(config.data)}")
+        _say(f"the caches of {len(data.manifest)} pictures are complete, in {cache_folder(config.data)}")
 
 
 def _check_output(config: TrainConfig, resume: str | None) -> None:

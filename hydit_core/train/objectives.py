@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from ..data import Batch
 from ..diffusion.losses import LossTerms, diffusion_loss
 from ..diffusion.schedule import Schedule
 from ..model.dit import DiT
-from ..text import TextEncoders
+from ..text import TextEncoders, TextFeatures
 from .conditioning import TextSource
 from .config import ObjectiveSection
 from .draws import Draws
@@ -101,14 +102,23 @@ def _to_compute_dtype(features: Tensor) -> Tensor:
 class FullObjective:
     """All parameters of the DiT and, if configured, of the text encoders."""
 
-    def __init__(self, parts: ModelParts, config: ObjectiveSection, device: torch.device) -> None:
+    def __init__(
+        self,
+        parts: ModelParts,
+        config: ObjectiveSection,
+        device: torch.device,
+        *,
+        stored_text: Callable[[str], TextFeatures] | None = None,
+    ) -> None:
         self.parts = parts
         self.device = device
         trained = parts.text if config.train_text_encoders else None
         self.schedule = Schedule(parts.info.diffusion)
         self.module: nn.Module = DiffusionModule(parts.dit, trained, self.schedule, config).to(device)
         self.module.train()
-        self.text = TextSource(parts.text, device, trained=config.train_text_encoders)
+        if trained is None and stored_text is None:
+            parts.text.to(device)
+        self.text = TextSource(parts.text, device, trained=trained is not None, stored=stored_text)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.module.named_parameters())

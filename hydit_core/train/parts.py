@@ -76,7 +76,7 @@ def build(config: TrainConfig) -> ModelParts:
         assert model.init_from is not None
         dit, info = load_dit(model.init_from, dtype=torch.float32, attention=training_attention)
         info = dataclasses.replace(info, base=model.init_from.name, variant="")
-    text = _text(config, dit.config)
+    text = load_text(config, dit.config)
     vae = load_vae(model.vae or _present(model.init_from))
     info = _with_section(info, model.info)
     options = text.info()
@@ -84,12 +84,13 @@ def build(config: TrainConfig) -> ModelParts:
     return ModelParts(dit, text, vae, info)
 
 
-def _text(config: TrainConfig, dit: DiTConfig) -> TextEncoders:
+def load_text(config: TrainConfig, dit: DiTConfig, *, like_file: bool = False) -> TextEncoders:
+    """The text encoders of a run; ``like_file`` keeps the dtype of their file, which is then only mapped."""
     source = config.model.text_encoders
+    trained = config.objective.train_text_encoders
     if not isinstance(source, TextScratch):
-        trained = config.objective.train_text_encoders
         half = config.run.precision == "bf16" and not trained
-        dtype = torch.bfloat16 if half else torch.float32
+        dtype = None if like_file else torch.bfloat16 if half else torch.float32
         path = source or _present(config.model.init_from)
         return load_text_encoders(path, dtype=dtype, text_len=dit.text_len, t5_len=dit.t5_len)
     contents = []
@@ -100,7 +101,8 @@ def _text(config: TrainConfig, dit: DiTConfig) -> TextEncoders:
             raise ConfigError(f"model.text_encoders: cannot read {path}: {error.strerror}") from error
     vocab, spiece = contents
     seed = _seed(config, "text encoders")
-    return TextEncoders.build(source.bert, source.t5, vocab, spiece, dit.text_len, dit.t5_len, seed=seed)
+    encoders = TextEncoders.build(source.bert, source.t5, vocab, spiece, dit.text_len, dit.t5_len, seed=seed)
+    return encoders.requires_grad_(trained)
 
 
 def _present(path: Path | None) -> Path:

@@ -45,4 +45,5 @@ def validate(
     finally:
         module.train(training)
     loss, mse, vlb, count = processes.sum(sums).tolist()
-    return {"val_loss": loss / count, "val_mse": mse / count, "val_vlb": vlb / count}
+    values = {"val_loss": loss, "val_mse": mse, "val_vlb": vlb}
+    return {name: round(value / count, 6) for name, value in values.items()}

@@ -1,0 +1,102 @@
+"""What a run would do, without doing it: nothing is written, no picture is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..config import DiTConfig
+from ..data import TrainData
+from ..model.dit import DiT
+from ..text import TextEncoders
+from ..weights.load import load_dit
+from .config import TrainConfig
+from .launch import open_data
+from .memory import estimate, largest
+from .optim import parameter_groups
+from .parts import load_text
+
+
+def describe(config: TrainConfig) -> Iterator[str]:
+    """Lines for the terminal: data, captions, model, schedule, memory.
+
+    Raises :class:`HyditError` for anything that training itself would refuse at its start.
+    """
+    run = config.run
+    data = open_data(config)
+    yield "Data"
+    yield from (f"  {line}" for line in data.summary().lines())
+    dit = _shapes(config)
+    text = load_text(config, dit.config, like_file=True)
+    yield "Captions"
+    yield from (f"  {line}" for line in _caption_lines(data, text))
+
+    everything = {f"dit.{name}": p for name, p in dit.named_parameters()}
+    if config.objective.train_text_encoders:
+        everything |= {f"text.{name}": p for name, p in text.named_parameters()}
+    groups = parameter_groups(everything, config.optimizer)
+    trained = {name: everything[name] for group in groups for name in group.names}
+    yield "Model"
+    origin = f"from {config.model.init_from}" if config.model.init_from else "from scratch"
+    shape = dit.config
+    yield (
+        f"  DiT {shape.version}, {origin}: width {shape.hidden_size}, depth {shape.depth}, "
+        f"{_count(dit.parameters()):,} parameters"
+    )
+    state = "trained too" if config.objective.train_text_encoders else "frozen"
+    yield f"  text encoders: {_count(text.parameters()):,} parameters, {state}"
+    yield f"  trained: {_count(trained.values()):,} parameters in {len(groups)} groups"
+    yield "Run"
+    samples = run.steps * run.batch_size * run.grad_accumulation
+    epochs = samples / max(1, len(data.row_of_sample))
+    yield (
+        f"  {run.steps} steps of {run.batch_size} x {run.grad_accumulation} samples: {epochs:.1f} epochs "
+        "in one process"
+    )
+    yield f"  precision {run.precision}, output to {run.output_dir} (nothing has been written)"
+    frozen = 0 if config.objective.train_text_encoders else _bytes(text, run.precision)
+    muon = {name for group in groups if group.muon for name in group.names}
+    size = largest([data.sizes[i] for i in set(data.bucket_of_row.tolist())])
+    yield f"Memory of one process, estimated for batches of {size[0]}x{size[1]}"
+    yield from estimate(config, trained, muon, frozen, shape, size).lines()
+
+
+def _shapes(config: TrainConfig) -> DiT:
+    """The DiT without its content: a fresh one on the meta device, or a mapped file."""
+    if config.model.from_scratch is not None:
+        return DiT(DiTConfig.from_dict(config.model.from_scratch.model_dump()), device="meta")
+    assert config.model.init_from is not None
+    dit, _ = load_dit(config.model.init_from)
+    return dit  # type: ignore[no-any-return]
+
+
+def _caption_lines(data: TrainData, text: TextEncoders) -> Iterator[str]:
+    """How captions fit the encoders."""
+    longest = {"BERT": 0, "mT5": 0}
+    limits: dict[str, int] = {}
+    cut: dict[str, list[str]] = {"BERT": [], "mT5": []}
+    unknown: dict[str, int] = {"BERT": 0, "mT5": 0}
+    total = 0
+    for caption in data.captions():
+        total += 1
+        for report in text.tokenizers(caption).reports[0]:
+            longest[report.encoder] = max(longest[report.encoder], report.n_tokens)
+            limits[report.encoder] = report.limit
+            unknown[report.encoder] += bool(report.unknown)
+            if report.truncated:
+                cut[report.encoder].append(caption)
+    for name, captions in cut.items():
+        yield f"{name}: up to {longest[name]} tokens, room for {limits[name]}"
+        if captions:
+            yield f"  {len(captions)} of {total} captions are cut, for example: {captions[0][:120]!r}"
+        if unknown[name]:
+            yield f"  {unknown[name]} captions hold words that it does not know"
+
+
+def _count(parameters: object) -> int:
+    return sum(p.numel() for p in parameters)  # type: ignore[attr-defined]
+
+
+def _bytes(module: torch.nn.Module, precision: str) -> int:
+    return _count(module.parameters()) * (2 if precision == "bf16" else 4)

@@ -1,0 +1,141 @@
+"""How much memory a run needs, before it is started.
+
+State is counted: a trained parameter costs 4 bytes each for weight, gradient and average (if kept) and 8
+for AdamW's moments (4 for Muon's). Activations are measured, not guessed: the forward pass of the largest
+batch is run on the meta device, where tensors have shapes but no content, and what it keeps for the
+backward pass is added up. Not in the sum: the libraries themselves (about 0.5 GB), a CUDA context (about
+0.5 GB), temporary buffers, and mapped files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DiTConfig
+from ..model.attention import Options
+from ..model.dit import DiT
+from .config import TrainConfig
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by purpose."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    frozen: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def lines(self) -> list[str]:
+        """One purpose a line."""
+        return [f"  {name}: {_size(value)}" for name, value in vars(self).items() if value] + [
+            f"  together: {_size(self.total)} (plus about 1 GB for libraries and buffers)"
+        ]
+
+
+def estimate(
+    config: TrainConfig,
+    trained: Mapping[str, Tensor],
+    muon: set[str],
+    frozen_bytes: int,
+    dit: DiTConfig,
+    size: tuple[int, int],
+) -> MemoryEstimate:
+    """Memory of one process, for its ``trained`` parameters (meta ones will do) and ``size`` (W, H) in pixels."""
+    count = sum(p.numel() for p in trained.values())
+    in_muon = sum(p.numel() for name, p in trained.items() if name in muon)
+    fraction = float(config.run.gradient_checkpointing)
+    dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    return MemoryEstimate(
+        weights=4 * count,
+        gradients=4 * count,
+        optimizer=8 * (count - in_muon) + 4 * in_muon,
+        average=4 * count * config.ema.enabled,
+        frozen=frozen_bytes,
+        activations=activation_bytes(dit, config.run.batch_size, size, dtype, fraction),
+    )
+
+
+def activation_bytes(
+    config: DiTConfig, batch: int, size: tuple[int, int], dtype: torch.dtype, checkpointing: float = 0.0
+) -> int:
+    """What one forward pass of a DiT keeps for its backward pass, in bytes; ``size`` is (W, H) in pixels.
+
+    Attention counts as a fused kernel (queries, keys, values and output); autocast's copies of the weights
+    are counted.
+    """
+    with torch.device("meta"):
+        model = DiT(config, attention=_FusedAttention.attend, dtype=dtype)
+        latents = torch.empty(batch, config.in_channels, size[1] // 8, size[0] // 8, dtype=dtype)
+        bert = torch.empty(batch, config.text_len, config.text_dim, dtype=dtype)
+        t5 = torch.empty(batch, config.t5_len, config.t5_dim, dtype=dtype)
+        masks = [torch.empty(batch, n, dtype=torch.int64) for n in (config.text_len, config.t5_len)]
+        sizes = torch.empty(batch, 6) if config.size_cond else None
+        t = torch.empty(batch)
+        kept = _Kept(model)
+        with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+            context = model.encode_context(bert, masks[0], t5, masks[1], image_meta_size=sizes)
+            before = kept.total
+            model(latents, t, context)
+    blocks = kept.total - before
+    tokens = latents.shape[-1] * latents.shape[-2] // config.patch_size**2
+    stream = batch * tokens * config.hidden_size * dtype.itemsize  # the input of one block
+    again = checkpointing > 0
+    whole = before + (1 - checkpointing) * blocks + checkpointing * config.depth * stream
+    copies = sum(p.numel() * 2 for p in model.parameters()) if dtype != torch.float32 else 0
+    return int(whole + again * blocks / config.depth) + copies
+
+
+class _Kept:
+    """Adds up the distinct storages that autograd keeps, weights left out."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.total = 0
+        self._seen = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._alive: list[Any] = []
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(storage)  # else its address could be used again
+            self.total += storage.nbytes()
+        return tensor
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what a fused attention kernel keeps. Shapes only: the values mean nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q).flatten(-2)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("for measuring only")
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
+        return _FusedAttention.apply(q, k, v)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def largest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size with the most pixels."""
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _size(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**28 else f"{value / 2**20:.1f} MiB"
