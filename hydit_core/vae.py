@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .config import ModelInfo
 from .errors import HyditError, WeightsError
 from .weights import vae_layout
-from .weights.files import open_tensors
+from .weights.files import has_weights, open_tensors
 from .weights.source import TensorSource, as_source
 
 SCALING_FACTOR = 0.13025
@@ -217,29 +217,28 @@ def load_vae(
     config: dict[str, Any] = {}
     if isinstance(path_or_source, str | Path):
         path = Path(path_or_source)
-        name = str(path)
         if path.is_dir():
             path = _vae_folder(path)
-            name = str(path)
         config = _read_config(path if path.is_dir() else path.parent)
         source = open_tensors(path)
     else:
         source = as_source(path_or_source)
-        name = str(source.path)
     options = {**config, **_file_options(source, info)}
     try:
         return _build(source, options, dtype, device)
     except WeightsError as error:
-        raise WeightsError(f"{name}: {error}") from None
+        raise WeightsError(f"{source.path}: {error}") from None
 
 
 def _vae_folder(folder: Path) -> Path:
     for relative in _FOLDERS:
         if "Autoencoder" in str(_read_config(folder / relative).get("_class_name")):
             return folder / relative
+    if has_weights(folder):
+        return folder
     raise WeightsError(
-        f"{folder} holds no VAE: expected a config.json that names AutoencoderKL or AutoencoderTiny, "
-        "in the folder itself or in vae/ inside it"
+        f"{folder} holds no VAE: expected a weights file, or a config.json that names AutoencoderKL or "
+        "AutoencoderTiny, in the folder itself or in vae/ inside it"
     )
 
 
@@ -267,8 +266,9 @@ def _build(
     if kind is None:
         found = ", ".join(list(source.keys())[:3]) or "no tensor at all"
         raise WeightsError(
-            "no VAE found: expected names such as vae.encoder.down.0.block.0.conv1.weight (LDM), "
-            f"encoder.down_blocks.0.resnets.0.conv1.weight (diffusers) or taesd_decoder.1.weight; "
+            "no VAE found; give one separately, or a checkpoint that holds one. Expected names such as "
+            "vae.encoder.down.0.block.0.conv1.weight (LDM), "
+            "encoder.down_blocks.0.resnets.0.conv1.weight (diffusers) or taesd_decoder.1.weight; "
             f"found {found}"
         )
     stored = vae_layout.strip_vae_prefix(source.keys(), kind)

@@ -49,6 +49,7 @@ def test_metadata_tells_what_shapes_do_not(tmp_path: Path) -> None:
     vae = load_vae(path)
     assert (vae.scaling_factor, vae.preview_rgb, vae.downscale, vae.latent_channels) == (0.5, rgb, 8, 4)
     assert vae.model.config.norm_num_groups == 16
+    assert load_vae(tmp_path).scaling_factor == 0.5  # the one file of a folder
     given = load_vae(path, info=ModelInfo("v1.2", vae={"norm_num_groups": 8}))
     assert (given.scaling_factor, given.model.config.norm_num_groups) == (0.13025, 8)
 
@@ -164,10 +165,12 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     expect_error(r"conv_in.bias has shape \(7,\) instead of \(32,\)", load(misfit, "misfit"))
     path = write(tmp_path / "groups.safetensors", good)
     expect_error("16 channels.*32 norm groups.*norm_num_groups", lambda: load_vae(path))
-    expect_error("holds no VAE.*AutoencoderKL", lambda: load_vae(tmp_path))
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_text("{", encoding="utf-8")
-    expect_error("config.json is not valid JSON", lambda: load_vae(tmp_path))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    expect_error("folder holds no VAE.*AutoencoderKL", lambda: load_vae(folder))
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text("{", encoding="utf-8")
+    expect_error("config.json is not valid JSON", lambda: load_vae(folder))
     no_encoder = {"taesd_decoder.1.weight": torch.zeros(8, 4, 3, 3)}
     expect_error("no complete encoder", load(no_encoder, "tiny"))
     assert load_vae(write(tmp_path / "ok.safetensors", good), info=info).downscale == 8
