@@ -52,7 +52,10 @@ def estimate(
     dit: DiTConfig,
     size: tuple[int, int],
 ) -> MemoryEstimate:
-    """Memory of one process, for its ``trained`` parameters (meta ones will do) and ``size`` (W, H) in pixels."""
+    """Memory of one process.
+
+    ``trained`` are its parameters (meta ones will do), ``size`` is (W, H) in pixels.
+    """
     count = sum(p.numel() for p in trained.values())
     in_muon = sum(p.numel() for name, p in trained.items() if name in muon)
     fraction = float(config.run.gradient_checkpointing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -52,7 +53,9 @@ class Metrics:
         """Append ``{"step": step, **values}``; ``show`` goes to the progress bar."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN: what is not finite is null, so that every reader can read the file.
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **plain}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
