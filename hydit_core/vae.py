@@ -142,6 +142,19 @@ class VAE(nn.Module):
             images = self._decode(z, tile, overlap)
         return images
 
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """The weights under the names of an all-in-one checkpoint (LDM or TAESD), without its prefix.
+
+        A TAESD's scale and shift are among them; those of a KL autoencoder belong into the metadata.
+        """
+        state = self.model.state_dict()
+        if not self.is_tiny:
+            return vae_layout.diffusers_to_ldm(state)
+        vae_scale = SCALING_FACTOR / self.scaling_factor
+        return vae_layout.diffusers_to_taesd(
+            state, vae_scale=vae_scale, vae_shift=-self.shift_factor / vae_scale
+        )
+
     def _decode(self, z: Tensor, tile: int | None, overlap: int | None) -> Tensor:
         decoder: Any = self.model
         if tile is None or max(z.shape[-2:]) <= tile:
@@ -353,13 +366,13 @@ def _scale(
     options: dict[str, Any],
 ) -> tuple[float, float]:
     """Scaling and shift factor of the latents."""
-    if kind.layout != "taesd":
+    if kind.layout != "taesd" or "vae_scale" not in stored:
         default = 1.0 if kind.architecture == "tiny" else SCALING_FACTOR
         return float(options.get("scaling_factor", default)), float(options.get("shift_factor") or 0.0)
-    scaling = float(options.get("scaling_factor", SCALING_FACTOR))
-    # ComfyUI defines a TAESD's unscaled latents as z / vae_scale + vae_shift, z being what the network makes.
-    # Both scales as float32, in which the file holds its own: equal ones then give exactly 1.
-    scaling = float(torch.tensor(scaling))
-    vae_scale = float(source[stored["vae_scale"]]) if "vae_scale" in stored else scaling
+    # ComfyUI defines a TAESD's unscaled latents as z / vae_scale + vae_shift, z being what the network makes,
+    # and scales them by its latent format's constant.
+    # As float32, in which the file holds its own scale: equal ones then give exactly 1.
+    scaling = float(torch.tensor(SCALING_FACTOR))
+    vae_scale = float(source[stored["vae_scale"]])
     vae_shift = float(source[stored["vae_shift"]]) if "vae_shift" in stored else 0.0
     return scaling / vae_scale, -vae_shift * vae_scale

@@ -196,15 +196,17 @@ def taesd_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {new: tensors[old] for old, new in taesd_renaming(tensors, to="diffusers").items()}
 
 
-def diffusers_to_taesd(tensors: Mapping[str, Tensor], *, vae_scale: float = 0.13025) -> dict[str, Tensor]:
+def diffusers_to_taesd(
+    tensors: Mapping[str, Tensor], *, vae_scale: float = 0.13025, vae_shift: float = 0.0
+) -> dict[str, Tensor]:
     """``AutoencoderTiny``'s state dict -> TAESD names, with the scale and shift that ComfyUI reads.
 
     Args:
-        vae_scale: the diffusion model's latent scale: ComfyUI multiplies unscaled latents by it before
-            decoding, because a TAESD works on scaled ones.
+        vae_scale, vae_shift: ComfyUI decodes unscaled latents z as (z - vae_shift) * vae_scale; a TAESD that
+            works on scaled latents, as the published ones do, has the diffusion model's latent scale.
     """
     renamed = {new: tensors[old] for old, new in taesd_renaming(tensors, to="taesd").items()}
-    return {**renamed, "vae_scale": torch.tensor(vae_scale), "vae_shift": torch.tensor(0.0)}
+    return {**renamed, "vae_scale": torch.tensor(vae_scale), "vae_shift": torch.tensor(vae_shift)}
 
 
 def kl_config(keys: Iterable[str], shape: Shape, *, norm_num_groups: int = 32) -> dict[str, Any]:

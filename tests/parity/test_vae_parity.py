@@ -87,6 +87,7 @@ def test_ldm_file_and_folder_give_the_results_of_diffusers(prefix: str, tmp_path
         assert torch.equal(vae.encode_mode(images), latents)
         assert torch.equal(vae.sample(moments, torch.Generator().manual_seed(7)), drawn)
         assert torch.equal(vae.decode(latents), decoded)
+        assert torch.equal(load_vae(vae.checkpoint_tensors()).decode(latents), decoded)
 
 
 def test_deprecated_attention_names_of_old_diffusers_files(tmp_path: Path) -> None:
@@ -154,6 +155,11 @@ def test_taesd_file_matches_the_architecture(scale: tuple[float, float] | None, 
         decoded = decoder((latents / 0.13025 - vae_shift) * vae_scale) * 2 - 1
     torch.testing.assert_close(vae.encode_mode(images), latents, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(vae.decode(latents), decoded, rtol=1e-5, atol=1e-6)
+    # Written again, it is the same for us and for ComfyUI.
+    written = vae.checkpoint_tensors()
+    assert float(written["vae_scale"]) == pytest.approx(vae_scale)
+    assert float(written["vae_shift"]) == pytest.approx(vae_shift)
+    torch.testing.assert_close(load_vae(written).decode(latents), decoded, rtol=1e-5, atol=1e-6)
     # No variance: a sample is the mode.
     moments = vae.encode_moments(images)
     torch.testing.assert_close(vae.sample(moments), latents, rtol=1e-5, atol=2e-6)
