@@ -19,7 +19,7 @@ import torch
 from ..errors import ConfigError, DataError
 from .config import DataConfig, Size
 from .fingerprints import PictureHashes, Progress, file_hash, module_hash
-from .images import Geometry, load_picture, read_picture, to_tensor
+from .images import Geometry, load_picture, to_tensor
 from .sources import source_kind
 from .store import KEY_LENGTH, TensorStore, content_key
 
@@ -83,7 +83,7 @@ class LatentCache:
         hashes = PictureHashes(folder, rank=data.rank)
         for row in range(len(flips)) if rows is None else rows:
             try:
-                digest = hashes.of(data.manifest.path(row))
+                digest = hashes.of(data.manifest.picture(row))
             except DataError:
                 if config.on_unreadable == "error":
                     raise
@@ -214,14 +214,14 @@ def _decoded(
 
 def _pixels(data: TrainData, cache: LatentCache, row: int) -> torch.Tensor | None:
     """(3, H, W) of an unflipped picture, or None if it is unreadable and to be skipped."""
-    path, size = data.manifest.path(row), data.sizes[data.bucket_of_row[row]]
+    file, size = data.manifest.picture(row), data.sizes[data.bucket_of_row[row]]
     try:
-        content = read_picture(path)
-        picture = load_picture(content, data.config.alpha_color, name=str(path))
+        content = file.read()
+        picture = load_picture(content, data.config.alpha_color, name=str(file))
     except DataError:
         if data.config.on_unreadable == "error":
             raise
         return None
     if not cache.matches(row, file_hash(content), size):
-        raise DataError(f"{path} was changed while the cache was being built; run it again")
+        raise DataError(f"{file} was changed while the cache was being built; run it again")
     return to_tensor(Geometry.cover(picture.size, size).apply(picture))

@@ -41,12 +41,13 @@ class _Model(BaseModel):
 class SourceConfig(_Model):
     """One place that pictures and captions come from.
 
-    A folder holds pictures with a same-named ``.txt`` beside each. A JSONL or CSV file has one row
-    per picture; relative picture paths start at ``root``, by default the folder of that file.
+    A folder holds pictures with a same-named ``.txt`` beside each. A JSONL, CSV, Parquet or Arrow file
+    has one row per picture; relative picture paths start at ``root``, by default the folder of that
+    file. Parquet and Arrow may hold the pictures themselves. ``index`` is Tencent's JSON over Arrow files.
     """
 
     path: Path
-    kind: Literal["auto", "folder", "jsonl", "csv"] = "auto"
+    kind: Literal["auto", "folder", "jsonl", "csv", "arrow", "parquet", "index"] = "auto"
     root: Path | None = None
     image_field: str | None = None
     """Column that holds the picture's path; by default the first known name that a row has."""

@@ -247,7 +247,8 @@ class TrainData:
         if self._latents is not None:
             geometry = Geometry.cover(self.manifest.size(row), size, flip=flip)
             return geometry, self._latents.get(row, flip)
-        picture = load_picture(self.manifest.path(row), self.config.alpha_color)
+        file = self.manifest.picture(row)
+        picture = load_picture(file.read(), self.config.alpha_color, name=str(file))
         geometry = Geometry.cover(picture.size, size, fraction=fraction, flip=flip)
         return geometry, to_tensor(geometry.apply(picture))
 

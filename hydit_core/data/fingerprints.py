@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import DataError
-from .images import read_picture
+from .sources import PictureFile
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
@@ -63,9 +63,10 @@ class PictureHashes:
                     continue
                 self._known[name] = (size, changed, digest)
 
-    def of(self, path: Path) -> str:
-        """The hash of a file's bytes. Raises :class:`DataError` if it cannot be read."""
-        name = str(path.resolve())
+    def of(self, picture: PictureFile) -> str:
+        """The hash of a picture's bytes. Raises :class:`DataError` if it cannot be read."""
+        path = picture.path
+        name = str(path.resolve()) + (f"#{picture.row}" if picture.row >= 0 else "")
         try:
             status = path.stat()
         except OSError as error:
@@ -73,7 +74,7 @@ class PictureHashes:
         known = self._known.get(name)
         if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
             return known[2]
-        digest = file_hash(read_picture(path))
+        digest = file_hash(picture.read())
         if time.time() - status.st_mtime > _RACY_SECONDS:
             self._known[name] = (status.st_size, status.st_mtime_ns, digest)
             self._new.append(json.dumps([name, *self._known[name]]))

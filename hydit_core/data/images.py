@@ -38,14 +38,6 @@ def load_picture(source: Path | bytes, alpha_color: str = "white", *, name: str 
         raise DataError(f"cannot read picture {shown}: {_reason(error)}") from error
 
 
-def read_picture(path: Path) -> bytes:
-    """The encoded file. Raises :class:`DataError` naming it if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read picture {path}: {_reason(error)}") from error
-
-
 def probe_size(source: Path | bytes, *, name: str | None = None) -> Size:
     """(width, height) as :func:`load_picture` would return it, from the file's header.
 
@@ -69,8 +61,6 @@ def _reason(error: BaseException) -> str:
         return "no such file"
     if isinstance(error, UnidentifiedImageError):
         return "not a picture in a known format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     return str(error) or type(error).__name__
 
 

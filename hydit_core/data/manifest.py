@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .columns import StringColumn
 from .config import DataConfig, Size, SourceConfig
 from .images import probe_size
 from .order import hash_int
-from .sources import Entry, read_source
+from .sources import Entry, PictureFile, read_source
 
 _SHOWN = 5
 """How many files an error or a summary names."""
@@ -28,7 +28,7 @@ class Record:
     """One picture: ``key`` is its name for people and logs, stable when the data move."""
 
     key: str
-    path: Path
+    picture: PictureFile
     captions: tuple[str, ...]
     width: int
     height: int
@@ -55,6 +55,8 @@ class Manifest:
         self._paths = StringColumn()
         self._extras = StringColumn()
         self._caption_ends = array("q", [0])
+        self._rows = array("q")
+        self._columns: dict[int, str] = {}
         self._widths, self._heights, self._sources = array("i"), array("i"), array("i")
 
     def append(self, entry: Entry, key: str, size: Size, source: int) -> None:
@@ -68,6 +70,9 @@ class Manifest:
         self._widths.append(size[0])
         self._heights.append(size[1])
         self._sources.append(source)
+        self._rows.append(entry.row)
+        if entry.column:
+            self._columns[source] = entry.column
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -76,7 +81,7 @@ class Manifest:
         extra = self._extras[index]
         return Record(
             key=self.keys[index],
-            path=self.path(index),
+            picture=self.picture(index),
             captions=tuple(self.caption(index, i) for i in range(self.caption_count(index))),
             width=self._widths[index],
             height=self._heights[index],
@@ -86,8 +91,10 @@ class Manifest:
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
 
-    def path(self, index: int) -> Path:
-        return Path(self._paths[index])
+    def picture(self, index: int) -> PictureFile:
+        """Where the encoded picture is."""
+        column = self._columns.get(self._sources[index], "")
+        return PictureFile(Path(self._paths[index]), self._rows[index], column)
 
     def size(self, index: int) -> Size:
         """(width, height) in pixels, as the picture is shown."""
@@ -125,7 +132,7 @@ def gather(config: DataConfig) -> tuple[Manifest, Findings]:
         for number, source in enumerate(config.sources):
             name = source_name(source)
             for chunk in _chunks(read_source(source), 1024):
-                for entry, size in zip(chunk, pool.map(_size, chunk), strict=True):
+                for entry, size in zip(chunk, _sizes(pool, chunk), strict=True):
                     _add(manifest, findings, config, entry, f"{name}/{entry.key}", size, number)
     _raise_findings(config, findings)
     if len(manifest) == 0:
@@ -171,11 +178,20 @@ def _chunks(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def _size(entry: Entry) -> Size | DataError:
+def _sizes(pool: ThreadPoolExecutor, entries: list[Entry]) -> Iterator[Size | DataError]:
+    """Each entry's size, as its row tells or its picture's header; or why it cannot be read."""
+    looked_at = pool.map(_probe, [e for e in entries if not e.complete])
+    return ((e.width, e.height) if e.complete else next(looked_at) for e in entries)
+
+
+def _probe(entry: Entry) -> Size | DataError:
     try:
         if control := entry.extra.get("control"):
             probe_size(Path(control))
-        return (entry.width, entry.height) if entry.width and entry.height else probe_size(entry.path)
+        if entry.width and entry.height:
+            return entry.width, entry.height
+        picture = entry.picture
+        return probe_size(entry.path) if entry.row < 0 else probe_size(picture.read(), name=str(picture))
     except DataError as error:
         return error
 
@@ -192,8 +208,8 @@ def _add(
     if not entry.captions:
         findings.missing_captions += 1
         if len(findings.missing_shown) < _SHOWN:
-            findings.missing_shown.append(f"{entry.path}" + (f" ({entry.hint})" if entry.hint else ""))
-        entry = Entry(entry.key, entry.path, (config.empty_caption,), extra=entry.extra)
+            findings.missing_shown.append(f"{entry.picture}" + (f" ({entry.hint})" if entry.hint else ""))
+        entry = replace(entry, captions=(config.empty_caption,))
     if isinstance(size, DataError):
         findings.unreadable += 1
         if len(findings.unreadable_shown) < _SHOWN:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from ...errors import DataError
 from ..config import SourceConfig
-from .entry import Entry
+from .entry import Entry, PictureFile
 
-__all__ = ["Entry", "read_source", "source_kind"]
+__all__ = ["Entry", "PictureFile", "read_source", "source_kind"]
 
 
 def source_kind(source: SourceConfig) -> str:
@@ -20,7 +20,15 @@ def source_kind(source: SourceConfig) -> str:
         return source.kind
     if path.is_dir():
         return "folder"
-    kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv"}
+    kinds = {
+        ".jsonl": "jsonl",
+        ".ndjson": "jsonl",
+        ".csv": "csv",
+        ".tsv": "csv",
+        ".arrow": "arrow",
+        ".parquet": "parquet",
+        ".json": "index",
+    }
     kind = kinds.get(path.suffix.lower())
     if kind is None:
         raise DataError(
@@ -41,6 +49,14 @@ def read_source(source: SourceConfig) -> Iterator[Entry]:
         from .jsonl import read_jsonl
 
         return read_jsonl(source)
+    if kind in ("arrow", "parquet"):
+        from .columnar import read_columnar
+
+        return read_columnar(source)
+    if kind == "index":
+        from .columnar import read_index
+
+        return read_index(source)
     from .csv import read_csv
 
     return read_csv(source)

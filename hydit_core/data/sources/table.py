@@ -30,22 +30,23 @@ def row_entry(row: Mapping[str, Any], source: SourceConfig, where: str) -> Entry
         if not isinstance(control, str) or not control.strip():
             raise DataError(f"{where}: no control picture in {source.control_field!r}")
         extra["control"] = str(root / control.strip())
-    captions = _captions(row, source, where)
-    hint = "" if captions else f"no text in {', '.join(source.caption_fields or CAPTION_FIELDS)}"
+    captions, hint = row_captions(row, source, where)
     return Entry(
         key=Path(value.strip()).as_posix(),
         path=root / value.strip(),
         captions=captions,
-        width=_side(row, "width", where),
-        height=_side(row, "height", where),
+        width=row_side(row, "width", where),
+        height=row_side(row, "height", where),
         extra=extra,
         hint=hint,
     )
 
 
-def _captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tuple[str, ...]:
+def row_captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tuple[tuple[str, ...], str]:
+    """(captions, hint): all texts in the caption columns, and where there should have been one."""
     found: list[str] = []
-    for name in source.caption_fields or CAPTION_FIELDS:
+    fields = source.caption_fields or CAPTION_FIELDS
+    for name in fields:
         value = row.get(name)
         values = value if isinstance(value, list) else [value]
         for text in values:
@@ -57,10 +58,11 @@ def _captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tuple
                 )
             if text.strip():
                 found.append(text.strip())
-    return tuple(found)
+    return tuple(found), "" if found else f"no text in {', '.join(fields)}"
 
 
-def _side(row: Mapping[str, Any], name: str, where: str) -> int:
+def row_side(row: Mapping[str, Any], name: str, where: str) -> int:
+    """A width or height that a row may give; 0 if it does not."""
     value = row.get(name)
     if value in (None, ""):
         return 0
