@@ -158,6 +158,7 @@ def psnr(vae: nn.Module, pictures: np.ndarray) -> tuple[float, float]:
 
 
 def train(args: argparse.Namespace) -> AutoencoderKL:
+    """All of the autoencoder, then its decoder alone, for sharper pictures of settled latents."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -165,27 +166,47 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
     concepts = concept_pictures(icons, read_concepts())
     crops = Crops(icons, concepts, args.seed, args.out / "icons.npy")
     vae = build_vae()
+    run_phase(vae, "all", args.steps, 1.0, crops, concepts, args)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    run_phase(vae, "decoder", args.decoder_steps, 0.5, crops, concepts, args)
+    return vae.eval()
+
+
+def make_optimizers(vae: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """Muon for the filter banks inside, AdamW for the rest of what is trained."""
+    banks, rest = [], []
+    for name, p in vae.named_parameters():
+        inside = p.ndim == 4 and "conv_in" not in name and "conv_out" not in name
+        if p.requires_grad:
+            (banks if inside else rest).append(p)
+    return [Muon(banks, args.muon_lr), torch.optim.AdamW(rest, args.lr, (0.9, 0.99), weight_decay=0.01)]
+
+
+def run_phase(
+    vae: AutoencoderKL,
+    phase: str,
+    steps: int,
+    rate: float,
+    crops: Crops,
+    concepts: np.ndarray,
+    args: argparse.Namespace,
+) -> None:
+    """Train what requires gradients; ``vae`` holds the averaged weights afterwards. Resumes by itself."""
     ema = {name: p.detach().clone() for name, p in vae.state_dict().items()}
-    banks = [
-        p
-        for name, p in vae.named_parameters()
-        if p.ndim == 4 and "conv_in" not in name and "conv_out" not in name
-    ]
-    chosen = {id(p) for p in banks}
-    rest = [p for p in vae.parameters() if id(p) not in chosen]
-    optimizers = [Muon(banks, args.muon_lr), torch.optim.AdamW(rest, args.lr, (0.9, 0.99), weight_decay=0.01)]
-    base = [group["lr"] for o in optimizers for group in o.param_groups]
-    first, checkpoint = 0, args.out / "checkpoint.pt"
+    optimizers = make_optimizers(vae, args)
+    base = [group["lr"] * rate for o in optimizers for group in o.param_groups]
+    first, checkpoint = 0, args.out / f"{phase}.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         vae.load_state_dict(saved["model"])
         ema, first = saved["ema"], saved["step"]
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        crops.random.seed(args.seed + first)
+    crops.random.seed(f"{args.seed} {phase} {first}")
     batches, started = crops.batches(args.batch), time.time()
-    for step in range(first, args.steps):
-        share = min(1, (step + 1) / 100) * min(1, (args.steps - step) / (0.5 * args.steps))
+    for step in range(first, steps):
+        share = min(1, (step + 1) / 100) * min(1, (steps - step) / (0.5 * steps))
         for group, lr in zip((g for o in optimizers for g in o.param_groups), base, strict=True):
             group["lr"] = lr * share
         x = next(batches)
@@ -195,7 +216,7 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
         kl = posterior.kl().float().mean() / posterior.mean[0].numel()
         loss = reconstruction_loss(y.float(), x) + args.kl * kl
         loss.backward()
-        nn.utils.clip_grad_norm_(rest, 1.0)
+        nn.utils.clip_grad_norm_([p for g in optimizers[1].param_groups for p in g["params"]], 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -203,23 +224,22 @@ def train(args: argparse.Namespace) -> AutoencoderKL:
         with torch.no_grad():
             for name, p in vae.state_dict().items():
                 ema[name].lerp_(p, 1 - decay)
-        if (step + 1) % args.log == 0 or step + 1 == args.steps:
-            rate = (time.time() - started) / (step + 1 - first)
-            print(f"step {step + 1} loss {loss.item():.4f} kl {kl.item():.2f} {rate:.2f} s/step", flush=True)
-        if (step + 1) % args.save == 0 or step + 1 == args.steps:
+        last = step + 1 == steps
+        if (step + 1) % args.log == 0 or last:
+            speed = (time.time() - started) / (step + 1 - first)
+            print(
+                f"{phase} {step + 1} loss {loss.item():.4f} kl {kl.item():.2f} {speed:.2f} s/step", flush=True
+            )
+        if (step + 1) % args.save == 0 or last:
             averaged = build_vae()
             averaged.load_state_dict(ema)
-            print(
-                "psnr mean {:.2f} worst {:.2f} dB".format(*psnr(averaged, concepts[:: args.eval_stride])),
-                flush=True,
-            )
+            quality = psnr(averaged, concepts[:: args.eval_stride])
+            print("psnr mean {:.2f} worst {:.2f} dB".format(*quality), flush=True)
             state = {"model": vae.state_dict(), "ema": ema, "step": step + 1}
-            torch.save(
-                {**state, "optimizers": [o.state_dict() for o in optimizers]}, args.out / "checkpoint.tmp"
-            )
-            (args.out / "checkpoint.tmp").replace(checkpoint)
+            temporary = checkpoint.with_suffix(".tmp")
+            torch.save({**state, "optimizers": [o.state_dict() for o in optimizers]}, temporary)
+            temporary.replace(checkpoint)
     vae.load_state_dict(ema)
-    return vae.eval()
 
 
 @torch.no_grad()
@@ -264,6 +284,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--decoder-steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(
         "--lr", type=float, default=1.5e-3, help="AdamW: norms, biases, first and last layers"
