@@ -56,7 +56,7 @@ class Processes:
         if self.world == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices)
+        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
     def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Context of a backward pass; gradients are exchanged in the last one of a step only."""

@@ -26,6 +26,7 @@ from .optim import Ema, Optimizers, learning_rate_factor, parameter_groups
 from .samples import draw_samples
 from .validation import validate
 
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -86,10 +87,7 @@ class Trainer:
         batches = self._batches()
         with self._signals():
             while progress.step < run.steps and not self._interrupted():
-                batch = self._next(batches)
-                if batch is None:
-                    break
-                stepped = self._micro_step(batch)
+                stepped = self._micro_step(next(batches))
                 progress.seconds = before + time.monotonic() - begun
                 micro_batches += 1
                 if stop_after_micro is not None and micro_batches >= stop_after_micro:
@@ -111,16 +109,13 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         run, progress = self.config.run, self.progress
         start = progress.step * run.grad_accumulation + progress.micro
-        return self.data.loader(start, run.steps * run.grad_accumulation)
-
-    def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        try:
-            return next(batches)
-        except RuntimeError:
-            # Ctrl-C reaches the data workers too; their end is no error then.
-            if self._stop_signal:
-                return None
-            raise
+        batches = self.data.loader(start, run.steps * run.grad_accumulation)
+        # The first batch starts the data workers. They inherit the mask: Ctrl-C and a job scheduler's
+        # SIGTERM reach every process of the group, but only this one decides when to stop.
+        with _signals_blocked():
+            first = next(batches)
+        yield first
+        yield from batches
 
     def _interrupted(self) -> bool:
         if self.processes.world == 1:
@@ -140,7 +135,7 @@ class Trainer:
             self._stop_signal = signal.Signals(number).name
 
         try:
-            old = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            old = {s: signal.signal(s, handle) for s in _STOP_SIGNALS}
         except ValueError:  # not in the main thread
             old = {}
         try:
@@ -324,6 +319,18 @@ class Trainer:
                 if name in gradients:
                     parameter.grad = gradients[name].to(parameter.device, copy=True)
         return differences(found.config, self.config.model_dump(mode="json"))
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
 def _copy_into(targets: dict[str, Any], tensors: dict[str, Tensor], where: str) -> None:
