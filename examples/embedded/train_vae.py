@@ -246,14 +246,18 @@ def run_phase(
 def normalize_latents(vae: AutoencoderKL, pictures: np.ndarray) -> None:
     """Fold each latent channel's mean and deviation into the weights.
 
-    Latents times 0.13025 then have zero mean and unit deviation, as samplers and hosts expect.
+    Latents times 0.13025, drawn from the posterior, then have zero mean and unit deviation, as samplers and
+    hosts expect. The posterior's own variance counts: a channel that the decoder learned to do without is
+    nearly all noise, and must not be blown up to the size of the others.
     """
-    means = []
+    posteriors = []
     for start in range(0, len(pictures), 16):
         x = torch.from_numpy(pictures[start : start + 16]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        means.append(vae.encode(x).latent_dist.mode())
-    latents = torch.cat(means)
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        posteriors.append(vae.encode(x).latent_dist)
+    latents, variance = torch.cat([p.mean for p in posteriors]), torch.cat([p.var for p in posteriors])
+    mean = latents.mean((0, 2, 3))
+    std = (latents.var((0, 2, 3)) + variance.mean((0, 2, 3))).sqrt()
+    print("deviation of each channel's mean, relative to the whole:", (latents.std((0, 2, 3)) / std).tolist())
     factor = 1 / (std * SCALE)
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.weight[:4] *= factor[:, None, None, None]
