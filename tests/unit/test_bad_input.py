@@ -8,8 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from train_setup import write_run
 
 from hydit_core.generate import main
+from hydit_core.train.__main__ import main as train_main
 from hydit_core.weights.load import parts
 
 
@@ -172,3 +174,52 @@ def test_words_that_the_model_does_not_know_are_reported(attempt):
     code, err = attempt("--prompt", "a red zebra", "--steps", "1")
     assert code == 0
     assert "warning: prompt 2, BERT: 5 of at most 12 tokens, not in its vocabulary: zebra" in err
+
+
+@pytest.fixture
+def train(capfd, tmp_path):
+    """Run the trainer's command line on a small run in tmp_path; gives the exit code and stderr."""
+    config = write_run(tmp_path)
+
+    def run(*arguments):
+        code = train_main([str(config), *map(str, arguments)])
+        _, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return code, err
+
+    return run
+
+
+ONE_STEP = ("--set", "run.steps=1", "--set", "run.grad_accumulation=1", "--set", "schedule.warmup_steps=0")
+
+
+def test_training_without_a_caption(train, tmp_path):
+    (tmp_path / "pictures" / "3.txt").unlink()
+    code, err = train(*ONE_STEP)
+    assert code == 2 and err.startswith("error: ")
+    assert str(tmp_path / "pictures" / "3.png") in err and "caption" in err
+    assert "allow_missing_captions" in err
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert train(*ONE_STEP, "--set", "data.allow_missing_captions=true")[0] == 0
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_training_on_an_unreadable_picture(train, tmp_path):
+    (tmp_path / "pictures" / "3.png").write_bytes(b"no picture")
+    code, err = train(*ONE_STEP)
+    assert code == 2 and err.startswith("error: ")
+    assert str(tmp_path / "pictures" / "3.png") in err and "on_unreadable" in err
+    assert train(*ONE_STEP, "--set", "data.on_unreadable=skip")[0] == 0
+
+
+def test_training_with_an_unknown_key(train, tmp_path):
+    code, err = train("--set", "run.step=5")
+    assert code == 2 and err.startswith("error: ") and str(tmp_path / "train.toml") in err
+    assert "run.step: unknown key; did you mean steps?" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_into_a_place_that_cannot_be_written(train, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, err = train(*ONE_STEP, "--set", f"run.output_dir={tmp_path / 'file' / 'run'}")
+    assert code == 2 and err.startswith("error: run.output_dir: cannot write to ")
