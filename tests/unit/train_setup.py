@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -13,11 +15,21 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from tiny import bert_vocab, spiece_model
 
+from hydit_core.train.config import load_config
+from hydit_core.train.launch import train
 from hydit_core.weights.vae_layout import diffusers_to_ldm
 
 ROOT = Path(__file__).resolve().parents[2]
-CAPTIONS = ["a red apple", "a green car", "two small birds", "blue heart", "红苹果", "小鸟", "cat", "dog tree"]
-COLORS = ["red", "green", "orange", "blue", "darkred", "gray", "yellow", "brown"]
+PICTURES = {
+    "a red apple": "red",
+    "a green car": "green",
+    "two small birds": "orange",
+    "blue heart": "blue",
+    "红苹果": "darkred",
+    "小鸟": "gray",
+    "cat": "yellow",
+    "dog tree": "brown",
+}
 
 CONFIG = """
 [model]
@@ -82,10 +94,10 @@ tensorboard = false
 
 
 def write_run(folder: Path) -> Path:
-    """Fill ``folder``; returns the configuration file. Six pictures train (1.5 steps an epoch), two validate."""
+    """Fill ``folder`` and return the configuration. Six pictures train (1.5 steps an epoch), two do not."""
     pictures = folder / "pictures"
     pictures.mkdir(parents=True)
-    for index, (caption, color) in enumerate(zip(CAPTIONS, COLORS, strict=True)):
+    for index, (caption, color) in enumerate(PICTURES.items()):
         image = Image.new("RGB", (72, 64), "white")
         ImageDraw.Draw(image).ellipse((8, 8, 40 + 3 * index, 56), fill=color)
         image.save(pictures / f"{index}.png")
@@ -96,6 +108,17 @@ def write_run(folder: Path) -> Path:
     path = folder / "train.toml"
     path.write_text(CONFIG, encoding="utf-8")
     return path
+
+
+def run_training(config: Path, *overrides: str, **options: Any) -> bool:
+    """A run in this process; True if it reached its last step."""
+    return train(load_config(config, list(overrides)), **options)
+
+
+def records(folder: Path, *, without: tuple[str, ...] = ("seconds",)) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
 
 
 def tiny_vae() -> AutoencoderKL:

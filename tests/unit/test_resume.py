@@ -1,0 +1,153 @@
+"""Ten steps, an interruption, another process, ten steps: the same bits as twenty steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_setup import command_line, environment, records, run_training, write_run
+
+from hydit_core.errors import ConfigError, HyditError
+from hydit_core.train.checkpoint import Checkpoint, Progress, listing, load, load_latest, save
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("resume"))
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    step = "checkpoints/step_00000020"
+    for part in ("weights", "ema", "optimizer"):
+        expected, found = (load_file(run / step / f"{part}.safetensors") for run in (one, other))
+        assert expected.keys() == found.keys()
+        different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+        assert different == [], part
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert records(one) == records(other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ten_and_ten_steps_are_twenty(config: Path, tmp_path: Path, precision: str) -> None:
+    """Interrupted inside an epoch (1.5 steps long), inside an accumulation (micro-batch 1 of 2), inside the
+    warm-up (13 steps); resumed three times, in a new process with two data workers and in this one."""
+    common = [f"run.precision={precision}", "metrics.every=3"]
+    assert run_training(config, *common, f"run.output_dir={tmp_path / 'whole'}")
+
+    output = f"run.output_dir={tmp_path / 'parts'}"
+    assert not run_training(config, *common, output, stop_after_micro=13)
+    assert [p.name for p in listing(tmp_path / "parts/checkpoints")] == ["step_00000006_micro_1"]
+    assert not run_training(config, *common, output, resume="auto", stop_after_micro=8)
+    assert json.loads((tmp_path / "parts/checkpoints/step_00000010_micro_1/state.json").read_text())
+    sets = [word for value in (*common, output, "data.workers=2") for word in ("--set", value)]
+    stopped = command_line(config, *sets, "--resume", "auto", "--stop-after-micro", "9")
+    assert stopped.returncode == 3, stopped.stderr
+    assert "continuing from" in stopped.stderr and "step 10, micro-batch 1" in stopped.stderr
+    assert f"Continue with --resume {tmp_path / 'parts'}" in stopped.stderr
+    assert run_training(config, *common, output, resume=str(tmp_path / "parts"))
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_signals_stop_cleanly(config: Path, tmp_path: Path) -> None:
+    """SIGTERM to the whole process group, data workers included, as a job scheduler sends it."""
+    command = [sys.executable, "-m", "hydit_core.train", str(config)]
+    for value in (f"run.output_dir={tmp_path / 'run'}", "run.steps=100000", "data.workers=1"):
+        command += ["--set", value]
+    process = subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 3, text
+    assert "stopped (SIGTERM)" in text and "--resume" in text
+    found = load_latest(tmp_path / "run/checkpoints", print)
+    assert found is not None and found.progress.step >= 1
+
+
+def test_a_finished_run_can_be_prolonged(config: Path, tmp_path: Path) -> None:
+    output = [f"run.output_dir={tmp_path}", "schedule.kind=constant", "schedule.warmup_steps=0"]
+    assert run_training(config, *output, "run.steps=2")
+    assert run_training(config, *output, "run.steps=3", resume="auto")
+    assert [r["step"] for r in records(tmp_path) if "loss" in r] == [1, 2, 3]
+
+
+def test_a_run_is_never_started_over_by_accident(config: Path, tmp_path: Path) -> None:
+    output = f"run.output_dir={tmp_path}"
+    run_training(config, output, stop_after_micro=1)
+    with pytest.raises(ConfigError, match=r"already holds a run.*--resume auto"):
+        run_training(config, output)
+    with pytest.raises(ConfigError, match="no checkpoint there"):
+        run_training(config, output, resume=str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match=r"(?s)do not fit this configuration.*model\.init_from"):
+        run_training(config, output, "model.from_scratch.depth=6", resume="auto")
+
+
+# -- checkpoints alone -------------------------------------------------------------------------------
+
+
+def write(folder: Path, step: int, keep_last: int = 9) -> Path:
+    tensors = {"weights": {"w": torch.full((3,), float(step))}, "gradients": {}}
+    return save(folder, Checkpoint(Progress(step=step), {"a": 1}, tensors), keep_last=keep_last)
+
+
+def test_checkpoint_round_trip_and_keep_last(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        write(tmp_path, step, keep_last=2)
+    assert [p.name for p in listing(tmp_path)] == ["step_00000010", "step_00000003"]
+    found = load_latest(tmp_path, print)
+    assert found is not None
+    assert found.progress == Progress(step=10) and found.config == {"a": 1}
+    assert found.tensors["weights"]["w"].tolist() == [10.0] * 3
+    assert load_latest(tmp_path / "none", print) is None
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest", "unfinished"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm: str) -> None:
+    write(tmp_path, 1)
+    last = write(tmp_path, 2)
+    file = last / "weights.safetensors"
+    if harm == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif harm == "flip":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif harm == "remove":
+        file.unlink()
+    elif harm == "manifest":
+        (last / "manifest.json").write_text("{")
+    else:  # a crash while it was being written
+        last.rename(tmp_path / ".writing-step_00000002")
+    warnings: list[str] = []
+    found = load_latest(tmp_path, warnings.append)
+    assert found is not None and found.progress.step == 1
+    assert len(warnings) == (harm != "unfinished")
+    if warnings:
+        assert str(last) in warnings[0] and "trying the checkpoint before it" in warnings[0]
+
+
+def test_all_checkpoints_damaged_is_an_error(tmp_path: Path) -> None:
+    (write(tmp_path, 1) / "state.json").unlink()
+    with pytest.raises(HyditError, match="all 1 checkpoints are damaged"):
+        load_latest(tmp_path, lambda text: None)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hydit_core.train.checkpoint.FORMAT", 2)
+    path = write(tmp_path, 1)
+    monkeypatch.undo()
+    with pytest.raises(HyditError, match="format 2"):
+        load(path)
