@@ -252,7 +252,6 @@ def _load_t5(
     kept = {key: torch.float32 for key in view if dtype == torch.float16 and key.endswith(".wo.weight")}
     plan = {key: kept.get(key, dtype) for key in view}
     assign_weights(model, CastSource(view, plan), dtype=None, device=device)
-    model.set_input_embeddings(model.shared)
     return model
 
 
