@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,9 +26,54 @@ class AttentionFn(Protocol):
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
-    """PyTorch's scaled dot-product attention as an :class:`AttentionFn`; ``options`` are not used."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    """PyTorch's scaled dot-product attention as an :class:`AttentionFn`; ``options`` are not used.
+
+    Without gradients, bfloat16 on a CPU that PyTorch's fused kernel does not serve well takes
+    :func:`attention_by_products`.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, head_dim)
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _products_pay(q, k):
+        out = attention_by_products(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(-2)
+
+
+def _products_pay(q: Tensor, k: Tensor) -> bool:
+    few = q.shape[-2] * k.shape[-2] < 2**18
+    graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not few and not graph and _cpu_multiplies_bfloat16_outside_tiles()
+
+
+@cache
+def _cpu_multiplies_bfloat16_outside_tiles() -> bool:
+    """True on CPUs with AVX512-BF16 and no AMX (False where PyTorch cannot tell).
+
+    There the fused kernel multiplies bfloat16 at the speed of float32, plain matrix products at 2-3 times it.
+    """
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in slices of the score matrix that fit a core's cache; heads first, (B, heads, N, head_dim).
+
+    For inference. The scores are rounded to the dtype of ``q`` before the softmax.
+    """
+    scale, width = q.shape[-1] ** -0.5, q.shape[-1]
+    batch, q, k = q.shape[:2], q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)
+    v = F.pad(v, (0, -width % 32)).flatten(0, 1)  # the product is much faster with whole vectors
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    bias = q.new_empty(())  # ignored through beta = 0
+    rows = max(32, 2**19 // k.shape[-1])
+    heads = max(8, torch.get_num_threads())
+    for i in range(0, len(q), heads):
+        some = slice(i, i + heads)
+        for j in range(0, q.shape[1], rows):
+            scores = torch.baddbmm(bias, q[some, j : j + rows], k[some], beta=0, alpha=scale)
+            torch.softmax(scores, -1, out=scores)
+            out[some, j : j + rows] = torch.bmm(scores, v[some])
+    return out[..., :width].unflatten(0, batch)
 
 
 class SelfAttention(nn.Module):
