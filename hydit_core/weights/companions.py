@@ -25,6 +25,7 @@ _VOCAB = ("tokenizer/vocab.txt",)
 # Fields of their config.json that shapes do not tell, as hydit.config keeps them.
 _BERT_OPTIONS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 _T5_OPTIONS = ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon")
+_TOKENIZER = "tokenizer_config.json"
 _VAE_OPTIONS = ("scaling_factor", "norm_num_groups")
 _SPIECE = ("tokenizer_2/spiece.model", "mt5/spiece.model")
 
@@ -68,7 +69,10 @@ def companions(folder: Path) -> Companions:
             spiece_model=spiece,
         ),
         found=[name for name, part in named.items() if part is not None],
-        bert=_config(bert, *_BERT_OPTIONS),
+        bert={
+            **_config(bert, *_BERT_OPTIONS),
+            **_config(root / "tokenizer", "do_lower_case", file_name=_TOKENIZER),
+        },
         t5=_config(mt5, *_T5_OPTIONS),
         vae=_config(vae, *_VAE_OPTIONS),
     )
@@ -82,9 +86,9 @@ def _content(root: Path, names: tuple[str, ...]) -> bytes | None:
     return next(((root / name).read_bytes() for name in names if (root / name).is_file()), None)
 
 
-def _config(folder: Path | None, *names: str) -> dict[str, Any]:
+def _config(folder: Path | None, *names: str, file_name: str = "config.json") -> dict[str, Any]:
     """Some fields of a folder's config.json."""
-    file = folder / "config.json" if folder else None
+    file = folder / file_name if folder else None
     if file is None or not file.is_file():
         return {}
     try:

@@ -11,6 +11,9 @@ from torch import nn
 
 from ..config import DiTConfig, ModelInfo
 from ..errors import WeightsError
+from ..model.attention import AttentionFn, sdpa
+from ..model.controlnet import ControlNet
+from ..model.dit import DiT
 from .detect import FileKind, expect, tencent_view
 from .parts import Parts, model_info, open_model, parts
 from .save import save_checkpoint
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
+Model = TypeVar("Model", DiT, ControlNet)
 
 
 def load_dit(
@@ -37,9 +41,9 @@ def load_dit(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     operations: Any = None,
-    attention: Any = None,
+    attention: AttentionFn | None = None,
     load_key: str | None = None,
-) -> tuple[Any, ModelInfo]:
+) -> tuple[DiT, ModelInfo]:
     """Load a HunyuanDiT of any version, size and layout.
 
     Tensors are cast as they are read, and nothing is ever held twice. Without a cast, CPU weights are views
@@ -53,14 +57,13 @@ def load_dit(
         load_key: which weights of a torch file that holds several (``ema``, ``module`` ...).
 
     Returns:
-        The :class:`~hydit_core.model.dit.DiT` in eval mode, and what the file says about itself.
+        The :class:`~..model.dit.DiT` in eval mode, and what the file says about itself.
 
     Raises:
         WeightsError: if the file is something else, or lacks tensors, or has too many.
     """
-    from ..model.dit import DiT
-
-    return _load(DiT, "dit", path, dtype, device, operations, attention, load_key)
+    source = open_model(path, load_key=load_key)
+    return _load(DiT, "dit", source, dtype, device, operations, attention)
 
 
 def load_controlnet(
@@ -69,33 +72,28 @@ def load_controlnet(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     operations: Any = None,
-    attention: Any = None,
+    attention: AttentionFn | None = None,
     load_key: str | None = None,
-) -> tuple[Any, ModelInfo]:
+) -> tuple[ControlNet, ModelInfo]:
     """Load a HunyuanDiT ControlNet in either layout; like :func:`load_dit`."""
-    from ..model.controlnet import ControlNet
-
-    return _load(ControlNet, "controlnet", path, dtype, device, operations, attention, load_key)
+    source = open_model(path, load_key=load_key)
+    return _load(ControlNet, "controlnet", source, dtype, device, operations, attention)
 
 
 def _load(
-    cls: Any,
+    cls: type[Model],
     wanted: str,
-    path: str | os.PathLike[str],
+    source: TensorSource,
     dtype: torch.dtype | None,
     device: str | torch.device,
     operations: Any,
-    attention: Any,
-    load_key: str | None,
-) -> tuple[Any, ModelInfo]:
-    source = open_model(path, load_key=load_key)
+    attention: AttentionFn | None,
+) -> tuple[Model, ModelInfo]:
     kind = expect(source, wanted)
     view = tencent_view(source, kind)
     config, info = model_config(view, kind), model_info(source, kind)
     dtype = dtype or compute_dtype(view)
-    options = {"operations": operations, "attention": attention}
-    given = {name: value for name, value in options.items() if value is not None}
-    model = cls(config, dtype=dtype, device="meta", **given)
+    model = cls(config, dtype=dtype, device="meta", operations=operations or nn, attention=attention or sdpa)
     assign_weights(model, view, dtype=dtype, device=device)
     return model.eval(), info
 

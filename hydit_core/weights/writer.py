@@ -30,24 +30,35 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     replaced, an existing folder is not. Parent folders are made.
 
     Raises:
-        WeightsError: if the place cannot be written to. The temporary file is gone then.
+        WeightsError: if the place cannot be written to. The temporary file is gone then, unless it is
+            complete and only the old file cannot be replaced.
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}-{next(_counter)}.tmp"
+    complete = kept = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync(temporary)
+        complete = True
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise WeightsError(f"cannot write {path}: {error.strerror or error}") from error
+        # Windows refuses to replace a file that is open somewhere; hours of training may be in the new one.
+        kept = complete and isinstance(error, PermissionError)
+        where = f" (is it open in another program?); the new content is in {temporary}" if kept else ""
+        raise WeightsError(f"cannot write {path}: {error.strerror or error}{where}") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        if not kept:
+            _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -17,8 +17,9 @@ from key_lists import key_list, sparse_safetensors
 
 from hydit_core.errors import WeightsError
 from hydit_core.weights.files import atomic_path, open_tensors, save_safetensors
-from hydit_core.weights.load import open_model
+from hydit_core.weights.load import assign_weights, open_model
 from hydit_core.weights.source import MemorySource, TensorSource
+from hydit_core.weights.views import without_prefix
 
 EVERY_DTYPE = {
     "half": torch.randn(3, 5, dtype=torch.float16),
@@ -209,6 +210,22 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     assert not leftovers(tmp_path)
 
 
+def test_complete_content_is_kept_where_the_old_file_cannot_be_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "f.safetensors"
+    save_safetensors(path, {"x": torch.zeros(1)})
+
+    def refuse(source, target):
+        raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(
+        WeightsError, match=r"open in another program\?\); the new content is in (.*)$"
+    ) as error:
+        save_safetensors(path, {"x": torch.ones(1)})
+    assert open_tensors(str(error.value).rpartition(" is in ")[2])["x"] == 1
+    assert open_tensors(path)["x"] == 0
+
+
 # --- torch files -----------------------------------------------------------------------------------------
 
 WEIGHTS = {"a.weight": torch.randn(3, 4), "b": torch.randn(2, dtype=torch.float16)}
@@ -291,6 +308,17 @@ def test_a_bare_pickle_with_code_is_refused(tmp_path):
         open_tensors(path)
     assert not (tmp_path / "ran").exists()
     assert "weights_only" not in str(error.value)
+
+
+def test_what_is_read_into_memory_is_freed_while_a_model_loads(tmp_path):
+    """The older torch format cannot be mapped; the file's tensors go as the model's come."""
+    torch.save({"x.weight": torch.ones(2, 3)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    source = open_tensors(tmp_path / "w.pt")
+    holder = torch.nn.ModuleDict({"x": torch.nn.Linear(3, 2, bias=False, device="meta")})
+    assign_weights(holder, without_prefix(source, ""), dtype=torch.float16, device="cpu")
+    assert holder["x"].weight.dtype == torch.float16 and holder["x"].weight.sum() == 6
+    with pytest.raises(KeyError):
+        source.get("x.weight")
 
 
 # --- folders ---------------------------------------------------------------------------------------------

@@ -219,6 +219,7 @@ def test_a_pipelines_folder_becomes_an_all_in_one_that_loads(tmp_path, capsys):
     for name, content in (("tokenizer/vocab.txt", bert_vocab()), ("tokenizer_2/spiece.model", spiece)):
         (folder / name).parent.mkdir()
         (folder / name).write_bytes(content)
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     model = DiT(TINY)
     randomize(model, seed=22)
     path, out = folder / "model" / "pytorch_model_ema.pt", tmp_path / "all.safetensors"
@@ -230,6 +231,7 @@ def test_a_pipelines_folder_becomes_an_all_in_one_that_loads(tmp_path, capsys):
     assert "put in from the folder: BERT, mT5, VAE, BERT's vocabulary, mT5's tokenizer" in printed
     found = parts(out)
     assert found.info is not None and found.info.bert["num_attention_heads"] == 4
+    assert found.info.bert["do_lower_case"] is False
     assert found.spiece_model == spiece
     encoders = load_text_encoders(out, dtype=torch.float32, device="cpu", text_len=12, t5_len=16)
     for ours, theirs in ((encoders.bert, bert), (encoders.t5, t5)):
