@@ -1,10 +1,10 @@
 """Loading a full-size HunyuanDiT: time and memory, ours against diffusers' from_pretrained, on the CPU.
 
 Random fp16 weights are written once, as Tencent's file and as diffusers' folder, in safetensors and in
-torch's format. Each measurement is a process of its own, ours and diffusers' in turn; it starts when the libraries
-are imported and ends when every weight has been read once in the compute dtype. The files are in the page
-cache. Memory is RssAnon above that of the same process before loading: what cannot be given back to the
-disk; pages of mapped files can.
+torch's format. Each measurement is a process of its own, ours and diffusers' in turn; it starts when the
+libraries are imported and ends when every weight has been read once in the compute dtype. The files are in
+the page cache. Memory is RssAnon above that of the same process before loading: what cannot be given back
+to the disk; pages of mapped files can.
 
     python benchmarks/load.py
     python benchmarks/load.py --write docs/benchmarks.md
