@@ -373,9 +373,14 @@ def load(
     dtype = choose_dtype(dtype, device)
     source = embedded_model() if path is None else Path(path).expanduser()
     dit, info = load_dit(source, dtype=dtype, device=device, load_key=load_key)
-    lengths = {"text_len": dit.config.text_len, "t5_len": dit.config.t5_len}
     with _or_say("text_encoders", given=text_encoders is not None):
-        text = load_text_encoders(text_encoders or source, dtype=dtype, device=device, **lengths)
+        text = load_text_encoders(
+            text_encoders or source,
+            dtype=dtype,
+            device=device,
+            text_len=dit.config.text_len,
+            t5_len=dit.config.t5_len,
+        )
     with _or_say("vae", given=vae is not None):
         autoencoder = load_vae(vae or source, dtype=dtype, device=device)
     return Pipeline(dit, text, autoencoder, info, name=source.name)
