@@ -71,9 +71,11 @@ class AttentionPool(nn.Module):
         """``x`` (B, L, dim) -> (B, out_dim). No mask: padding rows count, as in training."""
         rows = torch.cat((x.mean(dim=1, keepdim=True), x), dim=1)  # (B, L + 1, dim)
         rows = rows + self.positional_embedding.to(device=x.device, dtype=x.dtype)
+        # A slice of one row, kept three-dimensional, would make PyTorch copy the weight for every sample
+        query = self.q_proj(rows[:, 0])[:, None]
         q, k, v = (
             projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, rows, dim / heads)
-            for projected in (self.q_proj(rows[:, :1]), self.k_proj(rows), self.v_proj(rows))
+            for projected in (query, self.k_proj(rows), self.v_proj(rows))
         )
         pooled = F.scaled_dot_product_attention(q, k, v)
         return self.c_proj(pooled.transpose(1, 2).flatten(1))
