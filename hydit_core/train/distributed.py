@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -43,13 +42,6 @@ class Processes:
             return flag
         value = torch.tensor([float(flag)], device=self.device)
         return bool(self.sum(value).item())
-
-    def mean(self, tensors: Iterable[Tensor]) -> None:
-        """Average each tensor over the processes (in place)."""
-        if self.world > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
-                tensor.div_(self.world)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """``module`` with gradients averaged over the processes."""

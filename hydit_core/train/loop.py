@@ -266,8 +266,8 @@ class Trainer:
         progress = self.progress
         gradients: dict[str, Tensor] = {}
         if progress.micro:
-            gradients = {n: p.grad.clone() for n, p in self.trained.items() if p.grad is not None}
-            self.processes.mean(gradients.values())
+            # Of one process only: several are never interrupted inside an accumulation.
+            gradients = {n: p.grad for n, p in self.trained.items() if p.grad is not None}
         progress.window = self._window.state()
         if self.processes.is_main:
             tensors: dict[str, dict[str, Tensor]] = {

@@ -102,7 +102,7 @@ def load_text(config: TrainConfig, dit: DiTConfig, *, like_file: bool = False) -
     vocab, spiece = contents
     seed = _seed(config, "text encoders")
     encoders = TextEncoders.build(source.bert, source.t5, vocab, spiece, dit.text_len, dit.t5_len, seed=seed)
-    return encoders.requires_grad_(trained)
+    return encoders.requires_grad_(trained).eval()
 
 
 def _present(path: Path | None) -> Path:

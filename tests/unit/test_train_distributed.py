@@ -1,0 +1,62 @@
+"""Two processes train what one process trains with twice the batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_setup import environment, records, run_training, write_run
+
+STEPS = ["run.steps=2", "schedule.warmup_steps=0", "validation.every=2"]
+
+
+def start_rank(rank: int, port: int, config: Path, sets: list[str], *arguments: str) -> subprocess.Popen[str]:
+    """What torchrun starts, without its own process."""
+    variables: dict[str, object] = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    command = [sys.executable, "-m", "hydit_core.train", str(config), *arguments]
+    for value in sets:
+        command += ["--set", value]
+    env = {**environment(), **{name: str(value) for name, value in variables.items()}}
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def run_two(config: Path, sets: list[str], *arguments: str) -> list[tuple[int, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [start_rank(rank, port, config, sets, *arguments) for rank in (0, 1)]
+    texts = [process.communicate(timeout=400)[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.skipif(os.name == "nt", reason="gloo over TCP is not tested on Windows")
+def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    assert run_training(config, *STEPS, f"run.output_dir={tmp_path / 'one'}", "run.batch_size=4")
+    # One process begins, two go on: with the same global batch they see the same samples and draws.
+    two = [*STEPS, f"run.output_dir={tmp_path / 'two'}"]
+    assert not run_training(config, *two, "run.batch_size=4", stop_after_micro=2)
+    finished = run_two(config, [*two, "run.batch_size=2"], "--resume", "auto")
+    assert [code for code, _ in finished] == [0, 0], finished
+    assert "continuing from" in finished[0][1] and "continuing from" not in finished[1][1]
+
+    for part in ("weights", "ema"):
+        file = f"checkpoints/step_00000002/{part}.safetensors"
+        one, other = (load_file(tmp_path / run / file) for run in ("one", "two"))
+        for name, tensor in one.items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=2e-5)
+    for mine, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-3, abs=2e-4)
