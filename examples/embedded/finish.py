@@ -1,0 +1,43 @@
+"""Turn a finished run's file into the one that ships: final decoder, title and licences in its metadata.
+
+python finish.py work/run/model.safetensors ../../hydit_core/assets/hydit-icons-128.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hydit_core.weights.files import open_tensors
+from hydit_core.weights.save import VAE_PREFIX
+from hydit_core.weights.writer import save_safetensors
+
+ABOUT = {
+    "modelspec.title": "hydit icons 128",
+    "modelspec.author": "the hydit contributors",
+    "modelspec.license": "Apache-2.0; trained on Twemoji (c) Twitter, Inc and other contributors, CC-BY 4.0",
+    "modelspec.description": "A small HunyuanDiT, text encoders and VAE: some 380 icons, English and Chinese",
+    "modelspec.usage_hint": "128x128, 25 steps of dpmpp_2m, guidance 2 to 3",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_file", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--vae", type=Path, help="take the autoencoder of this file, in half precision")
+    args = parser.parse_args()
+    source = open_tensors(args.run_file)
+    tensors = {name: source[name] for name in source.keys()}
+    if args.vae is not None:
+        vae = open_tensors(args.vae)
+        for name in vae.keys():
+            tensors[VAE_PREFIX + name] = vae[name].half()
+    save_safetensors(args.out, tensors, {**source.metadata, **ABOUT})
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
