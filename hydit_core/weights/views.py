@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .source import TensorSource, cast
+from .source import FP8_DTYPES, TensorSource, cast
 
 
 class Piece(NamedTuple):
@@ -70,9 +70,10 @@ class TensorView(TensorSource):
         out = torch.empty(self.shape(key), dtype=dtype if dtype and stored.is_floating_point else stored)
         row = 0
         for piece in pieces:
-            part = cast(self.source.get(piece.key)[piece.start : piece.stop], out.dtype)
-            out[row : row + part.shape[0]] = part
-            row += part.shape[0]
+            part = self.source.get(piece.key)[piece.start : piece.stop]
+            # copy_ casts on the way, without a temporary; to 8 bits cast() has to clamp first.
+            out[row : row + len(part)].copy_(cast(part, dtype) if dtype in FP8_DTYPES else part)
+            row += len(part)
         return out
 
     def release(self, key: str) -> None:

@@ -62,10 +62,13 @@ def test_rows_go_where_diffusers_has_them():
 
 def test_casting_while_fusing():
     tensors = {key: value.half() for key, value in random_tensors("g2_v12").items()}
-    view = to_tencent(dict(from_tencent(tensors, "diffusers")), "diffusers")
+    view = to_tencent(from_tencent(tensors, "diffusers"), "diffusers")
     key = "blocks.0.attn1.Wqkv.weight"
     assert view.get(key).dtype == torch.float16
     assert torch.equal(view.get(key, torch.float32), tensors[key].float())
+    tensors[key][0, 0] = 5000.0
+    eight = view.get(key, torch.float8_e4m3fn).float()
+    assert torch.equal(eight, tensors[key].clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
