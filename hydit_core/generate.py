@@ -17,10 +17,11 @@ from tqdm import tqdm
 from .config import NEGATIVE_PROMPT, SamplingDefaults
 from .data.config import parse_size
 from .data.images import load_picture
+from .devices import DTYPES
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import SPACINGS
 from .errors import ConfigError, cli_main
-from .pipeline import DTYPES, Picture, Pipeline, load
+from .pipeline import Picture, Pipeline, load
 from .png import png_info
 from .presets import PRESETS
 from .weights.writer import atomic_path

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import ModelInfo, SamplingDefaults
 from .data.images import Geometry, to_tensor
+from .devices import choose_device, choose_dtype
 from .diffusion.denoiser import Denoiser
 from .diffusion.guidance import GuidedDenoiser
 from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS, draw_noise, noise_sampler_from, start_latents
@@ -338,9 +339,6 @@ def _repeat(context: Context, count: int) -> Context:
     return Context(*(part.expand(count, *part.shape[1:]) for part in context))
 
 
-# -- loading --------------------------------------------------------------------------------------------
-
-
 def load(
     path: str | Path | None = None,
     *,
@@ -409,43 +407,3 @@ def embedded_model() -> Path:
     if len(found) != 1:
         raise WeightsError(f"{ASSETS} holds {len(found)} models instead of one: name the model to use")
     return found[0]
-
-
-def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto" is CUDA, then Apple's MPS, then the CPU. Raises ConfigError for a device that is not there."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {device!r} cannot be used here ({reason}); try cpu") from error
-    return chosen
-
-
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
-DTYPES = ("auto", *_DTYPES)
-
-
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the computation; see :func:`load`. Raises ConfigError for an unknown name."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bfloat16 else torch.float16
-    if dtype not in _DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    return _DTYPES[dtype]

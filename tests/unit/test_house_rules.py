@@ -11,6 +11,7 @@ LIBRARY = Path(__file__).resolve().parents[2] / "hydit_core"
 LAYERS = {
     "errors": 0,
     "config": 1,
+    "devices": 1,
     "presets": 2,
     "png": 2,
     "model": 2,
