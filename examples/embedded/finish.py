@@ -30,10 +30,10 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="take the autoencoder of this file, in half precision")
     args = parser.parse_args()
     source = open_tensors(args.run_file)
-    tensors = {name: source[name] for name in source.keys()}
+    tensors = {name: source[name] for name in source}
     if args.vae is not None:
         vae = open_tensors(args.vae)
-        for name in vae.keys():
+        for name in vae:
             tensors[VAE_PREFIX + name] = vae[name].half()
     save_safetensors(args.out, tensors, {**source.metadata, **ABOUT})
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
