@@ -33,6 +33,7 @@ from torch import Tensor
 from ..errors import HyditError
 
 FORMAT = 1
+_WRITING = ".writing-"
 _NAME = re.compile(r"step_(\d{8,})(?:_micro_(\d+))?")
 
 
@@ -50,6 +51,10 @@ class Progress:
     bad_in_a_row: int = 0
     seconds: float = 0.0
     """Training time so far."""
+    batch: list[int] = field(default_factory=lambda: [0, 0])
+    """Samples of a micro-batch over all processes, and micro-batches of a step."""
+    data: str = ""
+    """Fingerprint of which sample is seen when."""
     window: dict[str, Any] = field(default_factory=lambda: {"terms": [], "norms": []})
     """Losses and gradient norms since the last record in metrics.jsonl."""
 
@@ -71,16 +76,35 @@ def folder_name(progress: Progress) -> str:
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
-    """Write ``checkpoint`` into ``folder`` atomically, then remove all but the newest ``keep_last``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``checkpoint`` into ``folder`` atomically, then remove all but the newest ``keep_last``.
+
+    Raises :class:`HyditError` if it cannot be written; those before it are still there then.
+    """
     target = folder / folder_name(checkpoint.progress)
-    temporary = folder / f".writing-{target.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for rest in folder.glob(f"{_WRITING}*"):  # of a crash
+            shutil.rmtree(rest)
+        temporary = folder / f"{_WRITING}{target.name}"
+        _write(temporary, checkpoint)
+        if target.exists():  # this step saved again: a folder cannot be replaced in one move
+            target.rename(folder / f"{_WRITING}replaced-{target.name}")
+        temporary.rename(target)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        raise HyditError(f"{target}: the checkpoint could not be written: {error}") from error
+    for old in [*folder.glob(f"{_WRITING}*"), *listing(folder)[keep_last:]]:
+        shutil.rmtree(old)
+    return target
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    """The files of a checkpoint, on the disk when this returns."""
+    folder.mkdir()
     for stem, tensors in checkpoint.tensors.items():
         if tensors:
             plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            save_file(plain, temporary / f"{stem}.safetensors")
+            save_file(plain, folder / f"{stem}.safetensors")
     record = {
         "format": FORMAT,
         "progress": asdict(checkpoint.progress),
@@ -88,18 +112,11 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    (temporary / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in temporary.iterdir()}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*temporary.iterdir(), temporary]:
+    (folder / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
         _flush(path)
-    if target.exists():  # the same step saved again: a folder cannot be replaced in one move
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _flush(folder)
-    for old in listing(folder)[keep_last:]:
-        shutil.rmtree(old)
-    return target
 
 
 def listing(folder: Path) -> list[Path]:

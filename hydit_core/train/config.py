@@ -173,19 +173,21 @@ class EmaSection(Section):
 
 class ValidationSection(Section):
     every: int = Field(default=0, ge=0, description="steps; 0 turns it off")
-    batch_size: int | None = Field(default=None, gt=0, description="default: run.batch_size")
 
 
 class SamplesSection(Section):
+    """Settings that are not given are those that the model's file recommends."""
+
     every: int = Field(default=0, ge=0, description="steps; 0 turns it off; step 0 is drawn too")
     prompts: tuple[str, ...] = ()
-    negative: str = ""
-    steps: int = Field(default=25, gt=0)
-    cfg: float = 6.0
-    sampler: str = "dpmpp_2m"
-    spacing: str = "linspace"
     seed: int = 0
-    width: int | None = Field(default=None, gt=0, multiple_of=8, description="default: the model's own")
+    negative: str | None = None
+    steps: int | None = Field(default=None, gt=0)
+    cfg: float | None = Field(default=None, ge=1)
+    guidance_rescale: float | None = Field(default=None, ge=0, le=1)
+    sampler: str | None = None
+    spacing: str | None = None
+    width: int | None = Field(default=None, gt=0, multiple_of=8)
     height: int | None = Field(default=None, gt=0, multiple_of=8)
 
 

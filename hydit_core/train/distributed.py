@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,14 @@ class Processes:
             return flag
         value = torch.tensor([float(flag)], device=self.device)
         return bool(self.sum(value).item())
+
+    def gather(self, names: list[str]) -> list[str]:
+        """The names of all processes, in order of their ranks."""
+        if self.world == 1:
+            return names
+        found: list[list[str]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(found, names)
+        return [name for part in found for name in part]
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """``module`` with gradients averaged over the processes."""
@@ -81,5 +90,7 @@ def start(device: str = "auto") -> Processes:
         chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
         torch.cuda.set_device(chosen)
     if world > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # One process draws sample pictures while the others wait.
+        patience = timedelta(hours=2)
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
     return Processes(rank, world, chosen)

@@ -137,6 +137,8 @@ def _resume(trainer: Trainer, where: Path, may_be_new: bool, say: Callable[[str]
     for line in trainer.restore(found):
         say(f"changed since the checkpoint: {line}")
     micro = f", micro-batch {found.progress.micro}" if found.progress.micro else ""
+    if found.progress.step >= trainer.config.run.steps:
+        say(f"all {trainer.config.run.steps} steps are done: raise run.steps to train on")
     say(f"continuing from {found.path}: step {found.progress.step}{micro}")
 
 

@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint, Progress
 from .config import TrainConfig, differences
 from .distributed import Processes
 from .draws import TrainingDraws
-from .metrics import Metrics
+from .metrics import LossWindow, Metrics
 from .objectives import Objective
 from .optim import Ema, Optimizers, learning_rate_factor, parameter_groups
 from .samples import draw_samples
@@ -62,8 +62,9 @@ class Trainer:
             num_timesteps=len(objective.schedule),
             sample_posterior=config.data.posterior == "sample",
         )
+        self._fingerprint = data.fingerprint()
         self._stop_signal: str | None = None
-        self._window = _Window(processes)
+        self._window = LossWindow(processes)
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -269,6 +270,8 @@ class Trainer:
             # Of one process only: several are never interrupted inside an accumulation.
             gradients = {n: p.grad for n, p in self.trained.items() if p.grad is not None}
         progress.window = self._window.state()
+        progress.batch = [self.global_batch, self.config.run.grad_accumulation]
+        progress.data = self._fingerprint
         if self.processes.is_main:
             tensors: dict[str, dict[str, Tensor]] = {
                 "weights": {name: p.detach() for name, p in self.objective.parameters().items()},
@@ -313,12 +316,17 @@ class Trainer:
             self.ema.updates = found.progress.ema_updates
         elif self.ema is not None:
             self.ema = Ema(self.trained, self.config.ema)
+        changed = differences(found.config, self.config.model_dump(mode="json"))
+        if found.progress.data not in ("", self._fingerprint):
+            changed.append("data: other pictures, captions or batches than before, in another order")
+        if found.progress.batch != [self.global_batch, self.config.run.grad_accumulation]:
+            found.progress.micro = 0  # the step begins again: half of it belongs to another batch
         if found.progress.micro:
             gradients = found.tensors.get("gradients", {})
             for name, parameter in self.trained.items():
                 if name in gradients:
                     parameter.grad = gradients[name].to(parameter.device, copy=True)
-        return differences(found.config, self.config.model_dump(mode="json"))
+        return changed
 
 
 @contextlib.contextmanager
@@ -351,57 +359,6 @@ def _copy_into(targets: dict[str, Any], tensors: dict[str, Tensor], where: str) 
                     f"the configuration asks for {tuple(target.shape)}"
                 )
             target.copy_(tensors[name])
-
-
-class _Window:
-    """Losses since the last record, kept on the device so that no step waits for them."""
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
-        self._terms: list[Tensor] = []
-        self._norms: list[float] = []
-        self._lr = 0.0
-        self._step: list[tuple[Tensor, list[str]]] = []
-
-    def add(self, terms: Any, batch: Batch) -> None:
-        per_sample = torch.stack([terms.loss, terms.mse, terms.vlb]).detach()  # (3, B)
-        self._terms.append(per_sample.mean(1))
-        self._step.append((per_sample[0], batch.keys))
-
-    def close_step(self, norm: float, lr: float) -> None:
-        self._norms.append(norm)
-        self._lr = lr
-        self._step.clear()
-
-    def culprits(self) -> list[str]:
-        """Keys of this step's samples whose loss is not finite; of all samples if every loss is."""
-        everyone = [key for _, keys in self._step for key in keys]
-        guilty = [
-            key
-            for losses, keys in self._step
-            for key, loss in zip(keys, losses.tolist(), strict=True)
-            if not math.isfinite(loss)
-        ]
-        return guilty or everyone
-
-    def state(self) -> dict[str, Any]:
-        """For the progress record, so that an interruption leaves no trace in the next record."""
-        return {"terms": [term.tolist() for term in self._terms], "norms": list(self._norms)}
-
-    def load(self, state: dict[str, Any], device: torch.device) -> None:
-        self._terms = [torch.tensor(term, device=device) for term in state["terms"]]
-        self._norms = list(state["norms"])
-
-    def flush(self) -> dict[str, Any]:
-        """Means since the last call, over all processes."""
-        means = self.processes.sum(torch.stack(self._terms).nanmean(0)) / self.processes.world
-        norms = [n for n in self._norms if math.isfinite(n)]
-        norm = sum(norms) / len(norms) if norms else math.nan
-        self._terms.clear()
-        self._norms.clear()
-        names = ("loss", "mse", "vlb")
-        values: dict[str, Any] = {name: round(v, 6) for name, v in zip(names, means.tolist(), strict=True)}
-        return {**values, "grad_norm": round(norm, 4), "lr": self._lr}
 
 
 Note = Callable[[str], None]

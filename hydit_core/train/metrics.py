@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
+
+from ..data import Batch
+from .distributed import Processes
 
 FILE = "metrics.jsonl"
 
@@ -102,3 +107,54 @@ def _truncate(path: Path, step: int) -> None:
     temporary = path.with_suffix(".writing")
     temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+class LossWindow:
+    """Losses since the last record, kept on the device so that no step waits for them."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self._terms: list[Tensor] = []
+        self._norms: list[float] = []
+        self._lr = 0.0
+        self._step: list[tuple[Tensor, list[str]]] = []
+
+    def add(self, terms: Any, batch: Batch) -> None:
+        per_sample = torch.stack([terms.loss, terms.mse, terms.vlb]).detach()  # (3, B)
+        self._terms.append(per_sample.mean(1))
+        self._step.append((per_sample[0], batch.keys))
+
+    def close_step(self, norm: float, lr: float) -> None:
+        self._norms.append(norm)
+        self._lr = lr
+        self._step.clear()
+
+    def culprits(self) -> list[str]:
+        """Keys of this step's samples, on all processes, whose loss is not finite; if there is none, all."""
+        everyone = [key for _, keys in self._step for key in keys]
+        guilty = [
+            key
+            for losses, keys in self._step
+            for key, loss in zip(keys, losses.tolist(), strict=True)
+            if not math.isfinite(loss)
+        ]
+        return self.processes.gather(guilty) or self.processes.gather(everyone)
+
+    def state(self) -> dict[str, Any]:
+        """For the progress record, so that an interruption leaves no trace in the next record."""
+        return {"terms": [term.tolist() for term in self._terms], "norms": list(self._norms)}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        self._terms = [torch.tensor(term, device=device) for term in state["terms"]]
+        self._norms = list(state["norms"])
+
+    def flush(self) -> dict[str, Any]:
+        """Means since the last call, over all processes."""
+        means = self.processes.sum(torch.stack(self._terms).nanmean(0)) / self.processes.world
+        norms = [n for n in self._norms if math.isfinite(n)]
+        norm = sum(norms) / len(norms) if norms else math.nan
+        self._terms.clear()
+        self._norms.clear()
+        names = ("loss", "mse", "vlb")
+        values: dict[str, Any] = {name: round(v, 6) for name, v in zip(names, means.tolist(), strict=True)}
+        return {**values, "grad_norm": round(norm, 4), "lr": self._lr}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
-from ..config import SamplingDefaults
 from ..pipeline import Pipeline
 from .config import SamplesSection
 
@@ -27,7 +25,8 @@ def draw_samples(
     parts.dit.eval()
     try:
         pipeline = Pipeline(parts.dit, parts.text, parts.vae, parts.info)
-        pictures = pipeline.pictures(settings.prompts, sampling(settings, parts), seed=settings.seed)
+        given = settings.model_dump(exclude={"every", "prompts", "seed"})
+        pictures = pipeline.pictures(settings.prompts, pipeline.settings(**given), seed=settings.seed)
         images = [picture.image for picture in pictures]
     finally:
         parts.dit.train(training)
@@ -35,21 +34,6 @@ def draw_samples(
     path = folder / f"step_{step:08d}.png"
     contact_sheet(images).save(path)
     return path
-
-
-def sampling(settings: SamplesSection, parts: ModelParts) -> SamplingDefaults:
-    """The run's sample settings over the model's own recommendation."""
-    own = parts.info.defaults
-    return dataclasses.replace(
-        own,
-        steps=settings.steps,
-        cfg=settings.cfg,
-        sampler=settings.sampler,
-        spacing=settings.spacing,
-        negative=settings.negative,
-        width=settings.width or own.width,
-        height=settings.height or own.height,
-    )
 
 
 def contact_sheet(images: list[Image.Image], columns: int | None = None) -> Image.Image:

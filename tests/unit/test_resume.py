@@ -95,6 +95,25 @@ def test_a_run_is_never_started_over_by_accident(config: Path, tmp_path: Path) -
         run_training(config, output, "model.from_scratch.depth=6", resume="auto")
 
 
+def test_another_batch_size_begins_the_interrupted_step_again(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = [f"run.output_dir={tmp_path}", "run.steps=2", "schedule.warmup_steps=0"]
+    run_training(config, *common, stop_after_micro=3)
+    assert listing(tmp_path / "checkpoints")[0].name == "step_00000001_micro_1"
+    assert run_training(config, *common, "run.batch_size=3", resume="auto")
+    told = capsys.readouterr().err
+    assert "changed since the checkpoint: run.batch_size: 2 -> 3" in told and "in another order" in told
+    assert [r["step"] for r in records(tmp_path) if "loss" in r] == [1, 2]
+
+
+def test_a_disk_that_refuses_the_checkpoint_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "run", 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(HyditError, match=r"step_00000002: the checkpoint could not be written"):
+        write(tmp_path / "file" / "run", 2)
+
+
 # -- checkpoints alone -------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from train_setup import CONFIG
+from train_setup import CONFIG, ROOT
 
 from hydit_core.errors import ConfigError
 from hydit_core.train.config import differences, load_config
@@ -89,3 +89,9 @@ def test_differences_name_what_changed(config_file: Path) -> None:
     old = load_config(config_file).model_dump(mode="json")
     new = load_config(config_file, ["optimizer.lr=5e-4", "run.seed=3"]).model_dump(mode="json")
     assert differences(old, new) == ["optimizer.lr: 0.001 -> 0.0005", "run.seed: 0 -> 3"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+def test_templates_are_valid(path: Path) -> None:
+    config = load_config(path)
+    assert config.run.output_dir == ROOT / "runs" / path.stem

@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from train_setup import records, run_training, write_run
 
+import hydit_core
 from hydit_core.diffusion.losses import diffusion_loss
 from hydit_core.diffusion.schedule import Schedule
 from hydit_core.errors import ConfigError, HyditError
-from hydit_core.pipeline import load
 from hydit_core.train import loop
 from hydit_core.train.__main__ import main
 from hydit_core.train.config import load_config
@@ -91,7 +91,7 @@ def test_records_validation_and_samples(finished: Path) -> None:
 
 
 def test_the_export_is_the_average_and_opens_in_generate(finished: Path) -> None:
-    pipeline = load(finished / "model.safetensors", dtype="float32", device="cpu")
+    pipeline = hydit_core.load(finished / "model.safetensors", dtype="float32", device="cpu")
     average, raw = weights(finished, 3, "ema"), weights(finished, 3)
     name = "blocks.1.mlp.fc1.weight"
     stored = pipeline.dit.state_dict()[name]
@@ -100,7 +100,7 @@ def test_the_export_is_the_average_and_opens_in_generate(finished: Path) -> None
     assert torch.equal(pipeline.text.bert.state_dict()[name], average[f"text.bert.{name}"])
     assert (pipeline.info.defaults.width, pipeline.info.version) == (64, "v1.2")
     assert pipeline.vae.scaling_factor == 0.13025
-    assert pipeline("cat", steps=2, sampler="euler")[0].size == (64, 64)
+    assert pipeline("cat", negative="", steps=2, sampler="euler")[0].size == (64, 64)
 
 
 def test_init_from_takes_weights_and_nothing_else(config: Path, finished: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_init_from_takes_weights_and_nothing_else(config: Path, finished: Path, 
         torch.testing.assert_close(begun[name], tensor, rtol=0, atol=1e-9)
     state = json.loads((tmp_path / "checkpoints/step_00000001/state.json").read_text())
     assert state["progress"]["step"] == 1 and state["progress"]["ema_updates"] == 1
-    pipeline = load(tmp_path / "model.safetensors", dtype="float32", device="cpu")
+    pipeline = hydit_core.load(tmp_path / "model.safetensors", dtype="float32", device="cpu")
     assert pipeline.info.base == "model.safetensors"
 
 
