@@ -1,7 +1,7 @@
-"""Turn the icon packages into RGBA pictures: Twemoji and Noto SVGs, drawn shapes, hue-tinted objects.
+"""Turn an icon package into RGBA pictures: Twemoji's SVGs, drawn shapes, hue-tinted objects.
 
-The packages are JSON files with SVG bodies (``@iconify-json/twemoji`` and ``@iconify-json/noto``), so plain
-Python reads them; resvg turns each SVG into pixels.
+The package ``@iconify-json/twemoji`` is JSON with SVG bodies, so plain Python reads it; resvg turns each SVG
+into pixels.
 """
 
 from __future__ import annotations

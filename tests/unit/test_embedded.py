@@ -79,7 +79,9 @@ def test_draws_what_was_asked(
 
 
 @pytest.mark.slow
-def test_both_languages_draw_the_same_thing(evaluate: ModuleType, drawn: dict[str, list[Image.Image]]) -> None:
+def test_both_languages_draw_the_same_thing(
+    evaluate: ModuleType, drawn: dict[str, list[Image.Image]]
+) -> None:
     english, chinese = (
         np.stack([evaluate.signature(p) for p in drawn[f"trained_{language}"]])
         for language in ("english", "chinese")
