@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
@@ -105,6 +104,8 @@ class IconSet:
 
 def rasterize(svg: str, size: int) -> Image.Image:
     """SVG text to an RGBA picture of ``size`` x ``size`` pixels."""
+    import resvg_py  # only rendering needs it, measuring does not
+
     data = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size)
     return Image.open(io.BytesIO(bytes(data))).convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
 
