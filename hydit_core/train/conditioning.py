@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..text import TextEncoders, TextFeatures, Tokens
+from ..text import TextEncoders, TextFeatures, Tokenizers, Tokens
 
 CACHE_BYTES = 2 << 30
+
+
+@dataclass
+class CaptionFit:
+    """How a run's captions fit one encoder."""
+
+    encoder: str
+    limit: int = 0
+    captions: int = 0
+    longest: int = 0
+    cut: int = 0
+    example: str = ""
+    unknown: int = 0
+
+    def lines(self) -> Iterator[str]:
+        """For ``--dry-run``."""
+        yield f"{self.encoder}: up to {self.longest} tokens, room for {self.limit}"
+        if self.cut:
+            yield f"  {self.cut} of {self.captions} captions are cut, for example: {self.example[:120]!r}"
+        if self.unknown:
+            yield f"  {self.unknown} captions hold words that it does not know"
+
+
+def caption_fits(captions: Iterable[str], tokenizers: Tokenizers) -> list[CaptionFit]:
+    """Tokenize captions and count what does not fit; one result an encoder."""
+    fits: dict[str, CaptionFit] = {}
+    for caption in captions:
+        for report in tokenizers(caption).reports[0]:
+            fit = fits.setdefault(report.encoder, CaptionFit(report.encoder, report.limit))
+            fit.captions += 1
+            fit.longest = max(fit.longest, report.n_tokens)
+            fit.unknown += bool(report.unknown)
+            fit.cut += report.truncated
+            if report.truncated and not fit.example:
+                fit.example = caption
+    return list(fits.values())
 
 
 class TextSource:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from ..config import DiTConfig
-from ..data import TrainData
 from ..model.dit import DiT
-from ..text import TextEncoders
 from ..weights.load import load_dit
+from .conditioning import caption_fits
 from .config import TrainConfig
 from .launch import open_data
 from .memory import estimate, largest
@@ -30,7 +29,8 @@ def describe(config: TrainConfig) -> Iterator[str]:
     dit = _shapes(config)
     text = load_text(config, dit.config, like_file=True)
     yield "Captions"
-    yield from (f"  {line}" for line in _caption_lines(data, text))
+    for fit in caption_fits(data.captions(), text.tokenizers):
+        yield from (f"  {line}" for line in fit.lines())
 
     everything = {f"dit.{name}": p for name, p in dit.named_parameters()}
     if config.objective.train_text_encoders:
@@ -69,29 +69,6 @@ def _shapes(config: TrainConfig) -> DiT:
     assert config.model.init_from is not None
     dit, _ = load_dit(config.model.init_from)
     return dit  # type: ignore[no-any-return]
-
-
-def _caption_lines(data: TrainData, text: TextEncoders) -> Iterator[str]:
-    """How captions fit the encoders."""
-    longest = {"BERT": 0, "mT5": 0}
-    limits: dict[str, int] = {}
-    cut: dict[str, list[str]] = {"BERT": [], "mT5": []}
-    unknown: dict[str, int] = {"BERT": 0, "mT5": 0}
-    total = 0
-    for caption in data.captions():
-        total += 1
-        for report in text.tokenizers(caption).reports[0]:
-            longest[report.encoder] = max(longest[report.encoder], report.n_tokens)
-            limits[report.encoder] = report.limit
-            unknown[report.encoder] += bool(report.unknown)
-            if report.truncated:
-                cut[report.encoder].append(caption)
-    for name, captions in cut.items():
-        yield f"{name}: up to {longest[name]} tokens, room for {limits[name]}"
-        if captions:
-            yield f"  {len(captions)} of {total} captions are cut, for example: {captions[0][:120]!r}"
-        if unknown[name]:
-            yield f"  {unknown[name]} captions hold words that it does not know"
 
 
 def _count(parameters: object) -> int:

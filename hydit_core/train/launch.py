@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ..data.text_cache import TextCache, build_text_cache
 from ..errors import ConfigError
 from . import checkpoint as checkpoints
 from . import distributed
+from .conditioning import caption_fits
 from .config import TrainConfig
 from .distributed import Processes
 from .loop import Trainer, find_checkpoint
@@ -40,6 +42,8 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         say = _say if processes.is_main else _silent
         data = open_data(config, processes.rank, processes.world)
         parts = build(config)
+        if processes.is_main:
+            _warn_of_cut_captions(data, parts)
         prepare_data(config, data, parts, processes)
         stored = TextCache(config.data, parts.text) if config.data.cache.text else None
         objective = FullObjective(parts, config.objective, processes.device, stored_text=stored)
@@ -73,6 +77,16 @@ def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, proces
             build_text_cache(data, parts.text, progress)
         processes.barrier()
         parts.text.to("cpu")
+
+
+def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:
+    """Captions that are too long are trained without their ends, but not without a word; a sample will do."""
+    for fit in caption_fits(islice(data.captions(), 10_000), parts.text.tokenizers):
+        if fit.cut:
+            _say(
+                f"warning: {fit.cut} of {fit.captions} captions are longer than the {fit.limit} tokens that "
+                f"{fit.encoder} takes; their ends are not trained, for example of: {fit.example[:120]!r}"
+            )
 
 
 @contextmanager

@@ -99,6 +99,10 @@ class Optimizers:
             for g in groups
         ]
         if groups[0].muon:
+            if not hasattr(torch.optim, "Muon"):
+                raise ConfigError(
+                    f"optimizer.name = 'muon' needs torch 2.9 or newer, this is {torch.__version__}"
+                )
             optimizer: torch.optim.Optimizer = torch.optim.Muon(
                 tables, lr=lr, momentum=config.muon_momentum, weight_decay=config.weight_decay
             )

@@ -264,6 +264,16 @@ def test_bad_input_at_the_command_line(
     assert "absent: no such folder" in capsys.readouterr().err
 
 
+def test_captions_that_are_cut_are_told(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = (f"run.output_dir={tmp_path}", "model.from_scratch.text_len=4", "run.steps=1")
+    run_training(config, *FLAT, *sets)
+    told = capsys.readouterr().err
+    assert "warning: 4 of 8 captions are longer than the 4 tokens that BERT takes" in told
+    assert "mT5 takes" not in told
+
+
 def test_cache_command_then_training_needs_no_pictures(config: Path, tmp_path: Path) -> None:
     sets = ["data.cache.latents=true", "data.cache.text=true", f"data.cache.dir={tmp_path / 'cache'}"]
     sets += ["objective.train_text_encoders=false", *FLAT]
