@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ _STANDARD_NAMES = (
     "pytorch_model_",
     "mp_rank_00",
 )
+_SHARD = re.compile(r"-\d{5}-of-(?!00001\.)\d{5}\.")
 _AGAIN = " download or save it again"
 _HEADER_LIMIT = 100_000_000
 _FOREIGN = {
@@ -101,6 +103,7 @@ class SafetensorsSource(TensorSource):
                 self._entries = {
                     key: _entry(path, key, value, start, size - start) for key, value in header.items()
                 }
+                _check_overlaps(path, self._entries)
                 self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise WeightsError(f"cannot read {path}: {error.strerror}") from error
@@ -146,7 +149,7 @@ def _read_header(file: Any, path: Path) -> tuple[int, dict[str, Any]]:
         header = json.loads(peek + file.read(length - 1))
         if not isinstance(header, dict):
             raise ValueError
-    except ValueError:
+    except (ValueError, RecursionError):
         raise WeightsError(f"{path}: the safetensors header is damaged;{_AGAIN}") from None
     return 8 + length, header
 
@@ -159,9 +162,9 @@ def _entry(path: Path, key: str, value: Any, start: int, available: int) -> _Ent
     try:
         name, shape = value["dtype"], tuple(int(n) for n in value["shape"])
         begin, end = (int(offset) for offset in value["data_offsets"])
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise WeightsError(f"{path}: the header entry of {key} is damaged;{_AGAIN}") from None
-    if name not in SAFETENSORS_DTYPES:
+    if not isinstance(name, str) or name not in SAFETENSORS_DTYPES:
         raise WeightsError(f"{path}: {key} has dtype {name}, which is not supported")
     dtype = SAFETENSORS_DTYPES[name]
     if end > available:
@@ -172,6 +175,15 @@ def _entry(path: Path, key: str, value: Any, start: int, available: int) -> _Ent
     if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise WeightsError(f"{path}: the header entry of {key} is damaged;{_AGAIN}")
     return _Entry(dtype, shape, start + begin, start + end)
+
+
+def _check_overlaps(path: Path, entries: dict[str, _Entry]) -> None:
+    reached, before = 0, ""
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin < reached and entry.begin < entry.end:
+            raise WeightsError(f"{path}: {before} and {key} lie over each other, it is damaged;{_AGAIN}")
+        if entry.end > reached:
+            reached, before = entry.end, key
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -185,10 +197,14 @@ def has_weights(folder: Path) -> bool:
 
 
 def _open_folder(folder: Path, load_key: str | None) -> TensorSource:
-    indexes = sorted(folder.glob("*.index.json"), key=_preference)
-    if indexes:
-        return _open_shards(indexes[0])
-    files = _weight_files(folder)
+    files = [p for p in _weight_files(folder) if not _SHARD.search(p.name)]
+    if index := _index(folder, files):
+        return _open_shards(index)
+    if shard := next((p for p in _weight_files(folder) if not files), None):
+        raise WeightsError(
+            f"{folder} holds shards ({shard.name}, ...) but no index that names them;"
+            " download the .index.json"
+        )
     if load_key is not None:
         files = [p for p in files if p.stem.endswith(f"_{load_key}")] or files
     if not files:
@@ -198,6 +214,20 @@ def _open_folder(folder: Path, load_key: str | None) -> TensorSource:
         raise WeightsError(f"{folder} holds {len(files)} weights files; name one of them: {shown}")
     keyed = load_key is not None and files[0].stem.endswith(f"_{load_key}")
     return open_tensors(files[0], load_key=None if keyed else load_key)
+
+
+def _index(folder: Path, files: list[Path]) -> Path | None:
+    """The index of the shards to take, if any; one without its shards gives way to what is complete.
+
+    (Downloads that leave a format or a variant out often bring its index.)
+    """
+    found = {*folder.glob("*.index.json"), *folder.glob("*.index.*.json")}
+    indexes = sorted(found, key=_preference)
+    complete = [path for path in indexes if not _missing_shards(path)]
+    if not complete:
+        return indexes[0] if indexes and not files else None
+    plain = any(path.suffix == ".safetensors" for path in files)
+    return None if plain and ".safetensors" not in complete[0].name else complete[0]
 
 
 def _preference(path: Path) -> tuple[bool, bool, int, str]:
@@ -210,20 +240,27 @@ def _preference(path: Path) -> tuple[bool, bool, int, str]:
     return unwanted, torch_format, 2 * rank + variant, name
 
 
-def _open_shards(index: Path) -> TensorSource:
+def _read_index(index: Path) -> tuple[dict[str, Any], list[str]]:
+    """What an index says, and the names of its shards."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = content["weight_map"]
-        names = sorted(set(weight_map.values()))
+        return content, sorted(set(content["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise WeightsError(f"{index} is damaged: no weight_map in it; download it again") from error
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
+
+
+def _missing_shards(index: Path) -> list[str]:
+    return [name for name in _read_index(index)[1] if not (index.parent / name).is_file()]
+
+
+def _open_shards(index: Path) -> TensorSource:
+    content, names = _read_index(index)
+    if missing := _missing_shards(index):
         shown = ", ".join(missing[:5])
         raise WeightsError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {shown}")
     shards = [open_tensors(index.parent / name) for name in names]
     merged = MergedSource(shards, path=index.parent, metadata=_metadata(content.get("metadata")))
-    lost = [key for key in weight_map if key not in merged]
+    lost = [key for key in content["weight_map"] if key not in merged]
     if lost:
         raise WeightsError(f"{index.parent}: {len(lost)} tensors of the index are missing, first {lost[0]}")
     return merged

@@ -99,12 +99,14 @@ def _find_tensors(loaded: Any, path: Path, load_key: str | None) -> tuple[dict[s
             return tensors, f"{load_key}.{rest}" if rest else load_key
         found = f"it has {', '.join(choices)}" if choices else "it is one plain state dict"
         raise WeightsError(f"{path} has no weights under {load_key!r}; {found}")
-    if tensors := _tensors_of(loaded):
-        return tensors, ""
-    for key in (*LOAD_KEYS, *choices):
+    tensors = _tensors_of(loaded)
+    # A checkpoint may hold tensors beside its weights (a step counter, a random state).
+    for key in (*LOAD_KEYS, *(() if tensors else choices)):
         if key in choices:
             tensors, rest = _find_tensors(loaded[key], path, None)
             return tensors, f"{key}.{rest}" if rest else key
+    if tensors:
+        return tensors, ""
     raise WeightsError(f"{path} holds no tensors" + _zero_hint(path))
 
 

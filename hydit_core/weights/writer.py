@@ -62,10 +62,12 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Force a file, or every file of a folder, onto the disk."""
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            with open(file, "rb+") as handle:
+    """Force a file, or a folder with all that is in it, onto the disk."""
+    for place in [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]:
+        if place.is_dir():
+            _sync_folder(place)
+        elif place.is_file():
+            with open(place, "rb+") as handle:
                 os.fsync(handle.fileno())
 
 

@@ -200,6 +200,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "out" / "a").read_text() == "a" and not leftovers(tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot open folders")
+def test_every_folder_of_a_folder_reaches_the_disk_before_it_appears(tmp_path, monkeypatch):
+    synced = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    with atomic_path(tmp_path / "out") as temporary:
+        (temporary / "inner").mkdir(parents=True)
+        (temporary / "inner" / "a").write_text("a")
+    places = (tmp_path, *(tmp_path / name for name in ("out", "out/inner", "out/inner/a")))
+    assert synced == {place.stat().st_ino for place in places}
+
+
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WeightsError, match=r"cannot write .*file/x\.safetensors"):
@@ -275,6 +286,11 @@ def test_other_nestings_are_found(tmp_path, key):
     assert torch.equal(open_tensors(tmp_path / "w.ckpt")["b"], WEIGHTS["b"] + 3)
 
 
+def test_tensors_beside_the_weights_are_not_taken_for_them(tmp_path):
+    torch.save({"global_step": torch.tensor(4), "state_dict": shifted(3)}, tmp_path / "w.ckpt")
+    assert torch.equal(open_tensors(tmp_path / "w.ckpt")["b"], WEIGHTS["b"] + 3)
+
+
 def test_a_key_is_refused_in_a_plain_file(tmp_path):
     torch.save(WEIGHTS, tmp_path / "w.pt")
     with pytest.raises(WeightsError, match="no weights under 'ema'; it is one plain state dict"):
@@ -343,6 +359,24 @@ def test_sharded_folders(tmp_path, suffix):
         open_tensors(tmp_path)
 
 
+def test_shards_of_a_variant_are_found_by_its_index(tmp_path):
+    write_shards(tmp_path, lambda tensors, path: save_safetensors(path, tensors), ".safetensors")
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "model.safetensors.index.fp16.json")
+    assert sorted(open_tensors(tmp_path)) == sorted(WEIGHTS)
+    (tmp_path / "model.safetensors.index.fp16.json").unlink()
+    with pytest.raises(WeightsError, match=r"holds shards \(model-00001-of-00002\.safetensors, .*no index"):
+        open_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_an_index_whose_shards_were_not_downloaded_gives_way(tmp_path, suffix):
+    (tmp_path / f"model{suffix}.index.json").write_text(
+        json.dumps({"weight_map": {"b": f"model-00001-of-00002{suffix}"}})
+    )
+    save_safetensors(tmp_path / "model.fp16.safetensors", shifted(2))
+    assert torch.equal(open_tensors(tmp_path)["b"], WEIGHTS["b"] + 2)
+
+
 def test_of_several_files_the_plain_safetensors_one_is_taken(tmp_path):
     torch.save(shifted(1), tmp_path / "diffusion_pytorch_model.bin")
     save_safetensors(tmp_path / "diffusion_pytorch_model.fp16.safetensors", shifted(2))
@@ -394,6 +428,27 @@ DAMAGED = {
     "gguf": (lambda good: b"GGUF\x03\x00\x00\x00" + bytes(60), "GGUF"),
     "noise": (lambda good: bytes(range(200)), "not a weights file"),
     "short": (lambda good: b"abc", "not a weights file"),
+    "overlap": (
+        lambda good: (
+            header_of(
+                {
+                    "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                    "y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+                }
+            )
+            + bytes(12)
+        ),
+        "x and y lie over each other",
+    ),
+    "nested": (lambda good: (200_004).to_bytes(8, "little") + b'{"x":' + b"[" * 199_999, "header is damaged"),
+    "infinite": (
+        lambda good: header_of({"x": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]}}),
+        "the header entry of x is damaged",
+    ),
+    "list of dtypes": (
+        lambda good: header_of({"x": {"dtype": ["F32"], "shape": [0], "data_offsets": [0, 0]}}),
+        "which is not supported",
+    ),
     "sizes": (
         lambda good: header_of({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}) + bytes(8),
         "the header entry of x is damaged",
