@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import DiTConfig, ModelInfo
 from ..data import hash_int
@@ -18,7 +17,6 @@ from ..text import TextEncoders, load_text_encoders
 from ..vae import VAE, load_vae
 from ..weights.load import load_dit
 from ..weights.save import save_checkpoint
-from ..weights.vae_layout import diffusers_to_ldm, diffusers_to_taesd
 from .attention import training_attention
 from .config import InfoSection, TextScratch, TrainConfig
 
@@ -41,19 +39,11 @@ class ModelParts:
             path,
             dit=self.dit.state_dict(),
             **self.text.state_parts(),
-            vae=vae_tensors(self.vae),
+            vae=self.vae.checkpoint_tensors(),
             info=self.info,
             dtype=dtype,
             metadata=extra,
         )
-
-
-def vae_tensors(vae: VAE) -> dict[str, Tensor]:
-    """A VAE's weights in the names of all-in-one files."""
-    state = vae.model.state_dict()
-    if vae.is_tiny:
-        return diffusers_to_taesd(state, vae_scale=vae.scaling_factor)
-    return diffusers_to_ldm(state)
 
 
 def build(config: TrainConfig) -> ModelParts:

@@ -94,12 +94,13 @@ def dtypes_for(source: TensorSource, dtype: torch.dtype) -> dict[str, torch.dtyp
     """Which dtype each floating-point tensor gets when a file is cast to ``dtype``.
 
     In an 8-bit float only the matrices inside the DiT's blocks are stored (96 % of DiT-g/2); norms, biases,
-    embedders and the final layer, whose errors every token sees, keep 16 bits.
+    embedders and the final layer, whose errors every token sees, keep 16 bits. Single numbers (a TAESD's
+    scale) stay as they are.
     """
     plan: dict[str, torch.dtype] = {}
     for key in source:
         stored = source.dtype(key)
-        if not stored.is_floating_point:
+        if not stored.is_floating_point or not source.shape(key):
             continue
         in_block = key.removeprefix(COMFY_PREFIX).startswith("blocks.")
         if dtype not in FP8_DTYPES or (in_block and len(source.shape(key)) == 2):
