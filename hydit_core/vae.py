@@ -22,8 +22,8 @@ from .errors import HyditError, WeightsError
 from .weights import vae_layout
 from .weights.files import has_weights, open_tensors
 from .weights.source import TensorSource, as_source
+from .weights.vae_layout import SCALING_FACTOR
 
-SCALING_FACTOR = 0.13025
 _FALLBACK_TILE = 64
 _FOLDERS = ("", "vae", "sdxl-vae-fp16-fix", "t2i/sdxl-vae-fp16-fix")
 _CONFIG = "config.json"
@@ -129,13 +129,17 @@ class VAE(nn.Module):
                 f"got {tuple(latents.shape)}"
             )
         z = latents.to(self.device, torch.float32) / self.scaling_factor + self.shift_factor
+        images = None
         try:
             images = self._decode(z, tile, overlap)
         except torch.OutOfMemoryError:
             if tile is not None:
                 raise
+        if images is None:
+            # Outside of the except block: the error's traceback keeps the failed attempt's tensors alive.
             warnings.warn("not enough memory to decode the whole picture: decoding in tiles", stacklevel=2)
-            images = self._decode(z, _FALLBACK_TILE, overlap)
+            tile = _FALLBACK_TILE
+            images = self._decode(z, tile, overlap)
         if self.dtype == torch.float16 and not torch.isfinite(images).all():
             warnings.warn("the VAE overflowed in float16: using it in float32 from now on", stacklevel=2)
             self.model.float()
@@ -150,10 +154,8 @@ class VAE(nn.Module):
         state = self.model.state_dict()
         if not self.is_tiny:
             return vae_layout.diffusers_to_ldm(state)
-        vae_scale = SCALING_FACTOR / self.scaling_factor
-        return vae_layout.diffusers_to_taesd(
-            state, vae_scale=vae_scale, vae_shift=-self.shift_factor / vae_scale
-        )
+        vae_scale, vae_shift = vae_layout.taesd_scale(self.scaling_factor, self.shift_factor)
+        return vae_layout.diffusers_to_taesd(state, vae_scale=vae_scale, vae_shift=vae_shift)
 
     def _decode(self, z: Tensor, tile: int | None, overlap: int | None) -> Tensor:
         decoder: Any = self.model

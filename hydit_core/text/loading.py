@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 from ..config import ModelInfo
 from ..errors import WeightsError
-from ..weights.companions import companions
+from ..weights.companions import companions, vocabulary
 from ..weights.load import assign_weights, compute_dtype
 from ..weights.parts import Parts, parts, split_parts
 from ..weights.source import CastSource, MergedSource, TensorSource
@@ -133,14 +133,8 @@ def _find_vocab(place: Path) -> bytes | None:
     if place.is_file():
         return None if place.suffix == ".model" else place.read_bytes()
     for name in _VOCAB_FOLDERS:
-        folder = place / name
-        if (folder / "vocab.txt").is_file():
-            return (folder / "vocab.txt").read_bytes()
-        # transformers 5 writes the vocabulary into tokenizer.json only.
-        model = _read_json(folder / "tokenizer.json").get("model", {})
-        if model.get("type") == "WordPiece":
-            words = sorted(model["vocab"], key=model["vocab"].__getitem__)
-            return "\n".join(words).encode()
+        if (vocab := vocabulary(place / name)) is not None:
+            return vocab
     return None
 
 

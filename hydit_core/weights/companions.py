@@ -21,12 +21,11 @@ from .views import rename
 _BERT = ("text_encoder", "clip_text_encoder")
 _MT5 = ("text_encoder_2", "mt5")
 _VAE = ("vae", "sdxl-vae-fp16-fix")
-_VOCAB = ("tokenizer/vocab.txt",)
 # Fields of their config.json that shapes do not tell, as hydit.config keeps them.
 _BERT_OPTIONS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 _T5_OPTIONS = ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon")
 _TOKENIZER = "tokenizer_config.json"
-_VAE_OPTIONS = ("scaling_factor", "norm_num_groups")
+_VAE_OPTIONS = ("scaling_factor", "shift_factor", "norm_num_groups")
 _SPIECE = ("tokenizer_2/spiece.model", "mt5/spiece.model")
 
 
@@ -58,7 +57,7 @@ def companions(folder: Path) -> Companions:
     """
     root = folder / "t2i" if (folder / "t2i").is_dir() else folder
     bert, mt5, vae = (_weights_folder(root, names) for names in (_BERT, _MT5, _VAE))
-    vocab, spiece = (_content(root, names) for names in (_VOCAB, _SPIECE))
+    vocab, spiece = vocabulary(root / "tokenizer"), _content(root, _SPIECE)
     named = {"BERT": bert, "mT5": mt5, "VAE": vae, "BERT's vocabulary": vocab, "mT5's tokenizer": spiece}
     return Companions(
         sources=other_parts(
@@ -76,6 +75,21 @@ def companions(folder: Path) -> Companions:
         t5=_config(mt5, *_T5_OPTIONS),
         vae=_config(vae, *_VAE_OPTIONS),
     )
+
+
+def vocabulary(folder: Path) -> bytes | None:
+    """The text of BERT's ``vocab.txt`` in a tokenizer's folder; None without one.
+
+    Raises:
+        WeightsError: if a ``tokenizer.json`` there is damaged.
+    """
+    if (folder / "vocab.txt").is_file():
+        return (folder / "vocab.txt").read_bytes()
+    # transformers 5 writes the vocabulary into tokenizer.json only.
+    model = _config(folder, "model", file_name="tokenizer.json").get("model", {})
+    if model.get("type") != "WordPiece":
+        return None
+    return "\n".join(sorted(model["vocab"], key=model["vocab"].__getitem__)).encode()
 
 
 def _weights_folder(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -139,5 +153,9 @@ def _vae(folder: Path) -> TensorSource:
                 {vae_layout.undeprecate(name): tensor for name, tensor in tensors.items()}
             )
         else:
-            tensors = vae_layout.diffusers_to_taesd(tensors)
+            options = _config(folder, *_VAE_OPTIONS)
+            vae_scale, vae_shift = vae_layout.taesd_scale(
+                options.get("scaling_factor", 1.0), options.get("shift_factor", 0.0)
+            )
+            tensors = vae_layout.diffusers_to_taesd(tensors, vae_scale=vae_scale, vae_shift=vae_shift)
     return MemorySource(tensors, path=source.path)

@@ -25,7 +25,18 @@ from .views import rename
 from .writer import atomic_path, save_safetensors
 
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_OURS = (METADATA_KEY, "hydit.source", "hydit.load_key", "hydit.load_keys")
+# What we write anew, and what no longer holds of other tensors: an index's size, hashes of kohya's trainer
+# and of the metadata standard.
+_NOT_KEPT = (
+    METADATA_KEY,
+    "hydit.source",
+    "hydit.load_key",
+    "hydit.load_keys",
+    "total_size",
+    "modelspec.hash_sha256",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ def _check_out(source: TensorSource, path: Path, out: Path, layout: Layout) -> N
 def _metadata(source: TensorSource, kind: FileKind, info: ModelInfo) -> dict[str, str]:
     """Our metadata; what the input's own says beside that is kept."""
     assert kind.config is not None
-    kept = {key: text for key, text in source.metadata.items() if key not in _OURS}
+    kept = {key: text for key, text in source.metadata.items() if key not in _NOT_KEPT}
     role = "controlnet" if kind.kind == "controlnet" else ""
     return file_metadata(kind.config, info, role=role, source=source.path.name, extra=kept)
 
@@ -118,15 +129,18 @@ def _write_folder(
     info: ModelInfo,
     metadata: Mapping[str, str],
 ) -> None:
-    if kind.kind == "controlnet":
-        files = {"config.json": controlnet_config(config, info)}
-        weights = _WEIGHTS_NAME
-    else:
-        files = {
-            "transformer/config.json": transformer_config(config, info),
-            "scheduler/scheduler_config.json": scheduler_config(info),
-        }
-        weights = f"transformer/{_WEIGHTS_NAME}"
+    try:
+        if kind.kind == "controlnet":
+            files = {"config.json": controlnet_config(config, info)}
+            weights = _WEIGHTS_NAME
+        else:
+            files = {
+                "transformer/config.json": transformer_config(config, info),
+                "scheduler/scheduler_config.json": scheduler_config(info),
+            }
+            weights = f"transformer/{_WEIGHTS_NAME}"
+    except WeightsError as error:
+        raise WeightsError(f"{tensors.path}: {error}") from None
     with atomic_path(out) as folder:
         save_safetensors(folder / weights, tensors, metadata)
         for name, content in files.items():

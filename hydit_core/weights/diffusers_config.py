@@ -93,4 +93,7 @@ def _check(config: DiTConfig) -> None:
     )
     problems = [text for text, right in fixed if not right]
     if problems:
-        raise WeightsError(f"diffusers' HunyuanDiT classes cannot hold this model: {'; '.join(problems)}")
+        raise WeightsError(
+            f"diffusers' HunyuanDiT classes cannot hold this model: {'; '.join(problems)};"
+            " use the layout tencent or comfy"
+        )

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ..errors import WeightsError
 
+SCALING_FACTOR = 0.13025
+"""Of the SDXL VAE's latents, which every published HunyuanDiT works on."""
 PREFIXES = ("", "vae.", "first_stage_model.")
 _TRAINING_ONLY = ("loss.", "model_ema.")
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -197,7 +199,7 @@ def taesd_to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def diffusers_to_taesd(
-    tensors: Mapping[str, Tensor], *, vae_scale: float = 0.13025, vae_shift: float = 0.0
+    tensors: Mapping[str, Tensor], *, vae_scale: float = SCALING_FACTOR, vae_shift: float = 0.0
 ) -> dict[str, Tensor]:
     """``AutoencoderTiny``'s state dict -> TAESD names, with the scale and shift that ComfyUI reads.
 
@@ -207,6 +209,16 @@ def diffusers_to_taesd(
     """
     renamed = {new: tensors[old] for old, new in taesd_renaming(tensors, to="taesd").items()}
     return {**renamed, "vae_scale": torch.tensor(vae_scale), "vae_shift": torch.tensor(vae_shift)}
+
+
+def taesd_scale(scaling_factor: float, shift_factor: float) -> tuple[float, float]:
+    """ComfyUI's ``vae_scale`` and ``vae_shift`` of a TAESD whose scaled latents are (z - shift) * factor.
+
+    ComfyUI's unscaled latents are z / vae_scale + vae_shift, z being what the network makes; times the latent
+    format's constant they are what the diffusion model works on.
+    """
+    vae_scale = SCALING_FACTOR / scaling_factor
+    return vae_scale, -shift_factor / vae_scale
 
 
 def kl_config(keys: Iterable[str], shape: Shape, *, norm_num_groups: int = 32) -> dict[str, Any]:

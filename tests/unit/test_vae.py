@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,26 @@ def test_a_picture_that_does_not_fit_into_memory_is_decoded_in_tiles(monkeypatch
     monkeypatch.setattr(vae.model, "decode", small_only)
     with pytest.warns(UserWarning, match="not enough memory"):
         assert torch.equal(vae.decode(latents), expected)
+
+
+def test_what_the_failed_attempt_held_is_free_before_tiles_are_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vae = VAE(kl().requires_grad_(False))
+    decode = vae.model.decode
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def large_fails(z: torch.Tensor) -> Any:
+        if z.shape[-1] > 64:
+            intermediate = torch.zeros(3)
+            held.append(weakref.ref(intermediate))
+            raise torch.OutOfMemoryError("out of memory")
+        assert held[0]() is None
+        return decode(z)
+
+    monkeypatch.setattr(vae.model, "decode", large_fails)
+    with pytest.warns(UserWarning, match="not enough memory"):
+        vae.decode(torch.randn(1, 4, 8, 72) * 0.13)
 
 
 def test_float16_overflow_is_seen_and_cured() -> None:

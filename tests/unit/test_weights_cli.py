@@ -19,6 +19,7 @@ from tiny_models import randomize, tiny
 from hydit_core.config import METADATA_KEY, DiTConfig, ModelInfo
 from hydit_core.model import ControlNet, DiT
 from hydit_core.weights.__main__ import main
+from hydit_core.weights.convert import convert
 from hydit_core.weights.files import SafetensorsSource, open_tensors, save_safetensors
 from hydit_core.weights.load import load_dit, parts, save_checkpoint
 
@@ -245,6 +246,42 @@ def test_a_pipelines_folder_becomes_an_all_in_one_that_loads(tmp_path, capsys):
     assert torch.allclose(pictures, expected, atol=1e-5)
 
 
+def test_what_stands_beside_a_transformer_keeps_its_facts(tmp_path):
+    """A tokenizer as transformers 5 writes it, the shift of a VAE, the scale of a TAESD."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    from hydit_core.vae import load_vae
+
+    words = bert_vocab().decode().splitlines()
+    tokenizer = {"model": {"type": "WordPiece", "vocab": {word: i for i, word in enumerate(words)}}}
+    tiny_vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, scaling_factor=0.5
+    )
+    for vae in (AutoencoderKL(block_out_channels=(32,), scaling_factor=0.5, shift_factor=0.25), tiny_vae):
+        folder = tmp_path / type(vae).__name__
+        vae.save_pretrained(folder / "vae")
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps(tokenizer))
+        model = DiT(TINY)
+        (folder / "model").mkdir()
+        torch.save(model.state_dict(), folder / "model" / "pytorch_model_ema.pt")
+        convert(folder, folder / "all.safetensors", layout="comfy")
+        written, stood = load_vae(folder / "all.safetensors"), load_vae(folder / "vae")
+        assert written.scaling_factor == pytest.approx(stood.scaling_factor, rel=1e-6)
+        assert written.shift_factor == pytest.approx(stood.shift_factor, rel=1e-6)
+        found = parts(folder / "all.safetensors").bert_vocab
+        assert found is not None and found.decode().splitlines() == words
+
+
+def test_what_no_longer_holds_of_other_tensors_is_dropped(dit, tmp_path):
+    path = tmp_path / "hashed.safetensors"
+    stale = {"modelspec.hash_sha256": "0xab", "sshs_model_hash": "cd", "total_size": "7"}
+    save_safetensors(path, open_tensors(dit), {**open_tensors(dit).metadata, **stale})
+    convert(path, tmp_path / "out.safetensors", layout="tencent", dtype=torch.float16)
+    metadata = open_tensors(tmp_path / "out.safetensors").metadata
+    assert metadata["note"] == "by hand" and not metadata.keys() & stale.keys()
+
+
 def test_a_controlnet_has_no_prefix_in_any_file(tmp_path, capsys):
     net = ControlNet(tiny())
     randomize(net, seed=23)
@@ -288,6 +325,7 @@ def test_a_model_that_diffusers_cannot_hold_is_refused(tmp_path, capsys):
     save_checkpoint(tmp_path / "odd.safetensors", dit=DiT(config).state_dict(), info=info)
     line = refused(capsys, "convert", tmp_path / "odd.safetensors", tmp_path / "out", "--layout", "diffusers")
     assert "mT5 projection is not 4 times as wide" in line and "pooler has not 8 heads" in line
+    assert "odd.safetensors: " in line and "use the layout tencent or comfy" in line
     assert not (tmp_path / "out").exists()
 
 
