@@ -123,17 +123,22 @@ def _lora(source: TensorSource, keys: Keys) -> FileKind | None:
         ("PEFT", (".lora_A.", ".lora_B.", ".lora_embedding_A")),
         ("kohya", (".lora_down.", ".lora_up.", ".hada_w1_a", ".lokr_w1", ".oft_blocks")),
         ("gui", (".lora.up.", ".lora.down.")),
+        ("diffusers", ("_lora.up.", "_lora.down.", ".lora_linear_layer.")),
     )
     style = next((name for name, words in styles if _has(keys, *words)), None)
     if style is None:
         return None
-    if _has(keys, "attn1.Wqkv.", "attn1_Wqkv.", "attn2.kv_proj.", "attn2_kv_proj.", "default_modulation"):
-        label = {"PEFT": "PEFT layout", "kohya": "kohya layout", "gui": "Tencent's GUI layout"}[style]
+    layers = ("attn1.Wqkv.", "attn2.kv_proj.", "attn1.out_proj.", "attn2.out_proj.", "attn2.q_proj.")
+    kohya = [name.replace(".", "_", 1) for name in layers]
+    if _has(keys, *layers, *kohya, "skip_linear.", "default_modulation"):
+        label = {"gui": "Tencent's GUI layout"}.get(style, f"{style} layout")
         return FileKind("lora", f"a HunyuanDiT LoRA ({label})", layout=style.lower())
     if _has(keys, "lora_te1_encoder_layer_") and not _has(keys, "lora_unet_"):
         return FileKind("lora", "a LoRA of HunyuanDiT's BERT (kohya layout)", layout="kohya")
     # diffusers names of this model: blocks.N, not transformer_blocks.N
-    if any(".attn1.to_q." in f".{key}" and ".blocks." in f".{key}" and "_blocks." not in key for key in keys):
+    ours = [key for key in keys if ".blocks." in f".{key}" and "_blocks." not in key]
+    # Wan's blocks are named so too, but for their MLP.
+    if _has(dict.fromkeys(ours), ".attn1.to_") and not _has(keys, ".ffn."):
         return FileKind("lora", "a HunyuanDiT LoRA (diffusers names)", layout="diffusers")
     family = _lora_family(keys)
     name = f"a LoRA for {family}, not for HunyuanDiT" if family else "a LoRA of another model"
@@ -142,6 +147,7 @@ def _lora(source: TensorSource, keys: Keys) -> FileKind | None:
 
 def _lora_family(keys: Keys) -> str:
     marks = (
+        ("HunyuanVideo", ("double_blocks.0.img_attn_qkv.", "context_embedder.token_refiner.")),
         ("Flux", ("lora_unet_double_blocks", "single_transformer_blocks", "double_blocks.")),
         ("SD3", ("joint_blocks", "transformer.transformer_blocks.0.attn.add_k_proj")),
         ("SDXL", ("lora_te2_text_model", "lora_unet_input_blocks", "text_encoder_2.")),

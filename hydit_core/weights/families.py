@@ -16,6 +16,7 @@ _BY_NAME: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a Flux model", ("single_transformer_blocks.0.attn.to_q.weight", "context_embedder.weight")),
     ("a Stable Diffusion 3 model", ("joint_blocks.0.context_block.attn.qkv.weight",)),
     ("a Stable Diffusion 3 model", ("transformer_blocks.0.attn.add_k_proj.weight", "pos_embed.pos_embed")),
+    ("a Flux model", ("transformer_blocks.0.attn.add_k_proj.weight", "controlnet_x_embedder.weight")),
     ("a Qwen-Image model", ("transformer_blocks.0.attn.add_k_proj.weight", "txt_norm.weight")),
     ("an AuraFlow model", ("double_layers.0.attn.w1q.weight",)),
     ("a Lumina model", ("cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight")),
@@ -55,7 +56,8 @@ def other_family(shapes: Shapes) -> str | None:
     for family, names in _BY_NAME:
         for prefix in _PREFIXES:
             if all(prefix + name in shapes for name in names):
-                return family
+                net = prefix + "controlnet_blocks.0.weight" in shapes
+                return family.replace(" model", " ControlNet") if net else family
     if unet := _unet(shapes):
         return unet
     return next((family for family, word in _BY_WORD if _anywhere(shapes, word)), None)

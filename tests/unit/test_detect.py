@@ -77,6 +77,8 @@ LORAS = {
     "kohya": ("lora_unet_blocks_0_attn1_Wqkv.lora_down.weight", "kohya"),
     "LoKr": ("lora_unet_blocks_3_attn2_kv_proj.lokr_w1", "kohya"),
     "BERT": ("lora_te1_encoder_layer_0_attention_self_query.lora_up.weight", "kohya"),
+    "PEFT, output layers only": ("base_model.model.blocks.0.attn1.out_proj.lora_A.weight", "peft"),
+    "kohya, skips only": ("lora_unet_blocks_4_skip_linear.lora_down.weight", "kohya"),
     "Tencent's GUI": ("unet.blocks.0.attn1.Wqkv.lora.up.weight", "gui"),
     "diffusers names": ("transformer.blocks.0.attn1.to_q.lora_A.weight", "diffusers"),
 }
@@ -123,9 +125,30 @@ OTHERS = {
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 8)
     },
     "a LoRA for SDXL, not for HunyuanDiT": {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 8)},
+    "a LoRA for HunyuanVideo, not for HunyuanDiT": {
+        "transformer.double_blocks.0.img_attn_qkv.lora_A.weight": (4, 8)
+    },
+    "a LoRA for SD1.x, SD2 or SDXL, not for HunyuanDiT": {
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight": (4, 8)
+    },
+    "a Stable Diffusion 3 ControlNet": {
+        "transformer_blocks.0.attn.add_k_proj.weight": (1536, 1536),
+        "pos_embed.pos_embed": (1, 36864, 1536),
+        "controlnet_blocks.0.weight": (1536, 1536),
+    },
+    "a Flux ControlNet": {
+        "transformer_blocks.0.attn.add_k_proj.weight": (3072, 3072),
+        "controlnet_x_embedder.weight": (3072, 64),
+        "controlnet_blocks.0.weight": (3072, 3072),
+    },
     "a LoRA of another model": {"layers.0.mlp.lora_A.weight": (4, 8)},
     "an IP-Adapter for Stable Diffusion": {"ip_adapter.1.to_k_ip.weight": (320, 768)},
 }
+
+
+def test_a_lora_for_wan_is_not_taken_for_ours():
+    wan = {f"transformer.blocks.0.{name}.lora_A.weight": (4, 8) for name in ("attn1.to_q", "ffn.net.0.proj")}
+    assert kind_of(wan).name == "a LoRA of another model"
 
 
 @pytest.mark.parametrize("name", OTHERS)
