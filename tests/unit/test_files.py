@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import pickle
+import signal
 import time
 import weakref
 
@@ -218,7 +219,26 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "taken.safetensors").mkdir()
     with pytest.raises(WeightsError, match=r"cannot write .*taken\.safetensors"):
         save_safetensors(tmp_path / "taken.safetensors", {"x": torch.ones(1)})
+    with pytest.raises(WeightsError, match=r"cannot write .*xxx: "):
+        save_safetensors(tmp_path / ("x" * 300), {"x": torch.ones(1)})
     assert not leftovers(tmp_path)
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path):
+    """A limit on the size of files stands for the disk's."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "f.safetensors"
+    save_safetensors(path, {"x": torch.ones(3)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(WeightsError, match=r"cannot write .*f\.safetensors: File too large"):
+            save_safetensors(path, {"x": torch.ones(300_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["f.safetensors"] and open_tensors(path)["x"].sum() == 3
 
 
 def test_complete_content_is_kept_where_the_old_file_cannot_be_replaced(tmp_path, monkeypatch):
