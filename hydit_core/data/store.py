@@ -87,7 +87,11 @@ class TensorStore:
         for path in self._damaged:
             path.unlink(missing_ok=True)
         for path in self.folder.glob(".shard-*"):
-            if _TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+            try:
+                changed = path.stat().st_mtime
+            except FileNotFoundError:  # its writer has just finished it
+                continue
+            if _TEMPORARY.fullmatch(path.name) and time.time() - changed > _ABANDONED_SECONDS:
                 path.unlink(missing_ok=True)
 
     def contains(self, keys: Sequence[str] | np.ndarray) -> np.ndarray:

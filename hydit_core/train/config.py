@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     create_model,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -131,6 +133,16 @@ class GroupSection(Section):
     weight_decay: float | None = Field(default=None, ge=0)
     freeze: bool = False
 
+    @field_validator("match")
+    @classmethod
+    def _valid_expression(cls, match: str) -> str:
+        if match.startswith("re:"):
+            try:
+                re.compile(match[3:])
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from error
+        return match
+
 
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
@@ -220,6 +232,11 @@ class TrainConfig(Section):
     def _consistent(self) -> TrainConfig:
         if self.samples.every and not self.samples.prompts:
             raise ValueError("samples.every is set but samples.prompts is empty")
+        if self.validation.every and not self.data.validation:
+            raise ValueError(
+                "validation.every is set but data.validation holds out no pictures: say how many, "
+                "for example data.validation = 16"
+            )
         if self.data.cache.text and self.objective.train_text_encoders:
             raise ValueError(
                 "data.cache.text keeps the outputs of the text encoders, but objective.train_text_encoders "
@@ -236,7 +253,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
     Raises :class:`ConfigError` with every fault found, each with its dotted path.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

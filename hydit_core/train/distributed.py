@@ -88,6 +88,11 @@ def start(device: str = "auto") -> Processes:
         if not torch.cuda.is_available():
             raise ConfigError(f"run.device = {device!r}: torch sees no CUDA device; use cpu or auto")
         chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
+        if chosen.index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"run.device = {device!r}: process {rank} wants {chosen}, but torch sees "
+                f"{torch.cuda.device_count()} CUDA devices; start no more processes than that"
+            )
         torch.cuda.set_device(chosen)
     if world > 1:
         # One process draws sample pictures while the others wait.

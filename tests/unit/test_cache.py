@@ -198,6 +198,12 @@ def test_a_killed_writer_leaves_nothing_that_counts(pictures: Path) -> None:
     assert shards(pictures)[0].read_bytes() == whole
 
 
+def test_a_writer_that_finishes_meanwhile_is_no_fault(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    (tmp_path / ".shard-00.safetensors.1-0.tmp").symlink_to(tmp_path / "renamed")  # listed, but gone
+    store.clean()
+
+
 def test_ranks_share_the_work(pictures: Path) -> None:
     vaes = [CountingVAE(), CountingVAE()]
     ranks = [open_data(pictures, rank=rank, world=2) for rank in range(2)]

@@ -47,12 +47,15 @@ def test_paths_start_at_the_file_but_overrides_at_the_current_folder(
         ("model.init_from='x.safetensors'", ["model", "exactly one of init_from"]),
         ("data.cache.text=true", ["data.cache.text", "objective.train_text_encoders"]),
         ("samples.every=10", ["samples.every", "samples.prompts is empty"]),
+        ("validation.every=5", ["validation.every", "data.validation holds out no pictures"]),
+        ("optimizer.groups=[{match='re:('}]", ["optimizer.groups.0.match", "not a regular expression"]),
         ("schedule.warmup_steps=21", ["warmup_steps is larger than run.steps"]),
     ],
 )
 def test_faults_are_named_with_their_place(config_file: Path, override: str, words: list[str]) -> None:
+    overrides = ["data.validation=0", override] if "holds out" in words[-1] else [override]
     with pytest.raises(ConfigError) as caught:
-        load_config(config_file, [override])
+        load_config(config_file, overrides)
     message = str(caught.value)
     assert str(config_file) in message
     for word in words:
@@ -72,6 +75,11 @@ def test_files_that_are_no_toml(config_file: Path, tmp_path: Path) -> None:
         load_config(config_file)
     with pytest.raises(ConfigError, match=r"absent\.toml: cannot read"):
         load_config(tmp_path / "absent.toml")
+
+
+def test_a_byte_order_mark_is_no_fault(config_file: Path) -> None:
+    config_file.write_text(CONFIG, encoding="utf-8-sig")
+    assert load_config(config_file).run.steps == 20
 
 
 def test_override_values_are_toml_or_text(config_file: Path) -> None:

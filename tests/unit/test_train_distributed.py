@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from train_setup import environment, records, run_training, write_run
 
+from hydit_core.errors import ConfigError
+from hydit_core.train.distributed import start
+
 STEPS = ["run.steps=2", "schedule.warmup_steps=0", "validation.every=2"]
 
 
@@ -39,6 +42,14 @@ def run_two(config: Path, sets: list[str], *arguments: str) -> list[tuple[int, s
     processes = [start_rank(rank, port, config, sets, *arguments) for rank in (0, 1)]
     texts = [process.communicate(timeout=400)[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigError, match=r"cuda:1.* sees 1 CUDA device"):
+        start("cuda")
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
