@@ -238,9 +238,8 @@ def load_vae(
         source = open_tensors(path)
     else:
         source = as_source(path_or_source)
-    options = {**config, **_file_options(source, info)}
     try:
-        return _build(source, options, dtype, device)
+        return _build(source, {**config, **_file_options(source, info)}, dtype, device)
     except WeightsError as error:
         raise WeightsError(f"{source.path}: {error}") from None
 

@@ -20,6 +20,9 @@ from ..weights.save import save_checkpoint
 from .attention import training_attention
 from .config import InfoSection, TextScratch, TrainConfig
 
+# What load_vae takes from a file's description.
+_VAE_OPTIONS = ("scaling_factor", "shift_factor", "norm_num_groups", "preview_rgb", "act_fn")
+
 
 @dataclass
 class ModelParts:
@@ -119,8 +122,12 @@ def _with_section(info: ModelInfo, section: InfoSection) -> ModelInfo:
 
 
 def _vae_info(vae: VAE, info: ModelInfo) -> dict[str, object]:
-    found: dict[str, object] = {**info.vae, "scaling_factor": vae.scaling_factor}
+    # The VAE may be another one than that of the file that the DiT comes from: nothing of that one stays.
+    found: dict[str, object] = {key: value for key, value in info.vae.items() if key not in _VAE_OPTIONS}
+    found["scaling_factor"] = vae.scaling_factor
     config: Any = vae.model.config
+    if (activation := config.get("act_fn")) != ("relu" if vae.is_tiny else "silu"):
+        found["act_fn"] = activation
     groups = config.get("norm_num_groups")
     if groups is not None:
         found["norm_num_groups"] = groups

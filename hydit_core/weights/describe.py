@@ -7,18 +7,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..config import DiTConfig
-from .detect import FileKind, detect, version_text
+from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, version_text
 from .dtypes import dtype_name
 from .parts import model_info, open_model
 from .source import TensorSource
 
 _TEXT_LIMIT = 600
 _PART_NAMES = {
-    "model": "DiT",
-    "text_encoders.hydit_clip": "BERT",
-    "text_encoders.mt5xl": "mT5",
-    "vae": "VAE",
-    "first_stage_model": "VAE",
+    "model.": "DiT",
+    **dict.fromkeys(BERT_PREFIXES, "BERT"),
+    **dict.fromkeys(MT5_PREFIXES, "mT5"),
+    **dict.fromkeys(VAE_PREFIXES, "VAE"),
 }
 
 
@@ -87,7 +86,7 @@ def _dtypes(source: TensorSource, keys: Iterable[str]) -> str:
 def _part_rows(source: TensorSource, kind: FileKind) -> Iterator[tuple[str, str]]:
     groups: dict[str, list[str]] = {}
     for key in source:
-        found = (part for part in _PART_NAMES if key.startswith(f"{part}."))
+        found = (part for part in _PART_NAMES if key.startswith(part))
         name = _PART_NAMES.get(next(found, ""), "DiT" if key.startswith(kind.prefix) else "other")
         groups.setdefault(name, []).append(key)
     for name, keys in groups.items():

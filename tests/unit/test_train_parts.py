@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import save_file
 from tiny import TINY, bert_vocab, randomize, spiece_model
 
 from hydit_core.config import ModelInfo
 from hydit_core.model import DiT
 from hydit_core.text import TextEncoders
-from hydit_core.train.parts import ModelParts
-from hydit_core.vae import load_vae
+from hydit_core.train.parts import ModelParts, _vae_info
+from hydit_core.vae import VAE, load_vae
 from hydit_core.weights.vae_layout import diffusers_to_taesd
 
 
@@ -35,3 +35,10 @@ def test_a_taesd_keeps_its_scale(scale: tuple[float, float], dtype: torch.dtype,
     written = load_vae(tmp_path / "all.safetensors")
     assert written.scaling_factor == pytest.approx(vae.scaling_factor, rel=1e-6)
     assert written.shift_factor == pytest.approx(vae.shift_factor, rel=1e-6)
+
+
+def test_nothing_of_a_replaced_vae_is_written() -> None:
+    before = ModelInfo("v1.2", vae={"shift_factor": 0.5, "preview_rgb": [[0.0] * 3] * 4, "note": "kept"})
+    model = AutoencoderKL(block_out_channels=(16,), norm_num_groups=8, act_fn="relu")
+    found = _vae_info(VAE(model, scaling_factor=0.3), before)
+    assert found == {"scaling_factor": 0.3, "norm_num_groups": 8, "act_fn": "relu", "note": "kept"}

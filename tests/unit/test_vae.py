@@ -176,6 +176,9 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         path = write(tmp_path / f"{name}.safetensors", tensors)
         return lambda: load_vae(path, info=info)
 
+    path = tmp_path / "odd.safetensors"
+    save_file(good, path, metadata={"hydit.config": "{"})
+    expect_error(r"odd.safetensors: metadata .* is not JSON", lambda: load_vae(path))
     only_dit = {"x_embedder.proj.weight": torch.zeros(8, 4, 2, 2)}
     expect_error(r"dit.safetensors: no VAE found.*x_embedder.proj.weight", load(only_dit, "dit"))
     cut = {k: v for k, v in good.items() if k != "vae.decoder.mid.block_2.conv1.weight"}

@@ -103,6 +103,17 @@ def test_inspect_shows_the_parts_of_an_all_in_one(all_in_one, capsys):
     assert {"part DiT", "part BERT", "part mT5", "part VAE"} <= found.keys()
 
 
+def test_inspect_knows_older_names_of_the_parts(all_in_one, tmp_path, capsys):
+    older = {"text_encoders.": "cond_stage_model.", "vae.": "first_stage_model."}
+    tensors = dict(open_tensors(all_in_one))
+    for new, old in older.items():
+        tensors = {key.replace(new, old) if key.startswith(new) else key: v for key, v in tensors.items()}
+    save_safetensors(tmp_path / "older.safetensors", tensors)
+    _, out, _ = run(capsys, "inspect", tmp_path / "older.safetensors")
+    names = {name for name in rows(out) if name.startswith("part ")}
+    assert names == {"part DiT", "part BERT", "part mT5", "part VAE"}
+
+
 def test_inspect_a_torch_file_with_several_sets_of_weights(dit, tmp_path, capsys):
     tensors = dict(open_tensors(dit))
     torch.save({"ema": tensors, "module": {k: v.half() for k, v in tensors.items()}}, tmp_path / "w.pt")
