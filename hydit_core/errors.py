@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -23,7 +24,12 @@ class DataError(HyditError):
 
 
 def cli_main(run: Callable[[], int | None]) -> int:
-    """Run a command line; a :class:`HyditError` becomes ``error: ...`` on stderr and exit code 2."""
+    """Run a command line; a :class:`HyditError` becomes ``error: ...`` on stderr and exit code 2.
+
+    Where stdout's encoding lacks a character (a file name in Chinese, redirected on Windows), it is escaped.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return run() or 0
     except HyditError as error:

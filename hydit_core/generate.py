@@ -23,7 +23,7 @@ from .diffusion.schedule import SPACINGS
 from .errors import ConfigError, cli_main
 from .pipeline import Picture, Pipeline, load
 from .png import png_info
-from .presets import PRESETS
+from .presets import PRESETS, check_seed
 from .weights.writer import atomic_path
 
 VERSIONS = ("v1.0", "v1.1", "v1.2")
@@ -95,10 +95,9 @@ def _run(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     if args.strength is not None and args.init_image is None:
         raise ConfigError("--strength needs --init-image")
-    if not 0 <= args.seed < 2**63:
-        raise ConfigError(f"--seed {args.seed}: use a number from 0 to {2**63 - 1}")
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: use 1 or more")
+    check_seed(args.seed, args.batch)
     init = None if args.init_image is None else load_picture(args.init_image)
     names = _output_names(args.out, len(prompts) * args.batch)
     rank, mine = _share(len(prompts))
@@ -114,8 +113,10 @@ def _run(args: argparse.Namespace) -> None:
     settings = _settings(pipe, args, init)
     strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
     own = [prompts[index] for index in mine]
-    notes = pipe.advice(own, settings)
-    if args.preset in VERSIONS and (args.preset == "v1.2") != (pipe.info.version == "v1.2"):
+    # Once, for the prompts of all ranks
+    notes = pipe.advice(prompts, settings) if rank == 0 else []
+    foreign = args.preset in VERSIONS and (args.preset == "v1.2") != (pipe.info.version == "v1.2")
+    if foreign and rank == 0:
         notes.append(
             f"preset {args.preset} is meant for another release than this model ({pipe.info.version})"
         )
@@ -156,6 +157,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with a prompt a line")
+    for text in (*prompts, args.negative or ""):
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            # A terminal's bytes that were not in its encoding; neither tokenizers nor PNG take them
+            raise ConfigError(f"{text!a} is not valid text: check the terminal's encoding (UTF-8)")
     return prompts
 
 

@@ -20,10 +20,10 @@ from .devices import choose_device, choose_dtype
 from .diffusion.denoiser import Denoiser
 from .diffusion.guidance import GuidedDenoiser
 from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS, draw_noise, noise_sampler_from, start_latents
-from .diffusion.schedule import SPACINGS, Schedule
+from .diffusion.schedule import Schedule
 from .errors import ConfigError, HyditError, WeightsError
 from .model.dit import Context, DiT
-from .presets import PRESETS
+from .presets import PRESETS, check_seed, check_settings
 
 if TYPE_CHECKING:
     from .text import TextEncoders
@@ -71,7 +71,7 @@ class Pipeline:
     def settings(self, preset: str | None = None, **given: Any) -> SamplingDefaults:
         """The model's recommended settings, or a preset's, with those of ``given`` that are not None.
 
-        A sampler that is chosen without a spacing brings its own (``DEFAULT_SPACING`` of the samplers).
+        Another sampler that is chosen without a spacing brings its own (``DEFAULT_SPACING`` of the samplers).
 
         Raises:
             ConfigError: a value is unknown or out of range; the message lists what is possible.
@@ -80,10 +80,10 @@ class Pipeline:
             raise ConfigError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
         base = PRESETS[preset] if preset is not None else self.info.defaults
         chosen = {name: value for name, value in given.items() if value is not None}
-        if "sampler" in chosen and "spacing" not in chosen:
+        if chosen.get("sampler", base.sampler) != base.sampler and "spacing" not in chosen:
             chosen["spacing"] = DEFAULT_SPACING.get(chosen["sampler"], base.spacing)
         settings = dataclasses.replace(base, **chosen)
-        _check(settings, self.vae.downscale)
+        check_settings(settings, self.vae.downscale)
         self.schedule.timesteps(settings.spacing, settings.steps)
         return settings
 
@@ -196,7 +196,10 @@ class Pipeline:
             raise ConfigError(f"batch {batch}: use 1 or more")
         if eta is not None and settings.sampler != "ddim":
             raise ConfigError(f"eta belongs to the ddim sampler; {settings.sampler} has none")
+        check_seed(seed, batch)
         sigmas = self.schedule.sigmas_for(settings.spacing, settings.steps, strength)
+        if init_image is None and strength != 1:
+            raise ConfigError(f"strength {strength} without a picture to start from: give init_image")
         options = {} if eta is None else {"eta": eta}
         init = None if init_image is None else self._encode_image(init_image, settings)
         uncond = self.context([settings.negative], settings) if settings.cfg > 1 else None
@@ -219,7 +222,12 @@ class Pipeline:
             size = torch.tensor([row] * len(prompts), dtype=torch.float32, device=self.device)
         bert, bert_mask, t5, t5_mask = features.to(self.device)
         dtype = self.dit.dtype
-        return self.dit.encode_context(bert.to(dtype), bert_mask, t5.to(dtype), t5_mask, image_meta_size=size)
+        context = self.dit.encode_context(
+            bert.to(dtype), bert_mask, t5.to(dtype), t5_mask, image_meta_size=size
+        )
+        if not all(torch.isfinite(part).all() for part in context):
+            raise HyditError(f"the DiT's projections of the text are not finite in {dtype}; {_DTYPE_ADVICE}")
+        return context
 
     @torch.no_grad()
     def _sample(
@@ -315,24 +323,6 @@ class Pipeline:
 _DTYPE_ADVICE = (
     "try dtype bfloat16 or float32, and make sure that the weights are those of a finished training"
 )
-
-
-def _check(settings: SamplingDefaults, multiple: int) -> None:
-    """Raise ConfigError for a setting that cannot be sampled with."""
-    if settings.sampler not in SAMPLERS:
-        raise ConfigError(f"unknown sampler {settings.sampler!r}: use one of {', '.join(SAMPLERS)}")
-    if settings.spacing not in SPACINGS:
-        raise ConfigError(f"unknown spacing {settings.spacing!r}: use one of {', '.join(SPACINGS)}")
-    width, height = settings.width, settings.height
-    if width < multiple or height < multiple or width % multiple or height % multiple:
-        near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in (width, height))
-        raise ConfigError(
-            f"size {width}x{height}: width and height must be multiples of {multiple}; try {near}"
-        )
-    if settings.cfg < 1:
-        raise ConfigError(f"cfg {settings.cfg:g}: use 1 (no guidance) or more")
-    if not 0 <= settings.guidance_rescale <= 1:
-        raise ConfigError(f"guidance rescale {settings.guidance_rescale:g}: use 0 (off) to 1")
 
 
 def _repeat(context: Context, count: int) -> Context:

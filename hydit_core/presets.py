@@ -1,8 +1,13 @@
-"""The settings that were published for each release, by name."""
+"""The settings that were published for each release, by name; and what settings can be."""
 
 from __future__ import annotations
 
+import math
+
 from .config import SamplingDefaults
+from .diffusion.samplers import SAMPLERS
+from .diffusion.schedule import SPACINGS
+from .errors import ConfigError
 
 PRESETS: dict[str, SamplingDefaults] = {
     # Tencent/HunyuanDiT's sample_t2i.py: DDPM, 100 steps, guidance 6, its own negative prompt.
@@ -14,3 +19,28 @@ PRESETS: dict[str, SamplingDefaults] = {
     # HunyuanDiTPipeline's defaults: its negative prompt is empty.
     "diffusers": SamplingDefaults(steps=50, cfg=5.0, negative=""),
 }
+
+
+def check_settings(settings: SamplingDefaults, multiple: int) -> None:
+    """Raise ConfigError for a setting that cannot be sampled with."""
+    if settings.sampler not in SAMPLERS:
+        raise ConfigError(f"unknown sampler {settings.sampler!r}: use one of {', '.join(SAMPLERS)}")
+    if settings.spacing not in SPACINGS:
+        raise ConfigError(f"unknown spacing {settings.spacing!r}: use one of {', '.join(SPACINGS)}")
+    width, height = settings.width, settings.height
+    if width < multiple or height < multiple or width % multiple or height % multiple:
+        near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in (width, height))
+        raise ConfigError(
+            f"size {width}x{height}: width and height must be multiples of {multiple}; try {near}"
+        )
+    if not 1 <= settings.cfg < math.inf:
+        raise ConfigError(f"cfg {settings.cfg:g}: use 1 (no guidance) or more")
+    if not 0 <= settings.guidance_rescale <= 1:
+        raise ConfigError(f"guidance rescale {settings.guidance_rescale:g}: use 0 (off) to 1")
+
+
+def check_seed(seed: int, batch: int) -> None:
+    """Raise ConfigError unless ``seed`` and those counted up from it fit the generator's 64 bits."""
+    last = 2**64 - batch
+    if not 0 <= seed <= last:
+        raise ConfigError(f"seed {seed}: use a number from 0 to {last}")

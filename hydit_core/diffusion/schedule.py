@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -118,9 +120,8 @@ class Schedule:
             )
         kept = int(steps * strength)
         if kept < 1:
-            raise ConfigError(
-                f"strength {strength} of {steps} steps leaves no step: use at least {1 / steps:.3g}"
-            )
+            least = math.ceil(1000 / steps) / 1000
+            raise ConfigError(f"strength {strength} of {steps} steps leaves no step: use at least {least:g}")
         sigmas = self.sigmas[self.timesteps(spacing, steps)[steps - kept :]]
         return torch.cat([sigmas, sigmas.new_zeros(1)]).to(torch.float32)
 

@@ -144,6 +144,10 @@ def test_refusals_say_what_to_use(schedule):
     assert schedule.timesteps("trailing", 1000).tolist() == list(range(999, -1, -1))
     with pytest.raises(ConfigError, match=r"strength 0.01 of 50 steps leaves no step: use at least 0.02"):
         schedule.sigmas_for("leading", 50, 0.01)
+    for steps in range(1, 1000):  # the advice works: 0.333 of 3 steps would again leave none
+        with pytest.raises(ConfigError, match="use at least ") as refused:
+            schedule.sigmas_for("leading", steps, 1e-9)
+        assert len(schedule.sigmas_for("leading", steps, float(str(refused.value).split()[-1]))) == 2
     for strength in (0.0, 1.5):
         with pytest.raises(ConfigError, match="strength"):
             schedule.sigmas_for("leading", 50, strength)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -68,6 +69,27 @@ def test_out_may_name_the_file(generate, tmp_path):
     _, paths, _ = generate("--prompt", "cat", "dog", "--steps", 1, "--out", "new/one.png")
     assert paths == [Path("new/one-1.png"), Path("new/one-2.png")]
     assert all(path.is_file() for path in paths)
+    before = paths[0].read_bytes()  # a file that is named is replaced
+    generate("--prompt", "tree", "--steps", 1, "--out", paths[0])
+    assert paths[0].read_bytes() != before
+
+
+def test_seeds_use_all_64_bits(generate):
+    """ComfyUI's seeds do, and one seed is one picture in both."""
+    _, paths, _ = generate("--prompt", "cat", "--seed", 2**64 - 2, "--batch", 2, "--steps", 1)
+    assert [read_parameters(path)["seed"] for path in paths] == [2**64 - 2, 2**64 - 1]
+
+
+def test_stdout_without_chinese_still_gets_the_paths(tiny_model_file, tmp_path, monkeypatch):
+    """As on Windows, where redirected output is in a code page."""
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    options = ("--model", str(tiny_model_file), "--device", "cpu", "--steps", "1", "--out", str(tmp_path))
+    assert main([*options, "--prompt", "红", "cat"]) == 0
+    stdout.flush()
+    lines = stdout.buffer.getvalue().decode().splitlines()
+    assert lines[0].endswith("001-\\u7ea2-0.png")
+    assert lines[1].endswith("002-cat-0.png") and (tmp_path / "001-红-0.png").is_file()
 
 
 def test_the_picture_tells_how_it_was_made_and_can_be_made_again(generate, tiny_model_file):
@@ -136,7 +158,14 @@ def test_torchrun_ranks_share_the_prompts(generate, monkeypatch):
         shares.append([path.name for path in generate("--prompt", *prompts, "--out", "shared")[1]])
     assert shares == [["001-cat-0.png", "003-tree-0.png"], ["002-dog-0.png"]]
     assert {path.name: path.read_bytes() for path in Path("shared").iterdir()} == whole
+    # What is wrong is said once, with the number that the user knows.
+    monkeypatch.setenv("RANK", "1")
+    long = "a red apple " * 9
+    assert "warning" not in generate("--prompt", "cat", long, "--steps", 1)[2]
+    monkeypatch.setenv("RANK", "0")
+    assert "warning: prompt 2, BERT: 29 of" in generate("--prompt", "cat", long, "--steps", 1)[2]
     # More ranks than prompts: the idle one does not even open the model.
+    monkeypatch.setenv("RANK", "1")
     assert generate("--prompt", "cat", model="absent.safetensors") == (0, [], "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -91,6 +92,13 @@ def test_defaults_come_from_the_models_metadata(pipe):
     assert (changed.cfg, changed.width) == (DEFAULTS.cfg, DEFAULTS.width)
 
 
+def test_naming_what_the_model_recommends_changes_nothing(pipe, monkeypatch):
+    own = dataclasses.replace(DEFAULTS, sampler="euler", spacing="trailing")
+    monkeypatch.setattr(pipe, "info", dataclasses.replace(pipe.info, defaults=own))
+    assert pipe.settings(sampler="euler") == own
+    assert pipe.settings(sampler="ddim").spacing == "leading"
+
+
 def test_presets_are_the_published_settings(pipe):
     official = pipe.settings("v1.2")
     assert (official.sampler, official.spacing, official.steps, official.cfg) == ("ddpm", "leading", 100, 6.0)
@@ -156,7 +164,10 @@ def test_image_to_image_stays_closer_to_its_start_the_lower_the_strength(pipe):
         ({"guidance_rescale": 1.5}, r"guidance rescale 1.5: use 0 \(off\) to 1"),
         ({"preset": "v2"}, "unknown preset 'v2': use one of v1.0, v1.1, v1.2, distilled, diffusers"),
         ({"batch": 0}, "batch 0: use 1 or more"),
+        ({"cfg": float("nan")}, "cfg nan: use 1"),
+        ({"seed": 2**64}, f"seed {2**64}: use a number from 0 to {2**64 - 1}"),
         ({"strength": 0.0}, "strength 0.0: use a number above 0"),
+        ({"strength": 0.6}, "strength 0.6 without a picture to start from: give init_image"),
     ],
 )
 def test_impossible_settings_are_refused_and_the_next_run_succeeds(pipe, options, message):
@@ -198,6 +209,14 @@ def test_overflow_of_a_text_encoder_is_named(tiny_model_file):
     with torch.no_grad():
         broken.text.bert.embeddings.LayerNorm.bias.fill_(float("nan"))
     with pytest.raises(HyditError, match=r"text encoders' output is not finite in torch\.float32"):
+        broken("a red apple")
+
+
+def test_overflow_of_the_projected_text_is_not_blamed_on_a_block(tiny_model_file):
+    broken = load(tiny_model_file, device="cpu")
+    with torch.no_grad():
+        broken.dit.mlp_t5[2].bias.fill_(float("inf"))
+    with pytest.raises(HyditError, match=r"DiT's projections of the text are not finite in torch\.float32"):
         broken("a red apple")
 
 
