@@ -221,6 +221,8 @@ def main() -> None:
 
     config = DiTConfig(depth=args.blocks)
     rows = []
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         write_files(Path(folder), config)
         for dtype in args.dtypes:

@@ -87,6 +87,8 @@ def sheet(pictures: list[Image.Image], titles: list[str], columns: int, path: Pa
     for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
         x, y = (i % columns) * (cell + 4), (i // columns) * (cell + line + 4)
         canvas.paste(picture, (x, y))
+        while draw.textlength(title, font) > cell and len(title) > 4:
+            title = title.removesuffix("…")[:-1] + "…"
         draw.text((x + 2, y + cell + 1), title, fill="black", font=font)
     canvas.save(path)
 
