@@ -46,6 +46,8 @@ class Progress:
     micro: int = 0
     """Micro-batches of the next step that are already in the gradients."""
     ema_updates: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    """Keys of the training pictures that could not be read and were replaced (``on_unreadable = "skip"``)."""
     skipped: int = 0
     """Steps left out because something was not finite, in the whole run."""
     bad_in_a_row: int = 0
@@ -93,7 +95,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
         _flush(folder)
     except (OSError, SafetensorError) as error:
         raise HyditError(f"{target}: the checkpoint could not be written: {error}") from error
-    for old in [*folder.glob(f"{_WRITING}*"), *listing(folder)[keep_last:]]:
+    others = [path for path in listing(folder) if path != target]
+    for old in [*folder.glob(f"{_WRITING}*"), *others[keep_last - 1 :]]:
         shutil.rmtree(old)
     return target
 
@@ -125,6 +128,23 @@ def listing(folder: Path) -> list[Path]:
         return []
     found = [(m, p) for p in folder.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))]
     return [p for _, p in sorted(found, key=lambda mp: (int(mp[0][1]), int(mp[0][2] or 0)), reverse=True)]
+
+
+def set_aside_newer(path: Path) -> list[Path]:
+    """Rename the checkpoints beside ``path`` that are newer: damaged, or of another course of the run.
+
+    A later ``--resume auto`` would take them for the end of the run that goes on from ``path``. Returns
+    their new places.
+    """
+    beside = listing(path.parent)
+    moved = []
+    for newer in beside[: beside.index(path)] if path in beside else []:
+        number, target = 1, path.parent / f"set-aside-{newer.name}"
+        while target.exists():
+            number += 1
+            target = path.parent / f"set-aside-{newer.name}-{number}"
+        moved.append(newer.rename(target))
+    return moved
 
 
 def load_latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:

@@ -20,7 +20,7 @@ from . import distributed
 from .conditioning import caption_fits
 from .config import TrainConfig
 from .distributed import Processes
-from .loop import Trainer, find_checkpoint
+from .loop import EXPORT, Trainer, find_checkpoint
 from .objectives import FullObjective
 from .parts import ModelParts, build
 
@@ -123,17 +123,23 @@ def build_caches(config: TrainConfig) -> None:
 def _check_output(config: TrainConfig, resume: str | None) -> None:
     folder = config.run.output_dir
     require_outside_sources(folder, config.data, "the run")
-    found = checkpoints.listing(folder / "checkpoints")
-    if resume is None and found:
+    found = [path.name for path in checkpoints.listing(folder / "checkpoints")]
+    if resume is None or resume == "auto":
+        own = resume == "auto" and bool(found)
+    else:
+        own = Path(resume).resolve().is_relative_to(folder.resolve())
+    export = folder / EXPORT
+    if not own and (found or export.exists()):
         raise ConfigError(
-            f"{folder} already holds a run ({found[0].name}): continue it with --resume auto, "
-            "or choose another run.output_dir"
+            f"{folder} already holds a run ({found[0] if found else export.name}): "
+            + ("continue it with --resume auto, or " if found else "")
+            + "choose another run.output_dir"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have been faster
     except OSError as error:
         raise ConfigError(f"run.output_dir: cannot write to {folder}: {error.strerror}") from error
 
@@ -150,6 +156,11 @@ def _resume(trainer: Trainer, where: Path, may_be_new: bool, say: Callable[[str]
         return
     for line in trainer.restore(found):
         say(f"changed since the checkpoint: {line}")
+    trainer.processes.barrier()  # all have read theirs
+    own = trainer.folder.resolve() / "checkpoints"
+    if trainer.processes.is_main and found.path is not None and found.path.resolve().parent == own:
+        for path in checkpoints.set_aside_newer(found.path.resolve()):
+            say(f"newer than the checkpoint that is continued, so set aside: {path}")
     micro = f", micro-batch {found.progress.micro}" if found.progress.micro else ""
     if found.progress.step >= trainer.config.run.steps:
         say(f"all {trainer.config.run.steps} steps are done: raise run.steps to train on")

@@ -27,6 +27,7 @@ from .samples import draw_samples
 from .validation import validate
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXPORT = "model.safetensors"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -65,6 +66,7 @@ class Trainer:
         self._fingerprint = data.fingerprint()
         self._stop_signal: str | None = None
         self._window = LossWindow(processes)
+        self._replaced: set[str] = set()
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -77,6 +79,7 @@ class Trainer:
         self.metrics = Metrics(
             self.folder,
             start=progress.step,
+            resumed=progress.step > 0 or progress.micro > 0,
             total=run.steps,
             active=self.processes.is_main,
             tensorboard=self.config.metrics.tensorboard,
@@ -162,6 +165,7 @@ class Trainer:
                 terms = self.model(**inputs)
             (terms.loss.mean() / run.grad_accumulation).backward()
         self._window.add(terms, batch)
+        self._replaced.update(batch.skipped)
         progress.micro += 1
         if last:
             self._update()
@@ -191,7 +195,7 @@ class Trainer:
         progress.micro = 0
 
     def _skip(self, norm: float) -> None:
-        progress, step = self.progress, self.progress.step
+        progress, step = self.progress, self.progress.step + 1
         progress.skipped += 1
         progress.bad_in_a_row += 1
         culprits = self._window.culprits()
@@ -227,6 +231,22 @@ class Trainer:
         values["seconds"] = round(seconds, 2)
         shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.2e}"}
         self.metrics.record(step, values, show=shown)
+        if self.config.data.on_unreadable == "skip":
+            self._tell_unreadable(step)
+
+    def _tell_unreadable(self, step: int) -> None:
+        """Name the training pictures that turned out unreadable, on all processes, each once."""
+        known = self.progress.unreadable
+        new = sorted(set(self.processes.gather(sorted(self._replaced))) - set(known))
+        self._replaced.clear()
+        if new:
+            known += new
+            self.metrics.record(step, {"unreadable": len(known), "keys": new})
+            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+            self.metrics.note(
+                f"step {step}: {len(known)} pictures cannot be read so far, others are shown in their place; "
+                f"new: {', '.join(new[:5])}{more}"
+            )
 
     def _look(self, step: int) -> None:
         """Validation and sample pictures, where they are due at ``step``."""
@@ -295,7 +315,7 @@ class Trainer:
         }
         with self._averaged():
             self.objective.export(
-                self.folder / "model.safetensors",
+                self.folder / EXPORT,
                 dtype=DTYPES[settings.export_dtype],
                 all_in_one=settings.export_all_in_one,
                 extra=extra,
@@ -307,6 +327,13 @@ class Trainer:
         Raises :class:`ConfigError` if the checkpoint does not belong to such a model.
         """
         where = found.path or "the checkpoint"
+        optimizer = self.config.optimizer.name
+        before = found.config.get("optimizer", {}).get("name", optimizer)
+        if before != optimizer:
+            raise ConfigError(
+                f"{where}: was trained with optimizer.name = {before!r}, the configuration says "
+                f"{optimizer!r}; keep it, or start a new run from the weights with model.init_from"
+            )
         _copy_into(self.objective.parameters(), found.tensors.get("weights", {}), f"{where}: weights")
         self.optimizer.load(found.tensors.get("optimizer", {}))
         self.progress = found.progress

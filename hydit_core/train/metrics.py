@@ -23,11 +23,19 @@ FILE = "metrics.jsonl"
 class Metrics:
     """Writer of one run's records; a ``Metrics`` of a process that is not the main one writes nothing.
 
-    Records after step ``start`` are removed first: they belong to work that a resumed run repeats.
+    Records after step ``start`` are removed first: they belong to work that a resumed run repeats. A run that
+    is not ``resumed`` begins with none.
     """
 
     def __init__(
-        self, folder: Path, *, start: int, total: int, active: bool = True, tensorboard: bool = True
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total: int,
+        resumed: bool = True,
+        active: bool = True,
+        tensorboard: bool = True,
     ) -> None:
         self.active = active
         self._board: Any = None
@@ -35,10 +43,11 @@ class Metrics:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
-        _truncate(path, start)
+        last = start if resumed else -1
+        _truncate(path, last)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            self._board = _summary_writer(folder / "tensorboard", start)
+            self._board = _summary_writer(folder / "tensorboard", last)
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -82,12 +91,12 @@ class Metrics:
                 self._board.close()
 
 
-def _summary_writer(folder: Path, start: int) -> Any:
+def _summary_writer(folder: Path, last: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=start + 1)
+    return SummaryWriter(str(folder), purge_step=last + 1)
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

@@ -89,10 +89,50 @@ def test_a_run_is_never_started_over_by_accident(config: Path, tmp_path: Path) -
     run_training(config, output, stop_after_micro=1)
     with pytest.raises(ConfigError, match=r"already holds a run.*--resume auto"):
         run_training(config, output)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run_training(config, output, resume=str(tmp_path.parent / "elsewhere"))
     with pytest.raises(ConfigError, match="no checkpoint there"):
-        run_training(config, output, resume=str(tmp_path / "elsewhere"))
+        run_training(config, f"run.output_dir={tmp_path / 'new'}", resume=str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match=r"optimizer\.name = 'adamw'.*'muon'.*model\.init_from"):
+        run_training(config, output, "optimizer.name=muon", resume="auto")
     with pytest.raises(ConfigError, match=r"(?s)do not fit this configuration.*model\.init_from"):
         run_training(config, output, "model.from_scratch.depth=6", resume="auto")
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_model_that_lies_there_is_not_written_over(
+    config: Path, tmp_path: Path, resume: str | None
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"already holds a run \(model\.safetensors\)"):
+        run_training(config, f"run.output_dir={tmp_path}", resume=resume)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"mine"
+
+
+def test_going_back_leaves_the_other_course_aside(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = ["schedule.kind=constant", "schedule.warmup_steps=0", f"run.output_dir={tmp_path}"]
+    folder = tmp_path / "checkpoints"
+    run_training(config, *flat, "run.steps=3", "checkpoint.every=1")
+    back = folder / "step_00000002"
+    assert not run_training(config, *flat, "run.steps=5", resume=str(back), stop_after_micro=1)
+    assert f"set aside: {folder / 'set-aside-step_00000003'}" in capsys.readouterr().err
+    assert not run_training(config, *flat, "run.steps=5", resume="auto", stop_after_micro=1)
+    assert "step 2, micro-batch 1" in capsys.readouterr().err
+    assert [r["step"] for r in records(tmp_path) if "loss" in r] == [1, 2, 3]
+    # Another run that goes on from here leaves this one as it is.
+    before = listing(folder)
+    other = [*flat[:2], f"run.output_dir={tmp_path / 'other'}", "run.steps=4"]
+    run_training(config, *other, resume=str(before[-1]), stop_after_micro=1)
+    assert len(before) == 2 and listing(folder) == before
+
+
+def test_a_run_that_begins_again_begins_its_records_again(config: Path, tmp_path: Path) -> None:
+    output = [f"run.output_dir={tmp_path}", "run.steps=1", "schedule.warmup_steps=0"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "val_loss": 9.0}\n')  # killed before it saved
+    run_training(config, *output, resume="auto")
+    assert [r["step"] for r in records(tmp_path)] == [1]
 
 
 def test_another_batch_size_begins_the_interrupted_step_again(
@@ -131,6 +171,12 @@ def test_checkpoint_round_trip_and_keep_last(tmp_path: Path) -> None:
     assert found.progress == Progress(step=10) and found.config == {"a": 1}
     assert found.tensors["weights"]["w"].tolist() == [10.0] * 3
     assert load_latest(tmp_path / "none", print) is None
+
+
+def test_what_was_just_written_is_kept(tmp_path: Path) -> None:
+    for step in (1, 9, 2):
+        path = write(tmp_path, step, keep_last=1)
+        assert listing(tmp_path) == [path]
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest", "unfinished"])

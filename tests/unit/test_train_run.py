@@ -202,12 +202,53 @@ def test_a_step_that_is_not_finite_is_left_out_and_named(
     monkeypatch.setattr(FullObjective, "inputs", poisoned)
     assert run_training(config, *FLAT, f"run.output_dir={tmp_path}", "run.steps=2")
     text = capsys.readouterr().err
-    assert "step 0: not finite" in text and poisoned.key in text
+    assert "step 1: not finite" in text and poisoned.key in text
     skip = records(tmp_path)[0]
-    assert skip == {"step": 0, "skipped": 1, "keys": [poisoned.key]}
+    assert skip == {"step": 1, "skipped": 1, "keys": [poisoned.key]}
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, 2).values())
     state = json.loads((tmp_path / "checkpoints/step_00000002/state.json").read_text())["progress"]
     assert (state["skipped"], state["bad_in_a_row"], state["ema_updates"]) == (1, 0, 1)
+
+
+def test_pictures_that_break_off_are_named_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path)
+    for name in ("2.png", "3.png"):
+        path = tmp_path / "pictures" / name
+        path.write_bytes(path.read_bytes()[:-60])
+    output = [f"run.output_dir={tmp_path / 'run'}", "data.on_unreadable=skip", "data.validation=0"]
+    assert not run_training(config, *FLAT, *output, "run.steps=4", stop_after_micro=4)
+    assert run_training(config, *FLAT, *output, "run.steps=4", resume="auto")
+    found = [r for r in records(tmp_path / "run") if "unreadable" in r]
+    assert found[-1]["unreadable"] == 2
+    assert sorted(key for r in found for key in r["keys"]) == ["pictures/2.png", "pictures/3.png"]
+    assert "2 pictures cannot be read so far" in capsys.readouterr().err
+
+
+def test_processes_do_not_trip_over_each_others_write_test(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "touch", lambda self: None)  # another process removed it at once
+    run_training(config, *FLAT, f"run.output_dir={tmp_path}", "run.steps=1")
+
+
+def test_the_size_condition_is_original_trained_and_crop(config: Path) -> None:
+    sets = ["model.from_scratch.size_cond=true", "model.from_scratch.style_cond=true"]
+    settings = load_config(config, sets)
+    data, parts = open_data(settings), build(settings)
+    objective = FullObjective(parts, settings.objective, torch.device("cpu"))
+    batch = data.batch(0)
+    draws = TrainingDraws(settings.objective, 0, 2)(0, [0, 1], objective.latent_shape(batch))
+    inputs = objective.inputs(batch, draws)
+    left = [int(x) for x in batch.crops[:, 0]]
+    assert inputs["image_meta_size"].tolist() == [[72, 64, 64, 64, x, 0] for x in left]
+    for parameter in parts.dit.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.05, generator=torch.Generator().manual_seed(0))
+    first = objective.module(**inputs).loss
+    inputs["image_meta_size"] = inputs["image_meta_size"] * 2
+    assert parts.info.version == "v1.1" and parts.info.diffusion.beta_end == 0.03
+    assert not torch.equal(first, objective.module(**inputs).loss)
 
 
 def test_many_bad_steps_in_a_row_stop_the_run(
