@@ -341,8 +341,13 @@ def test_a_model_that_diffusers_cannot_hold_is_refused(tmp_path, capsys):
 
 
 class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/hydit_test_ran",)
+        return os.system, (f"echo ran > {self.path}",)
 
 
 def bad_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
@@ -352,7 +357,7 @@ def bad_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
     save_safetensors(folder / "sdxl.safetensors", {sdxl: torch.ones(640, 2048)})
     lora = "base_model.model.blocks.0.attn1.Wqkv.lora_A.weight"
     save_safetensors(folder / "lora.safetensors", {lora: torch.ones(4, 8)})
-    (folder / "code.pt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    (folder / "code.pt").write_bytes(pickle.dumps(Bomb(folder / "ran"), protocol=2))
     return {
         "truncated": (folder / "truncated.safetensors", "is truncated: "),
         "SDXL": (
@@ -370,7 +375,7 @@ def test_bad_input_is_refused_in_one_line_and_the_next_run_succeeds(dit, tmp_pat
         line = refused(capsys, "convert", path, tmp_path / "out.safetensors", "--layout", "comfy")
         assert message in line and str(path) in line
         assert not (tmp_path / "out.safetensors").exists()
-    assert not Path("/tmp/hydit_test_ran").exists()
+    assert not (tmp_path / "ran").exists()
     code, _, _ = run(capsys, "convert", dit, tmp_path / "out.safetensors", "--layout", "comfy")
     assert code == 0
     model, info = load_dit(tmp_path / "out.safetensors")
