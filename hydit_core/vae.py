@@ -8,7 +8,6 @@ names, or from an all-in-one checkpoint.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +19,16 @@ from torch import Tensor, nn
 from .config import ModelInfo
 from .errors import HyditError, WeightsError
 from .weights import vae_layout
-from .weights.files import has_weights, open_tensors
+from .weights.parts import bundle
 from .weights.source import TensorSource, as_source
 from .weights.vae_layout import SCALING_FACTOR
 
 _FALLBACK_TILE = 64
-_FOLDERS = ("", "vae", "sdxl-vae-fp16-fix", "t2i/sdxl-vae-fp16-fix")
-_CONFIG = "config.json"
+_NO_VAE = (
+    "no VAE found; give one separately, or a checkpoint that holds one. Expected names such as "
+    "vae.encoder.down.0.block.0.conv1.weight (LDM), "
+    "encoder.down_blocks.0.resnets.0.conv1.weight (diffusers) or taesd_decoder.1.weight"
+)
 
 
 class VAE(nn.Module):
@@ -229,48 +231,19 @@ def load_vae(
     Raises:
         WeightsError: there is no VAE, or it does not fit the architecture that its names announce.
     """
-    config: dict[str, Any] = {}
     if isinstance(path_or_source, str | Path):
-        path = Path(path_or_source)
-        if path.is_dir():
-            path = _vae_folder(path)
-        config = _read_config(path if path.is_dir() else path.parent)
-        source = open_tensors(path)
+        opened = bundle(path_or_source, only=("vae",))
+        if opened.vae is None:
+            raise WeightsError(f"{opened.path}: {_NO_VAE}; it is {opened.kind.name}")
+        source, info = opened.vae, info or opened.info
     else:
         source = as_source(path_or_source)
     try:
-        return _build(source, {**config, **_file_options(source, info)}, dtype, device)
+        # The version only picks defaults that do not concern the VAE.
+        info = info or ModelInfo.from_metadata(source.metadata, version="v1.2")
+        return _build(source, info.vae, dtype, device)
     except WeightsError as error:
         raise WeightsError(f"{source.path}: {error}") from None
-
-
-def _vae_folder(folder: Path) -> Path:
-    for relative in _FOLDERS:
-        if "Autoencoder" in str(_read_config(folder / relative).get("_class_name")):
-            return folder / relative
-    if has_weights(folder):
-        return folder
-    raise WeightsError(
-        f"{folder} holds no VAE: expected a weights file, or a config.json that names AutoencoderKL or "
-        "AutoencoderTiny, in the folder itself or in vae/ inside it"
-    )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json, or nothing when there is none or it belongs to another kind of model."""
-    try:
-        config = json.loads((folder / _CONFIG).read_text("utf-8"))
-    except OSError:
-        return {}
-    except ValueError as error:
-        raise WeightsError(f"{folder / _CONFIG} is not valid JSON: {error}") from None
-    return config if "Autoencoder" in str(config.get("_class_name")) else {}
-
-
-def _file_options(source: TensorSource, info: ModelInfo | None) -> dict[str, Any]:
-    # The version only picks defaults that do not concern the VAE.
-    info = info or ModelInfo.from_metadata(source.metadata, version="v1.2")
-    return info.vae
 
 
 def _build(
@@ -279,12 +252,7 @@ def _build(
     kind = vae_layout.detect_vae(source.keys())
     if kind is None:
         found = ", ".join(list(source.keys())[:3]) or "no tensor at all"
-        raise WeightsError(
-            "no VAE found; give one separately, or a checkpoint that holds one. Expected names such as "
-            "vae.encoder.down.0.block.0.conv1.weight (LDM), "
-            "encoder.down_blocks.0.resnets.0.conv1.weight (diffusers) or taesd_decoder.1.weight; "
-            f"found {found}"
-        )
+        raise WeightsError(f"{_NO_VAE}; found {found}")
     stored = vae_layout.strip_vae_prefix(source.keys(), kind)
     names = _diffusers_names(stored, kind)
     model = _empty_model(kind, names, source, options)

@@ -14,15 +14,14 @@ from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 from ..config import ModelInfo
 from ..errors import WeightsError
-from ..weights.companions import companions, vocabulary
+from ..weights.companions import vocabulary
 from ..weights.load import assign_weights, compute_dtype
-from ..weights.parts import Parts, parts, split_parts
-from ..weights.source import CastSource, MergedSource, TensorSource
+from ..weights.parts import Parts, bundle
+from ..weights.source import CastSource, TensorSource
 from ..weights.views import Piece, TensorView
 from .encoders import BERT_OPTIONS, LOWERCASE, T5_OPTIONS, TextEncoders
 from .tokenizers import Tokenizers
 
-_FOLDERS = ("text_encoder", "clip_text_encoder", "text_encoder_2", "mt5", "t2i")
 _VOCAB_FOLDERS = ("", "tokenizer", "t2i/tokenizer")
 _SPIECE_FOLDERS = ("", "tokenizer_2", "mt5", "t2i/mt5")
 
@@ -83,16 +82,10 @@ def load_text_encoders(
 
 
 def _open(path_or_parts: str | os.PathLike[str] | Parts) -> tuple[Parts, ModelInfo]:
-    """The parts of a checkpoint or folder, and what their shapes do not tell."""
-    if isinstance(path_or_parts, Parts):
-        opened = path_or_parts
-    else:
-        path = Path(path_or_parts)
-        if path.is_dir() and any((path / name).is_dir() for name in _FOLDERS):
-            beside = companions(path)
-            opened = split_parts(MergedSource(beside.sources, path=path, metadata={}))
-            return opened, beside.complete(ModelInfo.published("v1.2"))
-        opened = parts(path)
+    """The encoders' parts, and what their shapes do not tell."""
+    opened = path_or_parts
+    if not isinstance(opened, Parts):
+        opened = bundle(opened, only=("bert", "t5"))
     # The version only picks defaults that do not concern the text encoders.
     return opened, opened.info or ModelInfo.from_metadata(opened.metadata, version="v1.2")
 

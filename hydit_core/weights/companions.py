@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,21 @@ from .source import MemorySource, TensorSource
 from .views import rename
 
 # diffusers' names, then Tencent's (t2i/).
-_BERT = ("text_encoder", "clip_text_encoder")
-_MT5 = ("text_encoder_2", "mt5")
-_VAE = ("vae", "sdxl-vae-fp16-fix")
+FOLDERS = {
+    "bert": ("text_encoder", "clip_text_encoder"),
+    "t5": ("text_encoder_2", "mt5"),
+    "vae": ("vae", "sdxl-vae-fp16-fix"),
+}
+"""Where the folders that are published keep each part, the transformer apart."""
 # Fields of their config.json that shapes do not tell, as hydit.config keeps them.
-_BERT_OPTIONS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
-_T5_OPTIONS = ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon")
+_OPTIONS = {
+    "bert": ("num_attention_heads", "hidden_act", "layer_norm_eps"),
+    "t5": ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon"),
+    "vae": ("scaling_factor", "shift_factor", "norm_num_groups", "act_fn"),
+}
+# How such a file says what it describes.
+_MARKS = {"bert": "bert", "t5": "t5", "vae": "autoencoder"}
 _TOKENIZER = "tokenizer_config.json"
-_VAE_OPTIONS = ("scaling_factor", "shift_factor", "norm_num_groups")
 _SPIECE = ("tokenizer_2/spiece.model", "mt5/spiece.model")
 
 
@@ -49,32 +56,46 @@ class Companions:
         )
 
 
-def companions(folder: Path) -> Companions:
+def companions(folder: Path, only: Collection[str] = tuple(FOLDERS)) -> Companions:
     """Look in a diffusers pipeline's folder or Tencent's ``t2i`` (or the one above it); may find nothing.
+
+    Args:
+        only: which parts to look for: ``bert``, ``t5`` (each with its tokenizer), ``vae``.
 
     Raises:
         WeightsError: if a part's folder holds something else.
     """
     root = folder / "t2i" if (folder / "t2i").is_dir() else folder
-    bert, mt5, vae = (_weights_folder(root, names) for names in (_BERT, _MT5, _VAE))
-    vocab, spiece = vocabulary(root / "tokenizer"), _content(root, _SPIECE)
+    bert, mt5, vae = (_weights_folder(root, FOLDERS[part]) if part in only else None for part in FOLDERS)
+    vocab = vocabulary(root / "tokenizer") if "bert" in only else None
+    spiece = _content(root, _SPIECE) if "t5" in only else None
     named = {"BERT": bert, "mT5": mt5, "VAE": vae, "BERT's vocabulary": vocab, "mT5's tokenizer": spiece}
     return Companions(
         sources=other_parts(
-            bert=_bert(bert) if bert else None,
-            t5=_mt5(mt5) if mt5 else None,
-            vae=_vae(vae) if vae else None,
+            bert=bert_part(open_tensors(bert)) if bert else None,
+            t5=mt5_part(open_tensors(mt5)) if mt5 else None,
+            vae=vae_part(open_tensors(vae), _config(vae, *_OPTIONS["vae"])) if vae else None,
             bert_vocab=vocab,
             spiece_model=spiece,
         ),
         found=[name for name, part in named.items() if part is not None],
         bert={
-            **_config(bert, *_BERT_OPTIONS),
-            **_config(root / "tokenizer", "do_lower_case", file_name=_TOKENIZER),
+            **_config(bert, *_OPTIONS["bert"]),
+            **(_config(root / "tokenizer", "do_lower_case", file_name=_TOKENIZER) if "bert" in only else {}),
         },
-        t5=_config(mt5, *_T5_OPTIONS),
-        vae=_config(vae, *_VAE_OPTIONS),
+        t5=_config(mt5, *_OPTIONS["t5"]),
+        vae=_config(vae, *_OPTIONS["vae"]),
     )
+
+
+def options_beside(source: TensorSource, part: str) -> Companions:
+    """What a config.json beside a part's file, or in its folder, says, if it is about such a part."""
+    folder = source.path if source.path.is_dir() else source.path.parent
+    says = _config(folder, "model_type", "_class_name")
+    if not any(_MARKS[part] in str(value).lower() for value in says.values()):
+        return Companions()
+    options = {part: _config(folder, *_OPTIONS[part])}
+    return Companions(bert=options.get("bert", {}), t5=options.get("t5", {}), vae=options.get("vae", {}))
 
 
 def vocabulary(folder: Path) -> bytes | None:
@@ -112,8 +133,12 @@ def _config(folder: Path | None, *names: str, file_name: str = "config.json") ->
     return {name: values[name] for name in names if values.get(name) is not None}
 
 
-def _bert(folder: Path) -> TensorSource:
-    source = open_tensors(folder)
+def bert_part(source: TensorSource) -> TensorSource:
+    """A file of BERT alone, under the names of transformers' BertModel.
+
+    Raises:
+        WeightsError: if the file is something else.
+    """
     prefix = expect(source, "bert").prefix
     wanted = ("embeddings.", "encoder.")  # not the pooler, which this model does not use
 
@@ -125,8 +150,12 @@ def _bert(folder: Path) -> TensorSource:
     return rename(source, name)
 
 
-def _mt5(folder: Path) -> TensorSource:
-    source = open_tensors(folder)
+def mt5_part(source: TensorSource) -> TensorSource:
+    """A file of mT5 alone, under the names of transformers' MT5EncoderModel, the embedding once.
+
+    Raises:
+        WeightsError: if the file is something else.
+    """
     prefix = expect(source, "t5").prefix
     embedding, copy = f"{prefix}shared.weight", f"{prefix}encoder.embed_tokens.weight"
 
@@ -139,8 +168,12 @@ def _mt5(folder: Path) -> TensorSource:
     return rename(source, name)
 
 
-def _vae(folder: Path) -> TensorSource:
-    source = open_tensors(folder)
+def vae_part(source: TensorSource, options: Mapping[str, Any]) -> TensorSource:
+    """A file of a VAE alone, under LDM or TAESD names; ``options`` may hold a TAESD's scale and shift.
+
+    Raises:
+        WeightsError: if the file is something else.
+    """
     expect(source, "vae")
     kind = vae_layout.detect_vae(source.keys())
     assert kind is not None  # expect() asked the same
@@ -153,7 +186,6 @@ def _vae(folder: Path) -> TensorSource:
                 {vae_layout.undeprecate(name): tensor for name, tensor in tensors.items()}
             )
         else:
-            options = _config(folder, *_VAE_OPTIONS)
             vae_scale, vae_shift = vae_layout.taesd_scale(
                 options.get("scaling_factor", 1.0), options.get("shift_factor", 0.0)
             )

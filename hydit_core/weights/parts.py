@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,9 +14,10 @@ import torch
 
 from ..config import METADATA_KEY, ModelInfo
 from ..errors import WeightsError
+from .companions import FOLDERS, Companions, bert_part, companions, mt5_part, options_beside, vae_part
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, tencent_view
 from .files import has_weights, open_tensors
-from .source import TensorSource
+from .source import MergedSource, TensorSource
 from .views import rename, without_prefix
 
 # Where the folders that are published keep the transformer: diffusers' and Tencent's.
@@ -87,7 +88,7 @@ class Parts:
         spiece_model: the serialized sentencepiece model of mT5's tokenizer.
         bert_vocab: the text of BERT's ``vocab.txt``, in UTF-8.
         vae: LDM or TAESD names.
-        info: what shapes do not tell; None without a DiT.
+        info: what shapes do not tell; None without a DiT (:func:`bundle` always gives it).
     """
 
     path: Path
@@ -126,6 +127,88 @@ def split_parts(source: TensorSource) -> Parts:
         vae=_part(source, VAE_PREFIXES),
         info=model_info(source, kind) if has_dit else None,
     )
+
+
+def bundle(
+    path: str | os.PathLike[str],
+    *,
+    only: Collection[str] = ("dit", *FOLDERS),
+    load_key: str | None = None,
+) -> Parts:
+    """Open whatever place holds a model, or some of its parts.
+
+    A file: an all-in-one checkpoint, a DiT, one text encoder or a VAE. A folder: that of such a file, a
+    diffusers pipeline's, Tencent's ``t2i`` or the one above it, with what stands beside the transformer.
+
+    Args:
+        only: the parts that are wanted. Folders of others are not looked into.
+        load_key: which weights of a torch file that holds several.
+
+    Returns:
+        The parts, with ``info`` completed by the config.json files that describe them; of a place without a
+        DiT, its version and diffusion are those of v1.2 and mean nothing.
+
+    Raises:
+        WeightsError: if nothing of the kind is there or it cannot be read.
+    """
+    path = Path(path)
+    beside = companions(path, only) if path.is_dir() else Companions()
+    source = _own_source(path, only, load_key)
+    if source is None and not beside.sources:
+        raise WeightsError(_nothing(path, only))
+    others = split_parts(MergedSource(beside.sources, path=path, metadata={}))
+    own = others if source is None else _own_parts(source)
+    return Parts(
+        path=path if beside.sources else own.path,
+        metadata=own.metadata,
+        kind=own.kind,
+        dit=own.dit,
+        bert=own.bert or others.bert,
+        mt5=own.mt5 or others.mt5,
+        spiece_model=own.spiece_model or others.spiece_model,
+        bert_vocab=own.bert_vocab or others.bert_vocab,
+        vae=own.vae or others.vae,
+        info=beside.complete(own.info or ModelInfo.published("v1.2")),
+    )
+
+
+def _own_source(path: Path, only: Collection[str], load_key: str | None) -> TensorSource | None:
+    """The file, or the one that a folder itself or its transformer's folder holds."""
+    if not path.is_dir():
+        return open_tensors(path, load_key=load_key)
+    names = _MODEL_FOLDERS if "dit" in only else ("",)
+    return next(
+        (open_tensors(path / name, load_key=load_key) for name in names if has_weights(path / name)), None
+    )
+
+
+def _own_parts(source: TensorSource) -> Parts:
+    """The parts of one file, which may also be one encoder or a VAE alone."""
+    found = split_parts(source)
+    try:
+        # The version only picks defaults that do not concern the other parts.
+        info = found.info or ModelInfo.from_metadata(source.metadata, version="v1.2")
+    except WeightsError as error:
+        raise WeightsError(f"{source.path}: {error}") from error
+    kind = found.kind.kind
+    if kind not in FOLDERS or any((found.bert, found.mt5, found.vae)):
+        return replace(found, info=info)
+    beside = options_beside(source, kind)
+    return replace(
+        found,
+        info=beside.complete(info),
+        bert=bert_part(source) if kind == "bert" else None,
+        mt5=mt5_part(source) if kind == "t5" else None,
+        vae=vae_part(source, beside.vae) if kind == "vae" else None,
+    )
+
+
+def _nothing(path: Path, only: Collection[str]) -> str:
+    labels = {"dit": "HunyuanDiT", "bert": "BERT", "t5": "mT5", "vae": "VAE"}
+    wanted = [label for part, label in labels.items() if part in only]
+    folders = [name for part, names in FOLDERS.items() if part in only for name in names]
+    looked = [*(name for name in _MODEL_FOLDERS if name and "dit" in only), *folders]
+    return f"{path} holds no {' and no '.join(wanted)}: no weights in itself, nor in {', '.join(looked)}"
 
 
 def _part(source: TensorSource, prefixes: tuple[str, ...]) -> TensorSource | None:

@@ -180,7 +180,8 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     save_file(good, path, metadata={"hydit.config": "{"})
     expect_error(r"odd.safetensors: metadata .* is not JSON", lambda: load_vae(path))
     only_dit = {"x_embedder.proj.weight": torch.zeros(8, 4, 2, 2)}
-    expect_error(r"dit.safetensors: no VAE found.*x_embedder.proj.weight", load(only_dit, "dit"))
+    expect_error(r"dit.safetensors: no VAE found.*not a weights file of a kind", load(only_dit, "dit"))
+    expect_error(r"no VAE found.*x_embedder.proj.weight", lambda: load_vae(only_dit))
     cut = {k: v for k, v in good.items() if k != "vae.decoder.mid.block_2.conv1.weight"}
     expect_error("cut.safetensors.*mid_block.resnets.1.conv1.weight is missing", load(cut, "cut"))
     extra = {**good, "vae.encoder.down.1.attn.0.q.weight": torch.zeros(16, 16, 1, 1)}
@@ -191,8 +192,9 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     expect_error("16 channels.*32 norm groups.*norm_num_groups", lambda: load_vae(path))
     folder = tmp_path / "folder"
     folder.mkdir()
-    expect_error("folder holds no VAE.*AutoencoderKL", lambda: load_vae(folder))
+    expect_error("folder holds no VAE.*vae, sdxl-vae-fp16-fix", lambda: load_vae(folder))
     (folder / "vae").mkdir()
+    kl().save_pretrained(folder / "vae")
     (folder / "vae" / "config.json").write_text("{", encoding="utf-8")
     expect_error("config.json is not valid JSON", lambda: load_vae(folder))
     no_encoder = {"taesd_decoder.1.weight": torch.zeros(8, 4, 3, 3)}
