@@ -1,0 +1,1 @@
+"""The only code that touches ComfyUI's own modules; nodes reach them through here."""
