@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,18 +14,20 @@ from PIL import Image
 from torch import Tensor
 
 from .config import ModelInfo, SamplingDefaults
+from .control import ControlInput, Controls, prepare
 from .data.images import Geometry, to_tensor
 from .devices import choose_device, choose_dtype
 from .diffusion.denoiser import Denoiser
 from .diffusion.guidance import GuidedDenoiser
-from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS, draw_noise, noise_sampler_from, start_latents
+from .diffusion.samplers import SAMPLERS, draw_noise, noise_sampler_from, start_latents
 from .diffusion.schedule import Schedule
 from .errors import ConfigError, HyditError, WeightsError
+from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
-from .presets import PRESETS, check_seed, check_settings
+from .presets import check_seed, check_settings, choose_settings, size_advice
 
 if TYPE_CHECKING:
-    from .text import TextEncoders
+    from .text import TextEncoders, TextFeatures
     from .vae import VAE
 
 Progress = Callable[[int, int, Tensor], object]
@@ -76,13 +77,7 @@ class Pipeline:
         Raises:
             ConfigError: a value is unknown or out of range; the message lists what is possible.
         """
-        if preset is not None and preset not in PRESETS:
-            raise ConfigError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
-        base = PRESETS[preset] if preset is not None else self.info.defaults
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if chosen.get("sampler", base.sampler) != base.sampler and "spacing" not in chosen:
-            chosen["spacing"] = DEFAULT_SPACING.get(chosen["sampler"], base.spacing)
-        settings = dataclasses.replace(base, **chosen)
+        settings = choose_settings(self.info.defaults, preset, **given)
         check_settings(settings, self.vae.downscale)
         self.schedule.timesteps(settings.spacing, settings.steps)
         return settings
@@ -98,14 +93,8 @@ class Pipeline:
             for report in reports
             if report.truncated or report.unknown
         ]
-        best = self.info.defaults
-        ratio = settings.width * settings.height / (best.width * best.height)
-        if not 1 / 3 < ratio < 3:
-            notes.append(
-                f"{settings.width}x{settings.height} is far {'below' if ratio < 1 else 'above'} the size "
-                f"that this model was made for ({best.width}x{best.height}): expect a poor picture"
-            )
-        return notes
+        size = size_advice(self.info.defaults, settings.width, settings.height)
+        return notes if size is None else [*notes, size]
 
     # -- sampling --------------------------------------------------------------------------------------------
 
@@ -126,6 +115,7 @@ class Pipeline:
         batch: int = 1,
         init_image: Image.Image | None = None,
         strength: float = 1.0,
+        controls: Sequence[ControlInput] = (),
         preset: str | None = None,
         callback: Progress | None = None,
     ) -> list[Image.Image]:
@@ -143,6 +133,7 @@ class Pipeline:
             eta: noise of the ddim sampler, 0 to 1.
             init_image: start from this picture, scaled and cropped to fit.
             strength: how far to leave it, above 0, up to 1.
+            controls: ControlNets with their pictures; their residuals add up.
             preset: published settings in place of the model's recommendation, see :data:`~.presets.PRESETS`.
             callback: see :data:`Progress`.
 
@@ -175,6 +166,7 @@ class Pipeline:
             batch=batch,
             init_image=init_image,
             strength=strength,
+            controls=controls,
             callback=callback,
         )
         return [picture.image for picture in drawn]
@@ -189,6 +181,7 @@ class Pipeline:
         batch: int = 1,
         init_image: Image.Image | None = None,
         strength: float = 1.0,
+        controls: Sequence[ControlInput] = (),
         callback: Progress | None = None,
     ) -> Iterator[Picture]:
         """As :meth:`__call__`, one picture at a time, so that each can be shown before the next is begun."""
@@ -202,38 +195,63 @@ class Pipeline:
             raise ConfigError(f"strength {strength} without a picture to start from: give init_image")
         options = {} if eta is None else {"eta": eta}
         init = None if init_image is None else self._encode_image(init_image, settings)
-        uncond = self.context([settings.negative], settings) if settings.cfg > 1 else None
+        seeds = [seed + i for i in range(batch)]
         for index, prompt in enumerate(prompts):
-            context = self.context([prompt], settings)
-            seeds = [seed + i for i in range(batch)]
-            latents = self._sample(context, uncond, settings, sigmas, seeds, init, callback, options)
+            # In the order of the guided batch
+            texts = [settings.negative, prompt] if settings.cfg > 1 else [prompt]
+            features = self._features(texts)
+            context = self._context(self.dit, features, settings, batch)
+            prepared = [
+                prepare(
+                    control,
+                    self.dit.config,
+                    lambda image: self._encode_image(image, settings),
+                    lambda net: self._context(net, features, settings, batch),  # noqa: B023 - called at once
+                    self.device,
+                )
+                for control in controls
+            ]
+            latents = self._sample(
+                context, Controls(prepared), settings, sigmas, seeds, init, callback, options
+            )
             for latent, one in zip(latents, seeds, strict=True):
                 yield Picture(self._decode(latent), prompt, index, one)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:
         """What the DiT is told about B prompts and, if it was trained with sizes, about the size."""
+        return self._context(self.dit, self._features(prompts), settings, 1)
+
+    def _features(self, prompts: Sequence[str]) -> TextFeatures:
         features = self.text.encode(list(prompts))
         if not all(torch.isfinite(part).all() for part in (features.bert, features.t5)):
             raise HyditError(f"the text encoders' output is not finite in {self.text.dtype}; {_DTYPE_ADVICE}")
+        return features.to(self.device)
+
+    @torch.no_grad()
+    def _context(
+        self, net: DiT | ControlNet, features: TextFeatures, settings: SamplingDefaults, repeats: int
+    ) -> Context:
+        """What a network makes of B texts, each row ``repeats`` times."""
+        bert, bert_mask, t5, t5_mask = features
         size = None
-        if self.dit.config.size_cond:
+        if net.config.size_cond:
             row = [_TRAINED_SIZE, _TRAINED_SIZE, settings.width, settings.height, 0, 0]
-            size = torch.tensor([row] * len(prompts), dtype=torch.float32, device=self.device)
-        bert, bert_mask, t5, t5_mask = features.to(self.device)
-        dtype = self.dit.dtype
-        context = self.dit.encode_context(
-            bert.to(dtype), bert_mask, t5.to(dtype), t5_mask, image_meta_size=size
-        )
+            size = torch.tensor([row] * len(bert), dtype=torch.float32, device=self.device)
+        dtype = net.dtype
+        context = net.encode_context(bert.to(dtype), bert_mask, t5.to(dtype), t5_mask, image_meta_size=size)
         if not all(torch.isfinite(part).all() for part in context):
-            raise HyditError(f"the DiT's projections of the text are not finite in {dtype}; {_DTYPE_ADVICE}")
-        return context
+            what = "DiT" if net is self.dit else "ControlNet"
+            raise HyditError(
+                f"the {what}'s projections of the text are not finite in {dtype}; {_DTYPE_ADVICE}"
+            )
+        return Context(*(part.repeat_interleave(repeats, dim=0) for part in context))
 
     @torch.no_grad()
     def _sample(
         self,
         context: Context,
-        uncond: Context | None,
+        controls: Controls,
         settings: SamplingDefaults,
         sigmas: Tensor,
         seeds: Sequence[int],
@@ -249,19 +267,17 @@ class Pipeline:
         x = start_latents(noise, sigmas, init)
 
         denoiser: Denoiser
-        if uncond is None:
-            context = _repeat(context, len(seeds))
+        if settings.cfg == 1:
             denoiser = Denoiser(self._predict, self.schedule)
         else:
-            context = Context.cat([_repeat(uncond, len(seeds)), _repeat(context, len(seeds))])
             denoiser = GuidedDenoiser(self._predict, self.schedule, settings.cfg, settings.guidance_rescale)
+
+        network: dict[str, Any] = {"context": context, "controls": controls}
 
         def each_step(state: dict[str, Any]) -> None:
             if not torch.isfinite(state["denoised"]).all():
                 level = state["sigma"].to(x) * x.new_ones(len(seeds))
-                raise HyditError(
-                    self._overflow(lambda: denoiser(state["x"], level, context=context), state["i"])
-                )
+                raise HyditError(self._overflow(lambda: denoiser(state["x"], level, **network), state["i"]))
             if callback is not None:
                 callback(state["i"] + 1, len(sigmas) - 1, state["denoised"])
 
@@ -269,7 +285,7 @@ class Pipeline:
             denoiser,
             x,
             sigmas.to(self.device),
-            extra_args={"context": context},
+            extra_args=network,
             callback=each_step,
             disable=True,
             # The generators that drew the start noise go on: step noise is independent of it.
@@ -277,8 +293,8 @@ class Pipeline:
             **options,
         )
 
-    def _predict(self, x_t: Tensor, t: Tensor, *, context: Context) -> Tensor:
-        return self.dit(x_t.to(self.dit.dtype), t, context)
+    def _predict(self, x_t: Tensor, t: Tensor, *, context: Context, controls: Controls) -> Tensor:
+        return self.dit(x_t.to(self.dit.dtype), t, context, controls(x_t, t))
 
     def _overflow(self, run: Callable[[], Any], step: int) -> str:
         """Where the DiT's first non-finite value comes from, found by running the step once more."""
@@ -323,10 +339,6 @@ class Pipeline:
 _DTYPE_ADVICE = (
     "try dtype bfloat16 or float32, and make sure that the weights are those of a finished training"
 )
-
-
-def _repeat(context: Context, count: int) -> Context:
-    return Context(*(part.expand(count, *part.shape[1:]) for part in context))
 
 
 def load(

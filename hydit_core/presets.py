@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 from .config import SamplingDefaults
-from .diffusion.samplers import SAMPLERS
+from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS
 from .diffusion.schedule import SPACINGS
 from .errors import ConfigError
 
@@ -19,6 +21,32 @@ PRESETS: dict[str, SamplingDefaults] = {
     # HunyuanDiTPipeline's defaults: its negative prompt is empty.
     "diffusers": SamplingDefaults(steps=50, cfg=5.0, negative=""),
 }
+
+
+def choose_settings(defaults: SamplingDefaults, preset: str | None = None, **given: Any) -> SamplingDefaults:
+    """``defaults`` (a model's own), or a preset's settings, with those of ``given`` that are not None.
+
+    Another sampler that is chosen without a spacing brings its own (``DEFAULT_SPACING`` of the samplers).
+    Raises ConfigError for an unknown preset; the values are not checked, see :func:`check_settings`.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
+    base = PRESETS[preset] if preset is not None else defaults
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen.get("sampler", base.sampler) != base.sampler and "spacing" not in chosen:
+        chosen["spacing"] = DEFAULT_SPACING.get(chosen["sampler"], base.spacing)
+    return dataclasses.replace(base, **chosen)
+
+
+def size_advice(best: SamplingDefaults, width: int, height: int) -> str | None:
+    """What to tell about a picture's size in pixels that is far from the one that the model was made for."""
+    ratio = width * height / (best.width * best.height)
+    if 1 / 3 < ratio < 3:
+        return None
+    return (
+        f"{width}x{height} is far {'below' if ratio < 1 else 'above'} the size that this model was made for "
+        f"({best.width}x{best.height}): expect a poor picture"
+    )
 
 
 def check_settings(settings: SamplingDefaults, multiple: int) -> None:
