@@ -25,9 +25,10 @@ from .errors import ConfigError, HyditError, WeightsError
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
 from .presets import check_seed, check_settings, choose_settings, size_advice
+from .text.features import TextFeatures
 
 if TYPE_CHECKING:
-    from .text import TextEncoders, TextFeatures
+    from .text import TextEncoders
     from .vae import VAE
 
 Progress = Callable[[int, int, Tensor], object]
@@ -196,24 +197,13 @@ class Pipeline:
         options = {} if eta is None else {"eta": eta}
         init = None if init_image is None else self._encode_image(init_image, settings)
         seeds = [seed + i for i in range(batch)]
+        negative = [self._features([settings.negative])] if settings.cfg > 1 else []
         for index, prompt in enumerate(prompts):
             # In the order of the guided batch
-            texts = [settings.negative, prompt] if settings.cfg > 1 else [prompt]
-            features = self._features(texts)
+            features = TextFeatures.cat([*negative, self._features([prompt])])
             context = self._context(self.dit, features, settings, batch)
-            prepared = [
-                prepare(
-                    control,
-                    self.dit.config,
-                    lambda image: self._encode_image(image, settings),
-                    lambda net: self._context(net, features, settings, batch),  # noqa: B023 - called at once
-                    self.device,
-                )
-                for control in controls
-            ]
-            latents = self._sample(
-                context, Controls(prepared), settings, sigmas, seeds, init, callback, options
-            )
+            steering = self._controls(controls, features, settings, batch)
+            latents = self._sample(context, steering, settings, sigmas, seeds, init, callback, options)
             for latent, one in zip(latents, seeds, strict=True):
                 yield Picture(self._decode(latent), prompt, index, one)
 
@@ -246,6 +236,26 @@ class Pipeline:
                 f"the {what}'s projections of the text are not finite in {dtype}; {_DTYPE_ADVICE}"
             )
         return Context(*(part.repeat_interleave(repeats, dim=0) for part in context))
+
+    def _controls(
+        self,
+        controls: Sequence[ControlInput],
+        features: TextFeatures,
+        settings: SamplingDefaults,
+        repeats: int,
+    ) -> Controls:
+        return Controls(
+            [
+                prepare(
+                    control,
+                    self.dit.config,
+                    lambda image: self._encode_image(image, settings),
+                    lambda net: self._context(net, features, settings, repeats),
+                    self.device,
+                )
+                for control in controls
+            ]
+        )
 
     @torch.no_grad()
     def _sample(

@@ -13,7 +13,7 @@ from .cache import (
     require_outside_sources,
     user_cache_folder,
 )
-from .config import BucketConfig, CacheConfig, DataConfig, SourceConfig
+from .config import BucketConfig, CacheConfig, ControlConfig, DataConfig, SourceConfig
 from .dataset import Batch, TrainData, open_dataset
 from .images import Geometry, load_picture, to_tensor
 from .manifest import Manifest, Record
@@ -26,6 +26,7 @@ __all__ = [
     "BatchOrder",
     "BucketConfig",
     "CacheConfig",
+    "ControlConfig",
     "DataConfig",
     "DataSummary",
     "Geometry",

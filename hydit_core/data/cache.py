@@ -1,7 +1,8 @@
 """Latents that are encoded once and kept on disk, under the hash of everything they depend on.
 
-A cached picture has one crop, the center, and with ``flip`` a second, flipped entry. What is kept
-are the VAE's moments (mean and log variance), so each step can still sample the posterior.
+A cached picture has one crop, the center, and with ``flip`` a second, flipped entry; its control picture
+has entries of its own. What is kept are the VAE's moments (mean and log variance), so each step can still
+sample the posterior.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from .store import KEY_LENGTH, TensorStore, content_key
 if TYPE_CHECKING:
     from ..vae import VAE
     from .dataset import TrainData
+
+Entries = dict[int, torch.Tensor]
+"""Pixels (3, H, W) by :func:`_entry`."""
 
 _RECIPE = "latents 1: cover, LANCZOS, center crop"
 """Part of every key; to be changed with anything in the way from file to pixels."""
@@ -77,33 +81,44 @@ class LatentCache:
         self.store = TensorStore(folder / f"latents-{vae_hash[:16]}")
         self._recipe = (_RECIPE, vae_hash, config.alpha_color, config.cache.dtype)
         self._memory: dict[str, torch.Tensor] = {}
+        self._control_recipe = "" if data.control is None else data.control.recipe
         flips = np.full(len(data.manifest), config.flip > 0)
         flips[data.validation] = False
-        self._keys = np.zeros((len(flips), 2), dtype=f"S{KEY_LENGTH}")
+        self._keys = np.zeros((len(flips), 4), dtype=f"S{KEY_LENGTH}")
         hashes = PictureHashes(folder, rank=data.rank)
         for row in range(len(flips)) if rows is None else rows:
             try:
-                digest = hashes.of(data.manifest.picture(row))
+                self._keys[row] = self._row_keys(data, row, bool(flips[row]), hashes)
             except DataError:
                 if config.on_unreadable == "error":
                     raise
                 continue  # no key: get() will say that it is absent
-            size = data.sizes[data.bucket_of_row[row]]
-            self._keys[row, 0] = self.key(digest, size, False)
-            if flips[row]:
-                self._keys[row, 1] = self.key(digest, size, True)
         hashes.save()
+
+    def _row_keys(self, data: TrainData, row: int, flip: bool, hashes: PictureHashes) -> list[str]:
+        """The store keys of a row's entries, empty for those that are not wanted; see :func:`_entry`."""
+        size = data.sizes[data.bucket_of_row[row]]
+        digests = [hashes.of(data.manifest.picture(row))]
+        if data.control is not None:
+            digests.append(hashes.of(data.control.file(data.manifest, row)))
+        keys = [""] * 4
+        for control, digest in enumerate(digests):
+            for flipped in range(1 + flip):
+                key = self.key(digest, size, bool(flipped), control=bool(control))
+                keys[_entry(bool(flipped), bool(control))] = key
+        return keys
 
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes that are started afresh read from disk; forked ones share the memory."""
         return {**self.__dict__, "_memory": {}}
 
-    def key(self, digest: str, size: Size, flip: bool) -> str:
-        """The store key of a picture file with SHA-256 ``digest``, cropped to ``size``."""
-        return content_key(*self._recipe, digest, f"{size[0]}x{size[1]}", "flip" if flip else "")
+    def key(self, digest: str, size: Size, flip: bool, *, control: bool = False) -> str:
+        """The store key of what a file with SHA-256 ``digest`` becomes, cropped to ``size``."""
+        made = (self._control_recipe,) if control else ()
+        return content_key(*self._recipe, digest, f"{size[0]}x{size[1]}", "flip" if flip else "", *made)
 
     def missing(self) -> np.ndarray:
-        """Which entries are wanted and not on disk: (rows, 2) booleans, unflipped and flipped."""
+        """Which entries are wanted and not on disk: (rows, 4) booleans, by :func:`_entry`."""
         stored = self.store.contains(self._keys)
         return (self._keys != b"") & ~stored
 
@@ -111,12 +126,12 @@ class LatentCache:
         """Whether ``digest`` is still the picture that ``row`` was opened with."""
         return self._keys[row, 0] == self.key(digest, size, False).encode()
 
-    def put(self, row: int, flip: bool, moments: torch.Tensor) -> None:
-        self.store.put(self._keys[row, int(flip)].decode(), moments.to(self.dtype))
+    def put(self, row: int, entry: int, moments: torch.Tensor) -> None:
+        self.store.put(self._keys[row, entry].decode(), moments.to(self.dtype))
 
-    def get(self, row: int, flip: bool) -> torch.Tensor:
-        """(2 C, h, w) float32. Raises :class:`DataError` if it is not there."""
-        key = self._keys[row, int(flip)].decode()
+    def get(self, row: int, flip: bool, *, control: bool = False) -> torch.Tensor:
+        """(2 C, h, w) float32, of the picture or its control. Raises DataError if it is not there."""
+        key = self._keys[row, _entry(flip, control)].decode()
         try:
             return (self._memory[key] if key in self._memory else self.store.get(key)).float()
         except KeyError:
@@ -129,6 +144,11 @@ class LatentCache:
             return False
         self._memory = self.store.read(keys)
         return True
+
+
+def _entry(flip: bool, control: bool) -> int:
+    """The number of a row's entry: picture, flipped picture, control picture, flipped control picture."""
+    return flip + 2 * control
 
 
 def open_latent_cache(data: TrainData, vae: VAE, *, folder: Path | None = None) -> LatentCache:
@@ -162,18 +182,13 @@ def build_latent_cache(
     cache.store.clean()
     done = 0
     try:
-        for batch in _decoded(data, cache, rows, batch_size):
-            wanted = [
-                (row, flip, pixels)
-                for row, pixels in batch
-                for flip in (False, True)
-                if missing[row, int(flip)]
-            ]
+        for batch in _decoded(data, cache, missing, batch_size):
+            wanted = [(row, entry, pixels) for row, entries in batch for entry, pixels in entries.items()]
             for start in range(0, len(wanted), batch_size):
                 part = wanted[start : start + batch_size]
-                pixels = torch.stack([p.flip(-1) if flip else p for _, flip, p in part])
-                for (row, flip, _), moments in zip(part, _encode(vae, pixels, cache.dtype), strict=True):
-                    cache.put(row, flip, moments)
+                pixels = torch.stack([pixels for _, _, pixels in part])
+                for (row, entry, _), moments in zip(part, _encode(vae, pixels, cache.dtype), strict=True):
+                    cache.put(row, entry, moments)
             done += len(batch)
             if progress is not None:
                 progress(done, len(rows))
@@ -193,18 +208,21 @@ def _encode(vae: VAE, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _decoded(
-    data: TrainData, cache: LatentCache, rows: np.ndarray, batch_size: int
-) -> Iterator[list[tuple[int, torch.Tensor]]]:
-    """Batches of (row, pixels), of one size each; the next one is decoded while one is encoded."""
+    data: TrainData, cache: LatentCache, missing: np.ndarray, batch_size: int
+) -> Iterator[list[tuple[int, Entries]]]:
+    """Batches of (row, what it lacks), of one size each; the next one is decoded while one is encoded."""
+    rows = np.flatnonzero(missing.any(axis=1))
     batches: list[np.ndarray] = []
     for bucket in np.unique(data.bucket_of_row[rows]):
         members = rows[data.bucket_of_row[rows] == bucket]
         batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
     with ThreadPoolExecutor(max_workers=max(1, data.config.workers)) as pool:
-        ahead: deque[list[Future[torch.Tensor | None]]] = deque()
+        ahead: deque[list[Future[Entries | None]]] = deque()
         for number in range(len(batches) + 1):
             if number < len(batches):
-                ahead.append([pool.submit(_pixels, data, cache, int(row)) for row in batches[number]])
+                ahead.append(
+                    [pool.submit(_pixels, data, cache, int(row), missing[row]) for row in batches[number]]
+                )
             if number:
                 results = [future.result() for future in ahead.popleft()]
                 yield [
@@ -212,16 +230,29 @@ def _decoded(
                 ]
 
 
-def _pixels(data: TrainData, cache: LatentCache, row: int) -> torch.Tensor | None:
-    """(3, H, W) of an unflipped picture, or None if it is unreadable and to be skipped."""
+def _pixels(data: TrainData, cache: LatentCache, row: int, missing: np.ndarray) -> Entries | None:
+    """What a row lacks, or None if it is unreadable and to be skipped."""
     file, size = data.manifest.picture(row), data.sizes[data.bucket_of_row[row]]
+    entries: Entries = {}
     try:
         content = file.read()
         picture = load_picture(content, data.config.alpha_color, name=str(file))
+        for flip in (False, True):
+            geometry = Geometry.cover(picture.size, size, flip=flip)
+            plain, control = (_entry(flip, kind) for kind in (False, True))
+            if not (missing[plain] or missing[control]):
+                continue
+            cropped = geometry.apply(picture)
+            if missing[plain]:
+                entries[plain] = to_tensor(cropped)
+            if missing[control]:
+                assert data.control is not None
+                control_file = data.control.file(data.manifest, row)
+                entries[control] = to_tensor(data.control.make(cropped, geometry, control_file))
     except DataError:
         if data.config.on_unreadable == "error":
             raise
         return None
     if not cache.matches(row, file_hash(content), size):
         raise DataError(f"{file} was changed while the cache was being built; run it again")
-    return to_tensor(Geometry.cover(picture.size, size).apply(picture))
+    return entries

@@ -54,7 +54,9 @@ class SourceConfig(_Model):
     caption_fields: tuple[str, ...] = ()
     """Columns that hold captions; by default every known name. Several captions are alternatives."""
     control_field: str | None = None
-    """Column with the path of a control picture; handed on in ``Record.extra["control"]``."""
+    """Column with the path of a control picture."""
+    control_dir: Path | None = None
+    """Folder only: where the control pictures lie, named like the pictures; default: its ``control``."""
     caption_lines: bool = False
     """Folder only: every line of a ``.txt`` is one alternative caption, not the whole file one caption."""
     repeats: Annotated[int, Field(ge=1)] = 1
@@ -104,6 +106,28 @@ class CacheConfig(_Model):
     """Caches up to this size are read into memory whole, once; larger ones are read as they are used."""
 
 
+class ControlConfig(_Model):
+    """Where the control pictures of a ControlNet training come from.
+
+    ``canny`` makes edges from the pictures, after crop and flip; ``depth`` asks a depth-estimation model of
+    transformers, a local folder; ``files`` reads them: from a source's ``control_dir`` or ``control_field``.
+    """
+
+    kind: Literal["canny", "depth", "files"]
+    low: Annotated[int, Field(ge=0, le=10000)] = 100
+    high: Annotated[int, Field(ge=0, le=10000)] = 200
+    """Thresholds of canny; these are the published ControlNets' own."""
+    model: Path | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ControlConfig:
+        if (self.kind == "depth") != (self.model is not None):
+            raise ValueError("model (the folder of a depth-estimation model) belongs to kind = 'depth'")
+        if self.low > self.high:
+            raise ValueError(f"low = {self.low} is above high = {self.high}")
+        return self
+
+
 class DataConfig(_Model):
     """Everything about the pictures and captions of a training run."""
 
@@ -125,6 +149,7 @@ class DataConfig(_Model):
     """Caption of pictures that have none, where ``allow_missing_captions`` permits them."""
     validation: int | float = 0
     """A count (int) or a fraction below 1 (float) of the pictures, held out by a hash of their names."""
+    control: ControlConfig | None = None
     posterior: Literal["sample", "mode"] = "sample"
     """Whether each step samples the VAE's posterior, as Tencent does, or takes its mean."""
     cache: CacheConfig = CacheConfig()
@@ -182,7 +207,9 @@ class DataConfig(_Model):
             return None if path is None else base / path.expanduser()
 
         sources = tuple(
-            s.model_copy(update={"path": absolute(s.path), "root": absolute(s.root)}) for s in self.sources
+            s.model_copy(update={n: absolute(getattr(s, n)) for n in ("path", "root", "control_dir")})
+            for s in self.sources
         )
         cache = self.cache.model_copy(update={"dir": absolute(self.cache.dir)})
-        return self.model_copy(update={"sources": sources, "cache": cache})
+        control = self.control and self.control.model_copy(update={"model": absolute(self.control.model)})
+        return self.model_copy(update={"sources": sources, "cache": cache, "control": control})

@@ -13,6 +13,7 @@ from ..errors import DataError
 from .buckets import assign_buckets, bucket_sizes
 from .cache import LatentCache
 from .config import DataConfig, Size
+from .control_images import ControlImages
 from .images import Geometry, load_picture, to_tensor
 from .manifest import Findings, Manifest, gather, validation_rows
 from .order import BatchOrder, hash_int, uniform
@@ -24,7 +25,8 @@ class Batch:
     """What one rank trains on in one step: B samples of one size.
 
     Either ``pixels`` (B, 3, H, W) float32 in [-1, 1] or, from a latent cache, ``moments``
-    (B, 2 C, H/8, W/8): the mean and log variance of the VAE's posterior, unscaled.
+    (B, 2 C, H/8, W/8): the mean and log variance of the VAE's posterior, unscaled. Where the
+    configuration asks for control pictures, ``control`` holds them in the same form.
 
     ``original_sizes`` and ``crops`` are (B, 2) integers: width, height of the picture before
     resizing, and left, top of the crop after it; the size condition of v1.1 is made of them.
@@ -43,6 +45,7 @@ class Batch:
     weights: torch.Tensor
     pixels: torch.Tensor | None = None
     moments: torch.Tensor | None = None
+    control: torch.Tensor | None = None
     skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -66,6 +69,7 @@ class _Sample:
     caption: str
     geometry: Geometry
     values: torch.Tensor
+    control: torch.Tensor | None
     skipped: tuple[str, ...] = ()
 
 
@@ -119,6 +123,9 @@ class TrainData:
             seed,
             areas=[w * h for w, h in self.sizes],
         )
+        self.control = (
+            None if config.control is None else ControlImages(config.control, alpha_color=config.alpha_color)
+        )
         self._latents: LatentCache | None = None
 
     @property
@@ -129,6 +136,8 @@ class TrainData:
     def fingerprint(self) -> str:
         """Changes with anything that changes which sample a step sees, for a check on resuming."""
         total = hash_int(self.seed, self.order.global_batch, str(self.sizes), str(self.config.flip))
+        if self.control is not None:
+            total = hash_int(total, self.control.recipe)
         for record, bucket in zip(self.manifest, self.bucket_of_row, strict=True):
             total = hash_int(total, record.key, *record.captions, int(bucket))
         return f"{hash_int(total, *np.bincount(self.row_of_sample)):016x}"
@@ -233,29 +242,39 @@ class TrainData:
         for row in rows:
             key = self.manifest.keys[row]
             try:
-                geometry, values = self._picture(row, size, fraction, flip)
+                geometry, values, control = self._picture(row, size, fraction, flip)
             except DataError:
                 if self.config.on_unreadable == "error":
                     raise
                 skipped.append(key)
                 continue
             which = int(caption * self.manifest.caption_count(row))
-            return _Sample(key, self.manifest.caption(row, which), geometry, values, tuple(skipped))
+            return _Sample(key, self.manifest.caption(row, which), geometry, values, control, tuple(skipped))
         raise DataError(f"none of the {len(skipped)} pictures for size {size[0]}x{size[1]} can be read")
 
-    def _picture(self, row: int, size: Size, fraction: float, flip: bool) -> tuple[Geometry, torch.Tensor]:
-        if self._latents is not None:
+    def _picture(
+        self, row: int, size: Size, fraction: float, flip: bool
+    ) -> tuple[Geometry, torch.Tensor, torch.Tensor | None]:
+        """How a picture is cropped, and it and its control picture as pixels or moments."""
+        cache, maker = self._latents, self.control
+        if cache is not None:
             geometry = Geometry.cover(self.manifest.size(row), size, flip=flip)
-            return geometry, self._latents.get(row, flip)
+            control_moments = None if maker is None else cache.get(row, flip, control=True)
+            return geometry, cache.get(row, flip), control_moments
         file = self.manifest.picture(row)
         picture = load_picture(file.read(), self.config.alpha_color, name=str(file))
         geometry = Geometry.cover(picture.size, size, fraction=fraction, flip=flip)
-        return geometry, to_tensor(geometry.apply(picture))
+        picture = geometry.apply(picture)
+        if maker is None:
+            return geometry, to_tensor(picture), None
+        control = maker.make(picture, geometry, maker.file(self.manifest, row))
+        return geometry, to_tensor(picture), to_tensor(control)
 
     def _collate(
         self, step: int, samples: list[_Sample], size: Size, positions: Any, weights: list[float]
     ) -> Batch:
         values = torch.stack([s.values for s in samples])
+        controls = [s.control for s in samples if s.control is not None]
         return Batch(
             step=step,
             keys=[s.key for s in samples],
@@ -267,6 +286,7 @@ class TrainData:
             weights=torch.tensor(weights),
             pixels=values if self._latents is None else None,
             moments=values if self._latents is not None else None,
+            control=torch.stack(controls) if controls else None,
             skipped=tuple(key for s in samples for key in s.skipped),
         )
 

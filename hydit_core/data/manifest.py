@@ -17,7 +17,7 @@ from .columns import StringColumn
 from .config import DataConfig, Size, SourceConfig
 from .images import probe_size
 from .order import hash_int
-from .sources import Entry, PictureFile, read_source
+from .sources import Entry, PictureFile, read_source, source_kind
 
 _SHOWN = 5
 """How many files an error or a summary names."""
@@ -131,6 +131,8 @@ def gather(config: DataConfig) -> tuple[Manifest, Findings]:
     with ThreadPoolExecutor(max_workers=8) as pool:
         for number, source in enumerate(config.sources):
             name = source_name(source)
+            if config.control is not None and config.control.kind == "files":
+                source = _with_control(source)
             for chunk in _chunks(read_source(source), 1024):
                 for entry, size in zip(chunk, _sizes(pool, chunk), strict=True):
                     _add(manifest, findings, config, entry, f"{name}/{entry.key}", size, number)
@@ -138,6 +140,24 @@ def gather(config: DataConfig) -> tuple[Manifest, Findings]:
     if len(manifest) == 0:
         raise DataError("no usable picture is left: " + ", ".join(str(s.path) for s in config.sources))
     return manifest, findings
+
+
+def _with_control(source: SourceConfig) -> SourceConfig:
+    """The source with a place for control pictures; DataError where it can have none."""
+    if source_kind(source) == "folder":
+        place = source.control_dir or source.path / "control"
+        if not place.is_dir():
+            raise DataError(
+                f"data source {source.path}: no folder {place} with control pictures; name it by "
+                "control_dir, or make them from the pictures with data.control.kind = 'canny'"
+            )
+        return source.model_copy(update={"control_dir": place})
+    if source.control_field is None:
+        raise DataError(
+            f"data source {source.path}: data.control.kind = 'files' needs control_field, the column with "
+            "the paths of the control pictures"
+        )
+    return source
 
 
 def source_name(source: SourceConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,11 @@ class TextFeatures(NamedTuple):
     """(B, L2, D2)"""
     t5_mask: Tensor
     """(B, L2) integers"""
+
+    @staticmethod
+    def cat(features: Sequence[TextFeatures]) -> TextFeatures:
+        """One batch of several."""
+        return TextFeatures(*(torch.cat(parts) for parts in zip(*features, strict=True)))
 
     def to(self, device: torch.device | str) -> TextFeatures:
         return TextFeatures(*(part.to(device) for part in self))

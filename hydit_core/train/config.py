@@ -113,7 +113,7 @@ class ModelSection(Section):
 
 
 class ObjectiveSection(Section):
-    kind: Literal["full"] = "full"
+    kind: Literal["full", "controlnet"] = "full"
     train_text_encoders: bool = False
     timesteps: Literal["uniform", "stratified", "logit_normal"] = "uniform"
     weighting: Literal["constant", "min_snr", "min_snr_v"] = "constant"
@@ -123,6 +123,12 @@ class ObjectiveSection(Section):
     dropout_bert: float = Field(default=0.0, ge=0, le=1, description="probability of an empty BERT text")
     dropout_t5: float = Field(default=0.0, ge=0, le=1, description="probability of an empty mT5 text")
     dropout_joint: float = Field(default=0.0, ge=0, le=1, description="probability that both are empty")
+    dropout_control: float = Field(
+        default=0.0, ge=0, le=1, description="controlnet: probability that the control latents are 0"
+    )
+    controlnet: ConfigPath | None = Field(
+        default=None, description="controlnet: weights to start from; default: copied from the base"
+    )
 
 
 class GroupSection(Section):
@@ -201,6 +207,9 @@ class SamplesSection(Section):
     spacing: str | None = None
     width: int | None = Field(default=None, gt=0, multiple_of=8)
     height: int | None = Field(default=None, gt=0, multiple_of=8)
+    control_images: tuple[ConfigPath, ...] = Field(
+        default=(), description="controlnet: pictures that data.control makes the control pictures from"
+    )
 
 
 class CheckpointSection(Section):
@@ -242,9 +251,37 @@ class TrainConfig(Section):
                 "data.cache.text keeps the outputs of the text encoders, but objective.train_text_encoders "
                 "changes them at every step: turn one of the two off"
             )
+        self._check_control()
         if self.schedule.warmup_steps > self.run.steps:
             raise ValueError("schedule.warmup_steps is larger than run.steps")
         return self
+
+
+    def _check_control(self) -> None:
+        objective = self.objective
+        trained = objective.kind == "controlnet"
+        if trained != (self.data.control is not None):
+            raise ValueError(
+                "objective.kind = 'controlnet' and a table data.control (for example kind = 'canny') belong "
+                "together"
+            )
+        others = ("controlnet", "dropout_control")
+        if not trained and any(getattr(objective, name) for name in others):
+            raise ValueError("objective.controlnet and dropout_control need objective.kind = 'controlnet'")
+        if not trained:
+            if self.samples.control_images:
+                raise ValueError("samples.control_images needs objective.kind = 'controlnet'")
+            return
+        if self.model.init_from is None or objective.train_text_encoders:
+            raise ValueError(
+                "a ControlNet is trained for finished weights: give model.init_from, and leave "
+                "objective.train_text_encoders off"
+            )
+        if self.samples.every and len(self.samples.control_images) not in (1, len(self.samples.prompts)):
+            raise ValueError(
+                "samples.control_images: give one picture, or one for each of samples.prompts "
+                f"({len(self.samples.prompts)})"
+            )
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:

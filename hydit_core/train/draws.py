@@ -31,6 +31,7 @@ class Draws:
     """(B, C, h, w), for sampling the latents from the VAE's posterior; 0 takes its mean."""
     drop_bert: list[bool]
     drop_t5: list[bool]
+    drop_control: list[bool]
 
 
 class TrainingDraws:
@@ -60,7 +61,7 @@ class TrainingDraws:
         objective = self.objective
         noise = torch.empty(len(places), *shape)
         posterior_noise = torch.zeros_like(noise)
-        drop_bert, drop_t5 = [], []
+        drop_bert, drop_t5, drop_control = [], [], []
         for row, place in enumerate(places):
             generator = sample_generator(self.seed, step, place, "training")
             u = torch.rand(3, generator=generator).tolist()
@@ -70,7 +71,10 @@ class TrainingDraws:
             noise[row] = training_noise(shape, generator, objective.noise_offset)
             if self.sample_posterior:
                 posterior_noise[row].normal_(generator=generator)
-        return Draws(self.timesteps(step)[list(places)], noise, posterior_noise, drop_bert, drop_t5)
+            # Last, so that the other draws are those of a training without control
+            drop_control.append(torch.rand(1, generator=generator).item() < objective.dropout_control)
+        t = self.timesteps(step)[list(places)]
+        return Draws(t, noise, posterior_noise, drop_bert, drop_t5, drop_control)
 
     def timesteps(self, step: int) -> Tensor:
         """(step_size,) timesteps of all samples of a step, in random order."""
@@ -103,4 +107,4 @@ def validation_draws(
     slots = torch.tensor([index * stride % total for index in indices])
     t = ((slots + 0.5) * num_timesteps / total).long()
     never = [False] * len(keys)
-    return Draws(t, noise, torch.zeros_like(noise), never, never)
+    return Draws(t, noise, torch.zeros_like(noise), never, never, never)

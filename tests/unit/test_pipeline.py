@@ -127,7 +127,7 @@ def test_size_condition_reaches_models_that_have_it(tmp_path, monkeypatch):
     monkeypatch.setattr(old.dit, "encode_context", spy)
     old("a red apple", width=96, height=64)
     # (original W, H, target W, H, crop left, top), for both halves of guidance.
-    assert [size.tolist() for size in sizes] == [[[1024, 1024, 96, 64, 0, 0]]] * 2
+    assert [size.tolist() for size in sizes] == [[[1024, 1024, 96, 64, 0, 0]] * 2]
 
 
 def test_image_to_image_stays_closer_to_its_start_the_lower_the_strength(pipe):

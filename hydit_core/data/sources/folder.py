@@ -25,8 +25,11 @@ def read_folder(source: SourceConfig) -> Iterator[Entry]:
     root = source.path
     if not root.is_dir():
         raise DataError(f"data source {root} is not a folder")
+    control = source.control_dir
     found = False
     for folder, names in _walk(root):
+        if control is not None and folder.is_relative_to(control):
+            continue
         present = set(names)
         for name in names:
             if Path(name).suffix.lower() not in PICTURE_SUFFIXES:
@@ -34,9 +37,17 @@ def read_folder(source: SourceConfig) -> Iterator[Entry]:
             found = True
             path = folder / name
             captions, hint = _captions(folder, Path(name).stem, present, source.caption_lines)
-            yield Entry(path.relative_to(root).as_posix(), path, captions, hint=hint)
+            extra = {} if control is None else {"control": str(_control(control, path.relative_to(root)))}
+            yield Entry(path.relative_to(root).as_posix(), path, captions, extra=extra, hint=hint)
     if not found:
         raise DataError(f"data source {root}: no pictures found ({', '.join(sorted(PICTURE_SUFFIXES))})")
+
+
+def _control(folder: Path, picture: Path) -> Path:
+    """The control picture of ``picture``: of the same relative name, with any suffix of a picture."""
+    same = folder / picture
+    others = (same.with_suffix(suffix) for suffix in sorted(PICTURE_SUFFIXES))
+    return next((path for path in (same, *others) if path.is_file()), same)
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:

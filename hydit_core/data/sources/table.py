@@ -24,12 +24,6 @@ def row_entry(row: Mapping[str, Any], source: SourceConfig, where: str) -> Entry
             f"{where}: no picture path; expected {wanted}, found {', '.join(map(str, row)) or 'nothing'}"
         )
     root = source.root or source.path.parent
-    extra = {}
-    if source.control_field:
-        control = row.get(source.control_field)
-        if not isinstance(control, str) or not control.strip():
-            raise DataError(f"{where}: no control picture in {source.control_field!r}")
-        extra["control"] = str(root / control.strip())
     captions, hint = row_captions(row, source, where)
     return Entry(
         key=Path(value.strip()).as_posix(),
@@ -37,7 +31,7 @@ def row_entry(row: Mapping[str, Any], source: SourceConfig, where: str) -> Entry
         captions=captions,
         width=row_side(row, "width", where),
         height=row_side(row, "height", where),
-        extra=extra,
+        extra=row_control(row, source, where),
         hint=hint,
     )
 
@@ -59,6 +53,16 @@ def row_captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tu
             if text.strip():
                 found.append(text.strip())
     return tuple(found), "" if found else f"no text in {', '.join(fields)}"
+
+
+def row_control(row: Mapping[str, Any], source: SourceConfig, where: str) -> dict[str, str]:
+    """The path of a row's control picture, where the source has a column for it."""
+    if not source.control_field:
+        return {}
+    control = row.get(source.control_field)
+    if not isinstance(control, str) or not control.strip():
+        raise DataError(f"{where}: no control picture in {source.control_field!r}")
+    return {"control": str((source.root or source.path.parent) / control.strip())}
 
 
 def row_side(row: Mapping[str, Any], name: str, where: str) -> int:

@@ -1,0 +1,122 @@
+"""ControlNets at work: pictures that steer, weights for each layer, and when they act."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import DiTConfig
+from .errors import ConfigError
+from .model.controlnet import ControlNet, combine_controls
+from .model.layer_weights import LayerWeights
+from .model.trunk import Context
+
+CONTROL_KEY = "hydit.control"
+"""Metadata key of a ControlNet's file: JSON of how its control pictures are made (``kind``, thresholds)."""
+
+
+@dataclass(frozen=True)
+class ControlInput:
+    """A ControlNet and the picture that it follows.
+
+    Args:
+        net: on any device; moved to the pipeline's.
+        image: the control picture itself (edges, depth ...), scaled and cropped to the size that is drawn.
+        weights: of its residuals, see :class:`~.model.layer_weights.LayerWeights`.
+        start, end: fractions of the noise schedule between which it acts, 0 (pure noise) to 1 (finished), as
+            ComfyUI counts them.
+
+    Raises :class:`ConfigError` unless 0 <= start <= end <= 1.
+    """
+
+    net: ControlNet
+    image: Image.Image
+    weights: LayerWeights = field(default_factory=LayerWeights)
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end <= 1:
+            raise ConfigError(
+                f"control start {self.start:g} and end {self.end:g}: use 0 <= start <= end <= 1"
+            )
+
+
+_SHARED = ("hidden_size", "depth", "in_channels", "patch_size", "text_len", "t5_len", "text_dim", "t5_dim")
+
+
+def check_fit(net: DiTConfig, base: DiTConfig, who: str = "the ControlNet") -> None:
+    """Raise :class:`ConfigError` when a ControlNet's dimensions are not those of the DiT it shall control."""
+    wrong = [
+        f"{name} {getattr(net, name)} instead of {getattr(base, name)}"
+        for name in _SHARED
+        if getattr(net, name) != getattr(base, name)
+    ]
+    if wrong:
+        raise ConfigError(f"{who} does not fit this HunyuanDiT: {', '.join(wrong)}; both must be of one size")
+
+
+@dataclass(frozen=True)
+class PreparedControl:
+    """A :class:`ControlInput` for one run: hint latents (1, C, h, w), its own context of B rows, weights."""
+
+    net: ControlNet
+    hint: Tensor
+    context: Context
+    weights: Sequence[float]
+    first_t: float
+    last_t: float
+
+    def acts(self, t: float) -> bool:
+        """Whether it changes anything at timestep ``t``."""
+        return self.last_t <= t <= self.first_t and any(self.weights)
+
+
+class Controls:
+    """The residuals of several ControlNets, added up."""
+
+    def __init__(self, controls: Sequence[PreparedControl]):
+        self.controls = controls
+
+    def __call__(self, x: Tensor, t: Tensor) -> list[Tensor] | None:
+        """Residuals for the DiT at x (B, C, h, w) and t (B,), all of one value; None where none acts."""
+        now = float(t.flatten()[0])
+        acting = [control for control in self.controls if control.acts(now)]
+        if not acting:
+            return None
+        return combine_controls(
+            [
+                (c.net(x.to(c.net.dtype), t, c.context, c.hint.expand(len(x), -1, -1, -1)), c.weights)
+                for c in acting
+            ]
+        )
+
+
+def timestep_range(start: float, end: float, steps: int = 1000) -> tuple[float, float]:
+    """The largest and the smallest timestep between two fractions of the schedule, as ComfyUI has them."""
+    first = float("inf") if start <= 0 else (1 - start) * (steps - 1)
+    last = float("-inf") if end >= 1 else (1 - end) * (steps - 1)
+    return first, last
+
+
+def prepare(
+    control: ControlInput,
+    base: DiTConfig,
+    encode_image: Callable[[Image.Image], Tensor],
+    encode_text: Callable[[ControlNet], Context],
+    device: torch.device,
+) -> PreparedControl:
+    """Encode what a ControlNet needs once: its picture and, with its own projections, the prompt.
+
+    Raises :class:`ConfigError` when it does not fit the DiT, or its weights are of another number.
+    """
+    net = control.net.to(device)
+    check_fit(net.config, base)
+    weights = control.weights.resolve(net.config.num_controls)
+    hint = encode_image(control.image)
+    first, last = timestep_range(control.start, control.end)
+    return PreparedControl(net, hint, encode_text(net), weights, first, last)

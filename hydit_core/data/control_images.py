@@ -1,0 +1,95 @@
+"""Control pictures: edges, depth or ready-made ones, for a picture that was already cropped and flipped."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import ConfigError, DataError
+from .config import ControlConfig
+from .fingerprints import file_hash
+from .images import Geometry, load_picture
+from .manifest import Manifest
+from .sources import PictureFile
+
+CANNY_THRESHOLDS = (100, 200)
+"""Lower and upper threshold of the published canny ControlNets (Tencent/HunyuanDiT)."""
+
+
+def canny(picture: Image.Image, thresholds: tuple[int, int] = CANNY_THRESHOLDS) -> Image.Image:
+    """White edges on black (Canny 1986) of an RGB picture, by OpenCV on all three channels.
+
+    Raises :class:`ConfigError` when OpenCV is not installed.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise ConfigError("canny control pictures need OpenCV: pip install opencv-python-headless") from error
+    return Image.fromarray(cv2.Canny(np.asarray(picture.convert("RGB")), *thresholds)).convert("RGB")
+
+
+class ControlImages:
+    """Makes the control pictures of a run, as configured. Can be pickled to worker processes."""
+
+    def __init__(self, config: ControlConfig, *, alpha_color: str = "white") -> None:
+        self.config = config
+        self.alpha_color = alpha_color
+
+    @property
+    def from_files(self) -> bool:
+        """Whether control pictures are read; else they are made from the pictures themselves."""
+        return self.config.kind == "files"
+
+    def file(self, manifest: Manifest, row: int) -> PictureFile:
+        """The file that the control picture of a row depends on."""
+        if not self.from_files:
+            return manifest.picture(row)
+        return PictureFile(Path(manifest[row].extra["control"]))
+
+    @cached_property
+    def recipe(self) -> str:
+        """Part of the key of cached control latents: everything but the file and its crop."""
+        config = self.config
+        if config.kind == "canny":
+            return f"canny 1: {config.low} {config.high}"
+        if config.kind == "depth":
+            assert config.model is not None
+            return f"depth 1: {_folder_hash(config.model)}"
+        return "files 1"
+
+    def make(self, picture: Image.Image, geometry: Geometry, file: PictureFile) -> Image.Image:
+        """The RGB control picture, of the size of ``picture``, which ``geometry`` has been applied to.
+
+        Raises :class:`DataError` naming ``file`` if it is a control picture that cannot be read.
+        """
+        config = self.config
+        if config.kind == "canny":
+            return canny(picture, (config.low, config.high))
+        if config.kind == "depth":
+            return self._depth(picture)["depth"].convert("RGB").resize(picture.size)
+        return geometry.apply(load_picture(file.read(), self.alpha_color, name=str(file)))
+
+    @cached_property
+    def _depth(self) -> Any:
+        from transformers import pipeline
+
+        assert self.config.model is not None
+        return pipeline("depth-estimation", model=str(self.config.model), device="cpu")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "alpha_color": self.alpha_color}
+
+
+def _folder_hash(folder: Path) -> str:
+    """Of the weights and settings of a model's folder."""
+    try:
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
+        if not any(path.name == "config.json" for path in files):
+            raise DataError(f"{folder} holds no config.json: give the folder of a depth-estimation model")
+        return file_hash("".join(file_hash(path.read_bytes()) for path in files).encode())
+    except OSError as error:
+        raise DataError(f"cannot read the depth model {folder}: {error.strerror}") from error

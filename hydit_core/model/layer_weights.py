@@ -1,0 +1,125 @@
+"""One weight for each residual of a ControlNet, written as a list or as a curve."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+PUBLISHED_DECAY = 0.825
+"""The base of Tencent's example, ``1.0 * 0.825 ** (19 - i)`` for i = 0..18: later layers weigh more."""
+
+
+def _decay(base: float, count: int) -> list[float]:
+    return [base ** (count - i) for i in range(count)]
+
+
+def _linear(end: float, count: int) -> list[float]:
+    return [end * (i + 1) / count for i in range(count)]
+
+
+def _ease(end: float, count: int) -> list[float]:
+    return [end * x * x * (3 - 2 * x) for x in _linear(1.0, count)]
+
+
+def _early(weight: float, count: int) -> list[float]:
+    return [weight if 2 * i < count else 0.0 for i in range(count)]
+
+
+def _late(weight: float, count: int) -> list[float]:
+    return [0.0 if 2 * i < count else weight for i in range(count)]
+
+
+CURVES: dict[str, tuple[Callable[[float, int], list[float]], float]] = {
+    "uniform": (lambda weight, count: [weight] * count, 1.0),
+    "decay": (_decay, PUBLISHED_DECAY),
+    "linear": (_linear, 1.0),
+    "ease": (_ease, 1.0),
+    "only-early": (_early, 1.0),
+    "only-late": (_late, 1.0),
+}
+"""By name: what makes the weights from a number and how many are wanted, and the number's default.
+
+``uniform(w)`` is w everywhere; ``decay(b)`` is b ** (n - i); ``linear(w)`` rises to w in equal steps,
+``ease(w)`` along a smooth step; ``only-early(w)`` and ``only-late(w)`` are w in one half and 0 in the other.
+"""
+
+_CURVE = re.compile(r"([a-z-]+)\s*(?:\(\s*([^()\s]+)\s*\))?")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Weights of a ControlNet's residuals; index i is the residual for skip i, after block i.
+
+    A curve (``curve`` and its ``value``) fits every ControlNet, a list (``values``) only one of that length.
+    """
+
+    curve: str = "uniform"
+    value: float = 1.0
+    values: tuple[float, ...] = ()
+
+    @classmethod
+    def parse(cls, source: str | float | Sequence[float] | LayerWeights) -> LayerWeights:
+        """Read ``"decay"``, ``"decay(0.9)"``, ``"0.5"``, ``"0.1, 0.2, 1"``, a number or numbers.
+
+        Raises :class:`ConfigError` for anything else, and for numbers that are not finite.
+        """
+        if isinstance(source, LayerWeights):
+            return source
+        if isinstance(source, (int, float)):
+            return cls("uniform", _finite(source, str(source)))
+        if not isinstance(source, str):
+            numbers = tuple(_finite(value, repr(value)) for value in source)
+            if not numbers:
+                raise ConfigError("the list of layer weights is empty")
+            return cls("", 1.0, numbers)
+        text = source.strip()
+        if match := _CURVE.fullmatch(text.lower()):
+            name, number = match.groups()
+            if name in CURVES:
+                default = CURVES[name][1]
+                return cls(name, default if number is None else _finite(number, text))
+        parts = [part for part in re.split(r"[,;\s]+", text.strip("[]() \n")) if part]
+        try:
+            numbers = tuple(_finite(part, part) for part in parts)
+        except ConfigError as error:
+            raise ConfigError(
+                f"layer weights {text!r}: {error}; expected numbers such as '0.5, 0.8, 1', or one of "
+                + ", ".join(f"{name}({default:g})" for name, (_, default) in CURVES.items())
+            ) from None
+        if not numbers:
+            raise ConfigError("layer weights are empty: give numbers, or one of " + ", ".join(CURVES))
+        return cls("uniform", numbers[0]) if len(numbers) == 1 else cls("", 1.0, numbers)
+
+    def resolve(self, count: int) -> list[float]:
+        """The ``count`` weights for a ControlNet with so many residuals.
+
+        Raises :class:`ConfigError` when a list has another length.
+        """
+        if self.curve:
+            return CURVES[self.curve][0](self.value, count)
+        if len(self.values) != count:
+            raise ConfigError(
+                f"{len(self.values)} layer weights for a ControlNet with {count} layers: give {count} "
+                "numbers, one for all, or the name of a curve"
+            )
+        return list(self.values)
+
+    def __str__(self) -> str:
+        """Text that :meth:`parse` reads back."""
+        if self.curve:
+            return f"{self.curve}({self.value:g})"
+        return ", ".join(f"{value:g}" for value in self.values)
+
+
+def _finite(value: object, shown: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigError(f"{shown!r} is not a number") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"{shown!r} is not a finite number")
+    return number
