@@ -71,6 +71,13 @@ def side_folder() -> Path:
     return ROOT / ".host-tests" / f"py{major}{minor}"
 
 
+def artifacts() -> Path:
+    """Where logs and screenshots are kept: HYDIT_SCREENSHOTS, else tests/artifacts."""
+    folder = Path(os.environ.get("HYDIT_SCREENSHOTS") or ROOT / "tests" / "artifacts")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def why_not() -> str:
     """Why the tests inside ComfyUI cannot run in this process, or "" when they can."""
     folder = find_host()
