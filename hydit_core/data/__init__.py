@@ -14,6 +14,7 @@ from .cache import (
     user_cache_folder,
 )
 from .config import BucketConfig, CacheConfig, ControlConfig, DataConfig, SourceConfig
+from .control_images import ControlImages, canny
 from .dataset import Batch, TrainData, open_dataset
 from .images import Geometry, load_picture, to_tensor
 from .manifest import Manifest, Record
@@ -27,6 +28,7 @@ __all__ = [
     "BucketConfig",
     "CacheConfig",
     "ControlConfig",
+    "ControlImages",
     "DataConfig",
     "DataSummary",
     "Geometry",
@@ -38,6 +40,7 @@ __all__ = [
     "TrainData",
     "build_latent_cache",
     "build_text_cache",
+    "canny",
     "hash_int",
     "load_picture",
     "open_dataset",

@@ -118,6 +118,8 @@ class ControlConfig(_Model):
     high: Annotated[int, Field(ge=0, le=10000)] = 200
     """Thresholds of canny; these are the published ControlNets' own."""
     model: Path | None = None
+    label: str = ""
+    """What the control pictures show ("pose", "depth"), for the file that is written; default: the kind."""
 
     @model_validator(mode="after")
     def _consistent(self) -> ControlConfig:

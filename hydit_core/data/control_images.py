@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ConfigError, DataError
-from .config import ControlConfig
+from .config import ControlConfig, Size
 from .fingerprints import file_hash
 from .images import Geometry, load_picture
 from .manifest import Manifest
@@ -72,6 +72,12 @@ class ControlImages:
         if config.kind == "depth":
             return self._depth(picture)["depth"].convert("RGB").resize(picture.size)
         return geometry.apply(load_picture(file.read(), self.alpha_color, name=str(file)))
+
+    def from_file(self, path: Path, size: Size) -> Image.Image:
+        """The control picture of ``size`` for one picture file; the file itself if such are read."""
+        picture = load_picture(path, self.alpha_color)
+        geometry = Geometry.cover(picture.size, size)
+        return self.make(geometry.apply(picture), geometry, PictureFile(path))
 
     @cached_property
     def _depth(self) -> Any:

@@ -256,7 +256,6 @@ class TrainConfig(Section):
             raise ValueError("schedule.warmup_steps is larger than run.steps")
         return self
 
-
     def _check_control(self) -> None:
         objective = self.objective
         trained = objective.kind == "controlnet"

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from ..config import DiTConfig
+from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..weights.load import load_dit
 from .conditioning import caption_fits
 from .config import TrainConfig
 from .launch import open_data
 from .memory import estimate, largest
+from .objectives import control_parameters
 from .optim import parameter_groups
 from .parts import load_text
 
@@ -32,7 +34,11 @@ def describe(config: TrainConfig) -> Iterator[str]:
     for fit in caption_fits(data.captions(), text.tokenizers):
         yield from (f"  {line}" for line in fit.lines())
 
-    everything = {f"dit.{name}": p for name, p in dit.named_parameters()}
+    controlled = config.objective.kind == "controlnet"
+    if controlled:
+        everything = control_parameters(ControlNet(dit.config, device="meta"))
+    else:
+        everything = {f"dit.{name}": p for name, p in dit.named_parameters()}
     if config.objective.train_text_encoders:
         everything |= {f"text.{name}": p for name, p in text.named_parameters()}
     groups = parameter_groups(everything, config.optimizer)
@@ -46,6 +52,9 @@ def describe(config: TrainConfig) -> Iterator[str]:
     )
     state = "trained too" if config.objective.train_text_encoders else "frozen"
     yield f"  text encoders: {_count(text.parameters()):,} parameters, {state}"
+    if controlled:
+        start = config.objective.controlnet or "the first half of the DiT, which is frozen"
+        yield f"  ControlNet from {start}"
     yield f"  trained: {_count(trained.values()):,} parameters in {len(groups)} groups"
     yield "Run"
     samples = run.steps * run.batch_size * run.grad_accumulation
@@ -56,6 +65,8 @@ def describe(config: TrainConfig) -> Iterator[str]:
     )
     yield f"  precision {run.precision}, output to {run.output_dir} (nothing has been written)"
     frozen = 0 if config.objective.train_text_encoders else _bytes(text, run.precision)
+    if controlled:
+        frozen += _bytes(dit, run.precision)
     muon = {name for group in groups if group.muon for name in group.names}
     size = largest([data.sizes[i] for i in set(data.bucket_of_row.tolist())])
     yield f"Memory of one process, estimated for batches of {size[0]}x{size[1]}"

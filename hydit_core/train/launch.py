@@ -21,7 +21,7 @@ from .conditioning import caption_fits
 from .config import TrainConfig
 from .distributed import Processes
 from .loop import EXPORT, Trainer, find_checkpoint
-from .objectives import FullObjective
+from .objectives import ControlNetObjective, FullObjective, Objective
 from .parts import ModelParts, build
 
 
@@ -46,14 +46,27 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
             _warn_of_cut_captions(data, parts)
         prepare_data(config, data, parts, processes)
         stored = TextCache(config.data, parts.text) if config.data.cache.text else None
-        objective = FullObjective(parts, config.objective, processes.device, stored_text=stored)
-        objective.parts.dit.gradient_checkpointing = float(run.gradient_checkpointing)
+        objective = make_objective(config, parts, processes.device, stored)
+        objective.use_checkpointing(float(run.gradient_checkpointing))
         trainer = Trainer(config, objective, data, processes)
         if resume is not None:
             _resume(trainer, run.output_dir if resume == "auto" else Path(resume), resume == "auto", say)
         return trainer.run(stop_after_micro=stop_after_micro)
     finally:
         processes.close()
+
+
+def make_objective(
+    config: TrainConfig, parts: ModelParts, device: torch.device, stored_text: TextCache | None = None
+) -> Objective:
+    """What ``objective.kind`` asks for."""
+    if config.data.control is None:
+        return FullObjective(parts, config.objective, device, stored_text=stored_text)
+    made = config.data.control
+    control: dict[str, object] = {"kind": made.label or made.kind}
+    if made.kind == "canny":
+        control |= {"low": made.low, "high": made.high}
+    return ControlNetObjective(parts, config.objective, device, control=control, stored_text=stored_text)
 
 
 def open_data(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainData:

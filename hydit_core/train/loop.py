@@ -273,6 +273,7 @@ class Trainer:
                         self.folder / "samples",
                         step,
                         self.processes.device,
+                        self.data.control,
                     )
                 self.metrics.note(f"step {step}: pictures in {path}")
             self.processes.barrier()

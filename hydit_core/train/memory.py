@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import DiTConfig
 from ..model.attention import Options
+from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from .config import TrainConfig
 
@@ -66,46 +67,72 @@ def estimate(
         optimizer=8 * (count - in_muon) + 4 * in_muon,
         average=4 * count * config.ema.enabled,
         frozen=frozen_bytes,
-        activations=activation_bytes(dit, config.run.batch_size, size, dtype, fraction),
+        activations=activation_bytes(
+            dit,
+            config.run.batch_size,
+            size,
+            dtype,
+            fraction,
+            controlnet=config.objective.kind == "controlnet",
+        ),
     )
 
 
 def activation_bytes(
-    config: DiTConfig, batch: int, size: tuple[int, int], dtype: torch.dtype, checkpointing: float = 0.0
+    config: DiTConfig,
+    batch: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    checkpointing: float = 0.0,
+    *,
+    controlnet: bool = False,
 ) -> int:
     """What one forward pass of a DiT keeps for its backward pass, in bytes; ``size`` is (W, H) in pixels.
+
+    With ``controlnet``, that of a ControlNet in training and of the frozen DiT behind it.
 
     Attention counts as a fused kernel (queries, keys, values and output); autocast's copies of the weights
     are counted.
     """
     with torch.device("meta"):
-        model = DiT(config, attention=_FusedAttention.attend, dtype=dtype)
+        dit = DiT(config, attention=_FusedAttention.attend, dtype=dtype)
+        net = ControlNet(config, attention=_FusedAttention.attend, dtype=dtype) if controlnet else None
         latents = torch.empty(batch, config.in_channels, size[1] // 8, size[0] // 8, dtype=dtype)
         bert = torch.empty(batch, config.text_len, config.text_dim, dtype=dtype)
         t5 = torch.empty(batch, config.t5_len, config.t5_dim, dtype=dtype)
         masks = [torch.empty(batch, n, dtype=torch.int64) for n in (config.text_len, config.t5_len)]
         sizes = torch.empty(batch, 6) if config.size_cond else None
         t = torch.empty(batch)
-        kept = _Kept(model)
+        kept = _Kept([dit] if net is None else [dit, net])
         with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
-            context = model.encode_context(bert, masks[0], t5, masks[1], image_meta_size=sizes)
-            before = kept.total
-            model(latents, t, context)
+            if net is None:
+                context = dit.encode_context(bert, masks[0], t5, masks[1], image_meta_size=sizes)
+                before = kept.total
+                dit(latents, t, context)
+            else:
+                # Text and base are frozen; the residuals are what gradients flow from the base to.
+                dit.requires_grad_(False)
+                with torch.no_grad():
+                    context = dit.encode_context(bert, masks[0], t5, masks[1], image_meta_size=sizes)
+                before = kept.total
+                dit(latents, t, context, net(latents, t, context, latents))
+    trained = dit if net is None else net
+    num_blocks = config.depth if net is None else 2 * config.num_controls
     blocks = kept.total - before
     tokens = latents.shape[-1] * latents.shape[-2] // config.patch_size**2
     stream = batch * tokens * config.hidden_size * dtype.itemsize  # the input of one block
     again = checkpointing > 0
-    whole = before + (1 - checkpointing) * blocks + checkpointing * config.depth * stream
-    copies = sum(p.numel() * 2 for p in model.parameters()) if dtype != torch.float32 else 0
-    return int(whole + again * blocks / config.depth) + copies
+    whole = before + (1 - checkpointing) * blocks + checkpointing * num_blocks * stream
+    copies = sum(p.numel() * 2 for p in trained.parameters()) if dtype != torch.float32 else 0
+    return int(whole + again * blocks / num_blocks) + copies
 
 
 class _Kept:
     """Adds up the distinct storages that autograd keeps, weights left out."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
         self.total = 0
-        self._seen = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._seen = {p.untyped_storage()._cdata for model in models for p in model.parameters()}
         self._alive: list[Any] = []
 
     def keep(self, tensor: Tensor) -> Tensor:

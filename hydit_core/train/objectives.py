@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,11 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..control import CONTROL_KEY
 from ..data import Batch
 from ..diffusion.losses import LossTerms, diffusion_loss
 from ..diffusion.schedule import Schedule
+from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..text import TextEncoders, TextFeatures
+from ..weights.save import save_checkpoint
 from .conditioning import TextSource
 from .config import ObjectiveSection
 from .draws import Draws
@@ -41,6 +45,10 @@ class Objective(Protocol):
 
     def inputs(self, batch: Batch, draws: Draws) -> dict[str, Any]:
         """Arguments of ``module``, on its device."""
+        ...
+
+    def use_checkpointing(self, fraction: float) -> None:
+        """Compute the activations of this fraction of the blocks again in the backward pass."""
         ...
 
     def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
@@ -80,17 +88,65 @@ class DiffusionModule(nn.Module):
             bert, features.bert_mask, t5, features.t5_mask, image_meta_size=image_meta_size
         )
         output = self.dit(self.schedule.add_noise(latents, noise, t), t, context)
-        with torch.autocast(latents.device.type, enabled=False):
-            return diffusion_loss(
-                output,
-                latents,
-                noise,
-                t,
-                self.schedule,
-                weighting=self.config.weighting,
-                snr_gamma=self.config.snr_gamma,
-                vlb=self.config.vlb,
+        return _losses(output, latents, noise, t, self.schedule, self.config)
+
+
+class ControlModule(nn.Module):
+    """A ControlNet in training before a frozen DiT: from latents, text features and hint to losses."""
+
+    def __init__(
+        self, dit: DiT, controlnet: ControlNet, schedule: Schedule, config: ObjectiveSection
+    ) -> None:
+        super().__init__()
+        self.dit = dit
+        self.controlnet = controlnet
+        self.schedule = schedule
+        self.config = config
+
+    def train(self, mode: bool = True) -> ControlModule:
+        """As ever, but the frozen base stays in eval mode."""
+        super().train(mode)
+        self.dit.eval()
+        return self
+
+    def forward(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        text: TextFeatures,
+        hint: Tensor,
+        image_meta_size: Tensor | None = None,
+    ) -> LossTerms:
+        """Losses (B,) of clean latents and hint latents, both (B, C, h, w), noise and timesteps t (B,).
+
+        Gradients flow through the DiT's later blocks to the residuals; its weights get none.
+        """
+        bert, t5 = (_to_compute_dtype(f) for f in (text.bert, text.t5))
+        with torch.no_grad():  # text projections are frozen in both networks
+            base, own = (
+                net.encode_context(bert, text.bert_mask, t5, text.t5_mask, image_meta_size=image_meta_size)
+                for net in (self.dit, self.controlnet)
             )
+        x_t = self.schedule.add_noise(latents, noise, t)
+        output = self.dit(x_t, t, base, self.controlnet(x_t, t, own, hint))
+        return _losses(output, latents, noise, t, self.schedule, self.config)
+
+
+def _losses(
+    output: Tensor, latents: Tensor, noise: Tensor, t: Tensor, schedule: Schedule, config: ObjectiveSection
+) -> LossTerms:
+    with torch.autocast(latents.device.type, enabled=False):
+        return diffusion_loss(
+            output,
+            latents,
+            noise,
+            t,
+            schedule,
+            weighting=config.weighting,
+            snr_gamma=config.snr_gamma,
+            vlb=config.vlb,
+        )
 
 
 def _to_compute_dtype(features: Tensor) -> Tensor:
@@ -99,8 +155,10 @@ def _to_compute_dtype(features: Tensor) -> Tensor:
     return features.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else features
 
 
-class FullObjective:
-    """All parameters of the DiT and, if configured, of the text encoders."""
+class _DiffusionObjective:
+    """From a batch to a module's inputs; subclasses choose the module and what of it is trained."""
+
+    module: nn.Module
 
     def __init__(
         self,
@@ -112,16 +170,19 @@ class FullObjective:
     ) -> None:
         self.parts = parts
         self.device = device
-        trained = parts.text if config.train_text_encoders else None
         self.schedule = Schedule(parts.info.diffusion)
-        self.module: nn.Module = DiffusionModule(parts.dit, trained, self.schedule, config).to(device)
+        self.module = self._module(config).to(device)
         self.module.train()
-        if trained is None and stored_text is None:
+        trained = config.train_text_encoders
+        if not trained and stored_text is None:
             parts.text.to(device)
-        self.text = TextSource(parts.text, device, trained=trained is not None, stored=stored_text)
+        self.text = TextSource(parts.text, device, trained=trained, stored=stored_text)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.module.named_parameters())
+    def _module(self, config: ObjectiveSection) -> nn.Module:
+        raise NotImplementedError
+
+    def use_checkpointing(self, fraction: float) -> None:
+        self.parts.dit.gradient_checkpointing = fraction
 
     def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
         if batch.moments is not None:
@@ -144,20 +205,96 @@ class FullObjective:
             inputs["image_meta_size"] = _sizes(batch).to(self.device, non_blocking=True)
         return inputs
 
-    @torch.no_grad()
     def _latents(self, batch: Batch, posterior_noise: Tensor) -> Tensor:
-        moments = batch.moments
-        if moments is None:
-            if batch.pixels is None:
-                raise ValueError("a batch needs pixels or moments")
-            moments = self.parts.vae.to(self.device).encode_moments(batch.pixels)
+        if batch.moments is not None:
+            return self._sampled(batch.moments, posterior_noise)
+        if batch.pixels is None:
+            raise ValueError("a batch needs pixels or moments")
+        return self._sampled(self._moments(batch.pixels), posterior_noise)
+
+    @torch.no_grad()
+    def _moments(self, pixels: Tensor) -> Tensor:
+        return self.parts.vae.to(self.device).encode_moments(pixels)
+
+    @torch.no_grad()
+    def _sampled(self, moments: Tensor, posterior_noise: Tensor) -> Tensor:
+        """Scaled latents from the VAE's posterior; its mean where the noise is 0."""
         mean, log_variance = moments.to(self.device, torch.float32, non_blocking=True).chunk(2, dim=1)
         deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         latents = mean + deviation * posterior_noise.to(self.device, non_blocking=True)
         return (latents - self.parts.vae.shift_factor) * self.parts.vae.scaling_factor
 
+
+class FullObjective(_DiffusionObjective):
+    """All parameters of the DiT and, if configured, of the text encoders."""
+
+    def _module(self, config: ObjectiveSection) -> nn.Module:
+        trained = self.parts.text if config.train_text_encoders else None
+        return DiffusionModule(self.parts.dit, trained, self.schedule, config)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
+
     def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
         self.parts.save(path, dtype=dtype, all_in_one=all_in_one, extra=extra)
+
+
+class ControlNetObjective(_DiffusionObjective):
+    """The blocks and the added projections of a ControlNet; its other parts stay those of the base.
+
+    ``control`` says how the control pictures are made, for the metadata of the file.
+    """
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        config: ObjectiveSection,
+        device: torch.device,
+        *,
+        control: dict[str, Any],
+        stored_text: Callable[[str], TextFeatures] | None = None,
+    ) -> None:
+        if parts.controlnet is None:
+            raise ValueError("the parts hold no ControlNet")
+        self.controlnet = parts.controlnet
+        self.control = control
+        super().__init__(parts, config, device, stored_text=stored_text)
+        self.module.requires_grad_(False)  # the trainer turns on what parameters() lists
+
+    def _module(self, config: ObjectiveSection) -> nn.Module:
+        return ControlModule(self.parts.dit, self.controlnet, self.schedule, config)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return control_parameters(self.controlnet)
+
+    def use_checkpointing(self, fraction: float) -> None:
+        super().use_checkpointing(fraction)
+        self.controlnet.gradient_checkpointing = fraction
+
+    def inputs(self, batch: Batch, draws: Draws) -> dict[str, Any]:
+        if batch.control is None:
+            raise ValueError("a batch needs control pictures")
+        inputs = super().inputs(batch, draws)
+        moments = batch.control if batch.moments is not None else self._moments(batch.control)
+        # Mode, not a sample: what generate and the nodes do.
+        hint = self._sampled(moments, torch.zeros_like(draws.posterior_noise))
+        dropped = torch.tensor(draws.drop_control, device=hint.device)
+        inputs["hint"] = hint.masked_fill(dropped[:, None, None, None], 0.0)
+        return inputs
+
+    def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
+        """The ControlNet in Tencent's layout; there is nothing that could be put in one file with it."""
+        metadata = {**extra, CONTROL_KEY: json.dumps(self.control)}
+        save_checkpoint(
+            path, dit=self.controlnet.state_dict(), info=self.parts.info, dtype=dtype, metadata=metadata
+        )
+
+
+def control_parameters(controlnet: ControlNet) -> dict[str, nn.Parameter]:
+    """What of a ControlNet is trained: the blocks and the added projections (Tencent/HunyuanDiT)."""
+    trained = ("blocks.", "before_proj.", "after_proj_list.")
+    named = controlnet.named_parameters()
+    return {f"controlnet.{name}": p for name, p in named if name.startswith(trained)}
 
 
 def _sizes(batch: Batch) -> Tensor:

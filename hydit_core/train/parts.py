@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from ..config import DiTConfig, ModelInfo
+from ..control import check_fit
 from ..data import hash_int
 from ..errors import ConfigError
+from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..text import TextEncoders, load_text_encoders
 from ..vae import VAE, load_vae
-from ..weights.load import load_dit
+from ..weights.load import load_controlnet, load_dit
 from ..weights.save import save_checkpoint
 from .attention import training_attention
 from .config import InfoSection, TextScratch, TrainConfig
@@ -32,6 +34,7 @@ class ModelParts:
     text: TextEncoders
     vae: VAE
     info: ModelInfo
+    controlnet: ControlNet | None = None
 
     def save(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
         """Write the DiT, or everything in one file."""
@@ -74,7 +77,19 @@ def build(config: TrainConfig) -> ModelParts:
     info = _with_section(info, model.info)
     options = text.info()
     info = dataclasses.replace(info, bert=options["bert"], t5=options["t5"], vae=_vae_info(vae, info))
-    return ModelParts(dit, text, vae, info)
+    controlnet = _controlnet(config, dit) if config.objective.kind == "controlnet" else None
+    if controlnet is not None and config.run.precision == "bf16":
+        dit.to(torch.bfloat16)  # frozen
+    return ModelParts(dit, text, vae, info, controlnet)
+
+
+def _controlnet(config: TrainConfig, dit: DiT) -> ControlNet:
+    start = config.objective.controlnet
+    if start is None:
+        return ControlNet.from_base(dit, attention=training_attention)
+    controlnet, _ = load_controlnet(start, dtype=torch.float32, attention=training_attention)
+    check_fit(controlnet.config, dit.config, str(start))
+    return controlnet  # type: ignore[no-any-return]
 
 
 def load_text(config: TrainConfig, dit: DiTConfig, *, like_file: bool = False) -> TextEncoders:

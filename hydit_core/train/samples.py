@@ -8,28 +8,50 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from ..control import ControlInput
 from ..pipeline import Pipeline
 from .config import SamplesSection
 
 if TYPE_CHECKING:
+    from ..data import ControlImages
     from .parts import ModelParts
 
 
 def draw_samples(
-    parts: ModelParts, settings: SamplesSection, folder: Path, step: int, device: torch.device
+    parts: ModelParts,
+    settings: SamplesSection,
+    folder: Path,
+    step: int,
+    device: torch.device,
+    control: ControlImages | None = None,
 ) -> Path:
-    """Draw every prompt with the weights as they are now; returns the sheet ``step_00001000.png``."""
+    """Draw every prompt with the weights as they are now; returns the sheet ``step_00001000.png``.
+
+    With ``control``, each picture has its control picture to its left.
+    """
     parts.vae.to(device)
     parts.text.to(device)
-    training = parts.dit.training
-    parts.dit.eval()
+    networks = [net for net in (parts.dit, parts.controlnet) if net is not None]
+    training = [net.training for net in networks]
+    for net in networks:
+        net.eval()
     try:
         pipeline = Pipeline(parts.dit, parts.text, parts.vae, parts.info)
-        given = settings.model_dump(exclude={"every", "prompts", "seed"})
-        pictures = pipeline.pictures(settings.prompts, pipeline.settings(**given), seed=settings.seed)
-        images = [picture.image for picture in pictures]
+        given = settings.model_dump(exclude={"every", "prompts", "seed", "control_images"})
+        chosen = pipeline.settings(**given)
+        if parts.controlnet is None or control is None:
+            images = [p.image for p in pipeline.pictures(settings.prompts, chosen, seed=settings.seed)]
+        else:
+            images = []
+            for index, prompt in enumerate(settings.prompts):
+                path = settings.control_images[index % len(settings.control_images)]
+                hint = control.from_file(path, (chosen.width, chosen.height))
+                steer = [ControlInput(parts.controlnet, hint)]
+                drawn = pipeline.pictures([prompt], chosen, seed=settings.seed, controls=steer)
+                images += [contact_sheet([hint, picture.image], 2) for picture in drawn]
     finally:
-        parts.dit.train(training)
+        for net, mode in zip(networks, training, strict=True):
+            net.train(mode)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.png"
     contact_sheet(images).save(path)
