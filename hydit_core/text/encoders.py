@@ -9,17 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
-from ..errors import ConfigError, WeightsError
+from ..errors import ConfigError
+from .dimensions import BERT_OPTIONS, LOWERCASE, T5_OPTIONS, check_vocabulary
 from .features import TextFeatures, Tokens
 from .tokenizers import Tokenizers
-
-#: What shapes do not tell of an encoder; these travel in a file's ``hydit.config``.
-BERT_OPTIONS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
-#: Whether BERT's vocabulary is a lower-case one: stands beside BERT_OPTIONS, as in tokenizer_config.json.
-LOWERCASE = "do_lower_case"
-T5_OPTIONS = ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon")
-# An embedding may be padded to a round number of rows: mT5's has 12 more than its tokenizer has pieces.
-_SPARE_ROWS = 128
 
 
 class TextEncoders(nn.Module):
@@ -37,8 +30,8 @@ class TextEncoders(nn.Module):
 
     def __init__(self, bert: BertModel, t5: MT5EncoderModel, tokenizers: Tokenizers) -> None:
         super().__init__()
-        _check_vocabulary("BERT", tokenizers.bert_size, bert.config.vocab_size)
-        _check_vocabulary("mT5", tokenizers.t5_size, t5.config.vocab_size)
+        check_vocabulary("BERT", tokenizers.bert_size, bert.config.vocab_size)
+        check_vocabulary("mT5", tokenizers.t5_size, t5.config.vocab_size)
         if bert.config.max_position_embeddings < tokenizers.text_len:
             raise ConfigError(
                 f"BERT has {bert.config.max_position_embeddings} positions, fewer than the "
@@ -129,11 +122,3 @@ class TextEncoders(nn.Module):
             "bert": {**bert, LOWERCASE: self.tokenizers.lowercase},
             "t5": {name: getattr(self.t5.config, name) for name in T5_OPTIONS},
         }
-
-
-def _check_vocabulary(encoder: str, tokens: int, rows: int) -> None:
-    if not tokens <= rows < tokens + _SPARE_ROWS:
-        raise WeightsError(
-            f"the {encoder} tokenizer has {tokens} tokens, the encoder's embedding {rows} rows: they "
-            "belong to different models"
-        )

@@ -122,8 +122,9 @@ def split_parts(source: TensorSource) -> Parts:
         dit=tencent_view(source, kind) if has_dit else None,
         bert=_part(source, tuple(f"{p}transformer.bert." for p in BERT_PREFIXES)),
         mt5=mt5,
-        spiece_model=_bytes(source, tuple(f"{p}spiece_model" for p in MT5_PREFIXES)),
-        bert_vocab=_bytes(source, tuple(f"{p}vocab" for p in BERT_PREFIXES)),
+        # Without a prefix: ComfyUI saves each text encoder in a file of its own so.
+        spiece_model=_bytes(source, tuple(f"{p}spiece_model" for p in (*MT5_PREFIXES, ""))),
+        bert_vocab=_bytes(source, tuple(f"{p}vocab" for p in (*BERT_PREFIXES, ""))),
         vae=_part(source, VAE_PREFIXES),
         info=model_info(source, kind) if has_dit else None,
     )

@@ -1,0 +1,96 @@
+"""The dimensions of BERT and mT5, from their tensors' shapes: plain dictionaries, no transformers needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import WeightsError
+from ..weights.source import TensorSource
+
+#: What shapes do not tell of an encoder; these travel in a file's ``hydit.config``.
+BERT_OPTIONS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+#: Whether BERT's vocabulary is a lower-case one: stands beside BERT_OPTIONS, as in tokenizer_config.json.
+LOWERCASE = "do_lower_case"
+T5_OPTIONS = ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon")
+# An embedding may be padded to a round number of rows: mT5's has 12 more than its tokenizer has pieces.
+_SPARE_ROWS = 128
+
+
+def bert_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[str, Any]:
+    """BERT's dimensions, under the names of transformers' ``BertConfig``.
+
+    ``options`` holds what shapes do not tell (:data:`BERT_OPTIONS`). Without it, heads are 64 wide, as in
+    every published BERT.
+
+    Raises:
+        WeightsError: if a tensor that they are read from is missing, or the heads do not divide the width.
+    """
+    vocab, hidden = _shape(source, "embeddings.word_embeddings.weight")
+    values: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": _layers(source, r"encoder\.layer\.(\d+)\."),
+        "intermediate_size": _shape(source, "encoder.layer.0.intermediate.dense.weight")[0],
+        "max_position_embeddings": _shape(source, "embeddings.position_embeddings.weight")[0],
+        "type_vocab_size": _shape(source, "embeddings.token_type_embeddings.weight")[0],
+        "num_attention_heads": max(1, hidden // 64),
+    }
+    values.update({name: options[name] for name in BERT_OPTIONS if name in options})
+    if hidden % values["num_attention_heads"]:
+        raise WeightsError(
+            f"BERT's hidden size {hidden} cannot be split into {values['num_attention_heads']} heads; give "
+            "num_attention_heads in the file's hydit.config or in config.json"
+        )
+    return values
+
+
+def t5_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The dimensions of mT5's encoder, under the names of transformers' ``MT5Config``.
+
+    ``options`` may hold :data:`T5_OPTIONS`. The relative bias has one column a head, so the heads' width
+    needs no guess.
+
+    Raises:
+        WeightsError: if a tensor that they are read from is missing.
+    """
+    vocab, d_model = _shape(source, "shared.weight")
+    first = "encoder.block.0.layer.0.SelfAttention."
+    buckets, heads = _shape(source, f"{first}relative_attention_bias.weight")
+    gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in source
+    values: dict[str, Any] = {
+        "vocab_size": vocab,
+        "d_model": d_model,
+        "num_layers": _layers(source, r"encoder\.block\.(\d+)\."),
+        "num_heads": heads,
+        "d_kv": _shape(source, f"{first}q.weight")[0] // heads,
+        "d_ff": _shape(source, "encoder.block.0.layer.1.DenseReluDense.wo.weight")[1],
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+    }
+    values.update({name: options[name] for name in T5_OPTIONS if name in options})
+    return values
+
+
+def check_vocabulary(encoder: str, tokens: int, rows: int) -> None:
+    """Whether a tokenizer of so many tokens belongs to an embedding of so many rows.
+
+    Raises:
+        WeightsError: if it has more tokens than rows, or far fewer.
+    """
+    if not tokens <= rows < tokens + _SPARE_ROWS:
+        raise WeightsError(
+            f"the {encoder} tokenizer has {tokens} tokens, the encoder's embedding {rows} rows: they "
+            "belong to different models"
+        )
+
+
+def _shape(source: TensorSource, key: str) -> tuple[int, ...]:
+    if key not in source:
+        raise WeightsError(f"a text encoder is incomplete: {key} is missing")
+    return source.shape(key)
+
+
+def _layers(source: TensorSource, pattern: str) -> int:
+    return 1 + max((int(match[1]) for key in source if (match := re.match(pattern, key))), default=-1)
