@@ -1,5 +1,6 @@
 # make demo    a picture from a Chinese and an English prompt, from nothing
 # make test    every test that needs no ComfyUI
+# make test-host  the tests inside a ComfyUI and in its page; COMFYUI_PATH says which (docs/testing.md)
 # make lint    ruff and mypy
 # make bench   benchmarks/*.py, one after the other
 #
@@ -20,13 +21,17 @@ BIN := $(VENV)/bin
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-host lint bench clean
 
 demo: $(VENV)/.headless
 	$(BIN)/python -m hydit_core.generate --prompt "红苹果" --prompt "a red apple" --seed 1 --out $(OUT)
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(PYTEST_ARGS)
+
+# With the Python of that ComfyUI, not with ours. HOST_ARGS go to pytest: HOST_ARGS="tests/host -k smoke"
+test-host:
+	$(PYTHON) tests/run_host.py $(HOST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
