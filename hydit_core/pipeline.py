@@ -21,6 +21,7 @@ from .diffusion.denoiser import Denoiser
 from .diffusion.guidance import GuidedDenoiser
 from .diffusion.samplers import SAMPLERS, draw_noise, noise_sampler_from, start_latents
 from .diffusion.schedule import Schedule
+from .embedded import embedded_model
 from .errors import ConfigError, HyditError, WeightsError
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
@@ -405,17 +406,3 @@ def _or_say(part: str, *, given: bool) -> Iterator[None]:
         if given:
             raise
         raise WeightsError(f"{error} (--{part.replace('_', '-')} PATH, or {part}= in Python)") from None
-
-
-ASSETS = Path(__file__).parent / "assets"
-
-
-def embedded_model() -> Path:
-    """The model that comes with hydit: the one ``.safetensors`` file in its ``assets`` folder.
-
-    Raises :class:`WeightsError` if there is none, or more than one.
-    """
-    found = sorted(ASSETS.glob("*.safetensors"))
-    if len(found) != 1:
-        raise WeightsError(f"{ASSETS} holds {len(found)} models instead of one: name the model to use")
-    return found[0]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hydit_core import WeightsError, load, pipeline
+from hydit_core import WeightsError, load
 from hydit_core.config import NEGATIVE_PROMPT
 from hydit_core.generate import main
 from hydit_core.png import read_parameters
@@ -176,7 +176,7 @@ def test_a_copy_of_the_default_model_draws_the_same_without_the_assets(
     assets = Path("assets").absolute()
     assets.mkdir()
     shutil.copy(tiny_model_file, assets / "some_model.safetensors")
-    monkeypatch.setattr(pipeline, "ASSETS", assets)
+    monkeypatch.setattr("hydit_core.embedded.ASSETS", assets)
     embedded = load(device="cpu")("cat", seed=3)[0]
     copy = Path("elsewhere.safetensors")
     shutil.copy(assets / "some_model.safetensors", copy)

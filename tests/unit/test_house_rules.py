@@ -9,9 +9,11 @@ LIBRARY = Path(__file__).resolve().parents[2] / "hydit_core"
 
 # Lower may not import higher. A part that is not named here fails the test: give it a place.
 LAYERS = {
+    "__version__": 0,
     "errors": 0,
     "config": 1,
     "devices": 1,
+    "embedded": 1,
     "presets": 2,
     "png": 2,
     "model": 2,
@@ -21,7 +23,9 @@ LAYERS = {
     "vae": 3,
     "lora": 3,
     "data": 4,
+    "control": 3,
     "pipeline": 4,
+    "workflow": 4,
     "generate": 5,
     "train": 5,
 }

@@ -1,0 +1,20 @@
+"""The model that comes with hydit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import WeightsError
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def embedded_model() -> Path:
+    """The model that comes with hydit: the one ``.safetensors`` file in its ``assets`` folder.
+
+    Raises :class:`WeightsError` if there is none, or more than one.
+    """
+    found = sorted(ASSETS.glob("*.safetensors"))
+    if len(found) != 1:
+        raise WeightsError(f"{ASSETS} holds {len(found)} models instead of one: name the model to use")
+    return found[0]
