@@ -259,7 +259,7 @@ def _build(
     _check_fit(model, names, source)
     model.load_state_dict(_read(names, source, dtype, device), assign=True)
     model.requires_grad_(False).eval()
-    scaling, shift = _scale(kind, stored, source, options)
+    scaling, shift = vae_layout.latent_scale(kind, stored, source, options)
     vae = VAE(model, scaling_factor=scaling, shift_factor=shift, preview_rgb=options.get("preview_rgb"))
     return vae.eval()
 
@@ -326,22 +326,3 @@ def _read(
         tensor = source.get(key, dtype).to(device)
         tensors[name] = vae_layout.to_matrix(tensor) if vae_layout.is_attention_matrix(name) else tensor
     return tensors
-
-
-def _scale(
-    kind: vae_layout.VaeKind,
-    stored: dict[str, str],
-    source: TensorSource,
-    options: dict[str, Any],
-) -> tuple[float, float]:
-    """Scaling and shift factor of the latents."""
-    if kind.layout != "taesd" or "vae_scale" not in stored:
-        default = 1.0 if kind.architecture == "tiny" else SCALING_FACTOR
-        return float(options.get("scaling_factor", default)), float(options.get("shift_factor") or 0.0)
-    # ComfyUI defines a TAESD's unscaled latents as z / vae_scale + vae_shift, z being what the network makes,
-    # and scales them by its latent format's constant.
-    # As float32, in which the file holds its own scale: equal ones then give exactly 1.
-    scaling = float(torch.tensor(SCALING_FACTOR))
-    vae_scale = float(source[stored["vae_scale"]])
-    vae_shift = float(source[stored["vae_shift"]]) if "vae_shift" in stored else 0.0
-    return scaling / vae_scale, -vae_shift * vae_scale

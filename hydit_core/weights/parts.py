@@ -194,13 +194,13 @@ def _own_parts(source: TensorSource) -> Parts:
     kind = found.kind.kind
     if kind not in FOLDERS or any((found.bert, found.mt5, found.vae)):
         return replace(found, info=info)
-    beside = options_beside(source, kind)
+    info = options_beside(source, kind).complete(info)
     return replace(
         found,
-        info=beside.complete(info),
+        info=info,
         bert=bert_part(source) if kind == "bert" else None,
         mt5=mt5_part(source) if kind == "t5" else None,
-        vae=vae_part(source, beside.vae) if kind == "vae" else None,
+        vae=vae_part(source, info.vae) if kind == "vae" else None,
     )
 
 

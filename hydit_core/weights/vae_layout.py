@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
+from .source import TensorSource
 
 SCALING_FACTOR = 0.13025
 """Of the SDXL VAE's latents, which every published HunyuanDiT works on."""
@@ -219,6 +220,32 @@ def taesd_scale(scaling_factor: float, shift_factor: float) -> tuple[float, floa
     """
     vae_scale = SCALING_FACTOR / scaling_factor
     return vae_scale, -shift_factor / vae_scale
+
+
+def latent_scale(
+    kind: VaeKind,
+    stored: Mapping[str, str],
+    tensors: Mapping[str, Tensor] | TensorSource,
+    options: Mapping[str, Any],
+) -> tuple[float, float]:
+    """Scaling and shift factor: the diffusion model works on ``(z - shift) * scaling``.
+
+    z is what a KL autoencoder's mean is, or what a TAESD's network makes.
+
+    Args:
+        stored: the VAE's own names -> those in ``tensors`` (:func:`strip_vae_prefix`).
+        options: ``vae`` of the file's ``hydit.config``. A TAESD's own scale, in its tensors, goes first.
+    """
+    if kind.layout != "taesd" or "vae_scale" not in stored:
+        default = 1.0 if kind.architecture == "tiny" else SCALING_FACTOR
+        return float(options.get("scaling_factor", default)), float(options.get("shift_factor") or 0.0)
+    # ComfyUI defines a TAESD's unscaled latents as z / vae_scale + vae_shift, z being what the network makes,
+    # and scales them by its latent format's constant.
+    # As float32, in which the file holds its own scale: equal ones then give exactly 1.
+    scaling = float(torch.tensor(SCALING_FACTOR))
+    vae_scale = float(tensors[stored["vae_scale"]])
+    vae_shift = float(tensors[stored["vae_shift"]]) if "vae_shift" in stored else 0.0
+    return scaling / vae_scale, -vae_shift * vae_scale
 
 
 def kl_config(keys: Iterable[str], shape: Shape, *, norm_num_groups: int = 32) -> dict[str, Any]:
