@@ -1,0 +1,168 @@
+"""The models that the loaders offer: their names, where they are, and when they changed.
+
+Lists come from ComfyUI's own folders, which are read and never changed. A name with a trailing slash is a
+folder: a diffusers pipeline's, Tencent's, or that of one text encoder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import folder_paths
+
+from ...hydit_core.embedded import embedded_model
+from ...hydit_core.errors import HyditError, WeightsError
+from ...hydit_core.weights.companions import FOLDERS
+from ...hydit_core.weights.files import SUFFIXES
+
+CHECKPOINTS = ("checkpoints", "diffusers")
+DIT = ("diffusion_models", "checkpoints", "diffusers")
+TEXT_ENCODERS = ("text_encoders", "checkpoints", "diffusers")
+"""ComfyUI's folders, in the order in which a name is looked for."""
+
+_EMBEDDED = "[embedded] "
+_ENCODERS = (*FOLDERS["bert"], *FOLDERS["t5"])
+# Of a folder that is one encoder, as transformers writes it.
+_OWN_WEIGHTS = ("model.", "model-", "pytorch_model")
+_READ = (*SUFFIXES, ".json", ".txt", ".model")
+_SHOWN = 10
+Parts = tuple[str, ...]
+
+
+def checkpoint_names() -> list[str]:
+    """The embedded model, files, and folders that hold a whole model."""
+    return [*_embedded_names(), *_files(CHECKPOINTS), *_folders(CHECKPOINTS, _model_folder)]
+
+
+def dit_names() -> list[str]:
+    """The embedded model, files that may hold a DiT, and folders with one."""
+    return [*_embedded_names(), *_files(DIT), *_folders(DIT, _model_folder)]
+
+
+def text_encoder_names() -> list[str]:
+    """The embedded model, files that may hold a text encoder, and folders with one or both."""
+    own = _folders(TEXT_ENCODERS[:1], _encoder_folder)
+    return [
+        *_embedded_names(),
+        *_files(TEXT_ENCODERS),
+        *own,
+        *(name for name in _folders(TEXT_ENCODERS[1:], _encoders_folder) if name not in own),
+    ]
+
+
+def resolve(name: str, *kinds: str) -> Path:
+    """The file or folder that a name from the lists means, with either path separator.
+
+    Args:
+        kinds: ComfyUI's folders to look in, such as :data:`DIT`.
+
+    Raises:
+        HyditError: if it is not there any more; names what is.
+    """
+    if name.startswith(_EMBEDDED):
+        if name in _embedded_names():
+            return embedded_model()
+        raise HyditError(f"{name} is not part of this version of hydit; it has {_shown(_embedded_names())}")
+    for kind in kinds:
+        if found := _find(kind, name):
+            return found
+    there = [*_files(kinds), *_folders(kinds, _model_folder), *_folders(kinds, _encoder_folder)]
+    places = ", ".join(path for kind in kinds for path in _roots(kind))
+    raise HyditError(
+        f"{name} is not there (any more): looked in {places}; choose another. There is: {_shown(there)}"
+    )
+
+
+def check(name: str | None, *kinds: str) -> bool | str:
+    """True, or what :func:`resolve` would raise, as ``validate_inputs`` wants it. None: linked, not known."""
+    try:
+        return name is None or bool(resolve(name, *kinds))
+    except HyditError as error:
+        return str(error)
+
+
+def fingerprint(path: Path) -> str:
+    """Another text when the file, or any file in the folder, is another one (by time and size)."""
+    digest = sha256()
+    for file in sorted(_walk(path, _READ)) if path.is_dir() else [path]:
+        status = file.stat()
+        digest.update(f"{file}|{status.st_mtime_ns}|{status.st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _embedded_names() -> list[str]:
+    try:
+        return [f"{_EMBEDDED}{embedded_model().stem}"]
+    except WeightsError as error:  # the nodes must load all the same
+        logging.warning("hydit: %s", error)
+        return []
+
+
+def _roots(kind: str) -> list[str]:
+    return folder_paths.get_folder_paths(kind) if kind in folder_paths.folder_names_and_paths else []
+
+
+def _files(kinds: Iterable[str]) -> list[str]:
+    """Files without doubles: the first kind that has a name gives its file."""
+    lists = (folder_paths.get_filename_list(kind) for kind in kinds if kind != "diffusers" and _roots(kind))
+    return list(dict.fromkeys(name for names in lists for name in names))
+
+
+def _find(kind: str, name: str) -> Path | None:
+    for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
+        if found := folder_paths.get_full_path(kind, spelling):
+            return Path(found)
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    if not parts or any(part == ".." or ":" in part for part in parts):
+        return None
+    return next((path for root in _roots(kind) if (path := Path(root, *parts)).is_dir()), None)
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more if names else "nothing"
+
+
+def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    for parent, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(parent, name) for name in names if name.endswith(suffixes))
+
+
+def _weights(kind: str) -> Iterator[Parts]:
+    """The path, below its root, of every weights file of a kind."""
+    if kind == "diffusers":  # ComfyUI lists no files there
+        for root in map(Path, _roots(kind)):
+            yield from (path.relative_to(root).parts for path in _walk(root, SUFFIXES))
+    else:
+        yield from (tuple(name.replace("\\", "/").split("/")) for name in _files([kind]))
+
+
+def _folders(kinds: Iterable[str], rule: Callable[[Parts], Parts]) -> list[str]:
+    """The folders that ``rule`` sees from where the weights files are."""
+    found = {folder for kind in kinds for parts in _weights(kind) if (folder := rule(parts))}
+    return sorted("/".join(folder) + "/" for folder in found)
+
+
+def _model_folder(parts: Parts) -> Parts:
+    """The folder that has the transformer as diffusers or Tencent keep it; () if this file is none."""
+    if parts[-3:-1] == ("t2i", "model"):
+        return parts[:-3] or parts[:-2]
+    tencent = parts[-2:-1] == ("model",) and parts[-1].startswith("pytorch_model")
+    return parts[:-2] if tencent or parts[-2:-1] == ("transformer",) else ()
+
+
+def _encoders_folder(parts: Parts) -> Parts:
+    """The folder that has a text encoder as diffusers or Tencent keep it."""
+    if len(parts) < 3 or parts[-2] not in _ENCODERS:
+        return ()
+    return parts[:-3] or parts[:-2] if parts[-3] == "t2i" else parts[:-2]
+
+
+def _encoder_folder(parts: Parts) -> Parts:
+    """That, or the folder of one encoder, as transformers writes it."""
+    own = parts[:-1] if parts[-1].startswith(_OWN_WEIGHTS) else ()
+    return _encoders_folder(parts) or own

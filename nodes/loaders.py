@@ -1,0 +1,231 @@
+"""Loaders: from files and folders to MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..hydit_core.errors import WeightsError
+from ..hydit_core.weights.dtypes import dtype_name
+from ..hydit_core.weights.parts import Parts, bundle
+from ..hydit_core.weights.source import TensorSource
+from .host import folders
+from .schema import make_schema
+
+_CATEGORY = "HunyuanDiT/loaders"
+_SAME = "same as bert_name"
+_DTYPES = ["default", "fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e5m2"]
+# What to do with a file of another kind, in a graph.
+_ADVICE = {
+    "dit": "load it with HyDiTDiTLoader",
+    "bert": "load it with HyDiTTextEncoderLoader",
+    "t5": "load it with HyDiTTextEncoderLoader",
+    "vae": "load it with VAELoader",
+    "lora": "give it to a LoRA loader, behind a MODEL",
+    "controlnet": "give it to a ControlNet loader, beside a MODEL",
+    "ip_adapter": "an IP-Adapter is used beside a MODEL",
+    "other": "it needs its own model's loader",
+}
+
+
+class HyDiTCheckpointLoader(io.ComfyNode):
+    """A whole model from one file or folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return make_schema(
+            node_id="HyDiTCheckpointLoader",
+            display_name="HunyuanDiT Checkpoint Loader",
+            category=_CATEGORY,
+            description="Loads HunyuanDiT with its text encoders and VAE from one all-in-one file, a "
+            "diffusers folder or Tencent's folder. It finds the version out itself and shows it on the node.",
+            search_aliases=["hydit", "hunyuan", "混元", "load checkpoint"],
+            inputs=[
+                io.Combo.Input(
+                    "ckpt_name",
+                    options=folders.checkpoint_names(),
+                    tooltip="[embedded] is a small model that comes with these nodes. The others are in "
+                    "ComfyUI/models/checkpoints and models/diffusers; a name that ends in / is a folder.",
+                ),
+                _dtype_input("the DiT"),
+            ],
+            outputs=[
+                io.Model.Output("MODEL", tooltip="The denoising network, for samplers and LoRA loaders."),
+                io.Clip.Output("CLIP", tooltip="BERT and mT5, for HyDiTTextEncode."),
+                io.Vae.Output("VAE", tooltip="Between latents and pictures."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, ckpt_name: str | None = None) -> bool | str:
+        return folders.check(ckpt_name, *folders.CHECKPOINTS)
+
+    @classmethod
+    def fingerprint_inputs(cls, ckpt_name: str, **_: str) -> str:
+        return folders.fingerprint(folders.resolve(ckpt_name, *folders.CHECKPOINTS))
+
+    @classmethod
+    def execute(cls, ckpt_name: str, weight_dtype: str) -> io.NodeOutput:
+        from .host.clip import load_clip
+        from .host.model import load_model
+        from .host.vae import load_vae
+
+        opened = bundle(folders.resolve(ckpt_name, *folders.CHECKPOINTS))
+        # Before anything is loaded: what is missing costs no time.
+        _check_whole(opened)
+        model = load_model(opened, weight_dtype=weight_dtype)
+        clip = load_clip(opened, opened)
+        vae = load_vae(opened.vae, opened.info)
+        return io.NodeOutput(model, clip, vae, ui={"hydit_version": [_model_text(opened)]})
+
+
+class HyDiTDiTLoader(io.ComfyNode):
+    """The denoising network alone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return make_schema(
+            node_id="HyDiTDiTLoader",
+            display_name="HunyuanDiT DiT Loader",
+            category=_CATEGORY,
+            description="Loads HunyuanDiT's denoising network alone, from any of its published files: "
+            "Tencent's .pt, diffusers, or out of an all-in-one file. Text encoders and VAE have loaders of "
+            "their own.",
+            search_aliases=["hydit", "hunyuan", "混元", "load diffusion model", "unet loader"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folders.dit_names(),
+                    tooltip="[embedded] is a small model that comes with these nodes. The others are in "
+                    "ComfyUI/models/diffusion_models, models/checkpoints and models/diffusers; a name that "
+                    "ends in / is a folder.",
+                ),
+                _dtype_input("the DiT"),
+            ],
+            outputs=[io.Model.Output("MODEL", tooltip="For samplers and LoRA loaders.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return folders.check(model_name, *folders.DIT)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **_: str) -> str:
+        return folders.fingerprint(folders.resolve(model_name, *folders.DIT))
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
+        from .host.model import load_model
+
+        opened = bundle(folders.resolve(model_name, *folders.DIT), only=("dit",))
+        if opened.dit is None:
+            raise _other(opened, "a HunyuanDiT (DiT) checkpoint")
+        model = load_model(opened, weight_dtype=weight_dtype)
+        return io.NodeOutput(model, ui={"hydit_version": [_model_text(opened)]})
+
+
+class HyDiTTextEncoderLoader(io.ComfyNode):
+    """BERT and mT5, together or from two places."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = folders.text_encoder_names()
+        return make_schema(
+            node_id="HyDiTTextEncoderLoader",
+            display_name="HunyuanDiT Text Encoder Loader",
+            category=_CATEGORY,
+            description="Loads HunyuanDiT's two text encoders: from one file or folder that has both, or "
+            "BERT from one and mT5 from another.",
+            search_aliases=["hydit", "hunyuan", "混元", "load clip", "bert", "mt5", "dual clip loader"],
+            inputs=[
+                io.Combo.Input(
+                    "bert_name",
+                    options=names,
+                    tooltip="BERT: a file, the folder that it was downloaded as (name ends in /), or "
+                    "anything that holds a whole model. From ComfyUI/models/text_encoders, "
+                    "models/checkpoints and models/diffusers. Its vocab.txt is looked for in the file, then "
+                    "beside it.",
+                ),
+                io.Combo.Input(
+                    "mt5_name",
+                    options=[_SAME, *names],
+                    default=_SAME,
+                    tooltip="mT5, from the same place or from another. Its spiece.model is looked for in the "
+                    "file, then beside it (ComfyUI's lists do not show that file).",
+                ),
+                _dtype_input("BERT and mT5"),
+            ],
+            outputs=[io.Clip.Output("CLIP", tooltip="For HyDiTTextEncode.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, bert_name: str | None = None, mt5_name: str | None = None) -> bool | str:
+        found = folders.check(bert_name, *folders.TEXT_ENCODERS)
+        if found is not True or mt5_name == _SAME:
+            return found
+        return folders.check(mt5_name, *folders.TEXT_ENCODERS)
+
+    @classmethod
+    def fingerprint_inputs(cls, bert_name: str, mt5_name: str, **_: str) -> str:
+        names = dict.fromkeys((bert_name, bert_name if mt5_name == _SAME else mt5_name))
+        paths = (folders.resolve(name, *folders.TEXT_ENCODERS) for name in names)
+        return " ".join(folders.fingerprint(path) for path in paths)
+
+    @classmethod
+    def execute(cls, bert_name: str, mt5_name: str, weight_dtype: str) -> io.NodeOutput:
+        from .host.clip import load_clip
+
+        bert = bundle(folders.resolve(bert_name, *folders.TEXT_ENCODERS), only=("bert", "t5"))
+        mt5 = bert
+        if mt5_name not in (_SAME, bert_name):
+            mt5 = bundle(folders.resolve(mt5_name, *folders.TEXT_ENCODERS), only=("t5",))
+        if bert.bert is None:
+            raise _other(bert, "a BERT text encoder")
+        if mt5.mt5 is None:
+            same = "; mt5_name chooses another place for mT5" if mt5 is bert else ""
+            raise _other(mt5, "an mT5 text encoder", same)
+        clip = load_clip(bert, mt5, weight_dtype=weight_dtype)
+        text = f"BERT {_dtype_text(bert.bert)}, mT5 {_dtype_text(mt5.mt5)}"
+        return io.NodeOutput(clip, ui={"hydit_version": [text]})
+
+
+def _dtype_input(what: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "weight_dtype",
+        options=_DTYPES,
+        default="default",
+        tooltip=f"How {what} is kept in memory. default: ComfyUI chooses for the file and the machine. fp8 "
+        "takes half the memory of fp16 and changes the picture a little; fp16 may overflow (black pictures).",
+    )
+
+
+def _check_whole(opened: Parts) -> None:
+    """Raise unless a place holds everything that the checkpoint loader gives."""
+    if opened.dit is None:
+        raise _other(opened, "a HunyuanDiT all-in-one checkpoint")
+    parts = {"BERT": opened.bert, "mT5": opened.mt5, "VAE": opened.vae}
+    missing = [name for name, part in parts.items() if part is None]
+    if missing:
+        raise WeightsError(
+            f"{opened.path} is {opened.kind.name} without {' and '.join(missing)}; "
+            "load it with HyDiTDiTLoader, and the rest with HyDiTTextEncoderLoader and VAELoader"
+        )
+
+
+def _other(opened: Parts, expected: str, more: str = "") -> WeightsError:
+    advice = _ADVICE.get(opened.kind.kind, "choose another")
+    return WeightsError(f"{opened.path} is {opened.kind.name}; expected {expected}; {advice}{more}")
+
+
+def _model_text(opened: Parts) -> str:
+    """Such as "HunyuanDiT-g/2 v1.2, ema, fp16"."""
+    assert opened.dit is not None and opened.info is not None
+    name = opened.kind.name.removeprefix("a ").removesuffix(" checkpoint").removesuffix(" all-in-one")
+    diffusion = opened.info.diffusion
+    said = [name, opened.info.variant, _dtype_text(opened.dit)]
+    said += [f"{diffusion.prediction}-prediction"] if diffusion.prediction != "v" else []
+    return ", ".join(filter(None, said))
+
+
+def _dtype_text(source: TensorSource) -> str:
+    dtype = source.main_dtype()
+    return dtype_name(dtype) if dtype is not None else ""
