@@ -25,6 +25,7 @@ from .pipeline import Picture, Pipeline, load
 from .png import png_info
 from .presets import PRESETS, check_seed
 from .weights.writer import atomic_path
+from .workflow import redraw
 
 VERSIONS = ("v1.0", "v1.1", "v1.2")
 _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -141,8 +142,10 @@ def _run(args: argparse.Namespace) -> None:
             facts = _facts(pipe, settings, picture)
             if init is not None:
                 facts |= {"init_image": args.init_image.name, "strength": strength}
+            graph = redraw(facts, **_places(args))
+            info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
             with atomic_path(path) as temporary:
-                picture.image.save(temporary, format="PNG", pnginfo=png_info(facts))
+                picture.image.save(temporary, format="PNG", pnginfo=info)
             bar.clear()
             print(path, flush=True)
 
@@ -215,6 +218,12 @@ def _facts(pipe: Pipeline, settings: SamplingDefaults, picture: Picture) -> dict
         "version": pipe.info.version,
         "dtype": str(pipe.dit.dtype).removeprefix("torch."),
     }
+
+
+def _places(args: argparse.Namespace) -> dict[str, Path | None]:
+    """The files that :func:`redraw` asks for."""
+    given = {name: getattr(args, name) for name in ("model", "text_encoders", "vae", "init_image")}
+    return {name: None if path is None else Path(path).expanduser() for name, path in given.items()}
 
 
 class _Names:

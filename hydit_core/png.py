@@ -1,7 +1,7 @@
 """Pictures that remember how they were made: the parameters in a PNG's text chunks.
 
-Two chunks are written. ``parameters`` is the line format that picture browsers and galleries show;
-``hydit`` is the same as JSON, for programs.
+``parameters`` is the line format that picture browsers and galleries show; ``hydit`` is the same as JSON,
+for programs; ``workflow`` and ``prompt`` are what ComfyUI looks for in a picture that is dropped on its page.
 """
 
 from __future__ import annotations
@@ -40,11 +40,17 @@ def parameters_text(parameters: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ", ".join(shown)])
 
 
-def png_info(parameters: Mapping[str, Any]) -> PngInfo:
-    """Both chunks. ``parameters`` needs at least prompt, width, height and steps."""
+def png_info(parameters: Mapping[str, Any], **graph: Any) -> PngInfo:
+    """The chunks. ``parameters`` needs at least prompt, width, height and steps.
+
+    ``graph`` is ``workflow`` and ``prompt`` of a :class:`~.workflow.Graph`, if there is one.
+    """
     info = PngInfo()
     info.add_itxt("parameters", parameters_text(parameters))
     info.add_itxt("hydit", json.dumps({"format": FORMAT, **parameters}, ensure_ascii=False))
+    for name, value in graph.items():
+        # ComfyUI's older pages misread international text chunks; JSON can do with ASCII.
+        info.add_text(name, json.dumps(value))
     return info
 
 
