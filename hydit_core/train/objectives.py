@@ -259,7 +259,9 @@ class ControlNetObjective(_DiffusionObjective):
         self.controlnet = parts.controlnet
         self.control = control
         super().__init__(parts, config, device, stored_text=stored_text)
-        self.module.requires_grad_(False)  # the trainer turns on what parameters() lists
+        self.module.requires_grad_(False)
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(True)
 
     def _module(self, config: ObjectiveSection) -> nn.Module:
         return ControlModule(self.parts.dit, self.controlnet, self.schedule, config)
