@@ -143,7 +143,7 @@ class ComfyServer:
                 self.interrupt()
                 return Result(False, error=Failure(node_errors=told["node_errors"]))
             result = self._listen(connection, told["prompt_id"], time.monotonic() + timeout)
-        result.outputs = self._outputs(told["prompt_id"])
+        result.outputs = self.outputs(told["prompt_id"])
         return result
 
     def connect(self) -> websocket.WebSocket:
@@ -154,7 +154,8 @@ class ComfyServer:
         connection.send(json.dumps(flags))
         return connection
 
-    def _outputs(self, prompt_id: str) -> dict[str, Any]:
+    def outputs(self, prompt_id: str) -> dict[str, Any]:
+        """The ui dictionaries of a prompt that has ended, by node."""
         # The history is written after the last message was sent.
         for _ in range(100):
             history = self.get(f"/history/{prompt_id}")
