@@ -1,0 +1,78 @@
+// A row of HTML at the foot of a node. It is shown, never saved and never sent.
+
+import { app } from "../../../scripts/app.js";
+
+const MARGIN = 6; // above, below and beside a row, where the page draws nodes on its canvas
+const GAP = 4; // what the page adds below every widget of fixed height
+const STYLE_ID = "hydit-style";
+
+const CSS = `
+.hydit-row {
+  box-sizing: border-box; min-width: 0; color: var(--input-text, #ddd);
+  font: 11px/1.4 Inter, "Noto Sans SC", "Microsoft YaHei", "WenQuanYi Micro Hei", Arial, sans-serif;
+}
+.hydit-muted { color: var(--descrip-text, #999); }
+`;
+
+/** Add rules to the page's style sheet, once for each `id`. */
+export function addStyle(id, css) {
+  if (document.getElementById(id)) return;
+  const style = document.createElement("style");
+  style.id = id;
+  style.textContent = css;
+  document.head.append(style);
+}
+
+/**
+ * Add `element` as the last row of a node.
+ *
+ * @param {() => number} height of the element in pixels; asked again at every drawing.
+ * @param {() => void} [onDraw] called at every drawing.
+ * @returns the widget, or undefined where the page has no such widgets.
+ */
+export function addRow(node, name, element, height, onDraw) {
+  if (typeof node.addDOMWidget !== "function") return undefined;
+  addStyle(STYLE_ID, CSS);
+  element.classList.add("hydit-row");
+  const widget = node.addDOMWidget(name, "hydit-row", element, {
+    serialize: false, // not in the prompt
+    hideInPanel: true, // the side panel would draw an empty box
+    margin: MARGIN,
+    getValue: () => "",
+    setValue: () => {},
+    onDraw,
+  });
+  widget.serialize = false; // not in the workflow
+  // A fixed height: free space belongs to the prompts. Nodes 2.0 takes the height from the element itself.
+  widget.computeSize = (width) => [width ?? 0, height() + 2 * MARGIN - GAP];
+  widget.computeLayoutSize = undefined;
+  grow(node);
+  passOn(element);
+  // The height is known once the browser has laid the text out, which may be after the node was drawn.
+  new ResizeObserver(() => node.setDirtyCanvas?.(true, true)).observe(element.firstElementChild ?? element);
+  return widget;
+}
+
+/** A node has its first size before extensions see it: make room for the row. */
+function grow(node) {
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+}
+
+/** On the canvas, let the wheel zoom and the middle button pan over the row as they do beside it. */
+function passOn(element) {
+  const onCanvas = () => element.closest(".dom-widget") && app.canvas;
+  element.addEventListener("wheel", (event) => {
+    const scrolls = element.scrollHeight > element.clientHeight + 1 && !event.ctrlKey;
+    if (!onCanvas() || scrolls) return;
+    event.preventDefault();
+    app.canvas.processMouseWheel(event);
+  });
+  const forward = { pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
+  for (const [kind, method] of Object.entries(forward)) {
+    element.addEventListener(kind, (event) => {
+      const middle = kind === "pointermove" ? event.buttons & 4 : event.button === 1;
+      if (middle && onCanvas()) app.canvas[method](event);
+    });
+  }
+}
