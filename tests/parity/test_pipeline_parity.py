@@ -8,67 +8,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, HunyuanDiTPipeline
-from diffusers_models import diffusers_dit
+from diffusers_pipeline import NEGATIVE, PROMPT, SEED, SIDE, STEPS, theirs
 from tiny import TINY, TINY_V11, write_tiny_model
 
 from hydit_core import load
-
-PROMPT, NEGATIVE, SEED, STEPS, SIDE = "a red apple", "a green car", 5, 10, 128
-SCHEDULERS = {
-    "ddpm": (DDPMScheduler, {"clip_sample": False, "variance_type": "fixed_small"}),
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
-}
 
 
 @pytest.fixture(scope="module", params=[TINY, TINY_V11], ids=["v1.2", "v1.1"])
 def pipe(request, tmp_path_factory):
     path = write_tiny_model(tmp_path_factory.mktemp("parity") / "model.safetensors", request.param)
     return load(path, device="cpu", dtype="float32")
-
-
-def theirs(pipe, sampler, cfg, rescale, output):
-    cls, options = SCHEDULERS[sampler]
-    scheduler = cls(
-        beta_start=pipe.info.diffusion.beta_start,
-        beta_end=pipe.info.diffusion.beta_end,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        steps_offset=1,
-        **options,
-    )
-    reference = HunyuanDiTPipeline(
-        vae=pipe.vae.model,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=diffusers_dit(pipe.dit.config, pipe.dit.state_dict()),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    reference.set_progress_bar_config(disable=True)
-    reference.vae.register_to_config(scaling_factor=0.13025)
-    features = {}
-    for name, text in (("prompt", PROMPT), ("negative_prompt", NEGATIVE)):
-        bert, bert_mask, t5, t5_mask = pipe.text.encode([text])
-        features |= {f"{name}_embeds": bert, f"{name}_embeds_2": t5}
-        mask = name.replace("prompt", "prompt_attention_mask")
-        features |= {mask: bert_mask, f"{mask}_2": t5_mask}
-    result = reference(
-        height=SIDE,
-        width=SIDE,
-        num_inference_steps=STEPS,
-        guidance_scale=cfg,
-        guidance_rescale=rescale,
-        generator=torch.Generator().manual_seed(SEED),
-        original_size=(1024, 1024),
-        use_resolution_binning=False,
-        output_type=output,
-        **features,
-    )
-    return result.images
 
 
 def ours(pipe, sampler, cfg, rescale):
