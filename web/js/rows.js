@@ -1,6 +1,7 @@
 // A row of HTML at the foot of a node. It is shown, never saved and never sent.
 
 import { app } from "../../../scripts/app.js";
+import { after } from "./nodes.js";
 
 const MARGIN = 6; // above, below and beside a row, where the page draws nodes on its canvas
 const GAP = 4; // what the page adds below every widget of fixed height
@@ -48,6 +49,7 @@ export function addRow(node, name, element, height, onDraw) {
   widget.computeLayoutSize = undefined;
   grow(node);
   passOn(element);
+  takePlace(node, name, element);
   // The height is known once the browser has laid the text out, which may be after the node was drawn.
   new ResizeObserver(() => node.setDirtyCanvas?.(true, true)).observe(element.firstElementChild ?? element);
   return widget;
@@ -57,6 +59,23 @@ export function addRow(node, name, element, height, onDraw) {
 function grow(node) {
   const [width, height] = node.computeSize();
   node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+}
+
+/**
+ * Replace the row of a node that this node comes after, as at each undo. Nodes 2.0 goes on showing the old one,
+ * which belongs to a node that is gone, because both nodes have one number.
+ */
+function takePlace(node, name, element) {
+  const look = () => {
+    element.dataset.of = `${node.graph?.id} ${node.id} ${name}`;
+    requestAnimationFrame(() => {
+      if (element.isConnected || !node.graph) return;
+      const others = [...document.querySelectorAll(".hydit-row")];
+      others.find((other) => other.dataset.of === element.dataset.of)?.replaceWith(element);
+    });
+  };
+  after(node, "onAdded", look);
+  after(node, "onConfigure", look);
 }
 
 /** On the canvas, let the wheel zoom and the middle button pan over the row as they do beside it. */
