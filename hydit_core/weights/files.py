@@ -127,6 +127,13 @@ class SafetensorsSource(TensorSource):
             data = data.clone()  # older writers did not align
         return cast(data.view(entry.dtype).view(entry.shape), dtype)
 
+    def release(self, key: str) -> None:
+        """Give the tensor's pages back, those it shares with no other; a later use reads them again."""
+        entry, page = self._entries[key], mmap.PAGESIZE
+        begin, end = -(-entry.begin // page) * page, entry.end // page * page
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
     def __contains__(self, key: object) -> bool:
         return key in self._entries
 

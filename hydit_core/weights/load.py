@@ -22,6 +22,7 @@ from .source import FP8_DTYPES, TensorSource, cast
 __all__ = [
     "Parts",
     "assign_weights",
+    "check_names",
     "compute_dtype",
     "load_controlnet",
     "load_dit",
@@ -113,7 +114,7 @@ def assign_weights(
         WeightsError: listing tensors that are missing, unexpected or of another shape.
     """
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    _check_names(expected, source)
+    check_names(expected, source)
     device = torch.device(device)
     state: dict[str, torch.Tensor] = {}
     for key in expected:
@@ -126,7 +127,8 @@ def assign_weights(
     return model
 
 
-def _check_names(expected: Mapping[str, tuple[int, ...]], source: TensorSource) -> None:
+def check_names(expected: Mapping[str, tuple[int, ...]], source: TensorSource) -> None:
+    """Raise a WeightsError that lists tensors of a model that are missing, unexpected or of another shape."""
     found = source.shapes()
     problems = []
     missing = [key for key in expected if key not in found]

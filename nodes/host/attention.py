@@ -1,0 +1,31 @@
+"""ComfyUI's attention as the attention function of hydit_core's models."""
+
+from __future__ import annotations
+
+import comfy.ldm.modules.attention
+import torch
+from torch import Tensor
+
+from ...hydit_core.model.attention import Options
+
+
+class HostAttention:
+    """The attention that ComfyUI was started with, or that a node put in its place.
+
+    ``precision`` is the dtype of the scores where the backend lets one choose; None: that of the queries.
+    """
+
+    def __init__(self, precision: torch.dtype | None = None) -> None:
+        self.precision = precision
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
+        """``q`` (B, N, heads, head_dim), ``k``, ``v`` (B, M, heads, head_dim) -> (B, N, heads * head_dim).
+
+        ``options`` are ComfyUI's ``transformer_options``: an ``optimized_attention_override`` is called.
+        """
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, head_dim)
+        # Looked up at each call: some nodes replace the module's function.
+        return comfy.ldm.modules.attention.optimized_attention(
+            q, k, v, q.shape[1],
+            skip_reshape=True, attn_precision=self.precision, transformer_options=options,
+        )  # fmt: skip

@@ -1,0 +1,135 @@
+"""hydit_core's DiT as ComfyUI calls a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ...hydit_core.config import DiTConfig
+from ...hydit_core.errors import HyditError
+from ...hydit_core.model.attention import Options, Rope
+from ...hydit_core.model.dit import DiT
+from .attention import HostAttention
+
+
+class HostDiT(DiT):
+    """A DiT that is called as ComfyUI calls its own, and lets nodes in where ComfyUI's own does.
+
+    ``config`` and the rest are the model configuration's ``unet_config``; ``attn_precision`` is the dtype of
+    the attention scores (:class:`HostAttention`).
+    """
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Any,
+        attn_precision: torch.dtype | None = None,
+        **_: Any,
+    ) -> None:
+        attention = HostAttention(attn_precision)
+        super().__init__(config, dtype=dtype, device=device, operations=operations, attention=attention)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        text_embedding_mask: Tensor,
+        encoder_hidden_states_t5: Tensor,
+        text_embedding_mask_t5: Tensor,
+        image_meta_size: Tensor | None = None,
+        style: Tensor | None = None,
+        control: Mapping[str, Any] | None = None,
+        transformer_options: Options = None,
+        **_: Any,
+    ) -> Tensor:
+        """``x`` (B, C, H, W), ``t`` (B,) 0..999 -> the prediction, (B, C, H, W). Writes into no input.
+
+        ``context`` (B, L, text_dim) and ``encoder_hidden_states_t5`` (B, M, t5_dim) are BERT's and mT5's
+        features with their masks (B, L) and (B, M); ``control["output"][i]`` (B, N, D) is added to skip i.
+
+        Raises HyditError when ``control`` is that of another model.
+        """
+        options = transformer_options or {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(
+            comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
+        )
+        run = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        # By position, the options last: wrappers look for them there
+        return run.execute(
+            x,
+            t,
+            context,
+            text_embedding_mask,
+            encoder_hidden_states_t5,
+            text_embedding_mask_t5,
+            image_meta_size,
+            style,
+            control,
+            options,
+        )
+
+    def _forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        bert: Tensor,
+        bert_mask: Tensor,
+        t5: Tensor,
+        t5_mask: Tensor,
+        image_meta_size: Tensor | None,
+        style: Tensor | None,
+        control: Mapping[str, Any] | None,
+        transformer_options: Options,
+    ) -> Tensor:
+        residuals = _residuals(control, self.config)
+        context = self.encode_context(
+            bert.to(x.dtype), bert_mask, t5, t5_mask, image_meta_size=image_meta_size, style=style
+        )
+        out = super().forward(x, t, context, residuals, options=transformer_options)
+        return out[:, : self.config.in_channels]
+
+    def _run_block(
+        self,
+        index: int,
+        x: Tensor,
+        text: Tensor,
+        vector: Tensor,
+        rope: Rope,
+        skip: Tensor | None = None,
+        options: Options = None,
+    ) -> Tensor:
+        run = super()._run_block
+        replaced = (options or {}).get("patches_replace", {}).get("dit", {})
+        if ("double_block", index) not in replaced:
+            return run(index, x, text, vector, rope, skip, options)
+
+        def original(args: Mapping[str, Any]) -> dict[str, Tensor]:
+            img, txt, vec, pe, skip = (args[name] for name in ("img", "txt", "vec", "pe", "skip"))
+            return {"img": run(index, img, txt, vec, pe, skip, options)}
+
+        args = {"img": x, "txt": text, "vec": vector, "pe": rope, "skip": skip}
+        return replaced["double_block", index](args, {"original_block": original})["img"]
+
+
+def _residuals(control: Mapping[str, Any] | None, config: DiTConfig) -> Sequence[Tensor | None] | None:
+    """A ControlNet's residuals, one for each skip; None without one."""
+    given = {name: values for name, values in (control or {}).items() if values}
+    residuals = given.pop("output", None)
+    others = [name for name, values in given.items() if any(value is not None for value in values)]
+    if residuals is None and not others:
+        return None
+    if others or len(residuals) != config.num_controls:
+        found = f"residuals for {others[0]} blocks" if others else f"{len(residuals)} residuals"
+        raise HyditError(
+            f"the ControlNet gives {found}, this model of depth {config.depth} takes {config.num_controls}, "
+            "one for each skip: it was made for another model; use a ControlNet for this HunyuanDiT"
+        )
+    return residuals

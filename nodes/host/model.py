@@ -1,0 +1,243 @@
+"""hydit_core's DiT as a MODEL of ComfyUI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.conds
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.patcher_extension
+import comfy.supported_models
+import torch
+from torch import Tensor
+
+from ...hydit_core.config import DiTConfig, ModelInfo
+from ...hydit_core.errors import HyditError
+from ...hydit_core.model.dit import DiT
+from ...hydit_core.weights.detect import expect
+from ...hydit_core.weights.load import check_names
+from ...hydit_core.weights.parts import Parts, bundle, open_model
+from ...hydit_core.weights.save import dtypes_for
+from ...hydit_core.weights.source import FP8_DTYPES, TensorSource
+from .dit import HostDiT
+from .preview import latent_format
+
+WEIGHT_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""What a loader's ``weight_dtype`` may be beside "default"."""
+
+_BARE = ("text_embedding_padding", "pooler.positional_embedding")
+_ENCODE = "use HyDiTTextEncode, or CLIPTextEncode, with the CLIP that belongs to this model"
+
+
+class HyDiTModelConfig(comfy.supported_models.HunyuanDiT):
+    """What ComfyUI asks about a HunyuanDiT, answered from the file instead of from a table of versions."""
+
+    unet_extra_config: dict[str, Any] = {}
+
+    def __init__(self, config: DiTConfig, info: ModelInfo) -> None:
+        old = config.version != "v1.2"
+        network: dict[str, Any] = {"image_model": "hydit1" if old else "hydit", "config": config}
+        if not old:
+            # The scores of v1.2 overflow in float16 on the backends that compute them apart
+            network["attn_precision"] = torch.float32
+        super().__init__(network)
+        self.hydit_info = info
+        self.latent_format = latent_format(info)
+        self.sampling_settings = {
+            "beta_schedule": "linear",
+            "linear_start": info.diffusion.beta_start,
+            "linear_end": info.diffusion.beta_end,
+            "timesteps": info.diffusion.num_train_timesteps,
+        }
+
+    def model_type(self, state_dict: Any, prefix: str = "") -> comfy.model_base.ModelType:
+        v = self.hydit_info.diffusion.prediction == "v"
+        return comfy.model_base.ModelType.V_PREDICTION if v else comfy.model_base.ModelType.EPS
+
+    def get_model(self, state_dict: Any, prefix: str = "", device: Any = None) -> HyDiTModel:
+        return HyDiTModel(self, self.model_type(state_dict, prefix), device)
+
+
+class _PredictsSample(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.X0):
+    """For models that predict the clean sample, which ComfyUI's model types do not know."""
+
+
+class HyDiTModel(comfy.model_base.HunyuanDiT):
+    """ComfyUI's HunyuanDiT with :class:`HostDiT` in it; ``hydit_info`` is what its file says about itself."""
+
+    def __init__(self, model_config: HyDiTModelConfig, model_type: Any, device: Any = None) -> None:
+        # The parent's own constructor makes ComfyUI's network.
+        comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=HostDiT)
+        self.hydit_info = model_config.hydit_info
+        if self.hydit_info.diffusion.prediction == "sample":
+            self.model_sampling = _PredictsSample(model_config)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """As the parent's, checked against this model's dimensions, and with sizes as it was trained with.
+
+        A size that the conditioning brings (``target_width``, ``target_height``, else ``width``, ``height``)
+        comes first, then that of the latent.
+
+        Raises:
+            HyditError: the conditioning is another model family's.
+        """
+        config: DiTConfig = self.diffusion_model.config
+        bert, t5 = kwargs.get("cross_attn"), kwargs.get("conditioning_mt5xl")
+        bert_mask = _mask("BERT", bert, kwargs.get("attention_mask"), config.text_len, config.text_dim)
+        t5_mask = _mask("mT5", t5, kwargs.get("attention_mask_mt5xl"), config.t5_len, config.t5_dim)
+        out = super().extra_conds(**kwargs)
+        out["text_embedding_mask"] = comfy.conds.CONDRegular(bert_mask)
+        out["text_embedding_mask_t5"] = comfy.conds.CONDRegular(t5_mask)
+        noise = kwargs["noise"]
+        width = kwargs.get("target_width") or kwargs.get("width") or 8 * noise.shape[-1]
+        height = kwargs.get("target_height") or kwargs.get("height") or 8 * noise.shape[-2]
+        # Integers, because ComfyUI casts other tensors: bfloat16 would make 1080 of 1083
+        sizes = torch.tensor([[1024, 1024, int(width), int(height), 0, 0]], dtype=torch.long)
+        out["image_meta_size"] = comfy.conds.CONDRegular(sizes)
+        return out
+
+
+def _mask(name: str, features: Tensor | None, mask: Tensor | None, length: int, dim: int) -> Tensor:
+    """The mask (B, L) of text features (B, L, dim). Rows that it does not know, of joined prompts, count."""
+    if features is None:
+        raise HyditError(
+            f"the conditioning has no {name} features: another model's text encoder made it; {_ENCODE}"
+        )
+    if features.ndim != 3 or features.shape[1] < length or features.shape[2] != dim:
+        raise HyditError(
+            f"the conditioning's {name} features are {tuple(features.shape)}, this model's (batch, {length}, "
+            f"{dim}): another model's text encoder made it; {_ENCODE}"
+        )
+    rows = features.shape[1]
+    if mask is None:
+        return torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
+    known = mask[:, :rows]
+    return torch.cat((known, known.new_ones(len(known), rows - known.shape[1])), dim=1)
+
+
+def model_info(model: Any) -> ModelInfo:
+    """What is known of a MODEL (a ModelPatcher), ours or ComfyUI's own HunyuanDiT.
+
+    Raises:
+        HyditError: it is another model family's.
+    """
+    network = model.model
+    if isinstance(network, HyDiTModel):
+        return network.hydit_info
+    if isinstance(network, comfy.model_base.HunyuanDiT):
+        return ModelInfo.published("v1.1" if network.diffusion_model.size_cond else "v1.2")
+    raise HyditError(
+        f"the MODEL is {type(network).__name__}, not HunyuanDiT: load one with HyDiTCheckpointLoader or "
+        "HyDiTDiTLoader"
+    )
+
+
+def load_model(
+    source: Parts | str | os.PathLike[str], *, weight_dtype: str = "default", disable_dynamic: bool = False
+) -> Any:
+    """Load a HunyuanDiT of any version, size and layout as a MODEL (a ModelPatcher).
+
+    Tensors are read, cast and copied one at a time; the file is not needed afterwards.
+
+    Args:
+        source: an open checkpoint, or the path of a file or folder.
+        weight_dtype: one of :data:`WEIGHT_DTYPES`, or "default": ComfyUI's choice for this machine and
+            model, but nothing wider than the file. In an 8-bit float only the matrices inside the blocks
+            are kept.
+        disable_dynamic: a patcher that loads weights at once, where ComfyUI would stream them.
+
+    Raises:
+        WeightsError: if it is something else, or lacks tensors, or has too many.
+    """
+    parts = source if isinstance(source, Parts) else bundle(source, only=("dit",))
+    config, view, info = parts.kind.config, parts.dit, parts.info
+    if config is None or view is None or info is None:
+        expect(open_model(parts.path), "dit")
+        raise HyditError(f"{parts.path} holds no HunyuanDiT (DiT)")
+    management = comfy.model_management
+    device, offload = management.get_torch_device(), management.unet_offload_device()
+    model_config = HyDiTModelConfig(config, info)
+    stored, compute = _dtypes(view, weight_dtype, device, model_config.supported_inference_dtypes)
+    expected = {key: tuple(value.shape) for key, value in DiT(config, device="meta").state_dict().items()}
+    check_names(expected, view)
+
+    model_config.set_inference_dtype(stored, compute)
+    model = model_config.get_model(None)
+    _fill(model.diffusion_model, view, _plan(view, stored, compute), offload)
+    patcher_class = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:  # 0.3.64 has but one; the other is set while ComfyUI starts
+        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
+    patcher = patcher_class(model.to(offload), load_device=device, offload_device=offload)
+    patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, "hydit", _patch_bare)
+    if Path(parts.path).exists():
+        patcher.cached_patcher_init = (_load_again, (str(parts.path), weight_dtype))
+    return patcher
+
+
+def _load_again(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+    """The same model once more, as ComfyUI asks for it for a second GPU."""
+    return load_model(path, weight_dtype=weight_dtype, disable_dynamic=disable_dynamic)
+
+
+def _dtypes(
+    source: TensorSource, weight_dtype: str, device: torch.device, supported: list[torch.dtype]
+) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype to keep weights in, and the one to cast them to for each use (None: the same)."""
+    management = comfy.model_management
+    if weight_dtype == "default":
+        in_file = source.main_dtype() or torch.float32
+        numel = sum(source.numel(key) for key in source)
+        stored = management.unet_dtype(
+            model_params=numel, supported_dtypes=list(supported), weight_dtype=in_file
+        )
+        if stored.itemsize > in_file.itemsize:
+            stored = in_file
+    else:
+        stored = WEIGHT_DTYPES[weight_dtype]
+    return stored, management.unet_manual_cast(stored, device, list(supported))
+
+
+def _plan(source: TensorSource, stored: torch.dtype, compute: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Each tensor's dtype."""
+    if stored not in FP8_DTYPES:
+        return dict.fromkeys(source.keys(), stored)
+    short = {key for key, dtype in dtypes_for(source, stored).items() if dtype == stored}
+    return {key: stored if key in short else compute or torch.float16 for key in source}
+
+
+def _fill(
+    network: HostDiT, source: TensorSource, dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> None:
+    """Give a network, whose own tensors were never touched, those of ``source``."""
+    state: dict[str, Tensor] = {}
+    for key, dtype in dtypes.items():
+        tensor = source.get(key, dtype)
+        if source.dtype(key) == dtype:
+            tensor = tensor.clone()  # it may be a view of the file
+        state[key] = tensor.to(device)
+        source.release(key)
+    network.load_state_dict(state, assign=True)
+    network.requires_grad_(False).eval()
+    # ComfyUI noted the dtypes of the empty network, where all are the same
+    if archive := getattr(comfy.model_management, "archive_model_dtypes", None):
+        archive(network)
+
+
+def _patch_bare(patcher: Any, device: Any, *_: Any) -> None:
+    """Patch (merge) the parameters that belong to no layer, which ComfyUI's own loading leaves out."""
+    for name in _BARE:
+        key = f"diffusion_model.{name}"
+        if key in patcher.patches and key not in patcher.backup:
+            patcher.patch_weight_to_device(key, device_to=device)
