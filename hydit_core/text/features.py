@@ -44,15 +44,24 @@ class TokenReport:
     n_tokens: int
     """Tokens of the whole prompt, begin and end tokens included."""
     limit: int
-    """Tokens that the encoder takes, begin and end tokens included."""
+    """Tokens that the encoder takes at once, begin and end tokens included."""
     cut: str = ""
     """What the encoder does not see; for mT5 in its normalized spelling."""
     unknown: tuple[str, ...] = ()
     """Pieces of the prompt that the vocabulary does not have: the encoder cannot tell them apart."""
+    chunks: int = 1
+    """How many times the encoder runs on this prompt, each time on at most ``limit`` tokens."""
 
     @property
     def truncated(self) -> bool:
-        return self.n_tokens > self.limit
+        return self.n_tokens > self.limit * self.chunks
+
+    @property
+    def length(self) -> str:
+        """Such as "BERT 9 of 77 tokens"."""
+        if self.chunks == 1:
+            return f"{self.encoder} {self.n_tokens} of {self.limit} tokens"
+        return f"{self.encoder} {self.n_tokens} tokens in {self.chunks} chunks of {self.limit}"
 
     def __str__(self) -> str:
         text = f"{self.encoder}: {self.n_tokens} of at most {self.limit} tokens"
@@ -68,6 +77,28 @@ class PromptReport(NamedTuple):
 
     bert: TokenReport
     t5: TokenReport
+
+    @property
+    def truncated(self) -> bool:
+        return self.bert.truncated or self.t5.truncated
+
+    def __str__(self) -> str:
+        lines = [f"{self.bert.length}, {self.t5.length}"]
+        lines += [f"{report.encoder} does not see: {report.cut}" for report in self if report.truncated]
+        for report in self:
+            if unknown := dict.fromkeys(piece.strip(" ▁") for piece in report.unknown):
+                lines.append(f"{report.encoder} does not know: {' '.join(unknown)}")
+        return "\n".join(lines)
+
+
+class ChunkedTokens(NamedTuple):
+    """One prompt of any length as token numbers: rows of the encoders' full lengths, padded on the right."""
+
+    bert: list[list[int]]
+    """chunks of L1 numbers, each with its own begin and end token"""
+    t5: list[list[int]]
+    """chunks of L2 numbers, each with its own end token"""
+    report: PromptReport
 
 
 class Tokens(NamedTuple):

@@ -24,11 +24,12 @@ class Vocabulary(NamedTuple):
     lowercase: bool | None
 
 
-def vocabulary_of(opened: Parts, *given: Path) -> Vocabulary:
+def vocabulary_of(opened: Parts, *given: Path, default: bytes | None = None) -> Vocabulary:
     """The vocabulary of an opened BERT: inside its file, else beside it.
 
     Args:
         given: where to look first: a ``vocab.txt``, its folder, or a model's folder.
+        default: the vocabulary where there is none.
 
     Raises:
         WeightsError: it is nowhere; names every place that was looked at.
@@ -40,6 +41,8 @@ def vocabulary_of(opened: Parts, *given: Path) -> Vocabulary:
     folders = [_folder(opened.path) / name for name in _VOCAB_FOLDERS]
     if found := found or _vocabulary([*beside, *folders]):
         return found
+    if default is not None:
+        return Vocabulary(default, None)
     places = [*beside, *(folder / "vocab.txt" for folder in folders)]
     raise WeightsError(
         f"BERT's vocabulary was found neither {_in(given)}in {opened.path} nor beside it (sought as "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -15,11 +16,13 @@ from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
 from ..errors import WeightsError
-from .features import PromptReport, TokenReport, Tokens
+from .chunks import piece_starts, split
+from .features import ChunkedTokens, PromptReport, TokenReport, Tokens
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _T5_END = 1
 _WORD_START = "▁"
+_EMBEDDING = "(embedding)"
 
 
 class Tokenizers:
@@ -54,7 +57,10 @@ class Tokenizers:
         self.lowercase = lowercase
         self.t5_pad_id = t5_pad_id
         ids = _read_vocab(vocab)
-        self._begin, self._end, self._pad = ids["[CLS]"], ids["[SEP]"], ids["[PAD]"]
+        self.bert_tokens = ids
+        """BERT's vocabulary: the number of every token."""
+        self.bert_begin, self.bert_end, self.bert_pad = ids["[CLS]"], ids["[SEP]"], ids["[PAD]"]
+        self.t5_end = _T5_END
         self._unknown = ids["[UNK]"]
         self._bert = _wordpiece(ids, lowercase)
         self._t5 = _sentencepiece(spiece_model)
@@ -76,40 +82,109 @@ class Tokenizers:
             texts_t5 = [prompts_t5] if isinstance(prompts_t5, str) else list(prompts_t5)
         if len(texts) != len(texts_t5):
             raise ValueError(f"{len(texts)} prompts for BERT but {len(texts_t5)} for mT5")
-        bert = [self._bert_ids(text.strip()) for text in texts]
-        t5 = [self._t5_ids(text.strip()) for text in texts_t5]
+        bert = [self._bert_pieces(text) for text in texts]
+        t5 = [self._t5_pieces(text) for text in texts_t5]
         return Tokens(
-            *_padded([ids for ids, _ in bert], self.text_len, self._pad),
-            *_padded([ids for ids, _ in t5], self.t5_len, self.t5_pad_id),
-            reports=tuple(PromptReport(b, t) for (_, b), (_, t) in zip(bert, t5, strict=True)),
+            *_padded([self._bert_row(pieces.ids) for pieces in bert], self.text_len, self.bert_pad),
+            *_padded([self._t5_row(pieces.ids) for pieces in t5], self.t5_len, self.t5_pad_id),
+            reports=tuple(
+                PromptReport(self._bert_report(b), self._t5_report(t)) for b, t in zip(bert, t5, strict=True)
+            ),
         )
 
-    def _bert_ids(self, text: str) -> tuple[list[int], TokenReport]:
+    def chunks(self, prompt: str, prompt_t5: str | None = None) -> ChunkedTokens:
+        """Tokenize one prompt of any length; nothing is cut off.
+
+        Each chunk is as long as it can be without breaking a word. A prompt that fits is one chunk, with the
+        numbers that calling this object gives.
+        """
+        bert, t5 = self._bert_pieces(prompt), self._t5_pieces(prompt if prompt_t5 is None else prompt_t5)
+        bert_ranges = split(bert.starts, self.text_len - 2)
+        t5_ranges = split(t5.starts, self.t5_len - 1)
+        bert_rows = [self._bert_row(bert.ids[a:b]) for a, b in bert_ranges]
+        t5_rows = [self._t5_row(t5.ids[a:b]) for a, b in t5_ranges]
+        return ChunkedTokens(
+            _padded(bert_rows, self.text_len, self.bert_pad)[0].tolist(),
+            _padded(t5_rows, self.t5_len, self.t5_pad_id)[0].tolist(),
+            PromptReport(self._bert_report(bert, len(bert_rows)), self._t5_report(t5, len(t5_rows))),
+        )
+
+    def report(self, bert: Sequence[int | None], t5: Sequence[int | None]) -> PromptReport:
+        """What of a prompt fits that others tokenized, given without begin and end tokens.
+
+        None stands for a vector that is no token (a learned embedding). Unknown pieces are not named.
+        """
+        return PromptReport(
+            TokenReport("BERT", len(bert) + 2, self.text_len, self._bert_text(bert[self.text_len - 2 :])),
+            TokenReport("mT5", len(t5) + 1, self.t5_len, self._t5_text(t5[self.t5_len - 1 :])),
+        )
+
+    def bert_ids(self, text: str) -> list[int]:
+        """The token numbers of a text of any length, without begin and end tokens."""
+        return list(self._bert.encode(text, add_special_tokens=False).ids)
+
+    def _bert_pieces(self, text: str) -> _Pieces:
+        text = text.strip()
         encoding = self._bert.encode(text, add_special_tokens=False)
-        ids, spans = encoding.ids, encoding.offsets
-        room = self.text_len - 2
-        report = TokenReport(
-            encoder="BERT",
-            n_tokens=len(ids) + 2,
-            limit=self.text_len,
-            cut=text[spans[room][0] :] if len(ids) > room else "",
-            unknown=tuple(text[a:b] for i, (a, b) in zip(ids, spans, strict=True) if i == self._unknown),
+        words = encoding.word_ids
+        return _Pieces(
+            list(encoding.ids),
+            [text[a:b] for a, b in encoding.offsets],
+            [word is None or i == 0 or word != words[i - 1] for i, word in enumerate(words)],
+            text[encoding.offsets[self.text_len - 2][0] :] if len(words) > self.text_len - 2 else "",
         )
-        return [self._begin, *ids[:room], self._end], report
 
-    def _t5_ids(self, text: str) -> tuple[list[int], TokenReport]:
-        ids = self._t5.encode(text, out_type=int)
+    def _t5_pieces(self, text: str) -> _Pieces:
+        text = text.strip()
         pieces = self._t5.encode(text, out_type=str)
-        room = self.t5_len - 1
-        unknown = self._t5.unk_id()
-        report = TokenReport(
-            encoder="mT5",
-            n_tokens=len(ids) + 1,
-            limit=self.t5_len,
-            cut="".join(pieces[room:]).replace(_WORD_START, " ").strip(),
-            unknown=tuple(piece for i, piece in zip(ids, pieces, strict=True) if i == unknown),
+        return _Pieces(
+            self._t5.encode(text, out_type=int),
+            pieces,
+            piece_starts(pieces),
+            "".join(pieces[self.t5_len - 1 :]).replace(_WORD_START, " ").strip(),
         )
-        return [*ids[:room], _T5_END], report
+
+    def _bert_row(self, ids: list[int]) -> list[int]:
+        return [self.bert_begin, *ids[: self.text_len - 2], self.bert_end]
+
+    def _t5_row(self, ids: list[int]) -> list[int]:
+        return [*ids[: self.t5_len - 1], _T5_END]
+
+    def _bert_report(self, pieces: _Pieces, chunks: int = 1) -> TokenReport:
+        return pieces.report("BERT", 2 * chunks, self.text_len, self._unknown, chunks)
+
+    def _t5_report(self, pieces: _Pieces, chunks: int = 1) -> TokenReport:
+        return pieces.report("mT5", chunks, self.t5_len, self._t5.unk_id(), chunks)
+
+    def _bert_text(self, ids: Sequence[int | None]) -> str:
+        names = {i: name for name, i in self.bert_tokens.items()}
+        text = " ".join(_EMBEDDING if i is None else names[i] for i in ids)
+        return text.replace(" ##", "").removeprefix("##")
+
+    def _t5_text(self, ids: Sequence[int | None]) -> str:
+        pieces = (f" {_EMBEDDING}" if i is None else self._t5.id_to_piece(i) for i in ids)
+        return "".join(pieces).replace(_WORD_START, " ").strip()
+
+
+class _Pieces(NamedTuple):
+    """A text as tokens, without begin and end tokens."""
+
+    ids: list[int]
+    texts: list[str]
+    starts: list[bool]
+    """which begin a word"""
+    cut: str
+    """what does not fit at once"""
+
+    def report(self, encoder: str, special: int, limit: int, unknown: int, chunks: int) -> TokenReport:
+        return TokenReport(
+            encoder=encoder,
+            n_tokens=len(self.ids) + special,
+            limit=limit,
+            cut="" if chunks > 1 else self.cut,
+            unknown=tuple(text for i, text in zip(self.ids, self.texts, strict=True) if i == unknown),
+            chunks=chunks,
+        )
 
 
 def _padded(rows: list[list[int]], length: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,225 @@
+"""HunyuanDiT's text encoders as a ComfyUI CLIP."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import torch
+from comfy.cli_args import args
+
+from ...hydit_core.config import ModelInfo
+from ...hydit_core.errors import ConfigError, HyditError, WeightsError
+from ...hydit_core.text.dimensions import LOWERCASE, bert_dimensions, check_vocabulary, t5_dimensions
+from ...hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
+from ...hydit_core.text.tokenizers import Tokenizers
+from ...hydit_core.weights.parts import Parts
+from ...hydit_core.weights.source import TensorSource
+from .text_model import MT5, Bert, TextModel
+from .text_model import encoder_info as _encoder_info
+from .tokens import HyDiTTokenizer, TokenLists, shipped_vocabulary, tokenizers_of
+
+WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
+    "default": None,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+_TEXT_LEN, _T5_LEN = 77, 256
+# BERT's vocabulary, which ComfyUI ships.
+_PUBLISHED_ROWS = 47020
+# Vocabularies of encoders in mT5's layout, for those who took one for mT5.
+_OTHER_T5 = {32128: "T5 v1.1 (of SD3, Flux, PixArt ...)", 256384: "umT5 (of Wan, AuraFlow ...)"}
+# A float32 mT5 beyond this many bytes is held in the host's usual 16 bits, as Tencent runs it.
+_LARGE = 2**30
+_HOST_FLAGS = ("fp8_e4m3fn", "fp8_e5m2", "fp16", "bf16", "fp32")
+
+
+def load_clip(bert: Parts, mt5: Parts | None = None, *, weight_dtype: str = "default") -> HyDiTCLIP:
+    """BERT and mT5 of opened files or folders, for ComfyUI's own text nodes and ours.
+
+    Prompts are padded to the lengths of the DiT in the same file, else to 77 and 256. Weights are copied, one
+    tensor at a time; the host moves them between devices.
+
+    Args:
+        bert: what holds BERT. Its vocabulary is sought in it, beside it, and for the published size it is
+            ComfyUI's own.
+        mt5: what holds mT5 (default: ``bert``). Its sentencepiece model is sought in it and beside it.
+        weight_dtype: a key of :data:`WEIGHT_DTYPES`. "default" is what the host was told when it was started,
+            else the file's own, but 16 bits for a large mT5 in float32. In 8 bits, embeddings, norms and
+            biases stay in 16.
+
+    Raises:
+        WeightsError: an encoder or its tokenizer is missing, damaged, of another model, or does not fit.
+        ConfigError: ComfyUI's classes cannot compute it.
+    """
+    mt5 = bert if mt5 is None else mt5
+    bert_source, mt5_source = _encoders(bert, mt5)
+    bert_dims = _named(bert, bert_dimensions, bert_source, _info(bert).bert)
+    mt5_dims = _named(mt5, t5_dimensions, mt5_source, _info(mt5).t5)
+    tokenizers = _tokenizers(bert, mt5, bert_dims, mt5_dims)
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    bert_dtype, mt5_dtype = dtype or _default(bert_source), dtype or _default(mt5_source, _LARGE)
+
+    def build(model_options: Mapping[str, Any], **_: Any) -> TextModel:
+        return TextModel(
+            _named(bert, Bert, bert_source, bert_dims, tokenizers, bert_dtype, model_options),
+            _named(mt5, MT5, mt5_source, mt5_dims, mt5_dtype, model_options),
+        )
+
+    widths, positions = (bert_dims["hidden_size"], mt5_dims["d_model"]), bert_dims["max_position_embeddings"]
+    tokenizer = partial(HyDiTTokenizer, tokenizers, widths, positions)
+    return HyDiTCLIP(
+        SimpleNamespace(params={}, clip=build, tokenizer=tokenizer),
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        model_options={
+            "dtype": mt5_dtype,
+            # Filled here; the host moves the encoders to where they run when they run.
+            "initial_device": comfy.model_management.text_encoder_offload_device(),
+        },
+    )
+
+
+class HyDiTCLIP(comfy.sd.CLIP):
+    """A CLIP whose scheduled encoding (hooks over time) keeps what is more than BERT's features."""
+
+    def clone(self, *args: Any, **kwargs: Any) -> HyDiTCLIP:
+        other = super().clone(*args, **kwargs)
+        other.__class__ = HyDiTCLIP
+        return other
+
+    def encode_from_tokens_scheduled(self, tokens: TokenLists, *args: Any, **kwargs: Any) -> Any:
+        return encode(self, tokens, *args, **kwargs)
+
+
+def encode(clip: Any, tokens: TokenLists, *args: Any, **kwargs: Any) -> list[Any]:
+    """The CONDITIONING of tokens, by ComfyUI's ``CLIP.encode_from_tokens_scheduled``.
+
+    That function drops mT5's features and both masks when hooks are scheduled; they are put back, each to
+    what was encoded with it. The clip may be ComfyUI's own.
+    """
+    recorder = _Recorder(clip.cond_stage_model)
+    view = copy.copy(clip)
+    view.cond_stage_model = recorder
+    conditioning = comfy.sd.CLIP.encode_from_tokens_scheduled(view, tokens, *args, **kwargs)
+    return [
+        [features, {**extra, **options}]
+        for (features, options), extra in zip(conditioning, recorder.extras, strict=True)
+    ]
+
+
+class _Recorder:
+    """Encoders that remember the third thing that they returned, each time."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.extras: list[dict[str, Any]] = []
+
+    def encode_token_weights(self, tokens: TokenLists) -> Any:
+        encoded = self._model.encode_token_weights(tokens)
+        self.extras.append(encoded[2])
+        return encoded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def encoder_info(clip: Any) -> dict[str, dict[str, Any]]:
+    """``bert`` and ``t5`` of :class:`~hydit_core.config.ModelInfo` for a file that holds this CLIP.
+
+    Raises:
+        ConfigError: it is no CLIP of HunyuanDiT.
+    """
+    return _encoder_info(clip.cond_stage_model, tokenizers_of(clip).lowercase)
+
+
+def _encoders(bert: Parts, mt5: Parts) -> tuple[TensorSource, TensorSource]:
+    if bert.bert is None:
+        raise WeightsError(_other(bert, "BERT", "bert_name"))
+    if mt5.mt5 is None:
+        raise WeightsError(_other(mt5, "mT5", "mt5_name"))
+    return bert.bert, mt5.mt5
+
+
+def _other(opened: Parts, wanted: str, widget: str) -> str:
+    advice = {
+        "bert": "give it as bert_name, and mT5 as mt5_name",
+        "t5": "give it as mt5_name, and BERT as bert_name",
+        "dit": "it has no text encoders in it: load them with HyDiTTextEncoderLoader",
+    }
+    what = f"{opened.path} is {opened.kind.name}; expected a file or folder with {wanted}"
+    return f"{what}; {advice.get(opened.kind.kind, f'choose another {widget}')}"
+
+
+def _tokenizers(
+    bert: Parts, mt5: Parts, bert_dims: Mapping[str, Any], mt5_dims: Mapping[str, Any]
+) -> Tokenizers:
+    rows, mt5_rows = bert_dims["vocab_size"], mt5_dims["vocab_size"]
+    if mt5_rows in _OTHER_T5:
+        raise WeightsError(
+            f"{mt5.path} is {_OTHER_T5[mt5_rows]} with a vocabulary of {mt5_rows}; expected mT5, whose "
+            "vocabulary has 250112: choose HunyuanDiT's own"
+        )
+    vocabulary = vocabulary_of(bert, default=shipped_vocabulary() if rows == _PUBLISHED_ROWS else None)
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths("text_encoders")]
+    spiece_model = spiece_of(mt5, after=folders)
+    positions = bert_dims["max_position_embeddings"]
+    text_len, t5_len = _length(bert, "text_len", min(_TEXT_LEN, positions)), _length(mt5, "t5_len", _T5_LEN)
+    if text_len > positions:
+        raise ConfigError(
+            f"{bert.path}: BERT has {positions} positions, fewer than the {text_len} tokens that the DiT "
+            "expects; it belongs to another model"
+        )
+    lowercase = True if vocabulary.lowercase is None else vocabulary.lowercase
+    lowercase = bool(_info(bert).bert.get(LOWERCASE, lowercase))
+    try:
+        tokenizers = Tokenizers(
+            vocabulary.content, spiece_model, text_len=text_len, t5_len=t5_len, lowercase=lowercase
+        )
+    except WeightsError as error:
+        places = " and ".join(dict.fromkeys((str(bert.path), str(mt5.path))))
+        raise WeightsError(f"the tokenizers of {places}: {error}") from None
+    _named(bert, check_vocabulary, "BERT", tokenizers.bert_size, rows)
+    _named(mt5, check_vocabulary, "mT5", tokenizers.t5_size, mt5_rows)
+    return tokenizers
+
+
+def _length(opened: Parts, name: str, default: int) -> int:
+    """Tokens a prompt, as the DiT in the same place has them."""
+    config = opened.kind.config if opened.dit is not None else None
+    return default if config is None else int(getattr(config, name))
+
+
+def _default(source: TensorSource, large: float = float("inf")) -> torch.dtype:
+    usual: torch.dtype = comfy.model_management.text_encoder_dtype(
+        comfy.model_management.text_encoder_device()
+    )
+    if any(getattr(args, f"{name}_text_enc", False) for name in _HOST_FLAGS):
+        return usual
+    own = source.main_dtype() or torch.float32
+    wide = own.itemsize >= 4
+    return usual if wide and sum(map(source.nbytes, source)) > large else torch.float32 if wide else own
+
+
+def _info(opened: Parts) -> ModelInfo:
+    # The version only picks defaults that do not concern the text encoders.
+    return opened.info or ModelInfo.published("v1.2")
+
+
+def _named(opened: Parts, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it; an error that does not name the file gets its name."""
+    try:
+        return call(*arguments)
+    except HyditError as error:
+        if str(opened.path) in str(error):
+            raise
+        raise type(error)(f"{opened.path}: {error}") from None
