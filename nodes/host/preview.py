@@ -1,0 +1,47 @@
+"""How latents look before they are decoded: the latent format of a HunyuanDiT."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.latent_formats
+
+from ...hydit_core.config import ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+class HyDiTLatentFormat(comfy.latent_formats.SDXL):
+    """SDXL's latents, which HunyuanDiT was trained on, with what the model's file says otherwise.
+
+    A VAE of its own comes with its own preview colors; then there is no TAESD that fits it.
+    """
+
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__()
+        self.scale_factor: float = info.vae.get("scaling_factor", comfy.latent_formats.SDXL.scale_factor)
+        self.shift_factor: float = info.vae.get("shift_factor", 0.0)
+        rows = info.vae.get("preview_rgb")
+        if rows is None:
+            return
+        self.taesd_decoder_name = None
+        channels = self.latent_channels
+        if len(rows) not in (channels, channels + 1) or any(len(row) != 3 for row in rows):
+            log.warning(
+                "the model's preview_rgb is not %d or %d rows of 3: no preview colors", channels, channels + 1
+            )
+            self.latent_rgb_factors = self.latent_rgb_factors_bias = None
+            return
+        self.latent_rgb_factors = rows[:channels]
+        self.latent_rgb_factors_bias = rows[channels] if len(rows) > channels else None
+
+    def process_in(self, latent):
+        return (latent - self.shift_factor) * self.scale_factor
+
+    def process_out(self, latent):
+        return latent / self.scale_factor + self.shift_factor
+
+
+def latent_format(info: ModelInfo) -> HyDiTLatentFormat:
+    """The format of ``info``'s latents: scale, shift, and the colors of previews."""
+    return HyDiTLatentFormat(info)
