@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from . import control_cli
 from .config import NEGATIVE_PROMPT, SamplingDefaults
 from .data.config import parse_size
 from .data.images import load_picture
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="how far to leave --init-image: above 0, up to 1 (default 0.6)",
     )
+    control_cli.add_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", metavar="PATH", help="file or folder; default: the model that comes with hydit"
@@ -99,6 +101,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: use 1 or more")
     check_seed(args.seed, args.batch)
+    control_cli.check(args)
     init = None if args.init_image is None else load_picture(args.init_image)
     names = _output_names(args.out, len(prompts) * args.batch)
     rank, mine = _share(len(prompts))
@@ -113,6 +116,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     settings = _settings(pipe, args, init)
     strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
+    controls, control_facts = control_cli.read(args, pipe, settings)
     own = [prompts[index] for index in mine]
     # Once, for the prompts of all ranks
     notes = pipe.advice(prompts, settings) if rank == 0 else []
@@ -134,6 +138,7 @@ def _run(args: argparse.Namespace) -> None:
             batch=args.batch,
             init_image=init,
             strength=strength,
+            controls=controls,
             callback=lambda *_: bar.update(),
         )
         for picture in drawn:
@@ -142,8 +147,12 @@ def _run(args: argparse.Namespace) -> None:
             facts = _facts(pipe, settings, picture)
             if init is not None:
                 facts |= {"init_image": args.init_image.name, "strength": strength}
-            graph = redraw(facts, **_places(args))
-            info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
+            if controls:
+                facts["controls"] = control_facts
+                info = png_info(facts)
+            else:
+                graph = redraw(facts, **_places(args))
+                info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
             with atomic_path(path) as temporary:
                 picture.image.save(temporary, format="PNG", pnginfo=info)
             bar.clear()

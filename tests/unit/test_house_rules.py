@@ -24,6 +24,7 @@ LAYERS = {
     "lora": 3,
     "data": 4,
     "control": 3,
+    "control_cli": 4,
     "pipeline": 4,
     "workflow": 4,
     "generate": 5,

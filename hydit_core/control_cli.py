@@ -1,0 +1,169 @@
+"""The ControlNet options of ``python -m hydit_core.generate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from .config import SamplingDefaults
+from .control import CONTROL_KEY, ControlInput, check_fit
+from .data.control_images import CANNY_THRESHOLDS, canny
+from .data.images import Geometry, load_picture
+from .errors import ConfigError
+from .model.layer_weights import CURVES, LayerWeights
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the group to a parser."""
+    group = parser.add_argument_group("ControlNet")
+    group.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a ControlNet of this model's size; may be given several times",
+    )
+    group.add_argument(
+        "--control-image",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="the picture it follows; one for all, or one for each --controlnet in their order",
+    )
+    group.add_argument(
+        "--control-preprocess",
+        choices=("none", "canny"),
+        default="none",
+        help="none: --control-image is a control picture already; canny: take its edges",
+    )
+    group.add_argument(
+        "--control-weights",
+        action="append",
+        default=[],
+        metavar="WEIGHTS",
+        help=f"for each layer: a number, numbers with commas, a JSON file with a list, or a curve: "
+        f"{', '.join(CURVES)}, each also with a number as in decay(0.9); once for all, or for each",
+    )
+    group.add_argument(
+        "--control-start", type=float, default=0.0, metavar="X", help="where it begins, 0 (default) to 1"
+    )
+    group.add_argument(
+        "--control-end", type=float, default=1.0, metavar="X", help="where it ends, up to 1 (default)"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be drawn, before anything is loaded. Raises :class:`ConfigError`."""
+    count = len(args.controlnet)
+    if not count:
+        given = [name for name in ("control_image", "control_weights") if getattr(args, name)]
+        if given:
+            raise ConfigError(f"--{given[0].replace('_', '-')} needs --controlnet")
+        return
+    for option, values in (
+        ("--control-image", args.control_image),
+        ("--control-weights", args.control_weights),
+    ):
+        least = 1 if option == "--control-image" else 0
+        if len(values) not in {least, 1, count}:
+            raise ConfigError(
+                f"{option} is given {len(values)} times for {count} --controlnet: give 1 or {count}"
+            )
+    if not 0 <= args.control_start <= args.control_end <= 1:
+        raise ConfigError(
+            f"--control-start {args.control_start:g} and --control-end {args.control_end:g}: use 0 <= start "
+            "<= end <= 1"
+        )
+    for text in args.control_weights:
+        weights(text)
+
+
+def read(
+    args: argparse.Namespace, pipe: Pipeline, settings: SamplingDefaults
+) -> tuple[list[ControlInput], list[dict[str, Any]]]:
+    """The ControlNets of a command line, and what a picture remembers of them.
+
+    Raises :class:`HyditError` for files that cannot be read or do not fit the model.
+    """
+    from .weights.load import load_controlnet
+    from .weights.parts import open_model
+
+    controls, facts = [], []
+    for index, text in enumerate(args.controlnet):
+        path, scale = split_weight(text)
+        thresholds = _thresholds(open_model(path).metadata)
+        net, _ = load_controlnet(path, dtype=pipe.dit.dtype, device=pipe.device)
+        check_fit(net.config, pipe.dit.config, str(path))
+        picture_path = _one(args.control_image, index)
+        picture = load_picture(picture_path)
+        size = (settings.width, settings.height)
+        picture = Geometry.cover(picture.size, size).apply(picture)
+        hint = canny(picture, thresholds) if args.control_preprocess == "canny" else picture
+        chosen = weights(_one(args.control_weights, index)) if args.control_weights else LayerWeights()
+        values = [scale * value for value in chosen.resolve(net.config.num_controls)]
+        controls.append(_control(args, net, hint, LayerWeights.parse(values)))
+        facts.append(
+            {
+                "controlnet": path.name,
+                "scale": scale,
+                "image": picture_path.name,
+                "preprocess": args.control_preprocess,
+                "weights": str(chosen),
+                "start": args.control_start,
+                "end": args.control_end,
+            }
+        )
+    return controls, facts
+
+
+def _control(args: argparse.Namespace, net: Any, hint: Image.Image, chosen: LayerWeights) -> ControlInput:
+    return ControlInput(net.requires_grad_(False), hint, chosen, args.control_start, args.control_end)
+
+
+def split_weight(text: str) -> tuple[Path, float]:
+    """``FILE:0.7`` -> the path and 0.7; a colon that no number follows belongs to the path."""
+    path, colon, number = text.rpartition(":")
+    try:
+        return (Path(path), float(number)) if colon and path else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def weights(text: str) -> LayerWeights:
+    """Layer weights as the command line has them: text, or the name of a JSON file with a list or text.
+
+    Raises :class:`ConfigError` saying what can be written.
+    """
+    if not text.lower().endswith(".json"):
+        return LayerWeights.parse(text)
+    try:
+        content = json.loads(Path(text).read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--control-weights {text}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, (str, int, float, list)) or isinstance(content, bool):
+        raise ConfigError(
+            f"--control-weights {text}: expected a list of numbers, a number or the name of a curve"
+        )
+    return LayerWeights.parse(content)
+
+
+def _thresholds(metadata: Any) -> tuple[int, int]:
+    """Of canny: those that the ControlNet was trained with, if its file says so."""
+    try:
+        made = json.loads(metadata[CONTROL_KEY])
+        return int(made["low"]), int(made["high"])
+    except (KeyError, TypeError, ValueError):
+        return CANNY_THRESHOLDS
+
+
+def _one(values: Sequence[Any], index: int) -> Any:
+    return values[index] if len(values) > 1 else values[0]

@@ -1,0 +1,161 @@
+"""ControlNets on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import TINY, randomize
+
+from hydit_core.config import ModelInfo
+from hydit_core.control_cli import split_weight
+from hydit_core.generate import main
+from hydit_core.model.controlnet import ControlNet
+from hydit_core.png import read_parameters
+from hydit_core.weights.load import save_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*far (below|above)")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("control")
+    net = randomize(ControlNet(TINY), 1)
+    save_checkpoint(folder / "net.safetensors", dit=net.state_dict(), info=ModelInfo.published("v1.2"))
+    other = ControlNet(TINY.__class__(**{**TINY.to_dict(), "hidden_size": 32}))
+    save_checkpoint(folder / "other.safetensors", dit=other.state_dict(), info=ModelInfo.published("v1.2"))
+    noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((160, 120), Image.Resampling.NEAREST).save(folder / "hint.png")
+    (folder / "weights.json").write_text("[0.25]", encoding="utf-8")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture
+def draw(folder: Path, tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def draw(*options: str) -> tuple[int, str, Path]:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
+        places = [option.replace("@", f"{folder}/") for option in options]
+        base = ["--model", str(tiny_model_file), "--prompt", "cat", "--steps", "2", "--device", "cpu"]
+        code = main([*base, "--out", str(out), *places])
+        return code, capsys.readouterr().err, out
+
+    return draw
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_weights_reach_the_picture(draw) -> None:
+    hint = ["--control-image", "@hint.png"]
+    net = ["--controlnet", "@net.safetensors"]
+    plain, full, half, listed = (
+        draw(*options)[2]
+        for options in (
+            [],
+            [*net, *hint],
+            ["--controlnet", "@net.safetensors:0.25", *hint],
+            [*net, *hint, "--control-weights", "@weights.json"],
+        )
+    )
+    assert (pixels(plain) != pixels(full)).any()
+    assert (pixels(half) != pixels(full)).any()
+    assert (pixels(half) == pixels(listed)).all()
+    none = draw("--controlnet", "@net.safetensors:0", *hint)[2]
+    assert (pixels(none) == pixels(plain)).all()
+
+
+def test_the_picture_remembers(draw) -> None:
+    options = ["--controlnet", "@net.safetensors:0.5", "--control-image", "@hint.png"]
+    more = ["--control-preprocess", "canny", "--control-weights", "decay(0.9)", "--control-end", "0.8"]
+    code, _, path = draw(*options, *more)
+    assert code == 0
+    assert read_parameters(path)["controls"] == [
+        {
+            "controlnet": "net.safetensors",
+            "scale": 0.5,
+            "image": "hint.png",
+            "preprocess": "canny",
+            "weights": "decay(0.9)",
+            "start": 0.0,
+            "end": 0.8,
+        }
+    ]
+    # Edges are another hint than the picture itself.
+    assert (pixels(path) != pixels(draw(*options, *more[2:])[2])).any()
+
+
+def test_two_controlnets(draw) -> None:
+    both = ["--controlnet", "@net.safetensors:0.5", "--controlnet", "@net.safetensors:0.5"]
+    hint = ["--control-image", "@hint.png"]
+    twice, once = draw(*both, *hint)[2], draw("--controlnet", "@net.safetensors", *hint)[2]
+    assert np.abs(pixels(twice) - pixels(once)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--control-image", "@hint.png"], "--control-image needs --controlnet"),
+        (["--controlnet", "@net.safetensors"], "--control-image is given 0 times for 1 --controlnet: give 1"),
+        (["--controlnet", "@none.safetensors", "--control-image", "@hint.png"], "none.safetensors"),
+        (
+            ["--controlnet", "@other.safetensors", "--control-image", "@hint.png"],
+            "hidden_size 32 instead of 64",
+        ),
+        (["--controlnet", "@net.safetensors", "--control-image", "@broken.png"], "broken.png"),
+        (
+            [
+                "--controlnet",
+                "@net.safetensors",
+                "--control-image",
+                "@hint.png",
+                "--control-weights",
+                "1,2,3",
+            ],
+            "3 layer weights for a ControlNet with 1 layers",
+        ),
+        (
+            [
+                "--controlnet",
+                "@net.safetensors",
+                "--control-image",
+                "@hint.png",
+                "--control-weights",
+                "steep",
+            ],
+            "decay(0.825)",
+        ),
+        (
+            ["--controlnet", "@net.safetensors", "--control-image", "@hint.png", "--control-start", "2"],
+            "0 <= start <= end <= 1",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_a_line(draw, options, message) -> None:
+    code, error, path = draw(*options)
+    assert code == 2
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+    assert not path.exists()
+
+
+def test_the_base_model_is_no_controlnet(draw, tiny_model_file: Path) -> None:
+    code, error, _ = draw("--controlnet", str(tiny_model_file), "--control-image", "@hint.png")
+    assert code == 2
+    assert "expected" in error and "ControlNet" in error
+
+
+def test_a_colon_may_belong_to_the_path() -> None:
+    assert split_weight("C:\\models\\net.safetensors") == (Path("C:\\models\\net.safetensors"), 1.0)
+    assert split_weight("C:\\net.safetensors:0.5") == (Path("C:\\net.safetensors"), 0.5)
+    assert split_weight("net.safetensors") == (Path("net.safetensors"), 1.0)
+
+
+def test_weights_from_json_are_numbers_or_text(draw, folder: Path) -> None:
+    (folder / "bad.json").write_text(json.dumps({"weights": 1}), encoding="utf-8")
+    options = ["--controlnet", "@net.safetensors", "--control-image", "@hint.png"]
+    code, error, _ = draw(*options, "--control-weights", "@bad.json")
+    assert code == 2 and "expected a list of numbers" in error
