@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..hydit_core.config import ModelInfo
 from ..hydit_core.errors import WeightsError
 from ..hydit_core.weights.dtypes import dtype_name
 from ..hydit_core.weights.parts import Parts, bundle
@@ -71,10 +72,10 @@ class HyDiTCheckpointLoader(io.ComfyNode):
 
         opened = bundle(folders.resolve(ckpt_name, *folders.CHECKPOINTS))
         # Before anything is loaded: what is missing costs no time.
-        _check_whole(opened)
+        source, info = _vae_of_whole(opened)
         model = load_model(opened, weight_dtype=weight_dtype)
-        clip = load_clip(opened, opened)
-        vae = load_vae(opened.vae, opened.info)
+        clip = load_clip(opened)
+        vae = load_vae(source, info)
         return io.NodeOutput(model, clip, vae, ui={"hydit_version": [_model_text(opened)]})
 
 
@@ -198,17 +199,18 @@ def _dtype_input(what: str) -> io.Combo.Input:
     )
 
 
-def _check_whole(opened: Parts) -> None:
-    """Raise unless a place holds everything that the checkpoint loader gives."""
+def _vae_of_whole(opened: Parts) -> tuple[TensorSource, ModelInfo]:
+    """The VAE of a place that holds everything that the checkpoint loader gives; raises if it does not."""
     if opened.dit is None:
         raise _other(opened, "a HunyuanDiT all-in-one checkpoint")
     parts = {"BERT": opened.bert, "mT5": opened.mt5, "VAE": opened.vae}
     missing = [name for name, part in parts.items() if part is None]
-    if missing:
+    if opened.vae is None or opened.info is None or missing:
         raise WeightsError(
             f"{opened.path} is {opened.kind.name} without {' and '.join(missing)}; "
             "load it with HyDiTDiTLoader, and the rest with HyDiTTextEncoderLoader and VAELoader"
         )
+    return opened.vae, opened.info
 
 
 def _other(opened: Parts, expected: str, more: str = "") -> WeightsError:
