@@ -34,7 +34,7 @@ REASON = _reason()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Last of all: while Playwright runs, this thread has an event loop, and the host cannot start its own."""
+    """Last of all: while Playwright runs, the thread has an event loop, so the host cannot start its own."""
     items.sort(key=lambda item: item.nodeid.startswith("browser/"))
 
 
