@@ -56,8 +56,8 @@ class HyDiTTextEncode(io.ComfyNode):
                     min=0,
                     max=16384,
                     step=8,
-                    tooltip="Only models up to v1.1 are told the picture's size, in pixels. 0: the latent's own "
-                    "size, which is right.",
+                    tooltip="Only models up to v1.1 are told the picture's size, in pixels. 0: that of "
+                    "the latent, which is right.",
                 ),
                 io.Int.Input(
                     "height",

@@ -20,7 +20,7 @@ from ...hydit_core.errors import ConfigError, HyditError, WeightsError
 from ...hydit_core.text.dimensions import LOWERCASE, bert_dimensions, check_vocabulary, t5_dimensions
 from ...hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
 from ...hydit_core.text.tokenizers import Tokenizers
-from ...hydit_core.weights.parts import Parts
+from ...hydit_core.weights.parts import Parts, bundle
 from ...hydit_core.weights.source import TensorSource
 from .text_model import MT5, Bert, TextModel
 from .text_model import encoder_info as _encoder_info
@@ -44,7 +44,9 @@ _LARGE = 2**30
 _HOST_FLAGS = ("fp8_e4m3fn", "fp8_e5m2", "fp16", "bf16", "fp32")
 
 
-def load_clip(bert: Parts, mt5: Parts | None = None, *, weight_dtype: str = "default") -> HyDiTCLIP:
+def load_clip(
+    bert: Parts, mt5: Parts | None = None, *, weight_dtype: str = "default", disable_dynamic: bool = False
+) -> HyDiTCLIP:
     """BERT and mT5 of opened files or folders, for ComfyUI's own text nodes and ours.
 
     Prompts are padded to the lengths of the DiT in the same file, else to 77 and 256. Weights are copied, one
@@ -57,6 +59,7 @@ def load_clip(bert: Parts, mt5: Parts | None = None, *, weight_dtype: str = "def
         weight_dtype: a key of :data:`WEIGHT_DTYPES`. "default" is what the host was told when it was started,
             else the file's own, but 16 bits for a large mT5 in float32. In 8 bits, embeddings, norms and
             biases stay in 16.
+        disable_dynamic: a patcher that loads weights at once, where ComfyUI would stream them.
 
     Raises:
         WeightsError: an encoder or its tokenizer is missing, damaged, of another model, or does not fit.
@@ -78,7 +81,7 @@ def load_clip(bert: Parts, mt5: Parts | None = None, *, weight_dtype: str = "def
 
     widths, positions = (bert_dims["hidden_size"], mt5_dims["d_model"]), bert_dims["max_position_embeddings"]
     tokenizer = partial(HyDiTTokenizer, tokenizers, widths, positions)
-    return HyDiTCLIP(
+    clip = HyDiTCLIP(
         SimpleNamespace(params={}, clip=build, tokenizer=tokenizer),
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         model_options={
@@ -86,7 +89,17 @@ def load_clip(bert: Parts, mt5: Parts | None = None, *, weight_dtype: str = "def
             # Filled here; the host moves the encoders to where they run when they run.
             "initial_device": comfy.model_management.text_encoder_offload_device(),
         },
+        **({"disable_dynamic": True} if disable_dynamic else {}),  # 0.3.64 streams no weights
     )
+    if bert.path.exists() and mt5.path.exists():
+        clip.patcher.cached_patcher_init = (_load_again, (bert.path, mt5.path, weight_dtype))
+    return clip
+
+
+def _load_again(bert: Path, mt5: Path, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+    """The same encoders once more, as ComfyUI asks for them where it cannot stream weights (hooks)."""
+    opened = bundle(bert), bundle(mt5)
+    return load_clip(*opened, weight_dtype=weight_dtype, disable_dynamic=disable_dynamic).patcher
 
 
 class HyDiTCLIP(comfy.sd.CLIP):

@@ -13,8 +13,8 @@ import torch
 from ...hydit_core.errors import ConfigError
 from ...hydit_core.text.dimensions import LOWERCASE
 from ...hydit_core.text.tokenizers import Tokenizers
-from ...hydit_core.weights.load import assign_weights
-from ...hydit_core.weights.source import FP8_DTYPES, CastSource, TensorSource
+from ...hydit_core.weights.load import check_names
+from ...hydit_core.weights.source import FP8_DTYPES, TensorSource
 
 _COMFY_BUCKETS = 32
 # Matrices that are looked up, not multiplied: the host would expand them whole from 8 bits at each prompt.
@@ -161,25 +161,19 @@ def fill(model: torch.nn.Module, shell: torch.nn.Module, source: TensorSource, d
     Raises:
         WeightsError: listing tensors that are missing, unexpected or of another shape.
     """
-    plan = {key: _kept(source, key, dtype) for key in source}
-    assign_weights(shell, _Copies(source, plan), dtype=None, device="cpu")
-    missing, unexpected = model.load_state_dict(shell.state_dict(), strict=False, assign=True)
-    assert not missing and not unexpected, (missing, unexpected)
+    expected = {key: tuple(value.shape) for key, value in shell.state_dict().items()}
+    check_names(expected, source)
+    state: dict[str, torch.Tensor] = {}
+    for key in expected:
+        kept = _kept(source, key, dtype)
+        tensor = source.get(key, kept)
+        # What was not cast may be a view of the file, which others may write over.
+        state[key] = tensor.clone() if source.dtype(key) == kept else tensor
+        source.release(key)
+    model.load_state_dict(state, assign=True)
     model.requires_grad_(False).eval()
 
 
 def _kept(source: TensorSource, key: str, dtype: torch.dtype) -> torch.dtype:
     matrix = len(source.shape(key)) == 2 and not any(name in key for name in _TABLES)
     return dtype if matrix or dtype not in FP8_DTYPES else torch.float16
-
-
-class _Copies(CastSource):
-    """A mapped file's tensors as copies: whoever writes over the file does not change the model."""
-
-    def __init__(self, source: TensorSource, dtypes: Mapping[str, torch.dtype]) -> None:
-        super().__init__(source, dtypes)
-        self._stored = source
-
-    def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = super().get(key, dtype)
-        return tensor.clone() if tensor.dtype == self._stored.dtype(key) else tensor
