@@ -20,13 +20,24 @@ HEAVY = ("transformers", "diffusers", "peft", "sentencepiece", "accelerate", "cv
 
 
 class Recorder(importlib.abc.MetaPathFinder):
-    """Notes every module that is looked for, and finds none."""
+    """Notes every module that is looked for because of the pack's code, and finds none."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
         self.asked: list[str] = []
+        self.heavy: dict[str, str] = {}
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        self.asked.append(fullname)
+        # The host reads pyproject.toml between the pack's import and its nodes: that is not the pack's.
+        frame, through = sys._getframe(1), []
+        while frame is not None:
+            if frame.f_code.co_filename.startswith(self.folder):
+                through.append(frame.f_code.co_filename[len(self.folder) + 1 :])
+            frame = frame.f_back
+        if through:
+            self.asked.append(fullname)
+        if through and fullname in HEAVY:
+            self.heavy[fullname] = " < ".join(through)
 
 
 def start_host(comfy: str, base: str) -> Any:
@@ -39,8 +50,6 @@ def start_host(comfy: str, base: str) -> Any:
     importlib.import_module("execution")
     server = importlib.import_module("server")
     server.PromptServer(asyncio.new_event_loop())
-    # What the host itself imports when it loads the first pack.
-    importlib.import_module("comfy_config.config_parser")
     return nodes
 
 
@@ -51,7 +60,7 @@ def load(nodes: Any, folder: str, network: list[str]) -> dict[str, Any]:
     hidden = {name: module for name, module in sys.modules.items() if name.split(".")[0] in HEAVY}
     for name in hidden:
         del sys.modules[name]
-    recorder = Recorder()
+    recorder = Recorder(folder)
     sys.meta_path.insert(0, recorder)
     network.clear()
     began = time.perf_counter()
@@ -68,7 +77,8 @@ def load(nodes: Any, folder: str, network: list[str]) -> dict[str, Any]:
         "loaded": loaded,
         "seconds": seconds,
         "nodes": sorted(changed),
-        "heavy": sorted({name for name in recorder.asked if name.split(".")[0] in HEAVY}),
+        "asked": len(recorder.asked),
+        "heavy": recorder.heavy,
         "modules": sorted(name for name in set(sys.modules) - before if not name.startswith(folder[:5])),
         "network": list(network),
         "path_kept": sys.path == path,

@@ -65,7 +65,8 @@ def test_importing_is_cheap(probe, capsys):
     first = probe[0]
     with capsys.disabled():
         print(f"\nimporting the pack: {first['seconds']:.2f} s; then {probe[2]['seconds']:.2f} s")
-    assert first["heavy"] == []
+    assert first["asked"] > 10  # the pack's own modules, at least: the recorder sees its imports
+    assert first["heavy"] == {}
     assert first["seconds"] < 5
 
 
