@@ -108,6 +108,12 @@ class HyDiTModel(comfy.model_base.HunyuanDiT):
         out["image_meta_size"] = comfy.conds.CONDRegular(sizes)
         return out
 
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As the parent's, without its ``v_pred``, a mark that only Stable Diffusion's loaders read."""
+        tensors: dict[str, Tensor] = super().state_dict_for_saving(*args, **kwargs)
+        tensors.pop("v_pred", None)
+        return tensors
+
 
 def _mask(name: str, features: Tensor | None, mask: Tensor | None, length: int, dim: int) -> Tensor:
     """The mask (B, L) of text features (B, L, dim). Rows that it does not know, of joined prompts, count."""
