@@ -10,6 +10,8 @@ from ..hydit_core.weights.dtypes import dtype_name
 from ..hydit_core.weights.parts import Parts, bundle
 from ..hydit_core.weights.source import TensorSource
 from .host import folders
+from .host.model import load_model
+from .host.vae import load_vae
 from .schema import make_schema
 
 _CATEGORY = "HunyuanDiT/loaders"
@@ -66,9 +68,7 @@ class HyDiTCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name: str, weight_dtype: str) -> io.NodeOutput:
-        from .host.clip import load_clip
-        from .host.model import load_model
-        from .host.vae import load_vae
+        from .host.clip import load_clip  # it brings sentencepiece, which ComfyUI's start need not pay for
 
         opened = bundle(folders.resolve(ckpt_name, *folders.CHECKPOINTS))
         # Before anything is loaded: what is missing costs no time.
@@ -115,8 +115,6 @@ class HyDiTDiTLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        from .host.model import load_model
-
         opened = bundle(folders.resolve(model_name, *folders.DIT), only=("dit",))
         if opened.dit is None:
             raise _other(opened, "a HunyuanDiT (DiT) checkpoint")
@@ -173,17 +171,11 @@ class HyDiTTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, bert_name: str, mt5_name: str, weight_dtype: str) -> io.NodeOutput:
-        from .host.clip import load_clip
+        from .host.clip import load_clip  # it brings sentencepiece, which ComfyUI's start need not pay for
 
-        bert = bundle(folders.resolve(bert_name, *folders.TEXT_ENCODERS), only=("bert", "t5"))
-        mt5 = bert
+        bert = mt5 = bundle(folders.resolve(bert_name, *folders.TEXT_ENCODERS), only=("bert", "t5"))
         if mt5_name not in (_SAME, bert_name):
             mt5 = bundle(folders.resolve(mt5_name, *folders.TEXT_ENCODERS), only=("t5",))
-        if bert.bert is None:
-            raise _other(bert, "a BERT text encoder")
-        if mt5.mt5 is None:
-            same = "; mt5_name chooses another place for mT5" if mt5 is bert else ""
-            raise _other(mt5, "an mT5 text encoder", same)
         clip = load_clip(bert, mt5, weight_dtype=weight_dtype)
         text = f"BERT {_dtype_text(bert.bert)}, mT5 {_dtype_text(mt5.mt5)}"
         return io.NodeOutput(clip, ui={"hydit_version": [text]})
@@ -213,14 +205,14 @@ def _vae_of_whole(opened: Parts) -> tuple[TensorSource, ModelInfo]:
     return opened.vae, opened.info
 
 
-def _other(opened: Parts, expected: str, more: str = "") -> WeightsError:
+def _other(opened: Parts, expected: str) -> WeightsError:
     advice = _ADVICE.get(opened.kind.kind, "choose another")
-    return WeightsError(f"{opened.path} is {opened.kind.name}; expected {expected}; {advice}{more}")
+    return WeightsError(f"{opened.path} is {opened.kind.name}; expected {expected}; {advice}")
 
 
 def _model_text(opened: Parts) -> str:
     """Such as "HunyuanDiT-g/2 v1.2, ema, fp16"."""
-    assert opened.dit is not None and opened.info is not None
+    assert opened.info is not None
     name = opened.kind.name.removeprefix("a ").removesuffix(" checkpoint").removesuffix(" all-in-one")
     diffusion = opened.info.diffusion
     said = [name, opened.info.variant, _dtype_text(opened.dit)]
@@ -228,6 +220,6 @@ def _model_text(opened: Parts) -> str:
     return ", ".join(filter(None, said))
 
 
-def _dtype_text(source: TensorSource) -> str:
-    dtype = source.main_dtype()
+def _dtype_text(source: TensorSource | None) -> str:
+    dtype = source.main_dtype() if source is not None else None
     return dtype_name(dtype) if dtype is not None else ""
