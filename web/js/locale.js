@@ -31,6 +31,18 @@ export function text(key, values = {}) {
   return found.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 
+/** A token report, which Python writes in English, in the language of the page as far as its words are known. */
+export function translateReport(said) {
+  const rules = translations[language()]?.hydit?.report?.rules ?? { counts: {}, lines: {} };
+  const apply = (line, patterns) =>
+    Object.entries(patterns).reduce((so, [from, to]) => so.replace(new RegExp(from, "g"), to), line);
+  // The first line counts; the others quote the prompt, of which nothing may be changed.
+  return said
+    .split("\n")
+    .map((line, i) => apply(line, i ? rules.lines : rules.counts))
+    .join("\n");
+}
+
 /** What the options of a node's combos are called, as {input: {option: label}}. */
 export function optionLabels(nodeId) {
   const inputs = translations[language()]?.nodeDefs?.[nodeId]?.inputs ?? {};

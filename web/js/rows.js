@@ -10,7 +10,7 @@ const STYLE_ID = "hydit-style";
 const CSS = `
 .hydit-row {
   box-sizing: border-box; min-width: 0; color: var(--input-text, #ddd);
-  font: 11px/1.4 Inter, "Noto Sans SC", "Microsoft YaHei", "WenQuanYi Micro Hei", Arial, sans-serif;
+  font: 11px/16px Inter, "Noto Sans SC", "Microsoft YaHei", "WenQuanYi Micro Hei", Arial, sans-serif;
 }
 .hydit-muted { color: var(--descrip-text, #999); }
 `;
