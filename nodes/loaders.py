@@ -10,6 +10,7 @@ from ..hydit_core.weights.dtypes import dtype_name
 from ..hydit_core.weights.parts import Parts, bundle
 from ..hydit_core.weights.source import TensorSource
 from .host import folders
+from .host.clip import load_clip
 from .host.model import load_model
 from .host.vae import load_vae
 from .schema import make_schema
@@ -68,8 +69,6 @@ class HyDiTCheckpointLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, ckpt_name: str, weight_dtype: str) -> io.NodeOutput:
-        from .host.clip import load_clip  # it brings sentencepiece, which ComfyUI's start need not pay for
-
         opened = bundle(folders.resolve(ckpt_name, *folders.CHECKPOINTS))
         # Before anything is loaded: what is missing costs no time.
         source, info = _vae_of_whole(opened)
@@ -171,8 +170,6 @@ class HyDiTTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, bert_name: str, mt5_name: str, weight_dtype: str) -> io.NodeOutput:
-        from .host.clip import load_clip  # it brings sentencepiece, which ComfyUI's start need not pay for
-
         bert = mt5 = bundle(folders.resolve(bert_name, *folders.TEXT_ENCODERS), only=("bert", "t5"))
         if mt5_name not in (_SAME, bert_name):
             mt5 = bundle(folders.resolve(mt5_name, *folders.TEXT_ENCODERS), only=("t5",))

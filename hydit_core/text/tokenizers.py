@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordPiece
 
 from ..errors import WeightsError
 from .chunks import piece_starts, split
 from .features import ChunkedTokens, PromptReport, TokenReport, Tokens
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _T5_END = 1
@@ -225,6 +227,9 @@ def _wordpiece(ids: dict[str, int], lowercase: bool) -> Tokenizer:
 
 
 def _sentencepiece(model: bytes) -> SentencePieceProcessor:
+    # Here, so that ComfyUI's nodes can import this module without it.
+    from sentencepiece import SentencePieceProcessor
+
     try:
         processor = SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
