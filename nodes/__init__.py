@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
-
 from comfy_api.latest import ComfyExtension, io
 
-NODES: list[type[io.ComfyNode]] = []
+from .latent import HyDiTEmptyLatent
+from .loaders import HyDiTCheckpointLoader, HyDiTDiTLoader, HyDiTTextEncoderLoader
+from .sampling import HyDiTKSampler, HyDiTSampler, HyDiTScheduler
+from .save import HyDiTModelSave
+from .text import HyDiTTextEncode
 
-for _family in ("loaders", "text", "latent", "sampling", "save"):
-    if (Path(__file__).parent / f"{_family}.py").is_file():
-        _module = import_module(f".{_family}", __name__)
-        NODES += [
-            value
-            for value in vars(_module).values()
-            if isinstance(value, type)
-            and issubclass(value, io.ComfyNode)
-            and value.__module__ == _module.__name__
-            and value.__name__.startswith("HyDiT")
-        ]
+NODES: list[type[io.ComfyNode]] = [
+    HyDiTCheckpointLoader,
+    HyDiTDiTLoader,
+    HyDiTTextEncoderLoader,
+    HyDiTTextEncode,
+    HyDiTEmptyLatent,
+    HyDiTKSampler,
+    HyDiTSampler,
+    HyDiTScheduler,
+    HyDiTModelSave,
+]
 
 
 class HyDiTExtension(ComfyExtension):
