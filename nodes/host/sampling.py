@@ -259,6 +259,7 @@ def _guarded(function: Callable[..., Tensor], network: Any, generators: Generato
         **options: Any,
     ) -> Tensor:
         def each_step(state: dict[str, Any]) -> None:
+            # ComfyUI's own checks are in its layers, not in compiled ones, and in progress that is shown.
             comfy.model_management.throw_exception_if_processing_interrupted()
             if not is_finite(state["denoised"]):
                 levels = state["sigma"] * x.new_ones(len(x))
