@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 LIBRARY = Path(__file__).resolve().parents[2] / "hydit_core"
@@ -70,3 +72,63 @@ def test_files_are_never_executed():
                 assert options.get("weights_only") == "True" or spread, where
                 loads += 1
     assert loads
+
+
+NODES = LIBRARY.parent / "nodes"
+# What node files may import by name. ComfyUI's own modules are for nodes/host.
+NODES_MAY = {"comfy_api", "torch", *sys.stdlib_module_names}
+HOST_MAY = NODES_MAY | {"comfy", "folder_paths", "latent_preview", "safetensors"}
+
+
+def _imports(path: Path):
+    """(dots, module, names) of every import; an import by name has no dots."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or "", [alias.name for alias in node.names]
+
+
+def test_nodes_reach_comfyui_through_host_and_the_library_by_relative_imports():
+    """nodes -> nodes/host -> hydit_core. The pack has no name that an absolute import could use."""
+    seen = 0
+    for path in sorted(NODES.rglob("*.py")):
+        inner = path.parent != NODES
+        for dots, module, names in _imports(path):
+            where = f"{path.relative_to(NODES)}: {'.' * dots}{module} {names}"
+            first = module.split(".")[0]
+            if not dots:
+                assert first in (HOST_MAY if inner else NODES_MAY), where
+                assert inner or first != "comfy_api" or module == "comfy_api.latest", where
+                continue
+            # As many dots as folders up to the pack's own: the library; fewer: the files beside.
+            library = dots == len(path.relative_to(NODES.parent).parts)
+            assert first == "hydit_core" if library else dots == 1, where
+            assert not any(name.startswith("_") for name in names), where
+            family = not library and not inner and path.name != "__init__.py"
+            assert not family or {first or names[0]} <= {"host", "schema"}, where
+            seen += 1
+    assert seen > 30
+
+
+def test_the_pack_has_no_old_style_door():
+    """NODE_CLASS_MAPPINGS would make ComfyUI ignore comfy_entrypoint."""
+    tree = ast.parse((NODES.parent / "__init__.py").read_text("utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert "WEB_DIRECTORY" in names and "NODE_CLASS_MAPPINGS" not in names
+    assert {(dots, module) for dots, module, _ in _imports(NODES.parent / "__init__.py")} == {
+        (0, "__future__"),
+        (0, "importlib.util"),
+        (1, "nodes"),
+    }
+
+
+def test_what_comfyui_reads_of_pyproject_is_there():
+    content = (LIBRARY.parent / "pyproject.toml").read_text("utf-8")
+    icon = re.search(r'^Icon = "(.+)"$', content, re.M)
+    assert icon and (LIBRARY.parent / icon[1]).is_file()
+    assert re.search(r'^requires-comfyui = ">=0\.3\.64"$', content, re.M)
+    assert re.search(r'^PublisherId = "hydit"$', content, re.M)
+    # Whatever stands in requirements.txt is installed into ComfyUI's own Python.
+    lines = (LIBRARY.parent / "requirements.txt").read_text("utf-8").splitlines()
+    assert all(line.startswith("#") for line in lines)
