@@ -37,8 +37,8 @@ def weights(config: DiTConfig = CONFIG) -> dict[str, Tensor]:
     return dit.state_dict()
 
 
-def native_model(host: Any, config: DiTConfig = CONFIG) -> Any:
-    """ComfyUI's own HunyuanDiT around :func:`weights`, in a ModelPatcher."""
+def native_model(host: Any, config: DiTConfig = CONFIG, tensors: dict[str, Tensor] | None = None) -> Any:
+    """ComfyUI's own HunyuanDiT around ``tensors`` (not copied; default :func:`weights`), patched."""
     management, patcher = (
         host.comfy_module("comfy.model_management"),
         host.comfy_module("comfy.model_patcher"),
@@ -60,7 +60,8 @@ def native_model(host: Any, config: DiTConfig = CONFIG) -> Any:
     kind = (supported.HunyuanDiT1 if config.size_cond else supported.HunyuanDiT)(dimensions)
     kind.set_inference_dtype(torch.float32, None)
     model = kind.get_model({})
-    model.diffusion_model.load_state_dict(weights(config))
+    state = weights(config) if tensors is None else tensors
+    model.diffusion_model.load_state_dict(state, assign=True)
     cpu = torch.device("cpu")
     model.requires_grad_(False).eval()
     return patcher.ModelPatcher(model, load_device=management.get_torch_device(), offload_device=cpu)
