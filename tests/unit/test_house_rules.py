@@ -16,6 +16,7 @@ LAYERS = {
     "config": 1,
     "devices": 1,
     "embedded": 1,
+    "finite": 1,
     "presets": 2,
     "png": 2,
     "model": 2,
