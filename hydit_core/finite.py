@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ def first_overflow(network: nn.Module, run: Callable[[], Any]) -> str:
     places: list[str] = []
 
     def check_input(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        named = {**{str(i + 1): value for i, value in enumerate(args)}, **kwargs}
+        named = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
         if not places:
             places.extend(f"in its input {name}" for name, value in named.items() if not is_finite(value))
 

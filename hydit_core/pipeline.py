@@ -23,6 +23,7 @@ from .diffusion.samplers import SAMPLERS, draw_noise, noise_sampler_from, start_
 from .diffusion.schedule import Schedule
 from .embedded import embedded_model
 from .errors import ConfigError, HyditError, WeightsError
+from .finite import DTYPE_ADVICE, first_overflow
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
 from .presets import check_seed, check_settings, choose_settings, size_advice
@@ -216,7 +217,7 @@ class Pipeline:
     def _features(self, prompts: Sequence[str]) -> TextFeatures:
         features = self.text.encode(list(prompts))
         if not all(torch.isfinite(part).all() for part in (features.bert, features.t5)):
-            raise HyditError(f"the text encoders' output is not finite in {self.text.dtype}; {_DTYPE_ADVICE}")
+            raise HyditError(f"the text encoders' output is not finite in {self.text.dtype}; {DTYPE_ADVICE}")
         return features.to(self.device)
 
     @torch.no_grad()
@@ -234,7 +235,7 @@ class Pipeline:
         if not all(torch.isfinite(part).all() for part in context):
             what = "DiT" if net is self.dit else "ControlNet"
             raise HyditError(
-                f"the {what}'s projections of the text are not finite in {dtype}; {_DTYPE_ADVICE}"
+                f"the {what}'s projections of the text are not finite in {dtype}; {DTYPE_ADVICE}"
             )
         return Context(*(part.repeat_interleave(repeats, dim=0) for part in context))
 
@@ -288,7 +289,9 @@ class Pipeline:
         def each_step(state: dict[str, Any]) -> None:
             if not torch.isfinite(state["denoised"]).all():
                 level = state["sigma"].to(x) * x.new_ones(len(seeds))
-                raise HyditError(self._overflow(lambda: denoiser(state["x"], level, **network), state["i"]))
+                place = first_overflow(self.dit, lambda: denoiser(state["x"], level, **network))
+                where = f"step {state['i'] + 1}: the DiT's values are not finite in {self.dit.dtype}, {place}"
+                raise HyditError(f"{where}; {DTYPE_ADVICE}")
             if callback is not None:
                 callback(state["i"] + 1, len(sigmas) - 1, state["denoised"])
 
@@ -307,30 +310,6 @@ class Pipeline:
     def _predict(self, x_t: Tensor, t: Tensor, *, context: Context, controls: Controls) -> Tensor:
         return self.dit(x_t.to(self.dit.dtype), t, context, controls(x_t, t))
 
-    def _overflow(self, run: Callable[[], Any], step: int) -> str:
-        """Where the DiT's first non-finite value comes from, found by running the step once more."""
-        culprits: list[str] = []
-
-        def watch(name: str) -> Callable[..., None]:
-            def check(module: Any, args: Any, output: Any) -> None:
-                if not culprits and isinstance(output, Tensor) and not torch.isfinite(output).all():
-                    culprits.append(name)
-
-            return check
-
-        hooks = [
-            module.register_forward_hook(watch(name)) for name, module in self.dit.named_modules() if name
-        ]
-        try:
-            run()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        place = f"first in {culprits[0]}" if culprits else "outside its layers"
-        return (
-            f"step {step + 1}: the DiT's values are not finite in {self.dit.dtype}, {place}; {_DTYPE_ADVICE}"
-        )
-
     # -- pictures and latents --------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -342,14 +321,9 @@ class Pipeline:
     def _decode(self, latent: Tensor) -> Image.Image:
         pixels = self.vae.decode(latent[None])[0]  # (3, H, W)
         if not torch.isfinite(pixels).all():
-            raise HyditError(f"the VAE's output is not finite in {self.vae.dtype}; {_DTYPE_ADVICE}")
+            raise HyditError(f"the VAE's output is not finite in {self.vae.dtype}; {DTYPE_ADVICE}")
         levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(np.asarray(levels.permute(1, 2, 0).cpu()))
-
-
-_DTYPE_ADVICE = (
-    "try dtype bfloat16 or float32, and make sure that the weights are those of a finished training"
-)
 
 
 def load(
