@@ -122,6 +122,7 @@ class TextModel(comfy.text_encoders.hydit.HyditModel):
         torch.nn.Module.__init__(self)
         self.hydit_clip = bert
         self.mt5xl = mt5
+        self.requires_grad_(False).eval()
         self.dtypes = {parameter.dtype for parameter in self.parameters()}
 
 
@@ -171,7 +172,6 @@ def fill(model: torch.nn.Module, shell: torch.nn.Module, source: TensorSource, d
         state[key] = tensor.clone() if source.dtype(key) == kept else tensor
         source.release(key)
     model.load_state_dict(state, assign=True)
-    model.requires_grad_(False).eval()
 
 
 def _kept(source: TensorSource, key: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,118 @@
+"""Small random text encoders as transformers has them, and the files that people have them in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
+
+from hydit_core.config import METADATA_KEY, ModelInfo
+from hydit_core.embedded import embedded_model
+from hydit_core.weights.parts import parts
+
+_EMBEDDED = parts(embedded_model())
+assert _EMBEDDED.bert_vocab is not None and _EMBEDDED.spiece_model is not None
+#: The embedded model's tokenizers: 865 and 875 tokens of English and Chinese.
+VOCAB: bytes = _EMBEDDED.bert_vocab
+SPIECE: bytes = _EMBEDDED.spiece_model
+
+BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+T5 = {"d_model": 64, "d_kv": 24, "d_ff": 80, "num_heads": 3, "num_layers": 2}
+PUBLISHED_ROWS = 47020
+
+
+def randomize(model: torch.nn.Module, seed: int, std: float) -> Any:
+    """Random values everywhere; norms stay near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise + 1 if "norm" in name.lower() and name.endswith("weight") else noise)
+    return model.requires_grad_(False).eval()
+
+
+def bert_model(rows: int = VOCAB.count(b"\n"), seed: int = 1, std: float = 0.3, **options: Any) -> BertModel:
+    values = {"max_position_embeddings": 512, **BERT, **options}
+    return randomize(BertModel(BertConfig(vocab_size=rows, **values), add_pooling_layer=False), seed, std)
+
+
+def t5_model(rows: int = 880, seed: int = 2, std: float = 0.3, **options: Any) -> MT5EncoderModel:
+    return randomize(MT5EncoderModel(MT5Config(vocab_size=rows, **{**T5, **options})), seed, std)
+
+
+def t5_tensors(model: MT5EncoderModel) -> dict[str, torch.Tensor]:
+    tensors = dict(model.state_dict())
+    tensors.pop("encoder.embed_tokens.weight", None)
+    return tensors
+
+
+def data(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def metadata(bert: BertModel, t5: MT5EncoderModel) -> dict[str, str]:
+    """What the shapes do not tell of these two."""
+    info = ModelInfo(
+        "v1.2",
+        bert={
+            "num_attention_heads": bert.config.num_attention_heads,
+            "layer_norm_eps": bert.config.layer_norm_eps,
+        },
+        t5={
+            "relative_attention_max_distance": t5.config.relative_attention_max_distance,
+            "feed_forward_proj": t5.config.feed_forward_proj,
+            "layer_norm_epsilon": t5.config.layer_norm_epsilon,
+        },
+    )
+    return {METADATA_KEY: info.to_json()}
+
+
+def all_in_one(
+    bert: BertModel, t5: MT5EncoderModel, *, vocab: bytes | None = VOCAB, spiece: bytes | None = SPIECE
+) -> dict[str, torch.Tensor]:
+    """Both encoders and their tokenizers under the names of a ComfyUI checkpoint."""
+    tensors = {f"text_encoders.hydit_clip.transformer.bert.{k}": v for k, v in bert.state_dict().items()}
+    tensors |= {f"text_encoders.mt5xl.transformer.{k}": v for k, v in t5_tensors(t5).items()}
+    if vocab is not None:
+        tensors["text_encoders.hydit_clip.vocab"] = data(vocab)
+    if spiece is not None:
+        tensors["text_encoders.mt5xl.spiece_model"] = data(spiece)
+    return tensors
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], info: Mapping[str, str] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.contiguous().clone() for k, v in tensors.items()}, path, metadata=dict(info or {}) or None
+    )
+    return path
+
+
+def write_tokenizers(bert: Path, t5: Path) -> None:
+    """The tokenizers' files as in a published folder."""
+    bert.mkdir(parents=True, exist_ok=True)
+    t5.mkdir(parents=True, exist_ok=True)
+    (bert / "vocab.txt").write_bytes(VOCAB)
+    (bert / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}), encoding="utf-8")
+    (t5 / "spiece.model").write_bytes(SPIECE)
+
+
+def grown_spiece(pieces: int) -> bytes:
+    """SPIECE with meaningless pieces at its end, as many as make ``pieces`` in all.
+
+    (Protocol buffers are put together by appending: field 1 is one piece, of text (1), score (2).)
+    """
+    import sentencepiece
+
+    have = sentencepiece.SentencePieceProcessor(model_proto=SPIECE).get_piece_size()
+    more = bytearray()
+    for i in range(have, pieces):
+        text = f"\ue000{i}".encode()
+        piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + b"\x00\x00\xc8\xc2"  # score -100
+        more += b"\x0a" + bytes([len(piece)]) + piece
+    return SPIECE + bytes(more)
