@@ -1,6 +1,7 @@
 # make demo    a picture from a Chinese and an English prompt, from nothing
 # make test    every test that needs no ComfyUI
 # make test-host  the tests inside a ComfyUI and in its page; COMFYUI_PATH says which (docs/testing.md)
+# make validate   what others' validators of ComfyUI packs say (docs/testing.md)
 # make lint    ruff and mypy
 # make bench   benchmarks/*.py, one after the other
 #
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-host lint bench clean
+.PHONY: demo test test-host validate lint bench clean
 
 demo: $(VENV)/.headless
 	$(BIN)/python -m hydit_core.generate --prompt "红苹果" --prompt "a red apple" --seed 1 --out $(OUT)
@@ -32,6 +33,9 @@ test: $(VENV)/.test
 # With the Python of that ComfyUI, not with ours. HOST_ARGS go to pytest: HOST_ARGS="tests/host -k smoke"
 test-host:
 	$(PYTHON) tests/run_host.py $(HOST_ARGS)
+
+validate:
+	$(PYTHON) tests/validate.py
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .

@@ -85,32 +85,41 @@ def install(python: Path, side: Path, packages: list[str]) -> None:
     stamp.write_text(wanted)
 
 
-def main(arguments: list[str]) -> int:
+class NoHost(Exception):
+    """There is none, or not one that can be run."""
+
+
+def ready() -> tuple[Path, Path, Path]:
+    """The ComfyUI folder, its Python and the side folder with what that lacks. Raises NoHost."""
     comfy = find_host()
     if comfy is None:
-        print(
+        raise NoHost(
             "No ComfyUI found to test with. Set COMFYUI_PATH to its folder, or put this repository into its\n"
-            "custom_nodes folder, or install it at ~/comfy/ComfyUI. See docs/testing.md.",
-            file=sys.stderr,
+            "custom_nodes folder, or install it at ~/comfy/ComfyUI. See docs/testing.md."
         )
-        return 2
     python = find_python(comfy) or Path(sys.executable)
     has, tag = ask(python)
     lacking = [name for name in HOST_MODULES if not has[name]]
     if lacking:
-        print(
-            f"{python} cannot run {comfy}: it has no {', '.join(lacking)}. Set COMFYUI_PYTHON to its Python.",
-            file=sys.stderr,
+        raise NoHost(
+            f"{python} cannot run {comfy}: it has no {', '.join(lacking)}. Set COMFYUI_PYTHON to its Python."
         )
-        return 2
     side = ROOT / ".host-tests" / tag
     install(python, side, sorted(package for name, package in NEEDED.items() if not has[name]))
+    return comfy, python, side
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        comfy, python, side = ready()
+    except NoHost as error:
+        print(error, file=sys.stderr)
+        return 2
     print(f"Testing with ComfyUI {host_version(comfy)} at {comfy}, Python {python}", flush=True)
     environment = {**os.environ, "COMFYUI_PATH": str(comfy), "OMP_NUM_THREADS": "1"}
-    chosen = arguments or ["tests/host", "tests/browser"]
-    if all(argument.startswith("-") for argument in chosen):
-        chosen = [*chosen, "tests/host", "tests/browser"]
-    return subprocess.run([python, "-c", START, side, *chosen], cwd=ROOT, env=environment).returncode
+    if all(argument.startswith("-") for argument in arguments):
+        arguments = [*arguments, "tests/host", "tests/browser"]
+    return subprocess.run([python, "-c", START, side, *arguments], cwd=ROOT, env=environment).returncode
 
 
 if __name__ == "__main__":

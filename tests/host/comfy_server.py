@@ -34,8 +34,15 @@ class ComfyServer:
     """A running server. `url` is its address, `base` its base directory, `log_path` what it prints."""
 
     def __init__(
-        self, *, name: str = "server", pack: str = "hydit", copy: bool = False, flags: tuple[str, ...] = ()
+        self,
+        *,
+        name: str = "server",
+        pack: str = "hydit",
+        copy: bool = False,
+        flags: tuple[str, ...] = (),
+        files: tuple[str, ...] = (),
     ) -> None:
+        """`pack` is the folder's name in custom_nodes; `files` in the base directory are made, empty."""
         found = find_host()
         assert found is not None
         self.comfy, self.version = found, host_version(found)
@@ -46,6 +53,9 @@ class ComfyServer:
             self.base / folder for folder in ("models", "input", "output")
         )
         install_pack(self.base / "custom_nodes" / pack, copy=copy)
+        for file in files:
+            (self.base / file).parent.mkdir(parents=True, exist_ok=True)
+            (self.base / file).touch()
         self.client_id = uuid.uuid4().hex
         self.log_path = artifacts() / f"{name}-{self.version}.log"
         self.port = _free_port()
