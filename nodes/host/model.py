@@ -25,6 +25,7 @@ from ...hydit_core.weights.load import check_names
 from ...hydit_core.weights.parts import Parts, bundle, open_model
 from ...hydit_core.weights.save import dtypes_for
 from ...hydit_core.weights.source import FP8_DTYPES, TensorSource
+from ...hydit_core.weights.views import rename
 from .dit import HostDiT
 from .preview import latent_format
 
@@ -203,7 +204,8 @@ def _dtypes(
     """The dtype to keep weights in, and the one to cast them to for each use (None: the same)."""
     management = comfy.model_management
     if weight_dtype == "default":
-        in_file = source.main_dtype() or torch.float32
+        blocks = rename(source, lambda key: key if key.startswith("blocks.") else None)
+        in_file = blocks.main_dtype() or torch.float32
         numel = sum(source.numel(key) for key in source)
         stored = management.unet_dtype(
             model_params=numel, supported_dtypes=list(supported), weight_dtype=in_file
