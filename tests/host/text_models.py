@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,38 @@ def grown_spiece(pieces: int) -> bytes:
         piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + b"\x00\x00\xc8\xc2"  # score -100
         more += b"\x0a" + bytes([len(piece)]) + piece
     return SPIECE + bytes(more)
+
+
+def write_published(bert: Path, mt5: Path) -> None:
+    """Files of the published dimensions in float16 with small random weights, written piece by piece."""
+    with torch.device("meta"):
+        encoder = BertModel(
+            BertConfig(
+                vocab_size=PUBLISHED_ROWS,
+                hidden_size=1024,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                intermediate_size=4096,
+            ),
+            add_pooling_layer=False,
+        )
+        t5 = MT5EncoderModel(
+            MT5Config(vocab_size=250112, d_model=2048, d_kv=64, d_ff=5120, num_heads=32, num_layers=24)
+        )
+    _stream(bert, {f"bert.{name}": tuple(value.shape) for name, value in encoder.state_dict().items()})
+    _stream(mt5, {name: tuple(value.shape) for name, value in t5_tensors(t5).items()})
+
+
+def _stream(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    block = (torch.randn(2**22, generator=torch.Generator().manual_seed(0)) * 0.02).half().numpy().tobytes()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for shape in shapes.values():
+            left = 2 * math.prod(shape)
+            while left:
+                left -= file.write(block[:left])
