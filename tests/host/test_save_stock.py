@@ -148,7 +148,12 @@ def test_the_stock_loader_opens_what_was_saved(host):
     found = {f"model.diffusion_model.{k}": v for k, v in model.model.diffusion_model.state_dict().items()}
     found |= {f"text_encoders.{key}": value for key, value in clip.get_sd().items()}
     found |= {f"vae.{key}": value for key, value in vae.get_sd().items()}
+    spiece = tensors.pop("text_encoders.mt5xl.spiece_model")
     for key, value in tensors.items():
         assert torch.equal(found[key].to(value.dtype), value), key
-    assert load_file(path).keys() == tensors.keys() | {"text_encoders.hydit_clip.vocab"}
+    assert clip.tokenizer.mt5xl.tokenizer.tokenizer.get_piece_size() == 250100
+    opened = bundle(path)
+    assert opened.spiece_model == spiece.numpy().tobytes()
+    assert opened.bert_vocab == host.module("nodes.host.tokens").shipped_vocabulary()
+    assert len(load_file(path)) == len(tensors) + 2
     path.unlink()
