@@ -95,3 +95,13 @@ def _picture_with_output() -> Graph:
     g, inverted = _picture()
     g.add("PreviewImage", images=inverted)
     return g
+
+
+def test_the_ready_graph_draws(host):
+    from graphs import text_to_image
+
+    result = host.run(text_to_image(steps=2)).check()
+    assert result.outputs["7"]["images"]
+    assert [step[1:] for step in result.progress][-1] == (2, 2)
+    assert result.previews and result.previews[0][0] == "5"
+    assert host.module("hydit_core").__name__.startswith(host.pack.__name__)
