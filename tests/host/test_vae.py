@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from graphs import Graph
+from graphs import Graph, text_to_image
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import hydit_core
 from hydit_core.embedded import embedded_model
 from hydit_core.vae import load_vae as load_headless
 from hydit_core.weights.vae_layout import diffusers_to_ldm, diffusers_to_taesd
@@ -170,3 +173,18 @@ def test_the_published_size(host, tmp_path):
     path = write(tmp_path / "sdxl.safetensors", diffusers_to_ldm(model.state_dict()), "")
     assert path.stat().st_size > 160e6
     compare(host, path)
+
+
+def test_a_picture_redrawn_in_the_graph_is_that_of_the_pipeline(host):
+    """VAEEncode, HyDiTKSampler with denoise, VAEDecode: one seed, one picture."""
+    image = pictures(128, 96)[:1].round(decimals=1).mul(255).round() / 255
+    g = text_to_image("a red apple", seed=5, steps=8, sampler={"denoise": 0.5}, save=False)
+    encoded = g.add("VAEEncode", pixels=host.give(g, image), vae=["1", 2])
+    g.set("5", latent_image=encoded.out(0))
+    (drawn,) = host.values(g, ("6", 0))
+    picture = Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy())
+    pipe = hydit_core.load(dtype="float32")
+    settings = {"steps": 8, "cfg": 6.0, "width": 96, "height": 128, "negative": ""}
+    (expected,) = pipe("a red apple", seed=5, init_image=picture, strength=0.5, **settings)
+    difference = (drawn[0] * 255).round() - torch.from_numpy(np.array(expected)).float()
+    assert drawn.std() > 0.05 and difference.abs().max() <= 1
