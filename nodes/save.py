@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from .host.save import output_name, save_model, save_path
 from .schema import make_schema
 
 
@@ -44,7 +42,10 @@ class HyDiTModelSave(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, filename_prefix: str, clip: Any = None, vae: Any = None) -> io.NodeOutput:
-        path: Path = save_path(filename_prefix)
+        # Not before it is needed: it brings the text encoders' tokenizers.
+        from .host.save import output_name, save_model, save_path
+
+        path = save_path(filename_prefix)
         hidden = cls.hidden
         notes = save_model(path, model, clip, vae, prompt=hidden.prompt, extra_pnginfo=hidden.extra_pnginfo)
         return io.NodeOutput(ui={"hydit_saved": [output_name(path), *notes]})
