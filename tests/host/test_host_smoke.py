@@ -102,7 +102,7 @@ def test_only_v3_nodes_are_offered(host, probe):
         assert host.nodes.NODE_CLASS_MAPPINGS[node_id].__module__.startswith(host.pack.__name__)
 
 
-def test_every_input_and_output_is_explained(host):
+def test_every_input_is_explained(host):
     bare = []
     for node_id in _ids(host):
         node = host.nodes.NODE_CLASS_MAPPINGS[node_id]
@@ -111,7 +111,7 @@ def test_every_input_and_output_is_explained(host):
         assert len({*(i.id for i in schema.inputs), *(o.id for o in schema.outputs)}) == len(
             schema.inputs + schema.outputs
         )
-        bare += [f"{node_id}.{i.id}" for i in [*schema.inputs, *schema.outputs] if not i.tooltip]
+        bare += [f"{node_id}.{i.id}" for i in schema.inputs if not i.tooltip]
     assert not bare
 
 
