@@ -70,7 +70,11 @@ class HyDiTTextEncode(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output("CONDITIONING", tooltip="For samplers, as positive or negative."),
-                io.String.Output("report", tooltip="Tokens per encoder, what was cut off, unknown words."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Tokens per encoder, what was cut off, unknown words.",
+                ),
             ],
         )
 
