@@ -1,6 +1,8 @@
 """The nodes' texts in the page: locales/ and web/docs/ against the schemas, in English and Chinese.
 
 The schemas are read by importing the pack with stand-ins for ComfyUI, so this runs without one.
+
+    python -m tests.unit.test_locales      writes locales/en/nodeDefs.json from the schemas
 """
 
 from __future__ import annotations
@@ -305,3 +307,9 @@ def test_no_page_of_a_node_that_is_none():
     assert sorted(path.name for path in (ROOT / "web" / "docs").iterdir() if path.name != "images") == sorted(
         NODES
     )
+
+
+if __name__ == "__main__":
+    said = {name: said_in_english(schema) for name, schema in read_schemas().items()}
+    target = ROOT / "locales" / "en" / "nodeDefs.json"
+    target.write_text(json.dumps(said, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

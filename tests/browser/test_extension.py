@@ -1,0 +1,450 @@
+"""What the pack adds to ComfyUI's page: web/js, locales and help pages, with the embedded model."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import count
+from typing import Any
+
+import pytest
+from find_host import ROOT
+
+MODEL = "[embedded] hydit-icons-128"
+SIZES = [(1024, 1024), (1280, 1280), (128, 128), (1024, 768), (1152, 864), (1280, 960), (768, 1024)]
+SIZES += [(864, 1152), (960, 1280), (1280, 768), (768, 1280)]
+LONG = "a red apple on the left " * 8
+NUMBERS = count()
+
+
+def node(number: int, kind: str, pos: list[int], size: list[int], values: list[Any], **more: Any) -> dict:
+    slots = {"inputs": [], "outputs": [], "properties": {}, "flags": {}, "order": number, "mode": 0}
+    return {"id": number, "type": kind, "pos": pos, "size": size, "widgets_values": values} | slots | more
+
+
+def link_in(name: str, kind: str, link: int | None) -> dict:
+    return {"name": name, "type": kind, "link": link}
+
+
+def link_out(name: str, kind: str, *links: int) -> dict:
+    return {"name": name, "type": kind, "links": list(links)}
+
+
+def workflow() -> dict:
+    """Checkpoint -> text -> report, and an empty latent beside them. Runs in a moment: nothing is sampled.
+
+    The text is another one each time: a cached run reports nothing.
+    """
+    text = f"{LONG}{next(NUMBERS)}"
+    loader = [link_out("MODEL", "MODEL"), link_out("CLIP", "CLIP", 1), link_out("VAE", "VAE")]
+    encoded = [link_out("CONDITIONING", "CONDITIONING"), link_out("report", "STRING", 2)]
+    latent = [link_out("LATENT", "LATENT")]
+    return {
+        "last_node_id": 4, "last_link_id": 2, "version": 0.4, "config": {}, "extra": {}, "groups": [],
+        "links": [[1, 1, 1, 2, 0, "CLIP"], [2, 2, 1, 3, 0, "STRING"]],
+        "nodes": [
+            node(1, "HyDiTCheckpointLoader", [0, 0], [330, 150], [MODEL, "default"], outputs=loader),
+            node(2, "HyDiTTextEncode", [400, 0], [400, 400], [text, "", "exact", 0, 0],
+                 inputs=[link_in("clip", "CLIP", 1)], outputs=encoded),
+            node(3, "PreviewAny", [860, 0], [260, 140], [], inputs=[link_in("source", "*", 2)]),
+            node(4, "HyDiTEmptyLatent", [0, 300], [330, 220], [1280, 960, 1], outputs=latent),
+        ],
+    }  # fmt: skip
+
+
+def rows_are_shown(page: Any) -> bool:
+    """Nodes 2.0 of the oldest frontend (a hidden experiment there) shows no HTML widgets at all."""
+    return not (page.nodes2 and page.server.version.startswith("0.3."))
+
+
+def row(page: Any, name: str) -> Any:
+    return page.page.locator(f".{name}")
+
+
+def wait_text(page: Any, name: str, pattern: str) -> str:
+    """The text of a row once it matches."""
+    if not rows_are_shown(page):
+        return ""
+    page.page.wait_for_function(
+        "([name, pattern]) => [...document.querySelectorAll('.' + name)].some("
+        "(row) => new RegExp(pattern, 's').test(row.innerText))",
+        arg=[name, pattern],
+        timeout=10_000,
+    )
+    return row(page, name).first.inner_text()
+
+
+def properties(page: Any, kind: str) -> dict[str, str]:
+    found = page.evaluate("(type) => ({...app.graph.nodes.find((n) => n.type === type).properties})", kind)
+    return {key: value for key, value in found.items() if key.startswith("hydit_")}
+
+
+def button(page: Any, width: int, height: int) -> Any:
+    return page.page.locator(".hydit-sizes button").filter(has_text=re.compile(f"^{width}×{height}$"))
+
+
+def pressed(page: Any) -> list[str]:
+    return page.page.locator(".hydit-sizes button[aria-pressed=true]").all_inner_texts()
+
+
+def size(page: Any) -> tuple[int, int]:
+    values = page.widgets("HyDiTEmptyLatent")
+    return values["width"], values["height"]
+
+
+def click_canvas(page: Any) -> None:
+    page.page.mouse.click(1200, 800)
+
+
+def press(page: Any, keys: str) -> None:
+    page.page.keyboard.press(keys)
+    page.page.wait_for_timeout(800)
+
+
+def run(page: Any) -> None:
+    """Run what is on the page, until the loader has run too (ComfyUI forgets results when it gets to it)."""
+    for _ in range(5):
+        page.server.free()
+        page.page.wait_for_timeout(300)
+        page.queue().check()
+        if properties(page, "HyDiTCheckpointLoader"):
+            return
+    pytest.fail("every run was a cached one")
+
+
+@pytest.fixture
+def ready(either_page):
+    either_page.load(workflow())
+    either_page.fit()
+    yield either_page
+    ours = [line for line in either_page.console if "hydit" in line.lower() and line.startswith("error")]
+    assert not ours and not [error for error in either_page.errors if "hydit" in error.lower()]
+
+
+def test_rows_are_neither_saved_nor_sent(ready):
+    saved = {entry["type"]: entry.get("widgets_values") for entry in ready.workflow()["nodes"]}
+    assert saved["HyDiTCheckpointLoader"] == [MODEL, "default"]
+    assert saved["HyDiTTextEncode"][0].startswith(LONG)
+    assert saved["HyDiTTextEncode"][1:] == ["", "exact", 0, 0]
+    assert saved["HyDiTEmptyLatent"] == [1280, 960, 1]
+    sent = {entry["class_type"]: entry["inputs"] for entry in ready.prompt().values()}
+    assert sorted(sent["HyDiTEmptyLatent"]) == ["batch_size", "height", "width"]
+    assert sorted(sent["HyDiTCheckpointLoader"]) == ["ckpt_name", "weight_dtype"]
+    assert sorted(sent["HyDiTTextEncode"]) == ["clip", "height", "mode", "text", "text_mt5", "width"]
+
+
+def test_a_run_fills_the_rows_and_they_stay(ready):
+    wait_text(ready, "hydit_report", "first run")
+    wait_text(ready, "hydit_version", "first run")
+    run(ready)
+    report = properties(ready, "HyDiTTextEncode")["hydit_report"]
+    assert re.match(r"BERT \d+ of 24 tokens, mT5 \d+ of 32 tokens\nBERT does not see: .+", report)
+    version = properties(ready, "HyDiTCheckpointLoader")["hydit_version"]
+    assert "HunyuanDiT" in version and "fp16" in version
+    assert wait_text(ready, "hydit_report", "of 24 tokens") in ("", report)
+    assert wait_text(ready, "hydit_version", "fp16") in ("", version)
+    ready.screenshot("run")
+
+    # A cached run says nothing again.
+    for _ in range(2):
+        again = ready.queue().check()
+    assert "2" in again.cached
+    assert wait_text(ready, "hydit_report", "of 24 tokens") in ("", report)
+
+    # Saved and opened, not run.
+    saved = ready.workflow()
+    ready.reset()
+    ready.load(saved)
+    assert wait_text(ready, "hydit_report", "of 24 tokens") in ("", report)
+    assert wait_text(ready, "hydit_version", "fp16") in ("", version)
+    if rows_are_shown(ready):
+        assert row(ready, "hydit-old").count() == 0
+
+
+def test_another_prompt_grays_the_report_and_another_file_clears_the_version(ready):
+    run(ready)
+    wait_text(ready, "hydit_report", "of 24 tokens")
+    if rows_are_shown(ready):
+        field = ready.page.locator("textarea").first
+        field.click()
+        field.press("End")
+        field.type(" and a pear")
+        assert row(ready, "hydit_report").and_(row(ready, "hydit-old")).count() == 1
+        ready.screenshot("old-report")
+        for _ in " and a pear":
+            field.press("Backspace")
+        assert row(ready, "hydit-old").count() == 0  # the prompt of the report again
+    ready.set_widget("HyDiTCheckpointLoader", "ckpt_name", "another.safetensors")
+    assert properties(ready, "HyDiTCheckpointLoader") == {}
+    wait_text(ready, "hydit_version", "first run")
+    assert "hydit_report" in properties(ready, "HyDiTTextEncode")
+
+
+def test_a_run_is_no_step_of_the_undo_history(ready):
+    ready.set_widget("HyDiTEmptyLatent", "batch_size", 3)
+    click_canvas(ready)
+    ready.queue().check()
+    wait_text(ready, "hydit_report", "of 24 tokens")
+    click_canvas(ready)
+    press(ready, "Control+z")
+    assert ready.widgets("HyDiTEmptyLatent")["batch_size"] == 1
+    press(ready, "Control+y")
+    assert ready.widgets("HyDiTEmptyLatent")["batch_size"] == 3
+    assert "hydit_report" in properties(ready, "HyDiTTextEncode")
+    wait_text(ready, "hydit_report", "of 24 tokens")
+
+
+def test_sizes_are_a_click_away(ready):
+    if not rows_are_shown(ready):
+        pytest.skip("this frontend's Nodes 2.0 shows no HTML widgets")
+    group = ready.page.get_by_role("group", name="Official sizes")
+    buttons = group.get_by_role("button")
+    assert buttons.count() == len(SIZES)
+    assert group.get_by_role("button", name="864 × 1152 pixels, 3:4").count() == 1
+    assert pressed(ready) == ["1280×960"]
+    for width, height in SIZES:
+        button(ready, width, height).click()
+        assert size(ready) == (width, height)
+        assert pressed(ready) == [f"{width}×{height}"]
+    ready.screenshot("sizes")
+    box = group.bounding_box()
+    for i in range(buttons.count()):
+        inner = buttons.nth(i).bounding_box()
+        assert box["x"] - 1 <= inner["x"] and inner["x"] + inner["width"] <= box["x"] + box["width"] + 1
+        assert buttons.nth(i).evaluate("(b) => b.scrollWidth <= b.clientWidth + 1"), "cut text"
+
+    ready.set_widget("HyDiTEmptyLatent", "width", 1024)
+    assert pressed(ready) == []
+    button(ready, 768, 1024).focus()
+    press(ready, "Enter")
+    assert size(ready) == (768, 1024)
+
+
+def test_a_size_is_one_step_of_the_undo_history(ready):
+    if not rows_are_shown(ready):
+        pytest.skip("this frontend's Nodes 2.0 shows no HTML widgets")
+    button(ready, 768, 1280).click()
+    click_canvas(ready)
+    press(ready, "Control+z")
+    assert size(ready) == (1280, 960) and pressed(ready) == ["1280×960"]
+    # The buttons are those of the node that is there now.
+    button(ready, 1024, 1024).click()
+    assert size(ready) == (1024, 1024) and pressed(ready) == ["1024×1024"]
+
+
+def test_linked_sizes_cannot_be_clicked(either_page):
+    graph = workflow()
+    graph["nodes"][3]["inputs"] = [{**link_in("width", "INT", 9), "widget": {"name": "width"}}]
+    graph["nodes"].append(
+        node(5, "PrimitiveInt", [0, 600], [250, 90], [512, "fixed"], outputs=[link_out("INT", "INT", 9)])
+    )
+    graph["links"].append([9, 5, 0, 4, 0, "INT"])
+    either_page.load(graph)
+    if rows_are_shown(either_page):
+        assert pressed(either_page) == []
+        assert row(either_page, "hydit-sizes").get_by_role("button", disabled=True).count() == len(SIZES)
+    either_page.evaluate(
+        "() => app.graph.nodes.find((n) => n.type === 'HyDiTEmptyLatent').disconnectInput(0)"
+    )
+    either_page.settle()
+    if rows_are_shown(either_page):
+        either_page.page.wait_for_function("!document.querySelector('.hydit-sizes button:disabled')")
+        assert pressed(either_page) == ["1280×960"]
+
+
+def test_copies_keep_what_was_said(ready):
+    ready.queue().check()
+    ready.evaluate("""() => {
+      app.canvas.selectItems(app.graph.nodes.filter((n) => n.type.startsWith("HyDiT")));
+      app.canvas.copyToClipboard();
+      app.canvas.pasteFromClipboard({ position: [0, 700] });
+    }""")
+    ready.settle(7)
+    told = ready.evaluate("""() => app.graph.nodes.filter((n) => n.type === "HyDiTTextEncode")
+        .map((n) => n.properties.hydit_report)""")
+    assert len(told) == 2 and told[0] == told[1] and "of 24 tokens" in told[0]
+    if rows_are_shown(ready):
+        ready.fit()
+        ready.page.wait_for_timeout(500)
+        button(ready, 1280, 768).last.click()
+        sizes = ready.evaluate("""() => app.graph.nodes.filter((n) => n.type === "HyDiTEmptyLatent")
+            .map((n) => n.widgets.slice(0, 2).map((w) => w.value).join())""")
+        assert sorted(sizes) == ["1280,768", "1280,960"]  # each with its own buttons
+        ready.screenshot("copies")
+
+
+def test_inside_a_subgraph(ready):
+    ready.evaluate("""() => {
+      const inside = app.graph.nodes.filter((n) => ["HyDiTTextEncode", "HyDiTEmptyLatent"].includes(n.type));
+      app.graph.convertToSubgraph(new Set(inside));
+    }""")
+    ready.settle(3)
+    ready.queue().check()
+    told = ready.evaluate("""() => {
+      const group = app.graph.nodes.find((n) => n.subgraph);
+      return group.subgraph.nodes.find((n) => n.type === "HyDiTTextEncode").properties.hydit_report;
+    }""")
+    assert "of 24 tokens" in told
+    saved = ready.workflow()
+    assert "of 24 tokens" in json.dumps(saved["definitions"])
+    ready.fit()
+    ready.screenshot("subgraph-outside")
+    ready.evaluate("""() => {
+      const group = app.graph.nodes.find((n) => n.subgraph);
+      (app.canvas.openSubgraph ?? app.canvas.setGraph).call(app.canvas, group.subgraph, group);
+    }""")
+    ready.page.wait_for_timeout(1000)
+    wait_text(ready, "hydit_report", "of 24 tokens")
+    if rows_are_shown(ready):
+        button(ready, 1152, 864).click()
+        assert pressed(ready) == ["1152×864"]
+    ready.screenshot("subgraph-inside")
+    ready.evaluate("() => app.canvas.setGraph(app.rootGraph ?? app.graph)")
+
+
+def test_nodes_without_the_usual_widgets_do_no_harm(page):
+    """As after a change of names in a later version, or where another pack rebuilds a node."""
+    kinds = [path.name for path in (ROOT / "web" / "docs").iterdir() if path.name.startswith("HyDiT")]
+    failed = page.evaluate(
+        """(kinds) => {
+          const ours = app.extensions.filter((extension) => extension.name.startsWith("hydit."));
+          const failed = ours.length < 5 ? ["only " + ours.map((extension) => extension.name)] : [];
+          for (const kind of kinds) for (const extension of ours) {
+            try {
+              class Bare extends LiteGraph.LGraphNode {}
+              Bare.comfyClass = kind;
+              const node = new Bare(kind);
+              extension.nodeCreated(node);
+              node.onExecuted?.({ hydit_report: ["x"], hydit_version: ["x"], hydit_saved: ["x"] });
+              node.onConfigure?.({});
+              extension.nodeCreated({ constructor: { comfyClass: kind } });
+            } catch (error) { failed.push(`${extension.name} ${kind}: ${error.stack}`); }
+          }
+          return failed;
+        }""",
+        kinds,
+    )
+    assert not failed
+
+
+@pytest.mark.parametrize("nodes2", [False, True], ids=["classic", "nodes2"])
+def test_in_chinese(open_page, nodes2):
+    page = open_page(nodes2=nodes2, locale="zh")
+    page.load(workflow())
+    page.fit()
+    wait_text(page, "hydit_report", "运行一次后显示词元数")
+    page.queue().check()
+    report = wait_text(page, "hydit_report", "词元")
+    if rows_are_shown(page):
+        assert re.match(r"BERT \d+/24 个词元；mT5 \d+/32 个词元\nBERT 读不到：", report)
+        assert page.page.get_by_role("group", name="官方尺寸").count() == 1
+    assert properties(page, "HyDiTTextEncode")["hydit_report"].startswith("BERT ")  # as Python said it
+    names = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    titles = page.evaluate("() => app.graph.nodes.map((n) => [n.type, n.constructor.title])")
+    for kind, title in titles:
+        assert kind == "PreviewAny" or title == names[kind]["display_name"]
+    labels = page.evaluate("""() => Object.fromEntries(app.graph.getNodeById(2).widgets.map((w) =>
+        [w.name, [w.label, w.options.getOptionLabel?.("weighted")]]))""")
+    assert labels["mode"] == ["模式", "加权（weighted）"] and labels["text"][0] == "提示词"
+    assert page.prompt()["2"]["inputs"]["mode"] == "exact"
+    page.screenshot("graph")
+
+
+@pytest.mark.parametrize("locale", ["en", "zh"])
+def test_help_pages(open_page, locale):
+    """Every page is served where the panel looks for it; one is opened in the panel."""
+    page = open_page(locale=locale)
+    served = page.evaluate(
+        """async (locale) => {
+          const found = {};
+          for (const [kind, type] of Object.entries(LiteGraph.registered_node_types)) {
+            const pack = type.nodeData?.python_module?.split(".")[1];
+            if (!kind.startsWith("HyDiT")) continue;
+            const answer = await fetch(app.api.fileURL(`/extensions/${pack}/docs/${kind}/${locale}.md`));
+            found[kind] = answer.ok ? await answer.text() : null;
+          }
+          return found;
+        }""",
+        locale,
+    )
+    docs = ROOT / "web" / "docs"
+    assert sorted(served) == sorted(path.name for path in docs.iterdir() if path.name.startswith("HyDiT"))
+    for kind, text in served.items():
+        assert text == (docs / kind / f"{locale}.md").read_text(encoding="utf-8")
+
+    show_all(page)
+    page.evaluate("""() => {
+      const node = app.graph.nodes.find((n) => n.type === "HyDiTKSampler");
+      app.canvas.selectNode(node);
+      app.canvas.onSelectionChange?.(app.canvas.selected_nodes);
+    }""")
+    page.page.wait_for_timeout(500)
+    page.page.get_by_test_id("info-button").click()
+    panel = page.page.locator(".node-help-content")
+    title = re.search("^# (.+)$", served["HyDiTKSampler"], re.M)
+    panel.get_by_role("heading", name=title[1]).wait_for(timeout=10_000)
+    page.page.wait_for_timeout(500)
+    page.screenshot("help")
+    assert panel.locator("img").evaluate("(picture) => picture.complete && picture.naturalWidth > 0")
+    close = page.page.locator("[data-testid=properties-panel] button[aria-pressed=true]")
+    (close.first if close.count() else page.page.get_by_test_id("info-button")).click()
+
+
+def test_all_nodes_look_right(either_page):
+    """For the eye: every node, in both languages, as it is when it is new."""
+    show_all(either_page)
+    if rows_are_shown(either_page):
+        nothing_overlaps(either_page)
+    either_page.screenshot("all-nodes")
+
+
+@pytest.mark.parametrize("nodes2", [False, True], ids=["classic", "nodes2"])
+def test_all_nodes_look_right_in_chinese(open_page, nodes2):
+    page = open_page(nodes2=nodes2, locale="zh")
+    show_all(page)
+    if rows_are_shown(page):
+        nothing_overlaps(page)
+    page.screenshot("all-nodes")
+
+
+def show_all(page: Any) -> None:
+    page.evaluate("""() => {
+      const kinds = Object.keys(LiteGraph.registered_node_types).filter((kind) => kind.startsWith("HyDiT"));
+      kinds.forEach((kind, i) => {
+        const node = LiteGraph.createNode(kind);
+        node.pos = [(i % 3) * 460, Math.floor(i / 3) * 460];
+        app.graph.add(node);
+      });
+    }""")
+    page.settle(9)
+    page.fit()
+
+
+OVERLAPS = """() => {
+  const box = (element) => element.getBoundingClientRect();
+  const rows = [...document.querySelectorAll(".hydit-row")].map(box);
+  const fields = [...document.querySelectorAll("textarea")].map(box);
+  const hit = (a, b) =>
+    a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+  const wrong = [];
+  for (const a of rows) {
+    if (!a.width || !a.height) wrong.push("not shown");
+    if (fields.some((b) => hit(a, b))) wrong.push("over a text field");
+    const [x, y] = app.canvas.convertEventToCanvasOffset({ clientX: a.left, clientY: a.bottom });
+    const inside = app.graph.nodes.some(
+      ({ pos, size }) => x > pos[0] && x < pos[0] + size[0] && y > pos[1] && y < pos[1] + size[1] + 2);
+    if (!inside) wrong.push("outside its node");
+  }
+  return rows.length ? wrong : ["no rows"];
+}"""
+
+
+def nothing_overlaps(page: Any) -> None:
+    """No row of ours lies outside its node, nor over another widget of HTML."""
+    page.page.mouse.move(1300, 850)  # the page places its HTML when it draws
+    for _ in range(20):
+        page.page.wait_for_timeout(250)
+        wrong = page.evaluate(OVERLAPS)
+        if not wrong:
+            return
+    pytest.fail(f"{wrong}; see {page.screenshot('overlap')}")
