@@ -165,7 +165,8 @@ def fill(model: torch.nn.Module, shell: torch.nn.Module, source: TensorSource, d
     expected = {key: tuple(value.shape) for key, value in shell.state_dict().items()}
     check_names(expected, source)
     state: dict[str, torch.Tensor] = {}
-    for key in expected:
+    # The largest first: it is there twice for a moment, which counts least while nothing else is.
+    for key in sorted(expected, key=source.nbytes, reverse=True):
         kept = _kept(source, key, dtype)
         tensor = source.get(key, kept)
         # What was not cast may be a view of the file, which others may write over.
