@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from find_host import ROOT
 from key_lists import key_list, sparse_safetensors
 from tiny import TINY, bert_vocab, spiece_model, write_tiny_model
 from tiny_models import randomize, tiny
