@@ -1,9 +1,7 @@
-"""HyDiTKSampler, HyDiTSampler, HyDiTScheduler and HyDiTEmptyLatent inside ComfyUI."""
+"""What HyDiTKSampler, HyDiTSampler and HyDiTScheduler draw inside ComfyUI."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 from typing import Any
 
 import numpy as np
@@ -11,11 +9,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from graphs import Graph, Node, text_to_image
-from sampling_models import CONFIG_V11, conditioning, diffusers_latents, features, native_model, our_model
+from sampling_graphs import NEGATIVE, POSITIVE, SEED, custom, error, ksampler, latent, picture, prompts, run
+from sampling_models import CONFIG_V11, diffusers_latents, native_model, our_model
 from torch import Tensor
 
-SEED = 5
-POSITIVE, NEGATIVE = features(1), features(2, words=3)
 SCHEDULERS = {
     "ddpm": (DDPMScheduler, {"clip_sample": False, "variance_type": "fixed_small"}),
     "ddim": (DDIMScheduler, {"clip_sample": False}),
@@ -46,69 +43,22 @@ def model(models):
     return models["ours"]
 
 
-def latent(batch: int = 1, size: tuple[int, int] = (128, 128), **extra: Any) -> dict[str, Any]:
-    return {"samples": torch.zeros(batch, 4, size[1] // 8, size[0] // 8), **extra}
-
-
-def picture(batch: int = 1) -> dict[str, Any]:
-    """Random latents as a VAE encoder gives them, unscaled."""
-    return {"samples": torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(9)) / 0.13025}
-
-
-def prompts(host: Any, graph: Graph, model: Any, image: dict[str, Any]) -> dict[str, Any]:
-    """The inputs that every sampling node has."""
-    return {
-        "model": host.give(graph, model),
-        "positive": host.give(graph, conditioning(POSITIVE)),
-        "negative": host.give(graph, conditioning(NEGATIVE)),
-        "latent_image": host.give(graph, image),
-    }
-
-
-def ksampler(host: Any, model: Any, image: dict[str, Any], **settings: Any) -> tuple[Graph, Node]:
-    g = Graph()
-    given = {"seed": SEED, "steps": 10, "cfg": 6.0, "sampler": "ddim", **settings}
-    return g, g.add("HyDiTKSampler", _defaults=True, **prompts(host, g, model, image), **given)
-
-
-def custom(
-    host: Any, model: Any, image: dict[str, Any], sampler: Any, sigmas: Any, **settings: Any
-) -> tuple[Graph, Node]:
-    """Sampling by the stock SamplerCustom; `sampler` and `sigmas` are class types with inputs."""
-    g = Graph()
-    given = prompts(host, g, model, image)
-    kind, inputs = sampler
-    parts = {"sampler": g.add(kind, _defaults=True, **inputs)}
-    kind, inputs = sigmas
-    parts["sigmas"] = g.add(kind, _defaults=True, model=given["model"], **inputs)
-    fixed = {"add_noise": True, "noise_seed": SEED, "cfg": 6.0, **settings}
-    return g, g.add("SamplerCustom", **given, **parts, **fixed)
-
-
-def run(host: Any, made: tuple[Graph, Node]) -> Tensor:
-    return host.values(made[0], made[1])[0]["samples"]
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.std()).item()
-
-
 # -- against diffusers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(128, 128), (160, 96)], ids=["square", "off-square"])
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize("kind", ["ours", "native"])
-def test_ten_steps_equal_diffusers(host, models, kind, sampler, size):
-    samples = run(host, ksampler(host, models[kind], latent(size=size), sampler=sampler))
-    generator = torch.Generator().manual_seed(SEED)
-    expected = diffusers_latents(scheduler(sampler), POSITIVE, NEGATIVE, generator, size=size) / 0.13025
-    start = torch.randn(expected.shape, generator=torch.Generator().manual_seed(SEED))
-    # A network without effect would make any two samplers agree.
-    assert error(expected * 0.13025, start) > 0.5
-    found = error(samples, expected)
-    print(f"{kind} {sampler} {size}: {found:.1e} of std")
-    assert found <= 1e-4
+def test_ten_steps_equal_diffusers(host, models, kind, sampler):
+    for size in ((128, 128), (160, 96)):
+        samples = run(host, ksampler(host, models[kind], latent(size=size), sampler=sampler))
+        generator = torch.Generator().manual_seed(SEED)
+        expected = diffusers_latents(scheduler(sampler), POSITIVE, NEGATIVE, generator, size=size)
+        start = torch.randn(expected.shape, generator=torch.Generator().manual_seed(SEED))
+        # A network without effect would make any two samplers agree.
+        assert error(expected, start) > 0.5
+        found = error(samples * 0.13025, expected)
+        print(f"{kind} {sampler} {size}: {found:.1e} of std")
+        assert found <= 1e-4
 
 
 def test_a_model_with_size_condition_equals_diffusers(host, tmp_path):
@@ -422,157 +372,3 @@ def test_an_interrupt_stops_at_the_step_and_leaves_a_working_host(host, model):
     assert result.interrupted and not result.ok
     assert len(calls) == 3
     assert torch.equal(run(host, made), expected)
-
-
-# -- errors --------------------------------------------------------------------------------------------------
-
-
-def message(host: Any, made: tuple[Graph, Node]) -> str:
-    """The error that the node shows."""
-    g, node = made
-    g.add("HyDiTTestCapture", value=node)
-    result = host.run(g)
-    assert not result.ok and result.error is not None
-    assert result.error.node_id == node.id
-    assert "\n" not in result.error.exception_message
-    return result.error.exception_message
-
-
-@pytest.mark.parametrize(
-    ("samples", "expected"),
-    [
-        (torch.ones(1, 16, 8, 8), "16 channels, this model's have 4"),
-        (torch.zeros(0, 4, 8, 8), r"shape \(0, 4, 8, 8\)"),
-        (torch.zeros(1, 4, 0, 8), r"shape \(1, 4, 0, 8\)"),
-        (torch.ones(1, 4, 3, 8, 8), r"shape \(1, 4, 3, 8, 8\)"),
-    ],
-)
-def test_latents_that_do_not_fit_are_refused(host, model, samples, expected):
-    import re
-
-    text = message(host, ksampler(host, model, {"samples": samples}))
-    assert re.search(expected, text) and "HyDiTEmptyLatent" in text
-    assert torch.isfinite(run(host, ksampler(host, model, latent(), steps=2))).all()
-
-
-def test_empty_latents_of_other_models_are_made_to_fit(host, model):
-    g, node = ksampler(host, model, latent())
-    other = g.add("EmptySD3LatentImage", width=128, height=128, batch_size=1)
-    g.set(node, latent_image=other.out())
-    assert torch.equal(run(host, (g, node)), run(host, ksampler(host, model, latent())))
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"cfg": 0.5}, "cfg 0.5: use 1"),
-        ({"denoise": 0.0}, "denoise 0 of 10 steps leaves no step"),
-        ({"denoise": 0.05}, "use 0.1 to 1"),
-        ({"steps": 1000}, "1000 steps with 'leading' spacing: use 1 to 999"),
-        ({"seed": 2**64 - 1}, "seed"),
-    ],
-)
-def test_settings_out_of_range_are_refused(host, model, settings, expected):
-    assert expected in message(host, ksampler(host, model, latent(2), **settings))
-
-
-@pytest.fixture
-def foreign(host):
-    """A MODEL of another family, without weights."""
-    base, patcher = host.comfy_module("comfy.model_base"), host.comfy_module("comfy.model_patcher")
-    config = host.comfy_module("comfy.supported_models").SD15({"disable_unet_model_creation": True})
-    config.set_inference_dtype(torch.float32, None)
-    cpu = torch.device("cpu")
-    model = base.BaseModel(config)
-    model.diffusion_model = torch.nn.Linear(1, 1)
-    model.diffusion_model.dtype = torch.float32
-    return patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
-
-
-def test_models_of_other_families_are_refused(host, foreign):
-    assert "HunyuanDiT" in message(host, ksampler(host, foreign, latent()))
-    g = Graph()
-    scheduler = g.add("HyDiTScheduler", _defaults=True, model=host.give(g, foreign))
-    assert "HunyuanDiT" in message(host, (g, scheduler))
-    sampler = "HyDiTSampler", {"sampler": "ddim"}
-    sigmas = "BasicScheduler", {"scheduler": "normal", "steps": 4, "denoise": 1.0}
-    assert "HunyuanDiT" in message(host, custom(host, foreign, latent(), sampler, sigmas))
-
-
-def test_eta_of_another_sampler_is_refused(host):
-    g = Graph()
-    assert "eta 0.5 belongs to the ddim" in message(host, (g, g.add("HyDiTSampler", sampler="ddpm", eta=0.5)))
-
-
-@contextlib.contextmanager
-def broken(model: Any, name: str):
-    weight = dict(model.model.diffusion_model.named_parameters())[name]
-    kept = weight.data.clone()
-    weight.data[0, 0] = float("inf")
-    try:
-        yield
-    finally:
-        weight.data.copy_(kept)
-
-
-@pytest.mark.parametrize("kind", ["ours", "native"])
-def test_values_that_overflow_name_the_block(host, models, kind):
-    model = models[kind]
-    made = ksampler(host, model, latent())
-    with broken(model, "blocks.2.mlp.fc2.weight"):
-        text = message(host, made)
-    assert "step 1: the DiT's values are not finite in torch.float32, first in blocks.2.mlp.fc2" in text
-    assert "bfloat16" in text
-    assert torch.isfinite(run(host, ksampler(host, model, latent(), steps=2))).all()
-
-
-def test_a_conditioning_that_is_not_finite_is_named(host, model):
-    g, node = ksampler(host, model, latent())
-    text = {**POSITIVE, "t5": POSITIVE["t5"] * float("nan")}
-    g.set(node, positive=host.give(g, conditioning(text)).out())
-    assert "in its input encoder_hidden_states_t5" in message(host, (g, node))
-
-
-# -- empty latents and advice --------------------------------------------------------------------------------
-
-
-def test_empty_latent_is_as_the_hosts(host):
-    g = Graph()
-    size = {"width": 1280, "height": 768, "batch_size": 3}
-    ours, stock = host.values(g, g.add("HyDiTEmptyLatent", **size), g.add("EmptyLatentImage", **size))
-    assert ours.keys() == stock.keys()
-    assert ours["samples"].dtype == stock["samples"].dtype and torch.equal(ours["samples"], stock["samples"])
-    assert ours.get("downscale_ratio_spacial") == stock.get("downscale_ratio_spacial")
-    g = Graph()
-    bad = g.add("HyDiTEmptyLatent", width=1001, height=1000, batch_size=1)
-    assert "try 1000x1000" in message(host, (g, bad))
-
-
-def test_the_result_says_nothing_of_empty_latents_any_more(host, model):
-    g, node = ksampler(host, model, latent(batch_index=[2], downscale_ratio_spacial=8))
-    result = host.values(g, node)[0]
-    assert "downscale_ratio_spacial" not in result and result["batch_index"] == [2]
-
-
-def test_poor_choices_are_told_in_the_log(host, model, caplog):
-    caplog.set_level(logging.WARNING)
-    run(host, ksampler(host, model, latent(size=(32, 32)), steps=1, preset="v1.1", denoise=1.0))
-    assert "32x32 is far below the size that this model was made for (128x128)" in caplog.text
-    assert "preset v1.1 is meant for another release than this model (v1.2)" in caplog.text
-    caplog.clear()
-    run(host, ksampler(host, model, latent(), steps=4, denoise=0.5))
-    assert "denoise 0.5 of an empty latent" in caplog.text
-    caplog.clear()
-    run(host, ksampler(host, model, latent(), steps=1))
-    assert not [record for record in caplog.records if "HyDiT" in record.getMessage()]
-
-
-def test_presets_bring_what_was_published(host, model):
-    """Steps are what a user sees; the settings themselves are hydit_core's, tested there."""
-    choose = {"distilled": 25, "diffusers": 50, "model's own": 10}
-    for preset, steps in choose.items():
-        g, node = ksampler(
-            host, model, latent(size=(32, 32)), preset=preset, steps=0, cfg=1.0, sampler="ddpm"
-        )
-        host.values(g, node)
-        assert host.progress[-1][1:] == (steps, steps)
