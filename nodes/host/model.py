@@ -185,7 +185,7 @@ def load_model(
     _fill(model.diffusion_model, view, _plan(view, stored, compute), offload)
     patcher_class = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:  # 0.3.64 has but one; the other is set while ComfyUI starts
-        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
+        patcher_class = vars(comfy.model_patcher).get("CoreModelPatcher", patcher_class)
     patcher = patcher_class(model.to(offload), load_device=device, offload_device=offload)
     patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, "hydit", _patch_bare)
     if Path(parts.path).exists():
@@ -239,7 +239,7 @@ def _fill(
     network.load_state_dict(state, assign=True)
     network.requires_grad_(False).eval()
     # ComfyUI noted the dtypes of the empty network, where all are the same
-    if archive := getattr(comfy.model_management, "archive_model_dtypes", None):
+    if archive := vars(comfy.model_management).get("archive_model_dtypes"):
         archive(network)
 
 

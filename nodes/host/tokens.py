@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from inspect import getfile
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 
 from ...hydit_core.errors import ConfigError
 from ...hydit_core.text.features import PromptReport
-from ...hydit_core.text.tokenizers import Tokenizers
+from ...hydit_core.text.tokenizers import Tokenizers, well_formed
 
 Token = tuple[Any, float]
 TokenLists = dict[str, list[list[Token]]]
@@ -63,7 +64,7 @@ class HyDiTTokenizer:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a saved file needs to tokenize: mT5's model, and BERT's vocabulary unless ComfyUI ships it."""
         tensors = {f"{MT5}.spiece_model": _tensor(self.exact.spiece_model)}
-        if self.exact.vocab != shipped_vocabulary():
+        if _lines(self.exact.vocab) != _lines(shipped_vocabulary()):
             tensors[f"{BERT}.vocab"] = _tensor(self.exact.vocab)
         return tensors
 
@@ -131,7 +132,7 @@ class _WordPiece:
 @cache
 def shipped_vocabulary() -> bytes:
     """The vocabulary of the published BERT, which ComfyUI brings along."""
-    folder = Path(comfy.text_encoders.hydit.__file__).parent
+    folder = Path(getfile(comfy.text_encoders.hydit)).parent
     return (folder / "hydit_clip_tokenizer" / "vocab.txt").read_bytes()
 
 
@@ -199,15 +200,17 @@ def weighted_tokens(clip: Any, text: str, text_mt5: str | None = None) -> tuple[
     A prompt that fits gives what ComfyUI's own text nodes give.
     """
     exact = tokenizers_of(clip)
+    text = well_formed(text)
+    text_mt5 = text if text_mt5 is None else well_formed(text_mt5)
     lists: TokenLists = clip.tokenize(text)
-    if text_mt5 is not None:
+    if text_mt5 != text:
         lists[MT5] = clip.tokenize(text_mt5)[MT5]
     begin, end = [(exact.bert_begin, 1.0)], [(exact.bert_end, 1.0)]
     t5_end = [(exact.t5_end, 1.0)]
     bert = _content(lists[BERT], begin, end, exact.bert_pad)
     t5 = _content(lists[MT5], [], t5_end, exact.t5_pad_id)
     report = exact.report(_numbers(bert), _numbers(t5))
-    plain = exact(_without_syntax(text), _without_syntax(text if text_mt5 is None else text_mt5)).reports[0]
+    plain = exact(_without_syntax(text), _without_syntax(text_mt5)).reports[0]
     report = PromptReport(
         replace(report.bert, unknown=plain.bert.unknown), replace(report.t5, unknown=plain.t5.unknown)
     )
@@ -246,6 +249,11 @@ def _without_syntax(text: str) -> str:
     segments = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
     plain = "".join(comfy.sd1_clip.unescape_important(segment) for segment, _ in segments)
     return _EMBEDDING.sub(" ", plain)
+
+
+def _lines(vocabulary: bytes) -> bytes:
+    """Whatever wrote it, the same ends of lines."""
+    return vocabulary.replace(b"\r\n", b"\n").rstrip(b"\n")
 
 
 def _tensor(data: bytes) -> torch.Tensor:
