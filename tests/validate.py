@@ -143,6 +143,8 @@ def prompt_files(prompts: list[Path]) -> list[str]:
                 if key not in FILES or not isinstance(value, str) or value.startswith("[embedded]"):
                     continue
                 folder = FILES[key]
+                if value.endswith("/"):  # a folder, which is offered when it has weights
+                    value += "model.safetensors"
                 named.add(f"models/{folder}/{value}" if folder else f"input/{value}")
     return sorted(named)
 
