@@ -1,5 +1,6 @@
 // A row of text on a node: what its last run said, in the run's message, under one name.
 
+import { api } from "../../../scripts/api.js";
 import { text } from "./locale.js";
 import { fingerprint, forget, recall, remember } from "./memory.js";
 import { after, widgetOf } from "./nodes.js";
@@ -13,6 +14,16 @@ const CSS = `
 .hydit-old > div { opacity: 0.5; }
 `;
 
+/** All that was said since the page was opened, by name and by what it was said of. */
+const said = new Map();
+/** For each row of a node that is in a graph: look there. */
+const lookups = new Set();
+
+// A node whose result comes from the server's cache says nothing, though another one, in another workflow, did.
+api.addEventListener("execution_success", () => {
+  for (const lookUp of lookups) lookUp();
+});
+
 /**
  * Show on `node` what its runs say under `name`.
  *
@@ -21,9 +32,9 @@ const CSS = `
  * @param {string[]} inputs the widgets that it depends on. When one of them changes, the text is grayed; with
  *   `drop` it goes.
  * @param {number} lines beyond which the row scrolls.
- * @param {(said: string) => string} translate to the page's language.
+ * @param {(text: string) => string} translate to the page's language.
  */
-export function showTold(node, { name, words, inputs, drop = false, lines, translate = (said) => said }) {
+export function showTold(node, { name, words, inputs, drop = false, lines, translate = (line) => line }) {
   addStyle("hydit-told-style", CSS);
   const frame = document.createElement("div");
   const body = document.createElement("div");
@@ -48,12 +59,22 @@ export function showTold(node, { name, words, inputs, drop = false, lines, trans
     show();
   };
 
+  const take = (told) => {
+    said.set(`${name} ${now()}`, told);
+    remember(node, name, told, now());
+    show();
+  };
+  const lookUp = () => {
+    const told = said.get(`${name} ${now()}`);
+    if (told !== undefined && recall(node, name)?.of !== now()) take(told);
+  };
+
   addRow(node, name, frame, () => Math.min(Math.max(body.offsetHeight, LINE), lines * LINE));
   after(node, "onExecuted", (output) => {
-    if (!output?.[name]) return;
-    remember(node, name, [].concat(output[name]).join("\n"), now());
-    show();
+    if (output?.[name]) take([].concat(output[name]).join("\n"));
   });
+  after(node, "onAdded", () => lookups.add(lookUp));
+  after(node, "onRemoved", () => lookups.delete(lookUp));
   after(node, "onConfigure", check);
   for (const input of inputs) {
     const widget = widgetOf(node, input);
