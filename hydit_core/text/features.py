@@ -86,7 +86,8 @@ class PromptReport(NamedTuple):
         lines = [f"{self.bert.length}, {self.t5.length}"]
         lines += [f"{report.encoder} does not see: {report.cut}" for report in self if report.truncated]
         for report in self:
-            if unknown := dict.fromkeys(piece.strip(" ▁") for piece in report.unknown):
+            shown = (piece.strip(" ▁") for piece in report.unknown)
+            if unknown := dict.fromkeys(piece if piece.isprintable() else ascii(piece) for piece in shown):
                 lines.append(f"{report.encoder} does not know: {' '.join(unknown)}")
         return "\n".join(lines)
 

@@ -123,10 +123,10 @@ class Tokenizers:
 
     def bert_ids(self, text: str) -> list[int]:
         """The token numbers of a text of any length, without begin and end tokens."""
-        return list(self._bert.encode(text, add_special_tokens=False).ids)
+        return list(self._bert.encode(well_formed(text), add_special_tokens=False).ids)
 
     def _bert_pieces(self, text: str) -> _Pieces:
-        text = text.strip()
+        text = well_formed(text).strip()
         encoding = self._bert.encode(text, add_special_tokens=False)
         words = encoding.word_ids
         return _Pieces(
@@ -137,7 +137,7 @@ class Tokenizers:
         )
 
     def _t5_pieces(self, text: str) -> _Pieces:
-        text = text.strip()
+        text = well_formed(text).strip()
         pieces = self._t5.encode(text, out_type=str)
         return _Pieces(
             self._t5.encode(text, out_type=int),
@@ -187,6 +187,14 @@ class _Pieces(NamedTuple):
             unknown=tuple(text for i, text in zip(self.ids, self.texts, strict=True) if i == unknown),
             chunks=chunks,
         )
+
+
+def well_formed(text: str) -> str:
+    """The text with U+FFFD for halves of characters (lone surrogates), which no tokenizer reads.
+
+    Web pages that cut a text between the halves of an emoji send such.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _padded(rows: list[list[int]], length: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -233,6 +233,25 @@ def test_our_node_gives_the_same_on_both_clips(host: Host, pair: SimpleNamespace
         )
 
 
+def test_tokenizers_of_comfyuis_own_clip_are_made_once(host: Host, pair: SimpleNamespace) -> None:
+    tokenizers_of = host.module("nodes.host.tokens").tokenizers_of
+    first = tokenizers_of(pair.native)
+    assert tokenizers_of(pair.native.clone()) is first
+    assert (first.text_len, first.t5_len, first.bert_size) == (77, 256, PUBLISHED_ROWS)
+    # But for U+2028, which transformers reads as an empty line, and which no cleaned prompt has.
+    other = {i: token.replace("\u2028", "") for token, i in tokenizers_of(pair.ours).bert_tokens.items()}
+    assert other == {i: token for token, i in first.bert_tokens.items()}
+
+
+@pytest.mark.parametrize("mode", ["exact", "weighted", "long"])
+def test_half_a_character_is_read_as_the_replacement_character(
+    host: Host, small: SimpleNamespace, mode: str
+) -> None:
+    """Such as the page sends when an emoji is cut."""
+    half = encode(host, small.clip, "a red \ud83c apple", mode=mode)
+    assert same(half, encode(host, small.clip, "a red \ufffd apple", mode=mode))
+
+
 def test_prompts_beyond_berts_positions_are_encoded_in_chunks(host: Host, pair: SimpleNamespace) -> None:
     found = stock(host, pair.ours, "红苹果" * 300)
     assert found[0][0].shape == (1, 1024, 128) and found[0][1]["attention_mask"].shape == (1, 1024)

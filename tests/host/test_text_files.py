@@ -328,6 +328,15 @@ def test_the_file_may_go_once_it_is_loaded(
     assert same(encode(host, clip, TEXT), expected)
 
 
+def test_the_same_encoders_once_more(host: Host, small: Any) -> None:  # noqa: F811
+    """What the newest host asks for where it cannot stream weights."""
+    load_again, arguments = small.clip.patcher.cached_patcher_init
+    patcher = load_again(*arguments)
+    assert patcher.model is not small.clip.cond_stage_model
+    state = small.clip.cond_stage_model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in patcher.model.state_dict().items())
+
+
 def test_a_clone_is_one_of_ours(host: Host, small: Any) -> None:  # noqa: F811
     clone = small.clip.clone()
     assert type(clone) is type(small.clip) and clone.cond_stage_model is small.clip.cond_stage_model

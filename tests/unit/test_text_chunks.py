@@ -117,6 +117,14 @@ def test_the_report_of_tokens_from_elsewhere() -> None:
     assert report.t5.cut == "a red apple a green car (embedding)"
 
 
+def test_half_a_character_is_read_as_the_replacement_character() -> None:
+    whole = tokenizers()("a \U0001f34e")
+    assert torch.equal(tokenizers()("a \ud83c\udf4e").t5_ids, whole.t5_ids)
+    half, chunks = tokenizers()("a \ud83c red"), tokenizers().chunks("a \ud83c red")
+    assert torch.equal(half.t5_ids, tokenizers()("a \ufffd red").t5_ids)
+    assert chunks.bert == half.bert_ids.tolist()
+
+
 def encoder(path: Path, **more: bytes) -> Parts:
     """A file that passes for a BERT and an mT5, as far as names go."""
     path.parent.mkdir(parents=True, exist_ok=True)
