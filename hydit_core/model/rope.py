@@ -40,8 +40,14 @@ def rope_table(
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (2k, 2k+1) of ``x`` (B, N, heads, head_dim) in float32; same shape and dtype back.
 
-    A complex product does in one pass what cosine, sine and swapped copies do in many.
+    A complex product does in one pass what cosine, sine and swapped copies do in many. ``torch.compile``,
+    which fuses those and has no complex numbers, gets them instead.
     """
-    turn = torch.complex(cos[:, ::2], sin[:, ::2])[:, None]  # (N, 1, head_dim / 2)
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    cos, sin = cos[:, None, ::2], sin[:, None, ::2]  # (N, 1, head_dim / 2)
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        first, second = pairs.unbind(-1)
+        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return turned.flatten(-2).to(x.dtype)

@@ -23,20 +23,9 @@ from ...hydit_core.model.dit import DiT
 from ...hydit_core.weights.detect import expect
 from ...hydit_core.weights.load import check_names
 from ...hydit_core.weights.parts import Parts, bundle, open_model
-from ...hydit_core.weights.save import dtypes_for
-from ...hydit_core.weights.source import FP8_DTYPES, TensorSource
-from ...hydit_core.weights.views import rename
 from .dit import HostDiT
+from .filling import choose_dtypes, fill, plan_dtypes
 from .preview import latent_format
-
-WEIGHT_DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""What a loader's ``weight_dtype`` may be beside "default"."""
 
 _BARE = ("text_embedding_padding", "pooler.positional_embedding")
 _ENCODE = "use HyDiTTextEncode, or CLIPTextEncode, with the CLIP that belongs to this model"
@@ -101,11 +90,9 @@ class HyDiTModel(comfy.model_base.HunyuanDiT):
         out = super().extra_conds(**kwargs)
         out["text_embedding_mask"] = comfy.conds.CONDRegular(bert_mask)
         out["text_embedding_mask_t5"] = comfy.conds.CONDRegular(t5_mask)
-        noise = kwargs["noise"]
-        width = kwargs.get("target_width") or kwargs.get("width") or 8 * noise.shape[-1]
-        height = kwargs.get("target_height") or kwargs.get("height") or 8 * noise.shape[-2]
+        width, height = _side("width", -1, kwargs), _side("height", -2, kwargs)
         # Integers, because ComfyUI casts other tensors: bfloat16 would make 1080 of 1083
-        sizes = torch.tensor([[1024, 1024, int(width), int(height), 0, 0]], dtype=torch.long)
+        sizes = torch.tensor([[1024, 1024, width, height, 0, 0]], dtype=torch.long)
         out["image_meta_size"] = comfy.conds.CONDRegular(sizes)
         return out
 
@@ -114,6 +101,10 @@ class HyDiTModel(comfy.model_base.HunyuanDiT):
         tensors: dict[str, Tensor] = super().state_dict_for_saving(*args, **kwargs)
         tensors.pop("v_pred", None)
         return tensors
+
+
+def _side(name: str, axis: int, given: Mapping[str, Any]) -> int:
+    return int(given.get(f"target_{name}") or given.get(name) or 8 * given["noise"].shape[axis])
 
 
 def _mask(name: str, features: Tensor | None, mask: Tensor | None, length: int, dim: int) -> Tensor:
@@ -160,9 +151,9 @@ def load_model(
 
     Args:
         source: an open checkpoint, or the path of a file or folder.
-        weight_dtype: one of :data:`WEIGHT_DTYPES`, or "default": ComfyUI's choice for this machine and
-            model, but nothing wider than the file. In an 8-bit float only the matrices inside the blocks
-            are kept.
+        weight_dtype: one of :data:`~.filling.WEIGHT_DTYPES`, or "default": ComfyUI's choice for this
+            machine and model, but nothing wider than the file. In an 8-bit float only the matrices inside
+            the blocks are kept.
         disable_dynamic: a patcher that loads weights at once, where ComfyUI would stream them.
 
     Raises:
@@ -176,13 +167,13 @@ def load_model(
     management = comfy.model_management
     device, offload = management.get_torch_device(), management.unet_offload_device()
     model_config = HyDiTModelConfig(config, info)
-    stored, compute = _dtypes(view, weight_dtype, device, model_config.supported_inference_dtypes)
+    stored, compute = choose_dtypes(view, weight_dtype, device, model_config.supported_inference_dtypes)
     expected = {key: tuple(value.shape) for key, value in DiT(config, device="meta").state_dict().items()}
     check_names(expected, view)
 
     model_config.set_inference_dtype(stored, compute)
     model = model_config.get_model(None)
-    _fill(model.diffusion_model, view, _plan(view, stored, compute), offload)
+    fill(model.diffusion_model, view, plan_dtypes(view, stored, compute), offload)
     patcher_class = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:  # 0.3.64 has but one; the other is set while ComfyUI starts
         patcher_class = vars(comfy.model_patcher).get("CoreModelPatcher", patcher_class)
@@ -196,51 +187,6 @@ def load_model(
 def _load_again(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
     """The same model once more, as ComfyUI asks for it for a second GPU."""
     return load_model(path, weight_dtype=weight_dtype, disable_dynamic=disable_dynamic)
-
-
-def _dtypes(
-    source: TensorSource, weight_dtype: str, device: torch.device, supported: list[torch.dtype]
-) -> tuple[torch.dtype, torch.dtype | None]:
-    """The dtype to keep weights in, and the one to cast them to for each use (None: the same)."""
-    management = comfy.model_management
-    if weight_dtype == "default":
-        blocks = rename(source, lambda key: key if key.startswith("blocks.") else None)
-        in_file = blocks.main_dtype() or torch.float32
-        numel = sum(source.numel(key) for key in source)
-        stored = management.unet_dtype(
-            model_params=numel, supported_dtypes=list(supported), weight_dtype=in_file
-        )
-        if stored.itemsize > in_file.itemsize:
-            stored = in_file
-    else:
-        stored = WEIGHT_DTYPES[weight_dtype]
-    return stored, management.unet_manual_cast(stored, device, list(supported))
-
-
-def _plan(source: TensorSource, stored: torch.dtype, compute: torch.dtype | None) -> dict[str, torch.dtype]:
-    """Each tensor's dtype."""
-    if stored not in FP8_DTYPES:
-        return dict.fromkeys(source.keys(), stored)
-    short = {key for key, dtype in dtypes_for(source, stored).items() if dtype == stored}
-    return {key: stored if key in short else compute or torch.float16 for key in source}
-
-
-def _fill(
-    network: HostDiT, source: TensorSource, dtypes: Mapping[str, torch.dtype], device: torch.device
-) -> None:
-    """Give a network, whose own tensors were never touched, those of ``source``."""
-    state: dict[str, Tensor] = {}
-    for key, dtype in dtypes.items():
-        tensor = source.get(key, dtype)
-        if source.dtype(key) == dtype:
-            tensor = tensor.clone()  # it may be a view of the file
-        state[key] = tensor.to(device)
-        source.release(key)
-    network.load_state_dict(state, assign=True)
-    network.requires_grad_(False).eval()
-    # ComfyUI noted the dtypes of the empty network, where all are the same
-    if archive := vars(comfy.model_management).get("archive_model_dtypes"):
-        archive(network)
 
 
 def _patch_bare(patcher: Any, device: Any, *_: Any) -> None:

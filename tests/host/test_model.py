@@ -332,6 +332,32 @@ def test_file_is_not_needed_afterwards(host, tmp_path):
     assert same(model.model.diffusion_model.state_dict(), weights())
 
 
+def test_loading_into_layers_that_wait_for_their_weights(host, folder, tiny_old, monkeypatch):
+    """The newest host makes layers without tensors where it streams weights to a GPU."""
+    memory = pytest.importorskip("comfy.memory_management")
+    if not hasattr(memory, "aimdo_enabled"):
+        pytest.skip("this host always makes tensors")
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    load = host.module("nodes.host.model").load_model
+    model = load(folder / "tiny-v1.1.safetensors", weight_dtype="fp8_e4m3fn")
+    network = model.model.diffusion_model
+    assert {key: value.shape for key, value in network.state_dict().items()} == {
+        key: value.shape for key, value in tiny_old.model.diffusion_model.state_dict().items()
+    }
+    # What it streams them in: our plan, not the one dtype that the layers were made with
+    assert network.blocks[0].mlp.fc1.weight_comfy_model_dtype == torch.float8_e4m3fn
+    assert network.mlp_t5[0].weight_comfy_model_dtype == torch.float32
+
+
+def test_second_copy_of_a_model(host, tiny):
+    """What the newest host asks of a loader for a second GPU."""
+    if not hasattr(tiny, "deepclone_multigpu"):
+        pytest.skip("this host has no such clones")
+    copy = tiny.deepclone_multigpu()
+    assert copy.model is not tiny.model
+    assert same(copy.model.diffusion_model.state_dict(), tiny.model.diffusion_model.state_dict())
+
+
 def test_saved_by_comfyui(host, tiny, tmp_path):
     """With ComfyUI's own prefix and Tencent's names, which we read again."""
     path = tmp_path / "saved.safetensors"

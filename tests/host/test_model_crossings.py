@@ -235,6 +235,23 @@ def test_loras(host, ours, load, reference, style, node):
     assert torch.allclose(patched, changed[f"{LAYER}.weight"], atol=1e-5)
 
 
+def test_lora_of_one_prompt(host, ours, load, reference):
+    """ComfyUI's hooks patch weights only while that prompt runs."""
+    name, change = lora(host, "kohya")
+    changed = weights()
+    changed[f"{LAYER}.weight"] = changed[f"{LAYER}.weight"] + change
+    g = Graph()
+    hook = g.add("CreateHookLoraModelOnly", lora_name=name, strength_model=1.0)
+    positive = g.add(
+        "ConditioningSetProperties", cond_NEW=host.give(g, prompt(1)), strength=1.0, set_cond_area="default",
+        hooks=hook,
+    )  # fmt: skip
+    node = add_ksampler(host, g, host.give(g, ours), positive=positive, cfg=1.0)
+    found = host.values(g, node)[0]["samples"]
+    assert error(found, ksampler(host, load(changed), cfg=1.0)) < 1e-4
+    assert error(found, ksampler(host, ours, cfg=1.0)) > 0.01
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "fp8_e4m3fn"])
 def test_lora_on_short_weights(host, load, dtype):
     name, change = lora(host, "kohya")
@@ -300,13 +317,26 @@ def compile_node(host: Any, model: Any, backend: str) -> Any:
 
 
 def test_torch_compile_traces(host, ours, reference):
-    """The whole network becomes graphs; a backend that only replays them gives the same."""
-    assert error(ksampler(host, compile_node(host, ours, "eager")), reference) < 1e-5
+    """The whole network is one graph, traced once for all steps and both halves of guidance."""
+    graphs = []
+
+    def replay(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    assert error(ksampler(host, compile_node(host, ours, replay)), reference) < 1e-5
+    assert len(graphs) == 1
+    assert not any(node.target is torch.view_as_complex for node in graphs[0].graph.nodes)
 
 
 @pytest.mark.slow
-def test_torch_compile_node(host, ours, reference):
-    assert error(through(host, ours, ("TorchCompileModel", {"backend": "inductor"})), reference) < 1e-4
+def test_torch_compile_node(host, load):
+    model = load(weights(replace(CONFIG, depth=2)))
+    settings = {"cfg": 1.0, "steps": 1}
+    torch._dynamo.reset()
+    compiled = through(host, model, ("TorchCompileModel", {"backend": "inductor"}), **settings)
+    assert error(compiled, ksampler(host, model, **settings)) < 1e-4
 
 
 def test_block_replacement(host, ours, reference):

@@ -92,6 +92,12 @@ def test_rotation_of_a_strided_view():
     torch.testing.assert_close(apply_rope(x, cos, sin), apply_rope(x.contiguous(), cos, sin))
 
 
+def test_rotation_when_compiled():
+    x, table = torch.randn(2, 6, 3, 8), rope_table(2, 3, 8)
+    compiled = torch.compile(apply_rope, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, *table), apply_rope(x, *table))
+
+
 def test_sinusoid_golden_values():
     row = timestep_embedding(torch.tensor([801]))[0]
     expected = {

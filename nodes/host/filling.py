@@ -1,0 +1,76 @@
+"""Give networks their weights: in which dtype to keep them, and tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import comfy.model_management
+import torch
+from torch import Tensor, nn
+
+from ...hydit_core.weights.save import dtypes_for
+from ...hydit_core.weights.source import FP8_DTYPES, TensorSource
+from ...hydit_core.weights.views import rename
+
+WEIGHT_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""What a loader's ``weight_dtype`` may be beside "default"."""
+
+
+def choose_dtypes(
+    source: TensorSource, weight_dtype: str, device: torch.device, supported: Sequence[torch.dtype]
+) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype to keep weights in, and the one to cast them to for each use (None: the same).
+
+    Args:
+        source: a DiT or ControlNet in Tencent's names.
+        weight_dtype: one of :data:`WEIGHT_DTYPES`, or "default": ComfyUI's choice for this device and model,
+            but nothing wider than the file.
+        supported: what the network can compute in, the best first.
+    """
+    management = comfy.model_management
+    if weight_dtype == "default":
+        blocks = rename(source, lambda key: key if key.startswith("blocks.") else None)
+        in_file = blocks.main_dtype() or torch.float32
+        numel = sum(source.numel(key) for key in source)
+        stored = management.unet_dtype(
+            model_params=numel, supported_dtypes=list(supported), weight_dtype=in_file
+        )
+        if stored.itemsize > in_file.itemsize:
+            stored = in_file
+    else:
+        stored = WEIGHT_DTYPES[weight_dtype]
+    return stored, management.unet_manual_cast(stored, device, list(supported))
+
+
+def plan_dtypes(
+    source: TensorSource, stored: torch.dtype, compute: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Each tensor's dtype. In an 8-bit float only the matrices inside the blocks are kept."""
+    if stored not in FP8_DTYPES:
+        return dict.fromkeys(source.keys(), stored)
+    short = {key for key, dtype in dtypes_for(source, stored).items() if dtype == stored}
+    return {key: stored if key in short else compute or torch.float16 for key in source}
+
+
+def fill(
+    network: nn.Module, source: TensorSource, dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> None:
+    """Give a network, whose own tensors were never touched, those of ``source``: copies, on ``device``."""
+    state: dict[str, Tensor] = {}
+    for key, dtype in dtypes.items():
+        tensor = source.get(key, dtype)
+        if source.dtype(key) == dtype:
+            tensor = tensor.clone()  # it may be a view of the file
+        state[key] = tensor.to(device)
+        source.release(key)
+    network.load_state_dict(state, assign=True)
+    network.requires_grad_(False).eval()
+    # ComfyUI noted the dtypes of the empty network, where all are the same
+    if archive := vars(comfy.model_management).get("archive_model_dtypes"):
+        archive(network)
