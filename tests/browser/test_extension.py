@@ -134,8 +134,8 @@ def test_rows_are_neither_saved_nor_sent(ready):
 
 
 def test_a_run_fills_the_rows_and_they_stay(ready):
-    wait_text(ready, "hydit_report", "first run")
-    wait_text(ready, "hydit_version", "first run")
+    wait_text(ready, "hydit_report", "^Counted when")
+    wait_text(ready, "hydit_version", "^Detected when")
     run(ready)
     report = properties(ready, "HyDiTTextEncode")["hydit_report"]
     assert re.match(r"BERT \d+ of 24 tokens, mT5 \d+ of 32 tokens\nBERT does not see: .+", report)
@@ -187,7 +187,7 @@ def test_another_prompt_grays_the_report_and_another_file_clears_the_version(rea
         assert row(ready, "hydit-old").count() == 0  # the prompt of the report again
     ready.set_widget("HyDiTCheckpointLoader", "ckpt_name", "another.safetensors")
     assert properties(ready, "HyDiTCheckpointLoader") == {}
-    wait_text(ready, "hydit_version", "first run")
+    wait_text(ready, "hydit_version", "^Detected when")
     assert "hydit_report" in properties(ready, "HyDiTTextEncode")
 
 
@@ -343,9 +343,9 @@ def test_in_chinese(open_page, nodes2):
     page = open_page(nodes2=nodes2, locale="zh")
     page.load(workflow())
     page.fit()
-    wait_text(page, "hydit_report", "运行一次后显示词元数")
+    wait_text(page, "hydit_report", "编码提示词时统计词元")
     page.queue().check()
-    report = wait_text(page, "hydit_report", "词元")
+    report = wait_text(page, "hydit_report", "个词元")
     if rows_are_shown(page):
         assert re.match(r"BERT \d+/24 个词元；mT5 \d+/32 个词元\nBERT 读不到：", report)
         assert page.page.get_by_role("group", name="官方尺寸").count() == 1
