@@ -59,7 +59,7 @@ def test_a_prompt_that_fits_is_one_chunk_and_the_same(prompt: str) -> None:
     assert chunks.report == tokens.reports[0]
 
 
-@pytest.mark.parametrize("prompt", [LONG, CHINESE])
+@pytest.mark.parametrize("prompt", [LONG, CHINESE, "apple, " * 20])
 def test_chunks_hold_the_whole_prompt_and_break_no_word(prompt: str) -> None:
     vocab = bert_vocab() + b"##s\n##y\napple\n"
     tokenizer = tokenizers(vocab)
