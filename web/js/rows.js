@@ -15,13 +15,15 @@ const CSS = `
 .hydit-muted { color: var(--descrip-text, #999); }
 `;
 
-/** Add rules to the page's style sheet, once for each `id`. */
+const styles = new Set();
+
+/** Add rules to the page's own, once for each `id`. Every selector begins with .hydit- */
 export function addStyle(id, css) {
-  if (document.getElementById(id)) return;
-  const style = document.createElement("style");
-  style.id = id;
-  style.textContent = css;
-  document.head.append(style);
+  if (styles.has(id)) return;
+  styles.add(id);
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync(css);
+  document.adoptedStyleSheets.push(sheet);
 }
 
 /**
