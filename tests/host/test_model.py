@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import Graph
+from memory import STATUS, Peak
 from model_runs import error, ksampler, network_calls
 from sampling_models import CONFIG, CONFIG_V11, INFO, conditioning, features, native_model, our_model, weights
 from tiny_models import randomize
@@ -384,33 +382,6 @@ def test_stock_loader_reads_what_was_saved(host, tmp_path):
 # -- memory --------------------------------------------------------------------------------------------------
 
 
-def _mapped_and_own() -> int:
-    """Bytes of RssAnon and RssFile."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssFile")))
-
-
-class Peak:
-    """The largest growth of memory inside a `with`, sampled by a thread."""
-
-    def __enter__(self) -> Peak:
-        gc.collect()
-        self.start, self.grown, self._on = _mapped_and_own(), 0, True
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self._on:
-            self.grown = max(self.grown, _mapped_and_own() - self.start)
-            time.sleep(0.002)
-
-    def __exit__(self, *_: Any) -> None:
-        self._on = False
-        self._thread.join()
-        self.grown = max(self.grown, _mapped_and_own() - self.start)
-
-
 def random_file(path: Path, config: DiTConfig, version: str) -> Path:
     """A float16 file of random weights, without ever holding them in float32."""
     with torch.device("meta"):
@@ -423,33 +394,14 @@ def random_file(path: Path, config: DiTConfig, version: str) -> Path:
     return path
 
 
-def loaded_once(host: Any, path: Path) -> float:
-    """Peak growth over the file's size, for `default` and for 8 bits."""
-    load = host.module("nodes.host.model").load_model
-    worst = 0.0
-    for name in ("default", "fp8_e4m3fn"):
-        with Peak() as peak:
-            model = load(path, weight_dtype=name)
-        worst = max(worst, peak.grown / path.stat().st_size)
-        del model
-    print(f"{path.name}: {path.stat().st_size / 1e9:.2f} GB, peak {worst:.2f} x the file")
-    return worst
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_loading_holds_nothing_twice(host, tmp_path):
+@pytest.mark.skipif(not STATUS.exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("name", ["default", "fp8_e4m3fn"])
+def test_loading_holds_nothing_twice(host, tmp_path, name):
+    """Whole files: tests/host/test_full_size.py."""
     path = random_file(tmp_path / "cut.safetensors", replace(DIT_G2_V12, depth=4), "v1.2")
-    assert loaded_once(host, path) <= 1.2
-
-
-@slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_loading_a_full_size_file(host, tmp_path):
-    """v1.1 as Tencent published it: 1,516,534,048 values in 1305 tensors."""
-    path = random_file(tmp_path / "full.safetensors", DIT_G2_V11, "v1.1")
-    assert loaded_once(host, path) <= 1.2
-    module = host.module("nodes.host.model")
-    model = module.load_model(path)
-    parameters = list(model.model.diffusion_model.parameters())
-    assert (sum(p.numel() for p in parameters), len(parameters)) == (1_516_534_048, 1305)
-    assert module.model_info(model).version == "v1.1"
+    load = host.module("nodes.host.model").load_model
+    with Peak() as peak:
+        model = load(path, weight_dtype=name)
+    size = path.stat().st_size
+    print(f"{name}: {size / 1e9:.2f} GB, peak {peak.grown / size:.2f} x the file")
+    assert 0.5 * model.model_size() <= peak.grown <= 1.2 * size
