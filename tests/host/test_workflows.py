@@ -1,0 +1,126 @@
+"""The shipped workflows, and the graphs in `generate`'s pictures, run in ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from workflow_files import WORKFLOWS, api, check_pictures, shrink, write_models
+
+from hydit_core.embedded import embedded_model
+from hydit_core.generate import main
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models(host: Any) -> Any:
+    write_models(host.models_dir)
+    host.refresh()
+    yield host.models_dir
+    for kind in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
+        shutil.rmtree(host.models_dir / kind)
+    host.refresh()
+
+
+def pictures(host: Any, result: Any) -> list[Image.Image]:
+    """What SaveImage and PreviewImage wrote, by node number."""
+    found = []
+    for number in sorted(result.outputs, key=int):
+        for image in result.outputs[number].get("images", []):
+            path = host.base / image["type"] / image["subfolder"] / image["filename"]
+            found.append(Image.open(path).convert("RGB"))
+    return found
+
+
+@pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
+def test_every_workflow_draws_what_it_says(host, name):
+    result = host.run(shrink(api(name))).check()
+    check_pictures(name, pictures(host, result))
+
+
+def test_custom_sampling_is_the_command_lines_picture(host, tmp_path):
+    drawn = pictures(host, host.run(api("hydit_custom_sampling")).check())[0]
+    assert (
+        main(["--prompt", "a robot", "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
+    )
+    assert apart(drawn, Image.open(tmp_path / "a.png")) <= 2
+
+
+def apart(a: Image.Image, b: Image.Image) -> int:
+    assert a.size == b.size
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+def redrawn(host: Any, path: Path) -> int:
+    """How far (of 255) the picture is from what its own `prompt` chunk draws."""
+    with Image.open(path) as drawn:
+        prompt = json.loads(drawn.text["prompt"])
+        (again,) = pictures(host, host.run(prompt).check())
+        assert np.asarray(drawn).std() > 5
+        return apart(drawn, again)
+
+
+CASES = {
+    "embedded": ["--prompt", "绿色的汽车 {a|b} // c", "--seed", "5"],
+    "ddpm, rescaled, off-square": [
+        *("--prompt", "a blue fish", "--sampler", "ddpm", "--steps", "12", "--guidance-rescale", "0.7"),
+        *("--cfg", "5", "--size", "160x96", "--negative", "a red heart"),
+    ],
+    "no multiple of 16": ["--prompt", "a cat", "--size", "136x120", "--steps", "6"],
+    "no guidance": ["--prompt", "a cat", "--cfg", "1", "--sampler", "euler", "--steps", "6"],
+    "one file": ["--prompt", "a cat", "--model", "{models}/checkpoints/hunyuan_dit_1.2.safetensors"],
+    "split": [
+        *("--model", "{models}/diffusion_models/hunyuan_dit_1.2_transformer.safetensors"),
+        *("--text-encoders", "{models}/checkpoints/hunyuan_dit_1.2.safetensors", "--prompt", "a cat"),
+        *("--vae", "{models}/vae/sdxl_vae.safetensors", "--size", "64x64", "--steps", "4"),
+    ],
+    "VAE of a whole model": [
+        *("--model", "{models}/diffusion_models/hunyuan_dit_1.2_transformer.safetensors"),
+        *("--text-encoders", "{models}/checkpoints/hunyuan_dit_1.2.safetensors", "--prompt", "a cat"),
+        *("--vae", "{models}/checkpoints/hunyuan_dit_1.2.safetensors", "--steps", "6"),
+    ],
+    "the embedded model's text encoders and VAE": [
+        *("--model", "{models}/diffusion_models/hunyuan_dit_1.2_transformer.safetensors"),
+        *("--text-encoders", "{embedded}", "--vae", "{embedded}", "--prompt", "a cat", "--steps", "6"),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generates_pictures_redraw_themselves(host, models, tmp_path, case):
+    places = {"models": models, "embedded": embedded_model()}
+    options = [
+        option.format(**places) if option.startswith(("{models}", "{embedded}")) else option
+        for option in CASES[case]
+    ]
+    assert main([*options, "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
+    assert redrawn(host, tmp_path / "a.png") <= 2
+
+
+def test_the_third_of_a_batch_redraws_itself(host, tmp_path):
+    options = ["--prompt", "a cat", "--batch", "3", "--seed", "40", "--steps", "6", "--sampler", "ddpm"]
+    assert main([*options, "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
+    assert redrawn(host, tmp_path / "a-3.png") <= 2
+
+
+@pytest.mark.parametrize("mode, tolerance", [("RGB", 2), ("RGBA", 8)])
+@pytest.mark.parametrize("size", [(128, 128), (200, 131), (77, 240)])
+def test_pictures_from_pictures_redraw_themselves(host, tmp_path, size, mode, tolerance):
+    """The crop is the pipeline's to the pixel, and transparency lies on white, not on what is under it.
+
+    ComfyUI rounds what is laid on white down to 8 bits.
+    """
+    start = Image.radial_gradient("L").resize(size).convert("RGB")
+    start.paste((250, 40, 40), (size[0] // 3, size[1] // 4, size[0] // 2, size[1] // 2))
+    if mode == "RGBA":
+        start.putalpha(Image.linear_gradient("L").resize(size))
+    path = tmp_path / f"start-{mode}-{size[0]}.png"
+    start.save(path)
+    shutil.copy(path, host.input_dir)
+    options = ["--init-image", str(path), "--strength", "0.5", "--prompt", "a red heart", "--size", "128x96"]
+    assert main([*options, "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
+    assert redrawn(host, tmp_path / "a.png") <= tolerance

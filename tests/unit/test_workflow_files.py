@@ -1,0 +1,84 @@
+"""The shipped workflows as files; that they run is tested in tests/host, and in the page in tests/browser."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+from workflow_files import API, PAGE_ONLY, WORKFLOWS, api, linked, overlaps, read
+
+from hydit_core.workflow import CORE, PACK
+
+NAMES = {
+    "hydit_text_to_image_embedded", "hydit_text_to_image_v1.2", "hydit_split_files", "hydit_image_to_image",
+    "hydit_inpaint", "hydit_two_prompts", "hydit_custom_sampling",
+}  # fmt: skip
+NOTES = ("MarkdownNote", "Note")
+# ComfyUI's folders that it offers downloads for.
+FOLDERS = ("checkpoints", "diffusion_models", "vae", "text_encoders")
+
+
+def test_each_has_a_thumbnail_and_an_api_copy():
+    assert {path.stem for path in WORKFLOWS} == NAMES == {path.stem for path in API.glob("*.json")}
+    for path in WORKFLOWS:
+        with Image.open(path.with_suffix(".jpg")) as thumbnail:
+            assert thumbnail.size == (384, 384)
+            assert thumbnail.convert("L").getextrema() != (255, 255)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_api_copy_says_the_same(path):
+    """Independent of the page: links from both ends, widgets in the order of the node's schema."""
+    workflow, copy = read(path), api(path.stem)
+    graph = {number: node for number, node in linked(workflow).items() if node["class_type"] not in NOTES}
+    assert graph.keys() == copy.keys()
+    for number, node in copy.items():
+        links = {name: value for name, value in node["inputs"].items() if isinstance(value, list)}
+        assert graph[number] == {"class_type": node["class_type"], "inputs": links}
+        (shown,) = (n["widgets_values"] for n in workflow["nodes"] if str(n["id"]) == number)
+        values = [value for value in node["inputs"].values() if not isinstance(value, list)]
+        assert [value for value in shown if value not in PAGE_ONLY] == values
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_what_a_shared_workflow_carries(path):
+    workflow = read(path)
+    notes = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    texts = [note["widgets_values"][0] for note in notes]
+    assert [any("一" <= c <= "鿿" for c in text.split("\n")[0]) for text in texts] == [False, True]
+    for node in workflow["nodes"]:
+        if node in notes:
+            continue
+        wanted = PACK if node["type"].startswith("HyDiT") else CORE
+        assert wanted.items() <= node["properties"].items()
+        for model in node["properties"].get("models", []):
+            # By its name among the values the page knows that it is asked for; it fetches nothing else.
+            assert model["name"] in node["widgets_values"] and model["directory"] in FOLDERS
+            assert model["url"].startswith("https://huggingface.co/") and "/resolve/main/" in model["url"]
+            assert model["name"].endswith(".safetensors") and model["url"].endswith(".safetensors")
+    names = [value for node in workflow["nodes"] for value in node.get("widgets_values", [])]
+    files = {name for name in names if isinstance(name, str) and name.endswith(".safetensors")}
+    assert files == {m["name"] for n in workflow["nodes"] for m in n["properties"].get("models", [])}
+    if files:  # nobody can draw its thumbnail here
+        assert all("128 x 128" in text for text in texts)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_it_reads_from_left_to_right(path):
+    workflow = read(path)
+    assert overlaps(workflow) == []
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for _, source, _, target, *_ in workflow["links"]:
+        a, b = nodes[source], nodes[target]
+        below = a["pos"][0] == b["pos"][0] and a["pos"][1] < b["pos"][1]
+        assert below or a["pos"][0] + a["size"][0] <= b["pos"][0], (a["type"], b["type"])
+    grouped = 0
+    for group in workflow["groups"]:
+        left, top, width, height = group["bounding"]
+        assert " · " in group["title"]
+        for node in nodes.values():
+            (x, y), (w, h) = node["pos"], node["size"]
+            inside = left <= x and x + w <= left + width and top <= y - 30 and y + h <= top + height
+            outside = x >= left + width or x + w <= left or y - 30 >= top + height or y + h <= top
+            assert inside or outside, (group["title"], node["type"])
+            grouped += inside
+    assert grouped == len(nodes) - 2  # the notes

@@ -1,0 +1,147 @@
+"""The shipped workflows, the files that they ask for, and what their pictures must show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+API = ROOT / "tests" / "workflows_api"
+#: Widgets that the page adds.
+PAGE_ONLY = ("fixed", "randomize")
+
+Box = tuple[float, float, float, float]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def api(name: str) -> dict[str, Any]:
+    """The stored API copy, without titles: they are in the page's language."""
+    return without_titles(read(API / f"{name}.json"))
+
+
+def without_titles(prompt: dict[str, Any]) -> dict[str, Any]:
+    return {number: {k: v for k, v in node.items() if k != "_meta"} for number, node in prompt.items()}
+
+
+def linked(workflow: dict[str, Any]) -> dict[str, Any]:
+    """The links of a workflow in API form; asserts that both ends of each agree about it."""
+    links = {link[0]: link for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        inputs = {}
+        for slot, socket in enumerate(node["inputs"]):
+            if socket["link"] is None:
+                continue
+            number, source, source_slot, target, target_slot, kind = links[socket["link"]]
+            assert (target, target_slot, kind) == (node["id"], slot, socket["type"])
+            output = nodes[source]["outputs"][source_slot]
+            assert number in output["links"] and output["type"] == kind
+            inputs[socket["name"]] = [str(source), source_slot]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def overlaps(workflow: dict[str, Any], title: float = 40) -> list[tuple[str, str]]:
+    """Pairs of nodes that cover each other; a node's title is above its position."""
+    boxes: list[tuple[str, Box]] = []
+    for node in workflow["nodes"]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        boxes.append((f"{node['id']} {node['type']}", (x, y - title, x + width, y + height)))
+    return [
+        (a, b)
+        for i, (a, p) in enumerate(boxes)
+        for b, q in boxes[:i]
+        if p[0] < q[2] and q[0] < p[2] and p[1] < q[3] and q[1] < p[3]
+    ]
+
+
+def write_models(models: Path) -> None:
+    """The files that the workflows name: the embedded model's parts, and a random VAE of SDXL's size."""
+    from loader_files import EMBEDDED, write_pipeline
+
+    for kind in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
+        (models / kind).mkdir(parents=True, exist_ok=True)
+    target = models / "checkpoints" / "hunyuan_dit_1.2.safetensors"
+    target.write_bytes(EMBEDDED.read_bytes())
+    encoders = models / "text_encoders" / "HunyuanDiT-v1.2"
+    write_pipeline(encoders)
+    transformer = encoders / "transformer" / "diffusion_pytorch_model.safetensors"
+    transformer.rename(models / "diffusion_models" / "hunyuan_dit_1.2_transformer.safetensors")
+    _write_sdxl_vae(models / "vae" / "sdxl_vae.safetensors")
+
+
+def _write_sdxl_vae(path: Path) -> None:
+    """ComfyUI's VAELoader takes no other size than the published one: 84 M values, drawn once."""
+    import torch
+    from diffusers import AutoencoderKL
+    from safetensors.torch import save_file
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+        )
+    values = torch.randn(2_400_000, generator=torch.Generator().manual_seed(0)).half()
+    tensors = {}
+    for name, tensor in vae.state_dict().items():
+        drawn = values[: tensor.numel()].clone().view(tensor.shape)
+        scale = 1.0 if tensor.ndim < 2 else (tensor[0].numel()) ** -0.5
+        tensors[name] = drawn * scale
+    save_file(tensors, path)
+
+
+def shrink(prompt: dict[str, Any]) -> dict[str, Any]:
+    """With pictures of at most 128 pixels: the files are small."""
+    for node in prompt.values():
+        if node["class_type"] == "HyDiTEmptyLatent":
+            node["inputs"] |= {name: min(node["inputs"][name], 128) for name in ("width", "height")}
+    return prompt
+
+
+def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
+    """Assert that a workflow drew what its prompts ask for."""
+    shown = [np.asarray(picture.convert("RGB"), float) for picture in pictures]
+    for picture in shown:
+        assert picture.shape == (128, 128, 3) and picture.std() > 10, "blank"
+    if name == "hydit_split_files":  # its VAE is random
+        return
+    assert all(picture[:6, 60:].mean() > 180 for picture in shown), "the background is white"
+    checks = {
+        "hydit_text_to_image_embedded": lambda a: [_color(a) == "red"],
+        "hydit_text_to_image_v1.2": lambda a: [_color(a[40:80, 44:84]) in ("red", "dark")],  # a sunflower
+        "hydit_custom_sampling": lambda a: [_color(a) == "blue"],  # a robot
+        "hydit_image_to_image": lambda a, b: [_color(a) == "green", _color(b) == "red"],
+        "hydit_inpaint": lambda a, b: [
+            _color(a[:, :64]) == "red",
+            (a[:, :64] == b[:, :64]).all(),
+            _color(b[:, 64:]) == "blue",
+        ],
+        "hydit_two_prompts": lambda a, b: [
+            _color(a) == "blue", _color(b[:, :60]) == "red", _color(b[:, 68:]) == "blue"
+        ],
+    }  # fmt: skip
+    assert all(checks[name](*shown)), name
+
+
+def _color(picture: np.ndarray) -> str:
+    """The most common of the plain colors among what is not white."""
+    inked = picture[picture.min(axis=-1) < 200]
+    dark = inked.max(axis=-1) < 90
+    if dark.mean() > 0.5:
+        return "dark"
+    colored = inked[~dark]
+    share = np.bincount(colored.argmax(axis=-1), minlength=3)
+    return ("red", "green", "blue")[int(share.argmax())]
