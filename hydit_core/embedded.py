@@ -1,4 +1,4 @@
-"""The model that comes with hydit."""
+"""The models that come with hydit."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def embedded_model() -> Path:
     if len(found) != 1:
         raise WeightsError(f"{ASSETS} holds {len(found)} models instead of one: name the model to use")
     return found[0]
+
+
+def embedded_controlnets() -> list[Path]:
+    """The ControlNets that come with hydit, for :func:`embedded_model`; sorted by name."""
+    return sorted((ASSETS / "controlnet").glob("*.safetensors"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .control import HyDiTControlNetApply, HyDiTControlNetLoader, HyDiTLayerWeights
 from .latent import HyDiTEmptyLatent
 from .loaders import HyDiTCheckpointLoader, HyDiTDiTLoader, HyDiTTextEncoderLoader
 from .sampling import HyDiTKSampler, HyDiTSampler, HyDiTScheduler
@@ -19,6 +20,9 @@ NODES: list[type[io.ComfyNode]] = [
     HyDiTKSampler,
     HyDiTSampler,
     HyDiTScheduler,
+    HyDiTControlNetLoader,
+    HyDiTLayerWeights,
+    HyDiTControlNetApply,
     HyDiTModelSave,
 ]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..hydit_core.config import ModelInfo
 from ..hydit_core.errors import WeightsError
+from ..hydit_core.weights.detect import FileKind
 from ..hydit_core.weights.dtypes import dtype_name
 from ..hydit_core.weights.parts import Parts, bundle
 from ..hydit_core.weights.source import TensorSource
@@ -25,7 +28,7 @@ _ADVICE = {
     "t5": "load it with HyDiTTextEncoderLoader",
     "vae": "load it with VAELoader",
     "lora": "give it to a LoRA loader, behind a MODEL",
-    "controlnet": "give it to a ControlNet loader, beside a MODEL",
+    "controlnet": "load it with HyDiTControlNetLoader",
     "ip_adapter": "an IP-Adapter is used beside a MODEL",
     "other": "it needs its own model's loader",
 }
@@ -50,7 +53,7 @@ class HyDiTCheckpointLoader(io.ComfyNode):
                     tooltip="[embedded] is a small model that comes with these nodes. The others are in "
                     "ComfyUI/models/checkpoints and models/diffusers; a name that ends in / is a folder.",
                 ),
-                _dtype_input("the DiT"),
+                dtype_input("the DiT"),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The denoising network, for samplers and LoRA loaders."),
@@ -99,7 +102,7 @@ class HyDiTDiTLoader(io.ComfyNode):
                     "ComfyUI/models/diffusion_models, models/checkpoints and models/diffusers; a name that "
                     "ends in / is a folder.",
                 ),
-                _dtype_input("the DiT"),
+                dtype_input("the DiT"),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="For samplers and LoRA loaders.")],
         )
@@ -116,7 +119,7 @@ class HyDiTDiTLoader(io.ComfyNode):
     def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
         opened = bundle(folders.resolve(model_name, *folders.DIT), only=("dit",))
         if opened.dit is None:
-            raise _other(opened, "a HunyuanDiT (DiT) checkpoint")
+            raise wrong_kind(opened.path, opened.kind, "a HunyuanDiT (DiT) checkpoint")
         model = load_model(opened, weight_dtype=weight_dtype)
         return io.NodeOutput(model, ui={"hydit_version": [_model_text(opened)]})
 
@@ -150,7 +153,7 @@ class HyDiTTextEncoderLoader(io.ComfyNode):
                     tooltip="mT5, from the same place or from another. Its spiece.model is looked for in the "
                     "file, then beside it (ComfyUI's lists do not show that file).",
                 ),
-                _dtype_input("BERT and mT5"),
+                dtype_input("BERT and mT5"),
             ],
             outputs=[io.Clip.Output("CLIP", tooltip="For HyDiTTextEncode.")],
         )
@@ -178,7 +181,8 @@ class HyDiTTextEncoderLoader(io.ComfyNode):
         return io.NodeOutput(clip, ui={"hydit_version": [text]})
 
 
-def _dtype_input(what: str) -> io.Combo.Input:
+def dtype_input(what: str) -> io.Combo.Input:
+    """The widget ``weight_dtype`` of a loader; ``what`` it loads."""
     return io.Combo.Input(
         "weight_dtype",
         options=_DTYPES,
@@ -191,7 +195,7 @@ def _dtype_input(what: str) -> io.Combo.Input:
 def _vae_of_whole(opened: Parts) -> tuple[TensorSource, ModelInfo]:
     """The VAE of a place that holds everything that the checkpoint loader gives; raises if it does not."""
     if opened.dit is None:
-        raise _other(opened, "a HunyuanDiT all-in-one checkpoint")
+        raise wrong_kind(opened.path, opened.kind, "a HunyuanDiT all-in-one checkpoint")
     parts = {"BERT": opened.bert, "mT5": opened.mt5, "VAE": opened.vae}
     missing = [name for name, part in parts.items() if part is None]
     if opened.vae is None or opened.info is None or missing:
@@ -202,9 +206,10 @@ def _vae_of_whole(opened: Parts) -> tuple[TensorSource, ModelInfo]:
     return opened.vae, opened.info
 
 
-def _other(opened: Parts, expected: str) -> WeightsError:
-    advice = _ADVICE.get(opened.kind.kind, "choose another")
-    return WeightsError(f"{opened.path} is {opened.kind.name}; expected {expected}; {advice}")
+def wrong_kind(path: Path, kind: FileKind, expected: str) -> WeightsError:
+    """The error for a file of another kind, with the node that takes it."""
+    advice = _ADVICE.get(kind.kind, "choose another")
+    return WeightsError(f"{path} is {kind.name}; expected {expected}; {advice}")
 
 
 def _model_text(opened: Parts) -> str:

@@ -1,7 +1,7 @@
 """The models that the loaders offer: their names, where they are, and when they changed.
 
 Lists come from ComfyUI's own folders, which are read and never changed. A name with a trailing slash is a
-folder: a diffusers pipeline's, Tencent's, or that of one text encoder.
+folder: a diffusers pipeline's, Tencent's, or that of one text encoder or ControlNet.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ...hydit_core.embedded import embedded_model
+from ...hydit_core.embedded import embedded_controlnets, embedded_model
 from ...hydit_core.errors import HyditError, WeightsError
 from ...hydit_core.weights.companions import FOLDERS
 from ...hydit_core.weights.files import SUFFIXES
@@ -22,12 +22,15 @@ from ...hydit_core.weights.files import SUFFIXES
 CHECKPOINTS = ("checkpoints", "diffusers")
 DIT = ("diffusion_models", "checkpoints", "diffusers")
 TEXT_ENCODERS = ("text_encoders", "checkpoints", "diffusers")
+CONTROLNETS = ("controlnet", "diffusers")
 """ComfyUI's folders, in the order in which a name is looked for."""
 
 _EMBEDDED = "[embedded] "
 _ENCODERS = (*FOLDERS["bert"], *FOLDERS["t5"])
 # Of a folder that is one encoder, as transformers writes it.
 _OWN_WEIGHTS = ("model.", "model-", "pytorch_model")
+# Other folders with a file of the same name in a pipeline.
+_PIPELINE_PARTS = (("transformer",), ("unet",), ("vae",), ("prior",))
 _READ = (*SUFFIXES, ".json", ".txt", ".model")
 _SHOWN = 10
 Parts = tuple[str, ...]
@@ -35,23 +38,29 @@ Parts = tuple[str, ...]
 
 def checkpoint_names() -> list[str]:
     """The embedded model, files, and folders that hold a whole model."""
-    return [*_embedded_names(), *_files(CHECKPOINTS), *_folders(CHECKPOINTS, _model_folder)]
+    return [*_embedded(CHECKPOINTS), *_files(CHECKPOINTS), *_folders(CHECKPOINTS, _model_folder)]
 
 
 def dit_names() -> list[str]:
     """The embedded model, files that may hold a DiT, and folders with one."""
-    return [*_embedded_names(), *_files(DIT), *_folders(DIT, _model_folder)]
+    return [*_embedded(DIT), *_files(DIT), *_folders(DIT, _model_folder)]
 
 
 def text_encoder_names() -> list[str]:
     """The embedded model, files that may hold a text encoder, and folders with one or both."""
     own = _folders(TEXT_ENCODERS[:1], _encoder_folder)
     return [
-        *_embedded_names(),
+        *_embedded(TEXT_ENCODERS),
         *_files(TEXT_ENCODERS),
         *own,
         *(name for name in _folders(TEXT_ENCODERS[1:], _encoders_folder) if name not in own),
     ]
+
+
+def control_names() -> list[str]:
+    """The embedded ControlNets, files of ControlNets of any model, and diffusers folders with one."""
+    # ComfyUI lists each file of the first folder by itself
+    return [*_embedded(CONTROLNETS), *_files(CONTROLNETS), *_folders(CONTROLNETS[1:], _control_folder)]
 
 
 def resolve(name: str, *kinds: str) -> Path:
@@ -64,13 +73,15 @@ def resolve(name: str, *kinds: str) -> Path:
         HyditError: if it is not there any more; names what is.
     """
     if name.startswith(_EMBEDDED):
-        if name in _embedded_names():
-            return embedded_model()
-        raise HyditError(f"{name} is not part of this version of hydit; it has {_shown(_embedded_names())}")
+        own = _embedded(kinds)
+        if name in own:
+            return own[name]
+        raise HyditError(f"{name} is not part of this version of hydit; it has {_shown(list(own))}")
     for kind in kinds:
         if found := _find(kind, name):
             return found
-    there = [*_files(kinds), *_folders(kinds, _model_folder), *_folders(kinds, _encoder_folder)]
+    rules = (_control_folder,) if kinds == CONTROLNETS else (_model_folder, _encoder_folder)
+    there = [*_files(kinds), *(folder for rule in rules for folder in _folders(kinds, rule))]
     places = ", ".join(path for kind in kinds for path in _roots(kind))
     raise HyditError(
         f"{name} is not there (any more): looked in {places}; choose another. There is: {_shown(there)}"
@@ -94,12 +105,16 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _embedded_names() -> list[str]:
+def _embedded(kinds: Parts) -> dict[str, Path]:
+    """What comes with hydit, by its name in the lists."""
+    if kinds == CONTROLNETS:
+        return {f"{_EMBEDDED}{path.stem}": path for path in embedded_controlnets()}
     try:
-        return [f"{_EMBEDDED}{embedded_model().stem}"]
+        path = embedded_model()
     except WeightsError as error:  # the nodes must load all the same
         logging.warning("hydit: %s", error)
-        return []
+        return {}
+    return {f"{_EMBEDDED}{path.stem}": path}
 
 
 def _roots(kind: str) -> list[str]:
@@ -166,3 +181,11 @@ def _encoder_folder(parts: Parts) -> Parts:
     """That, or the folder of one encoder, as transformers writes it."""
     own = parts[:-1] if parts[-1].startswith(_OWN_WEIGHTS) else ()
     return _encoders_folder(parts) or own
+
+
+def _control_folder(parts: Parts) -> Parts:
+    """The folder that has a ControlNet as diffusers keeps it: alone, or as a part of a pipeline."""
+    if parts[-2:-1] == ("controlnet",):
+        return parts[:-2] or parts[:-1]
+    alone = parts[-1].startswith("diffusion_pytorch_model") and parts[-2:-1] not in _PIPELINE_PARTS
+    return parts[:-1] if alone else ()

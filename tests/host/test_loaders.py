@@ -244,7 +244,7 @@ def test_a_changed_file_in_a_folder_is_noticed(host, models):
 WRONG = {
     CHECKPOINT: {
         "sdxl.safetensors": "is an SDXL checkpoint; expected a HunyuanDiT all-in-one checkpoint; it needs",
-        "controlnet.safetensors": r"HunyuanDiT-g/2 v1\.2 ControlNet; expected .*ControlNet loader",
+        "controlnet.safetensors": r"HunyuanDiT-g/2 v1\.2 ControlNet; expected .*HyDiTControlNetLoader",
         "lora.safetensors": r"HunyuanDiT LoRA \(PEFT layout\); expected .*LoRA loader",
         "cut.safetensors": "is truncated: .* download or save it again",
         "v12.safetensors": r"v1\.2 checkpoint without BERT and mT5 and VAE; .*HyDiTDiTLoader, .*VAELoader",
@@ -254,7 +254,7 @@ WRONG = {
     },
     DIT: {
         "sdxl.safetensors": r"is an SDXL checkpoint; expected a HunyuanDiT \(DiT\) checkpoint; it needs",
-        "controlnet.safetensors": r"HunyuanDiT-g/2 v1\.2 ControlNet; expected .*ControlNet loader",
+        "controlnet.safetensors": r"HunyuanDiT-g/2 v1\.2 ControlNet; expected .*HyDiTControlNetLoader",
         "lora.safetensors": r"HunyuanDiT LoRA \(PEFT layout\); expected .*LoRA loader",
         "cut.safetensors": "is truncated: .* download or save it again",
         "vae.safetensors": "is a VAE .*; load it with VAELoader",
