@@ -250,10 +250,12 @@ def apply_control(
     ``image`` (B, H, W, 3) in [0, 1]; ``mask`` (H, W) or (B, H, W) is 1 where the ControlNet acts.
 
     Raises:
-        HyditError: it is another model's ControlNet, or would act for no time.
+        HyditError: it is another model's ControlNet, would act for no time, or there is no VAE.
         ConfigError: the weights are of another number than its layers.
     """
     values = weights.resolve(layer_count(control))
+    if vae is None:  # as ComfyUI's checkpoint loader gives it for a file without one
+        raise HyditError("the control picture must be encoded, and vae is empty: connect the model's VAE")
     if start > end:
         raise HyditError(
             f"start_percent {start:g} is after end_percent {end:g}: the ControlNet would never act"

@@ -126,10 +126,18 @@ def _residuals(control: Mapping[str, Any] | None, config: DiTConfig) -> Sequence
     others = [name for name, values in given.items() if any(value is not None for value in values)]
     if residuals is None and not others:
         return None
-    if others or len(residuals) != config.num_controls:
-        found = f"residuals for {others[0]} blocks" if others else f"{len(residuals)} residuals"
+    wide = [value.shape[-1] for value in residuals or () if value is not None]
+    found = ""
+    if others:
+        found = f"residuals for {others[0]} blocks"
+    elif len(residuals) != config.num_controls:
+        found = f"{len(residuals)} residuals"
+    elif other := next((width for width in wide if width != config.hidden_size), 0):
+        found = f"residuals of width {other}"
+    if found:
         raise HyditError(
-            f"the ControlNet gives {found}, this model of depth {config.depth} takes {config.num_controls}, "
-            "one for each skip: it was made for another model; use a ControlNet for this HunyuanDiT"
+            f"the ControlNet gives {found}, this model of depth {config.depth} takes {config.num_controls} "
+            f"of width {config.hidden_size}, one for each skip: it was made for another model; use a "
+            "ControlNet for this HunyuanDiT"
         )
     return residuals
