@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -400,8 +402,10 @@ def test_loading_holds_nothing_twice(host, tmp_path, name):
     """Whole files: tests/host/test_full_size.py."""
     path = random_file(tmp_path / "cut.safetensors", replace(DIT_G2_V12, depth=4), "v1.2")
     load = host.module("nodes.host.model").load_model
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be filled without growing
     with Peak() as peak:
         model = load(path, weight_dtype=name)
     size = path.stat().st_size
     print(f"{name}: {size / 1e9:.2f} GB, peak {peak.grown / size:.2f} x the file")
-    assert 0.5 * model.model_size() <= peak.grown <= 1.2 * size
+    assert 0.9 * model.model_size() <= peak.grown <= 1.2 * size
