@@ -380,11 +380,13 @@ def test_help_pages(open_page, locale):
     for kind, text in served.items():
         assert text == (docs / kind / f"{locale}.md").read_text(encoding="utf-8")
 
-    show_all(page)
     page.evaluate("""() => {
-      const node = app.graph.nodes.find((n) => n.type === "HyDiTKSampler");
+      const node = LiteGraph.createNode("HyDiTKSampler");
+      app.graph.add(node);
+      Object.assign(app.canvas.ds, { scale: 1, offset: [700, 250] });
       app.canvas.selectNode(node);
       app.canvas.onSelectionChange?.(app.canvas.selected_nodes);
+      app.canvas.setDirty(true, true);
     }""")
     page.page.wait_for_timeout(500)
     page.page.get_by_test_id("info-button").click()
