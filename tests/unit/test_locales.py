@@ -37,6 +37,8 @@ NODES = (
     "HyDiTTextEncode",
     "HyDiTTextEncoderLoader",
 )
+#: Still without texts and help pages. Whoever writes them takes the node from here to NODES.
+UNWRITTEN = ("HyDiTControlNetApply", "HyDiTControlNetLoader", "HyDiTLayerWeights")
 PACK = "hydit_pack_without_comfyui"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 # What vue-i18n, which the page translates with, takes for syntax.
@@ -157,8 +159,13 @@ def _of_files(slot: Slot) -> bool:
 
 
 @pytest.fixture(scope="module")
-def schemas() -> dict[str, Any]:
+def all_schemas() -> dict[str, Any]:
     return read_schemas()
+
+
+@pytest.fixture(scope="module")
+def schemas(all_schemas) -> dict[str, Any]:
+    return {node: schema for node, schema in all_schemas.items() if node not in UNWRITTEN}
 
 
 def load(language: str, name: str) -> dict[str, Any]:
@@ -177,13 +184,13 @@ def texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 # -- the schemas themselves ----------------------------------------------------------------------------------
 
 
-def test_every_node_is_there(schemas):
-    assert sorted(schemas) == sorted(NODES)
+def test_every_node_is_there(all_schemas):
+    assert sorted(all_schemas) == sorted([*NODES, *UNWRITTEN])
 
 
-def test_every_input_has_a_tooltip(schemas):
+def test_every_input_has_a_tooltip(all_schemas):
     silent = [
-        (node, slot.id) for node, schema in schemas.items() for slot in schema.inputs if not slot.tooltip
+        (node, slot.id) for node, schema in all_schemas.items() for slot in schema.inputs if not slot.tooltip
     ]
     assert not silent
 
@@ -310,6 +317,7 @@ def test_no_page_of_a_node_that_is_none():
 
 
 if __name__ == "__main__":
-    said = {name: said_in_english(schema) for name, schema in read_schemas().items()}
+    schemas_by_id = read_schemas()
+    said = {node: said_in_english(schema) for node, schema in schemas_by_id.items() if node in NODES}
     target = ROOT / "locales" / "en" / "nodeDefs.json"
     target.write_text(json.dumps(said, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
