@@ -217,6 +217,9 @@ class CheckpointSection(Section):
     keep_last: int = Field(default=2, gt=0)
     export_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     export_all_in_one: bool = Field(default=True, description="false: the exported file holds the DiT only")
+    metadata: dict[str, str] = Field(
+        default={}, description='of the exported file, such as "modelspec.title", "modelspec.license"'
+    )
 
 
 class MetricsSection(Section):

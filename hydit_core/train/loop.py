@@ -312,7 +312,8 @@ class Trainer:
         settings = self.config.checkpoint
         extra = {
             "hydit.training": f"step {self.progress.step} of {self.config.run.steps}, "
-            f"batch {self.draws.step_size}, seed {self.config.run.seed}"
+            f"batch {self.draws.step_size}, seed {self.config.run.seed}",
+            **settings.metadata,
         }
         with self._averaged():
             self.objective.export(

@@ -59,6 +59,7 @@ every = 1
 tensorboard = false
 [checkpoint]
 export_dtype = "fp32"
+metadata = {{ "modelspec.title" = "edges" }}
 """,
         encoding="utf-8",
     )
@@ -96,6 +97,7 @@ def test_the_export_is_a_controlnet_that_says_how_it_is_used(finished: Path, tin
         metadata = file.metadata()
     assert json.loads(metadata["hydit.control"]) == {"kind": "canny", "low": 100, "high": 200}
     assert metadata["modelspec.architecture"].endswith("/controlnet")
+    assert metadata["modelspec.title"] == "edges"
 
 
 def test_only_blocks_and_projections_change(finished: Path, tiny_model_file: Path) -> None:
