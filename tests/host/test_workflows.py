@@ -47,16 +47,16 @@ def test_custom_sampling_is_the_command_lines_picture(host, tmp_path):
     assert (
         main(["--prompt", "a robot", "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
     )
-    assert apart(drawn, Image.open(tmp_path / "a.png")) <= 2
+    assert apart(drawn, Image.open(tmp_path / "a.png")).max() <= 2
 
 
-def apart(a: Image.Image, b: Image.Image) -> int:
+def apart(a: Image.Image, b: Image.Image) -> np.ndarray:
     assert a.size == b.size
-    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+    return np.abs(np.asarray(a, int) - np.asarray(b, int))
 
 
-def redrawn(host: Any, path: Path) -> int:
-    """How far (of 255) the picture is from what its own `prompt` chunk draws."""
+def redrawn(host: Any, path: Path) -> np.ndarray:
+    """How far (of 255) each value of the picture is from what its own `prompt` chunk draws."""
     with Image.open(path) as drawn:
         prompt = json.loads(drawn.text["prompt"])
         (again,) = pictures(host, host.run(prompt).check())
@@ -98,21 +98,21 @@ def test_generates_pictures_redraw_themselves(host, models, tmp_path, case):
         for option in CASES[case]
     ]
     assert main([*options, "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
-    assert redrawn(host, tmp_path / "a.png") <= 2
+    assert redrawn(host, tmp_path / "a.png").max() <= 2
 
 
 def test_the_third_of_a_batch_redraws_itself(host, tmp_path):
     options = ["--prompt", "a cat", "--batch", "3", "--seed", "40", "--steps", "6", "--sampler", "ddpm"]
     assert main([*options, "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
-    assert redrawn(host, tmp_path / "a-3.png") <= 2
+    assert redrawn(host, tmp_path / "a-3.png").max() <= 2
 
 
-@pytest.mark.parametrize("mode, tolerance", [("RGB", 2), ("RGBA", 8)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 @pytest.mark.parametrize("size", [(128, 128), (200, 131), (77, 240)])
-def test_pictures_from_pictures_redraw_themselves(host, tmp_path, size, mode, tolerance):
+def test_pictures_from_pictures_redraw_themselves(host, tmp_path, size, mode):
     """The crop is the pipeline's to the pixel, and transparency lies on white, not on what is under it.
 
-    ComfyUI rounds what is laid on white down to 8 bits.
+    ComfyUI rounds what is laid on white down to 8 bits, which sampling carries on.
     """
     start = Image.radial_gradient("L").resize(size).convert("RGB")
     start.paste((250, 40, 40), (size[0] // 3, size[1] // 4, size[0] // 2, size[1] // 2))
@@ -123,4 +123,5 @@ def test_pictures_from_pictures_redraw_themselves(host, tmp_path, size, mode, to
     shutil.copy(path, host.input_dir)
     options = ["--init-image", str(path), "--strength", "0.5", "--prompt", "a red heart", "--size", "128x96"]
     assert main([*options, "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
-    assert redrawn(host, tmp_path / "a.png") <= tolerance
+    difference = redrawn(host, tmp_path / "a.png")
+    assert difference.max() <= 2 if mode == "RGB" else difference.mean() <= 1

@@ -1,0 +1,102 @@
+"""The shipped workflows and `generate`'s pictures, opened, converted and run by ComfyUI's own page."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from workflow_files import WORKFLOWS, api, check_pictures, overlaps, without_titles, write_models
+
+from hydit_core.generate import main
+
+NAMES = [path.stem for path in WORKFLOWS]
+
+
+@pytest.fixture(scope="module")
+def models(server: Any) -> Any:
+    write_models(server.models_dir)
+    yield server.models_dir
+    for kind in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
+        shutil.rmtree(server.models_dir / kind)
+
+
+def pictures(page: Any, result: Any) -> list[Image.Image]:
+    """What SaveImage and PreviewImage wrote, by node number."""
+    named = [
+        image
+        for number in sorted(result.outputs, key=int)
+        for image in result.outputs[number].get("images", [])
+    ]
+    return [Image.open(io.BytesIO(page.server.view(image))).convert("RGB") for image in named]
+
+
+def test_the_template_browser_has_them(server):
+    """Under this folder's name only: ComfyUI serves `examples/` at the same address, before `workflows/`."""
+    assert sorted(server.get("/workflow_templates")["hydit"]) == NAMES
+    for name in NAMES:
+        for suffix, kind in ((".json", "application/json"), (".jpg", "image/jpeg")):
+            answer = requests.get(f"{server.url}/api/workflow_templates/hydit/{name}{suffix}", timeout=60)
+            assert answer.ok and answer.headers["Content-Type"].startswith(kind)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_workflow_opens_converts_and_runs(either_page, models, name):
+    page = either_page
+    page.evaluate("async () => { await app.refreshComboInNodes() }")
+    page.load(next(path for path in WORKFLOWS if path.stem == name))
+    page.close_dialogs()
+    assert without_titles(page.prompt()) == api(name)
+    if page.widgets("HyDiTEmptyLatent")["width"] > 128:  # the files that stand for Tencent's are small
+        for side in ("width", "height"):
+            page.set_widget("HyDiTEmptyLatent", side, 128)
+    result = page.queue().check()
+    check_pictures(name, pictures(page, result))
+    page.page.wait_for_timeout(1000)
+    page.fit()
+    page.screenshot(f"workflow-{name}")
+    # As the page has it: what it found too small has grown.
+    assert overlaps(page.workflow(), title=30) == []
+    assert page.errors == []
+
+
+def drawn_again(page: Any, path: Path, nodes: int) -> None:
+    """Drop the picture, check that the page makes its own `prompt` chunk of it, run it, compare."""
+    with Image.open(path) as dropped:
+        dropped.load()
+    page.drop(path, nodes=nodes)
+    page.close_dialogs()
+    assert without_titles(page.prompt()) == json.loads(dropped.text["prompt"])
+    (again,) = pictures(page, page.queue().check())
+    assert again.size == dropped.size
+    assert np.abs(np.asarray(again, int) - np.asarray(dropped, int)).max() <= 2
+    page.fit()
+    page.screenshot(f"dropped-{path.stem}")
+
+
+def test_a_picture_from_generate_is_dropped_and_drawn_again(either_page, tmp_path):
+    """With a prompt that the page would choose from and cut, were it not protected."""
+    path = tmp_path / "words.png"
+    prompt = "绿色的汽车 {a|b} // \\{ c"
+    options = ["--seed", "5", "--negative", "{x} /* y */", "--device", "cpu", "--out", str(path)]
+    assert main(["--prompt", prompt, *options]) == 0
+    drawn_again(either_page, path, nodes=7)
+    texts = [n["inputs"]["text"] for n in either_page.prompt().values() if "text" in n["inputs"]]
+    assert texts == [prompt, "{x} /* y */"]
+
+
+def test_a_picture_from_a_picture_is_dropped_and_drawn_again(either_page, tmp_path):
+    start = Image.radial_gradient("L").resize((200, 131)).convert("RGB")
+    start.save(tmp_path / "start.png")
+    shutil.copy(tmp_path / "start.png", either_page.server.input_dir)
+    either_page.evaluate("async () => { await app.refreshComboInNodes() }")
+    path = tmp_path / "changed.png"
+    options = ["--init-image", str(tmp_path / "start.png"), "--strength", "0.5", "--size", "128x96"]
+    assert main(["--prompt", "a red heart", *options, "--device", "cpu", "--out", str(path)]) == 0
+    drawn_again(either_page, path, nodes=10)
