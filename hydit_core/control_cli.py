@@ -95,12 +95,12 @@ def read(
     Raises :class:`HyditError` for files that cannot be read or do not fit the model.
     """
     from .weights.load import load_controlnet
-    from .weights.parts import open_model
+    from .weights.parts import open_controlnet
 
     controls, facts = [], []
     for index, text in enumerate(args.controlnet):
         path, scale = split_weight(text)
-        thresholds = _thresholds(open_model(path).metadata)
+        thresholds = _thresholds(open_controlnet(path).metadata)
         net, _ = load_controlnet(path, dtype=pipe.dit.dtype, device=pipe.device)
         check_fit(net.config, pipe.dit.config, str(path))
         picture_path = _one(args.control_image, index)

@@ -11,7 +11,7 @@ from ..hydit_core.control import CONTROL_KEY
 from ..hydit_core.model.layer_weights import LayerWeights
 from ..hydit_core.weights.detect import FileKind, detect, tencent_view
 from ..hydit_core.weights.dtypes import dtype_name
-from ..hydit_core.weights.parts import open_model
+from ..hydit_core.weights.parts import open_controlnet
 from ..hydit_core.weights.source import TensorSource
 from .host import folders
 from .host.control import apply_control, load_control
@@ -61,7 +61,7 @@ class HyDiTControlNetLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, control_net_name: str, weight_dtype: str) -> io.NodeOutput:
-        source = open_model(folders.resolve(control_net_name, *folders.CONTROLNETS))
+        source = open_controlnet(folders.resolve(control_net_name, *folders.CONTROLNETS))
         kind = detect(source)
         if kind.kind != "controlnet":
             raise wrong_kind(source.path, kind, "a HunyuanDiT ControlNet")

@@ -15,7 +15,7 @@ from ..model.attention import AttentionFn, sdpa
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from .detect import FileKind, expect, tencent_view
-from .parts import Parts, model_info, open_model, parts
+from .parts import Parts, model_info, open_controlnet, open_model, parts
 from .save import save_checkpoint
 from .source import FP8_DTYPES, TensorSource, cast
 
@@ -77,7 +77,7 @@ def load_controlnet(
     load_key: str | None = None,
 ) -> tuple[ControlNet, ModelInfo]:
     """Load a HunyuanDiT ControlNet in either layout; like :func:`load_dit`."""
-    source = open_model(path, load_key=load_key)
+    source = open_controlnet(path, load_key=load_key)
     return _load(ControlNet, "controlnet", source, dtype, device, operations, attention)
 
 

@@ -42,6 +42,12 @@ def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> 
     return open_tensors(path, load_key=load_key)
 
 
+def open_controlnet(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
+    """As :func:`open_model`, but where a pipeline's folder has a ControlNet beside its DiT, the ControlNet."""
+    inside = Path(path) / "controlnet"
+    return open_model(inside if has_weights(inside) else path, load_key=load_key)
+
+
 def model_info(source: TensorSource, kind: FileKind) -> ModelInfo:
     """What the file says about itself, completed by a diffusers scheduler beside it and by its name."""
     info = ModelInfo.from_metadata(source.metadata, version=kind.version)
