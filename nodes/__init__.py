@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .control import HyDiTControlNetApply, HyDiTControlNetLoader, HyDiTLayerWeights
+from .host.templates import serve_workflows
 from .latent import HyDiTEmptyLatent
 from .loaders import HyDiTCheckpointLoader, HyDiTDiTLoader, HyDiTTextEncoderLoader
 from .sampling import HyDiTKSampler, HyDiTSampler, HyDiTScheduler
@@ -36,4 +37,5 @@ class HyDiTExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> HyDiTExtension:
     """Called by ComfyUI once, when it loads the pack."""
+    serve_workflows()
     return HyDiTExtension()

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 API = ROOT / "tests" / "workflows_api"
 #: Widgets that the page adds.
 PAGE_ONLY = ("fixed", "randomize")

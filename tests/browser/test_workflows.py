@@ -38,7 +38,7 @@ def pictures(page: Any, result: Any) -> list[Image.Image]:
 
 
 def test_the_template_browser_has_them(server):
-    """Under this folder's name only: ComfyUI serves `examples/` at the same address, before `workflows/`."""
+    """By our own address for them: left to itself, ComfyUI would serve `examples/` there."""
     assert sorted(server.get("/workflow_templates")["hydit"]) == NAMES
     for name in NAMES:
         for suffix, kind in ((".json", "application/json"), (".jpg", "image/jpeg")):
