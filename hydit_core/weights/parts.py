@@ -43,7 +43,7 @@ def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> 
 
 
 def open_controlnet(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
-    """As :func:`open_model`, but where a pipeline's folder has a ControlNet beside its DiT, the ControlNet."""
+    """As :func:`open_model`; of a pipeline's folder with a ControlNet beside its DiT, the ControlNet."""
     inside = Path(path) / "controlnet"
     return open_model(inside if has_weights(inside) else path, load_key=load_key)
 
