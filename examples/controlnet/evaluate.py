@@ -4,7 +4,8 @@
 
 Edges of the drawn picture are compared with the control picture: an edge pixel counts as right within two
 pixels of one of the other's. Printed is the F1 score for several strengths; strength 0 is what the prompt
-alone gives.
+alone gives. With ``--prompts other`` every picture's edges are drawn with the caption of another one, so that
+only the ControlNet can know of them.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the model that comes with hydit")
     parser.add_argument("--count", type=int, default=32, help="how many held-out pictures")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    parser.add_argument(
+        "--prompts", choices=("own", "other"), default="own", help="whose caption (default: %(default)s)"
+    )
     parser.add_argument("--sheet", type=Path, help="write control pictures and results side by side here")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -68,6 +72,10 @@ def main() -> None:
     pipe = load(args.model, device="cpu")
     net, _ = load_controlnet(args.controlnet, dtype=pipe.dit.dtype)
     pairs = held_out(args.config, args.count)
+    if args.prompts == "other":
+        half = len(pairs) // 2
+        captions = [caption for caption, _ in pairs[half:] + pairs[:half]]
+        pairs = [(caption, control) for caption, (_, control) in zip(captions, pairs, strict=True)]
     settings = pipe.settings()
     columns: list[list[Image.Image]] = [[control for _, control in pairs]]
     for strength in args.strengths:
@@ -76,7 +84,12 @@ def main() -> None:
             steer = [ControlInput(net, control, LayerWeights.parse(strength))]
             drawn += [p.image for p in pipe.pictures([caption], settings, seed=args.seed, controls=steer)]
         scores = [agreement(image, control) for image, (_, control) in zip(drawn, pairs, strict=True)]
-        record = {"strength": strength, "f1": round(float(np.mean(scores)), 4), "pictures": len(scores)}
+        record = {
+            "prompts": args.prompts,
+            "strength": strength,
+            "f1": round(float(np.mean(scores)), 4),
+            "pictures": len(scores),
+        }
         print(json.dumps(record), flush=True)
         columns.append(drawn)
     if args.sheet is not None:
