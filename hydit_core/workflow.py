@@ -30,6 +30,8 @@ _DYNAMIC = ("text", "text_mt5")
 """Widgets with texts that the page rewrites, see :func:`literal`."""
 _INNER = ("transformer", "t2i")
 """Folders that ComfyUI's lists show by the one above them."""
+_BELOW = 1050
+"""Height of the second row, below loaders and prompts."""
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -45,13 +47,13 @@ _PARTS = (("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE"))
 _IMAGE = (("IMAGE", "IMAGE"),)
 _LATENT = (("LATENT", "LATENT"),)
 KINDS: dict[str, Kind] = {
-    "HyDiTCheckpointLoader": Kind((), _PARTS, (340, 190)),
-    "HyDiTDiTLoader": Kind((), _PARTS[:1], (340, 150)),
-    "HyDiTTextEncoderLoader": Kind((), _PARTS[1:2], (340, 180)),
+    "HyDiTCheckpointLoader": Kind((), _PARTS, (430, 220)),
+    "HyDiTDiTLoader": Kind((), _PARTS[:1], (430, 190)),
+    "HyDiTTextEncoderLoader": Kind((), _PARTS[1:2], (430, 220)),
     "HyDiTTextEncode": Kind(
-        (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (420, 440)
+        (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (430, 420)
     ),
-    "HyDiTEmptyLatent": Kind((), _LATENT, (340, 270)),
+    "HyDiTEmptyLatent": Kind((), _LATENT, (430, 260)),
     "HyDiTKSampler": Kind(
         (
             ("model", "MODEL"),
@@ -60,21 +62,21 @@ KINDS: dict[str, Kind] = {
             ("latent_image", "LATENT"),
         ),
         _LATENT,
-        (340, 620),
+        (430, 600),
     ),
-    "EmptyLatentImage": Kind((), _LATENT, (340, 150)),
-    "VAELoader": Kind((), _PARTS[2:], (340, 90)),
-    "LoadImage": Kind((), (("IMAGE", "IMAGE"), ("MASK", "MASK")), (340, 400)),
-    "InvertMask": Kind((("mask", "MASK"),), (("MASK", "MASK"),), (260, 60)),
-    "EmptyImage": Kind((), _IMAGE, (260, 170)),
+    "EmptyLatentImage": Kind((), _LATENT, (430, 180)),
+    "VAELoader": Kind((), _PARTS[2:], (430, 130)),
+    "LoadImage": Kind((), (("IMAGE", "IMAGE"), ("MASK", "MASK")), (430, 480)),
+    "InvertMask": Kind((("mask", "MASK"),), (("MASK", "MASK"),), (230, 80)),
+    "EmptyImage": Kind((), _IMAGE, (430, 200)),
     "ImageCompositeMasked": Kind(
-        (("destination", "IMAGE"), ("source", "IMAGE"), ("mask", "MASK")), _IMAGE, (260, 200)
+        (("destination", "IMAGE"), ("source", "IMAGE"), ("mask", "MASK")), _IMAGE, (430, 260)
     ),
-    "ImageScale": Kind((("image", "IMAGE"),), _IMAGE, (260, 180)),
-    "ImageCrop": Kind((("image", "IMAGE"),), _IMAGE, (260, 180)),
-    "VAEEncode": Kind((("pixels", "IMAGE"), ("vae", "VAE")), _LATENT, (220, 80)),
-    "VAEDecode": Kind((("samples", "LATENT"), ("vae", "VAE")), _IMAGE, (220, 80)),
-    "SaveImage": Kind((("images", "IMAGE"),), (), (440, 500)),
+    "ImageScale": Kind((("image", "IMAGE"),), _IMAGE, (430, 230)),
+    "ImageCrop": Kind((("image", "IMAGE"),), _IMAGE, (430, 230)),
+    "VAEEncode": Kind((("pixels", "IMAGE"), ("vae", "VAE")), _LATENT, (230, 110)),
+    "VAEDecode": Kind((("samples", "LATENT"), ("vae", "VAE")), _IMAGE, (230, 110)),
+    "SaveImage": Kind((("images", "IMAGE"),), (), (430, 480)),
 }
 
 
@@ -237,31 +239,31 @@ def redraw(
         init_image: the picture that it started from.
     """
     graph = Graph()
-    parts = _load(graph, parameters, model or embedded.embedded_model(), text_encoders, vae)
+    parts, top = _load(graph, parameters, model or embedded.embedded_model(), text_encoders, vae)
     width, height = parameters["width"], parameters["height"]
     if init_image is None:
         stock = width % 16 or height % 16 or max(width, height) > 8192
         (latent,) = graph.add(
             "EmptyLatentImage" if stock else "HyDiTEmptyLatent",
-            (0, 700),
+            (0, top),
             widgets={"width": width, "height": height, "batch_size": 1},
         )
     else:
         pixels = _start_picture(graph, init_image, (width, height))
-        (latent,) = graph.add("VAEEncode", (660, 1230), {"pixels": pixels, "vae": parts["VAE"]})
+        (latent,) = graph.add("VAEEncode", (490, _BELOW + 300), {"pixels": pixels, "vae": parts["VAE"]})
     texts = [
         graph.add(
             "HyDiTTextEncode",
-            (440, top),
+            (490, y),
             {"clip": parts["CLIP"]},
             {"text": parameters[name], "text_mt5": "", "mode": "exact", "width": 0, "height": 0},
             title=title,
         )[0]
-        for name, title, top in (("prompt", "Prompt", 0), ("negative", "Negative prompt", 510))
+        for name, title, y in (("prompt", "Prompt", 0), ("negative", "Negative prompt", 490))
     ]
     (sampled,) = graph.add(
         "HyDiTKSampler",
-        (940, 0),
+        (980, 0),
         {"model": parts["MODEL"], "positive": texts[0], "negative": texts[1], "latent_image": latent},
         {
             "seed": parameters["seed"],
@@ -271,15 +273,15 @@ def redraw(
             "denoise": parameters.get("strength", 1.0),
         },
     )
-    (image,) = graph.add("VAEDecode", (1360, 0), {"samples": sampled, "vae": parts["VAE"]})
-    graph.add("SaveImage", (1660, 0), {"images": image}, {"filename_prefix": "hydit"})
+    (image,) = graph.add("VAEDecode", (1470, 0), {"samples": sampled, "vae": parts["VAE"]})
+    graph.add("SaveImage", (1760, 0), {"images": image}, {"filename_prefix": "hydit"})
     return graph
 
 
 def _load(
     graph: Graph, parameters: Mapping[str, Any], model: Path, text_encoders: Path | None, vae: Path | None
-) -> dict[str, Output]:
-    """Add the loaders; gives MODEL, CLIP and VAE."""
+) -> tuple[dict[str, Output], int]:
+    """Add the loaders; gives MODEL, CLIP and VAE, and where the space below the loaders begins."""
     dtype = {"weight_dtype": _DTYPES.get(parameters["dtype"], "default")}
     outputs: dict[str, Output] = {}
     top = 0
@@ -287,7 +289,7 @@ def _load(
     def add(type: str, take: Iterable[str], **widgets: Any) -> None:
         nonlocal top
         found = graph.add(type, (0, top), widgets=widgets)
-        top += KINDS[type].size[1] + 50
+        top += KINDS[type].size[1] + 70
         names = [name for name, _ in KINDS[type].outputs]
         outputs.update({name: found[names.index(name)] for name in take})
 
@@ -305,7 +307,7 @@ def _load(
         add("HyDiTCheckpointLoader", both, ckpt_name=list_name(vae), **dtype)
     if rest := {"MODEL", "CLIP", "VAE"} - outputs.keys():
         add("HyDiTCheckpointLoader", rest, ckpt_name=list_name(model), **dtype)
-    return outputs
+    return outputs, top
 
 
 def list_name(path: Path) -> str:
@@ -335,40 +337,40 @@ def _has_alpha(path: Path) -> bool:
 def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
     """Load the picture and fit it to ``size`` as :class:`~.data.images.Geometry` does; gives its pixels."""
     geometry = Geometry.cover(probe_size(path), size)
+    alpha = _has_alpha(path)
     image, mask = graph.add(
-        "LoadImage", (-1060, 1120), widgets={"image": path.name, "upload": "image"}, title="Start picture"
+        "LoadImage",
+        (-1270 if alpha else -490, _BELOW),
+        widgets={"image": path.name, "upload": "image"},
+        title="Start picture",
     )
-    if _has_alpha(path):
+    if alpha:
         # Laid on white, as load_picture does.
         width, height = geometry.original
         (white,) = graph.add(
             "EmptyImage",
-            (-1060, 1570),
+            (-1270, _BELOW + 550),
             widgets={"width": width, "height": height, "batch_size": 1, "color": 0xFFFFFF},
         )
-        (opaque,) = graph.add("InvertMask", (-680, 1120), {"mask": mask})
+        (opaque,) = graph.add("InvertMask", (-780, _BELOW), {"mask": mask})
         (image,) = graph.add(
             "ImageCompositeMasked",
-            (-380, 1120),
+            (-490, _BELOW),
             {"destination": white, "source": image, "mask": opaque},
             {"x": 0, "y": 0, "resize_source": False},
         )
+    width, height = geometry.resized
     (image,) = graph.add(
         "ImageScale",
-        (0, 1120),
+        (0, _BELOW),
         {"image": image},
-        {
-            "upscale_method": "lanczos",
-            "width": geometry.resized[0],
-            "height": geometry.resized[1],
-            "crop": "disabled",
-        },
+        {"upscale_method": "lanczos", "width": width, "height": height, "crop": "disabled"},
     )
     if geometry.resized != size:
         # Not ImageScale's own crop: it cuts before it scales, up to half a pixel of the original off.
         (image,) = graph.add(
             "ImageCrop",
-            (320, 1120),
+            (490, _BELOW),
             {"image": image},
             {"width": size[0], "height": size[1], "x": geometry.left, "y": geometry.top},
         )

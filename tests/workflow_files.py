@@ -65,6 +65,18 @@ def overlaps(workflow: dict[str, Any], title: float = 40) -> list[tuple[str, str
     ]
 
 
+def backward(workflow: dict[str, Any]) -> list[tuple[str, str]]:
+    """Links that lead neither to the right nor down a column."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    found = []
+    for _, source, _, target, *_ in workflow["links"]:
+        a, b = nodes[source], nodes[target]
+        below = a["pos"][0] == b["pos"][0] and a["pos"][1] < b["pos"][1]
+        if not below and a["pos"][0] + a["size"][0] > b["pos"][0]:
+            found.append((a["type"], b["type"]))
+    return found
+
+
 def write_models(models: Path) -> None:
     """The files that the workflows name: the embedded model's parts, and a random VAE of SDXL's size."""
     from loader_files import EMBEDDED, write_pipeline

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from workflow_files import backward, linked, overlaps
 
 import hydit_core
 from hydit_core.data.images import Geometry, load_picture
@@ -61,22 +62,6 @@ def page_text(text: str) -> str:
     return re.sub(r"\\([{}|])", r"\1", out)
 
 
-def as_prompt(workflow: dict) -> dict:
-    """The prompt that a workflow stands for, from its links and from the server's names of the widgets."""
-    links = {link[0]: link for link in workflow["links"]}
-    prompt = {}
-    for node in workflow["nodes"]:
-        inputs = {}
-        for slot, socket in enumerate(node["inputs"]):
-            number, source, source_slot, target, target_slot, kind = links[socket["link"]]
-            assert (target, target_slot, kind) == (node["id"], slot, socket["type"])
-            output = workflow["nodes"][source - 1]["outputs"][source_slot]
-            assert number in output["links"] and output["type"] == kind
-            inputs[socket["name"]] = [str(source), source_slot]
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return prompt
-
-
 def test_the_picture_carries_what_comfyui_looks_for(tiny_model_file, tmp_path, monkeypatch, capsys):
     text = "红苹果 {red|green} // apple"
     options = ["--model", str(tiny_model_file), "--device", "cpu", "--steps", "2", "--seed", "11"]
@@ -96,11 +81,11 @@ def test_the_picture_carries_what_comfyui_looks_for(tiny_model_file, tmp_path, m
         "cfg": 2.0, "guidance_rescale": 0.0, "denoise": 1.0,
     }  # fmt: skip
     # The other form says the same.
-    linked = as_prompt(workflow)
+    links = linked(workflow)
     for number, node in prompt.items():
         inputs = node["inputs"]
-        assert linked[number]["class_type"] == node["class_type"]
-        assert linked[number]["inputs"] == {k: v for k, v in inputs.items() if isinstance(v, list)}
+        assert links[number]["class_type"] == node["class_type"]
+        assert links[number]["inputs"] == {k: v for k, v in inputs.items() if isinstance(v, list)}
         shown = [v for v in workflow["nodes"][int(number) - 1]["widgets_values"] if v != "fixed"]
         sent = [page_text(v) if isinstance(v, str) else v for v in shown]
         assert sent == [v for v in inputs.values() if not isinstance(v, list)]
@@ -123,17 +108,8 @@ def test_nodes_say_which_pack_they_are_from_and_do_not_overlap(tmp_path):
             ours = node["type"].startswith("HyDiT")
             assert node["properties"]["cnr_id"] == ("hydit" if ours else "comfy-core")
             assert node["properties"]["ver"]
-        title = 40  # above a node's position
-        boxes = [
-            (*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1])
-            for node in nodes
-        ]
-        for i, a in enumerate(boxes):
-            for b in boxes[:i]:
-                apart = a[2] <= b[0] or b[2] <= a[0] or a[3] + title <= b[1] or b[3] + title <= a[1]
-                assert apart, (a, b)
-        for link in graph.workflow()["links"]:  # from left to right
-            assert boxes[link[1] - 1][2] <= boxes[link[3] - 1][0]
+        assert overlaps(graph.workflow()) == []
+        assert backward(graph.workflow()) == []
 
 
 def loaders(graph) -> dict[str, dict[str, object]]:
