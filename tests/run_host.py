@@ -117,7 +117,7 @@ def main(arguments: list[str]) -> int:
         return 2
     print(f"Testing with ComfyUI {host_version(comfy)} at {comfy}, Python {python}", flush=True)
     environment = {**os.environ, "COMFYUI_PATH": str(comfy), "OMP_NUM_THREADS": "1"}
-    if all(argument.startswith("-") for argument in arguments):
+    if not any((ROOT / argument.split("::")[0]).exists() for argument in arguments):
         arguments = [*arguments, "tests/host", "tests/browser"]
     return subprocess.run([python, "-c", START, side, *arguments], cwd=ROOT, env=environment).returncode
 
