@@ -75,3 +75,14 @@ def test_split_text_encoders(server):
     found, peak = load(server, size, "HyDiTTextEncoderLoader", **names)
     assert found == "BERT fp16, mT5 fp16"
     assert peak <= 1.2
+
+
+@pytest.mark.parametrize(("layout", "version"), [("cn_v12", "v1.2"), ("cn_v11", "v1.1 or v1.0")])
+def test_a_controlnet(server, layout, version):
+    """v1.2 has 744,223,296 values, v1.1 760,805,312: 1.5 GB."""
+    path = random_file(server.models_dir / "controlnet" / f"{layout}.safetensors", key_list(layout))
+    size = path.stat().st_size
+    assert 1.48e9 < size < 1.53e9
+    found, peak = load(server, size, "HyDiTControlNetLoader", control_net_name=path.name)
+    assert found == f"HunyuanDiT-g/2 {version} ControlNet, fp16"
+    assert peak <= 1.2
