@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -43,19 +44,24 @@ def save_path(filename_prefix: str) -> Path:
     Raises:
         ConfigError: it leads out of the output folder, or the place cannot be used.
     """
-    if not filename_prefix.strip(" /\\."):
+    # As a path: ComfyUI counts from 1 again after a trailing separator, onto what is there.
+    name = os.path.normpath(filename_prefix)
+    if not name.strip(" /\\."):
         raise ConfigError(
             f"filename_prefix {filename_prefix!r} is no name; use one such as checkpoints/hydit"
         )
     output = folder_paths.get_output_directory()
     try:
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(name, output)
     except Exception as error:  # ComfyUI raises a plain Exception
         reason = error.strerror if isinstance(error, OSError) else "it leads out of the output folder"
         raise ConfigError(
             f"filename_prefix {filename_prefix!r} cannot be used in {output}: {reason}"
         ) from error
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    # ComfyUI compares names by their case; some file systems do not.
+    while os.path.exists(path := Path(folder, f"{name}_{counter:05}_.safetensors")):
+        counter += 1
+    return path
 
 
 def output_name(path: Path) -> str:

@@ -140,11 +140,25 @@ def test_names_count_on_and_know_the_date(host, folder):
     year = names[0][2:6]
     assert year.isdecimal() and int(year) > 2024
     assert names == [f"x_{year}_00001_.safetensors", f"x_{year}_00002_.safetensors"]
-    for prefix, message in (("../x", "leads out of the output folder"), (" ", "is no name")):
+    wrong = ("../x", "leads out of the output folder"), (" ", "is no name"), ("x/..", "is no name")
+    for prefix, message in wrong:
         g, node = whole(prefix)
         error = host.run(g).error
         assert (error.node_id, error.exception_type.split(".")[-1]) == (node, "ConfigError")
         assert message in error.exception_message and "\n" not in error.exception_message
+
+
+def test_no_spelling_of_a_name_replaces_a_file(host, folder):
+    for count, name in enumerate(("y", "y/", "y//", "y/.", "z/../y"), start=1):
+        assert saved(host, whole(f"{folder}/{name}")).name == f"y_{count:05}_.safetensors"
+
+
+def test_names_that_differ_in_case_only_replace_nothing(host, folder, monkeypatch):
+    """As where the file system takes both for one, and ComfyUI's counter does not."""
+    save_path = host.module("nodes.host.save").save_path
+    taken = host.output_dir / folder / "x_00001_.safetensors"
+    monkeypatch.setattr(os.path, "exists", lambda path: str(path) == str(taken))
+    assert save_path(f"{folder}/x").name == "x_00002_.safetensors"
 
 
 def test_patches_are_written_and_taken_off_again(host, folder):
