@@ -185,6 +185,8 @@ def sample_dpmpp_2m(
 
     def update(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
         nonlocal previous
+        if sigma_next == sigma:  # as in schedules of more steps than a distilled model has sigmas
+            return x
         target = denoised
         if previous is not None and sigma_next > 0:
             older, sigma_older = previous

@@ -195,6 +195,16 @@ def test_a_partial_run_stops_at_its_last_sigma(schedule):
     assert torch.equal(sample_ddim(oracle, x, sigmas[:1], disable=True), x)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sigma_that_comes_twice_changes_nothing(schedule, name):
+    """More steps than the model has sigmas: ComfyUI's `simple` scheduler, or the 50 sigmas of LCM."""
+    sigmas = schedule.sigmas_for("leading", 6)
+    x = start_latents(latents(), sigmas)
+    doubled = torch.cat([sigmas[:-1].repeat_interleave(2), sigmas[-1:]])
+    once, twice = (SAMPLERS[name](oracle, x, run, {"seed": 0}, disable=True) for run in (sigmas, doubled))
+    assert torch.allclose(once, twice, atol=1e-5)
+
+
 def test_dpmpp_2m_is_second_order(schedule):
     """Doubling the steps divides the error by about 4, where Euler's is halved.
 
