@@ -35,6 +35,7 @@ class HostDiT(DiT):
     ) -> None:
         attention = HostAttention(attn_precision)
         super().__init__(config, dtype=dtype, device=device, operations=operations, attention=attention)
+        self.in_channels = config.in_channels  # RenormCFG asks
 
     def forward(  # type: ignore[override]
         self,

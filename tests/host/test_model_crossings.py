@@ -93,6 +93,7 @@ def test_img2img_and_masks(host, ours, native):
         ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": True}),
         ("ModelSamplingDiscrete", {"sampling": "eps", "zsnr": False}),
         ("RescaleCFG", {"multiplier": 0.7}),
+        ("RenormCFG", {"cfg_trunc": 100.0, "renorm_cfg": 1.0}),
     ],
 )
 def test_sampling_patches(host, ours, native, reference, class_type, inputs):
