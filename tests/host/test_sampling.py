@@ -339,17 +339,23 @@ def _patched(host: Any, g: Graph, model: Any) -> list[Any]:
 
 
 def test_a_guidance_function_upstream_is_kept(host, model):
-    """RescaleCFG at 0 is plain guidance: ours on top of it is ours alone. At 0.6 it shows through."""
+    """RescaleCFG at 0 is plain guidance: ours on top of it is ours alone. At 0.6 it shows through.
+
+    One on top of the other leaves (1 - 0.6) (1 - 0.5) of the plain guidance, as ours at 0.8 does.
+    """
     alone = run(host, ksampler(host, model, latent(), guidance_rescale=0.7))
     results = {}
-    for multiplier, rescale in ((0.0, 0.7), (0.6, 0.0)):
+    for multiplier, rescale in ((0.0, 0.7), (0.6, 0.0), (0.6, 0.5)):
         g, node = ksampler(host, model, latent(), guidance_rescale=rescale)
         upstream = g.add("RescaleCFG", model=host.give(g, model), multiplier=multiplier)
-        results[multiplier] = run(host, (g.set(node, model=upstream.out()), node))
-    assert error(results[0.0], alone) <= 1e-4
+        results[multiplier, rescale] = run(host, (g.set(node, model=upstream.out()), node))
+    assert error(results[0.0, 0.7], alone) <= 1e-4
     # And theirs at 0.6 is what ours at 0.6 is: ours at 0 leaves it alone.
     same = run(host, ksampler(host, model, latent(), guidance_rescale=0.6))
-    assert error(results[0.6], same) <= 1e-4
+    assert error(results[0.6, 0.0], same) <= 1e-4
+    both = run(host, ksampler(host, model, latent(), guidance_rescale=0.8))
+    assert error(results[0.6, 0.5], both) <= 1e-4
+    assert error(results[0.6, 0.5], run(host, ksampler(host, model, latent(), guidance_rescale=0.5))) > 1e-2
 
 
 def test_an_interrupt_stops_at_the_step_and_leaves_a_working_host(host, model):
