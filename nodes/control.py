@@ -112,9 +112,8 @@ class HyDiTLayerWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights: str, layers: int) -> io.NodeOutput:
-        parsed = LayerWeights.parse(weights)
-        parsed.resolve(layers)
-        return io.NodeOutput(str(parsed))
+        # How many are wanted is known where the ControlNet is
+        return io.NodeOutput(str(LayerWeights.parse(weights)))
 
 
 class HyDiTControlNetApply(io.ComfyNode):

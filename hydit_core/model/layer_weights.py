@@ -97,10 +97,13 @@ class LayerWeights:
     def resolve(self, count: int) -> list[float]:
         """The ``count`` weights for a ControlNet with so many residuals.
 
-        Raises :class:`ConfigError` when a list has another length.
+        Raises :class:`ConfigError` when a list has another length, or a curve leaves the range of numbers.
         """
         if self.curve:
-            return CURVES[self.curve][0](self.value, count)
+            try:
+                return [_finite(w, str(w)) for w in CURVES[self.curve][0](self.value, count)]
+            except (OverflowError, ConfigError):
+                raise ConfigError(f"layer weights {self}: too large for {count} layers") from None
         if len(self.values) != count:
             raise ConfigError(
                 f"{len(self.values)} layer weights for a ControlNet with {count} layers: give {count} "
@@ -111,8 +114,14 @@ class LayerWeights:
     def __str__(self) -> str:
         """Text that :meth:`parse` reads back."""
         if self.curve:
-            return f"{self.curve}({self.value:g})"
-        return ", ".join(f"{value:g}" for value in self.values)
+            return f"{self.curve}({_shown(self.value)})"
+        return ", ".join(map(_shown, self.values))
+
+
+def _shown(value: float) -> str:
+    """The shortest text that means exactly this number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _finite(value: object, shown: str) -> float:

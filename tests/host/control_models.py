@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from graphs import Graph, Node
-from model_runs import add_ksampler, prompt
+from model_runs import add_ksampler, network_calls, prompt
 from sampling_models import CONFIG, INFO
 from tiny_models import randomize
 from torch import Tensor
@@ -151,6 +151,17 @@ def steered(
     g = Graph()
     applied = add_apply(host, g, control, node, **given)
     return host.values(g, add_steered(host, g, model, applied, **(sampling or {})))[0]["samples"]
+
+
+def residuals(host: Any, model: Any, control: Any, *nodes: str, **given: Any) -> list[list[Tensor]]:
+    """What reaches the DiT at each step through a chain of apply nodes."""
+    g, applied = Graph(), None
+    sampling = given.pop("sampling", {})
+    for node in nodes or (APPLY,):
+        applied = add_apply(host, g, control, node, applied, **given)
+    with network_calls(host) as calls:
+        host.values(g, add_steered(host, g, model, applied, **sampling))
+    return [call["control"]["output"] for call in calls]
 
 
 @contextmanager

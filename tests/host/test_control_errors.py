@@ -227,6 +227,7 @@ def test_another_models_prompts(host, control):
         ("nan", "'nan' is not a finite number"),
         ("1, inf, 1", "'inf' is not a finite number"),
         ("decay(nan)", "not a finite number"),
+        ("decay(1e300)", "layer weights decay(1e+300): too large for 3 layers"),
         ("", "layer weights are empty"),
         ("steep", "'steep' is not a number; expected numbers such as"),
         ("__import__('os')", "is not a number"),
@@ -239,7 +240,7 @@ def test_wrong_weights(host, control, text, expected):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("1, 2", "2 layer weights for a ControlNet with 3 layers"), ("1, nan, 1", "not a finite number")],
+    [("1, nan, 1", "not a finite number"), ("", "layer weights are empty"), ("steep", "is not a number")],
 )
 def test_wrong_weights_in_their_own_node(host, text, expected):
     g = Graph()

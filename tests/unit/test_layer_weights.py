@@ -30,7 +30,19 @@ def test_the_published_decay_is_tencents_formula() -> None:
 def test_what_can_be_written(source: object, count: int, expected: list[float]) -> None:
     weights = LayerWeights.parse(source)  # type: ignore[arg-type]
     assert weights.resolve(count) == pytest.approx(expected)
-    assert LayerWeights.parse(str(weights)).resolve(count) == pytest.approx(expected)
+    assert LayerWeights.parse(str(weights)).resolve(count) == weights.resolve(count)
+
+
+def test_text_keeps_every_digit() -> None:
+    values = [0.825**i for i in range(19)]
+    assert LayerWeights.parse(str(LayerWeights.parse(values))).resolve(19) == values
+    assert str(LayerWeights.parse("0.50, 1.0, 1e-7")) == "0.5, 1, 1e-07"
+    assert str(LayerWeights.parse("decay(0.123456789)")) == "decay(0.123456789)"
+
+
+def test_a_curve_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="too large for 19 layers"):
+        LayerWeights.parse("decay(1e300)").resolve(19)
 
 
 def test_early_and_late_together_are_everything() -> None:
