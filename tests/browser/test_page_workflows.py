@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from workflow_files import WORKFLOWS, api, check_pictures, overlaps, without_titles, write_models
+from workflow_files import WORKFLOWS, api, check_pictures, overlaps, read, without_titles, write_models
 
 from hydit_core.generate import main
 
@@ -44,6 +44,23 @@ def test_the_template_browser_has_them(server):
         for suffix, kind in ((".json", "application/json"), (".jpg", "image/jpeg")):
             answer = requests.get(f"{server.url}/api/workflow_templates/hydit/{name}{suffix}", timeout=60)
             assert answer.ok and answer.headers["Content-Type"].startswith(kind)
+
+
+@pytest.mark.parametrize("name", ["hydit_text_to_image_v1.2", "hydit_split_files"])
+def test_missing_files_are_offered_for_download(page, name):
+    """Before the tests below put them there."""
+    path = next(path for path in WORKFLOWS if path.stem == name)
+    page.load(path)
+    page.page.wait_for_timeout(1500)
+    details = page.page.get_by_text("View details", exact=True)
+    if details.count():  # newer pages say first that something is missing
+        details.first.click()
+        page.page.wait_for_timeout(500)
+    lines = page.evaluate("() => document.body.innerText").split("\n")
+    page.screenshot(f"missing-{name}")
+    models = [model for node in read(path)["nodes"] for model in node["properties"].get("models", [])]
+    assert models and {model["name"] for model in models} <= {line.split(" / ")[-1] for line in lines}
+    assert sum(line.startswith("Download") for line in lines) >= len(models)
 
 
 @pytest.mark.parametrize("name", NAMES)
