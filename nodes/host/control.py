@@ -106,12 +106,13 @@ class WeightedControl(comfy.controlnet.ControlBase):
     def __init__(self, inner: Any, weights: Sequence[float], mask: Tensor | None = None) -> None:
         super().__init__()
         self.inner, self.weights, self.mask = inner, tuple(weights), mask
+        self.extra_hooks = inner.extra_hooks
 
     def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
         """Called before sampling. Forgets what a run left behind that was interrupted."""
         self.cleanup()
-        super().pre_run(model, percent_to_timestep_function)
         _check_fit(self.inner.control_model, model)
+        super().pre_run(model, percent_to_timestep_function)
         self.inner.pre_run(model, percent_to_timestep_function)
 
     def get_control(self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, options: Any) -> Any:
@@ -158,20 +159,15 @@ class WeightedControl(comfy.controlnet.ControlBase):
     def get_models(self) -> list[Any]:
         return [*super().get_models(), *self.inner.get_models()]
 
-    def get_extra_hooks(self) -> list[Any]:
-        return [*super().get_extra_hooks(), *self.inner.get_extra_hooks()]
-
     def inference_memory_requirements(self, dtype: torch.dtype) -> int:
         """Bytes: mainly the residuals of both halves of guidance, which stay until the DiT has used them."""
         network, picture = self.inner.control_model, self.inner.cond_hint_original
         tokens = picture.shape[-1] * picture.shape[-2] // (8 * network.patch_size) ** 2
-        size = torch.empty((), dtype=dtype).element_size()
-        own = 2 * len(network.after_proj_list) * tokens * network.hidden_size * size
-        return (
-            own
-            + self.inner.inference_memory_requirements(dtype)
-            + super().inference_memory_requirements(dtype)
+        own = 2 * len(network.after_proj_list) * tokens * network.hidden_size * dtype.itemsize
+        others = self.inner.inference_memory_requirements(dtype) + super().inference_memory_requirements(
+            dtype
         )
+        return int(own + others)
 
 
 def _multiply(residual: Tensor, weight: float, mask: Tensor | None) -> Tensor:

@@ -223,3 +223,30 @@ def test_copies_are_independent_and_models_are_counted_once(host, model, control
     # Two halves of 24 tokens of width 64, three layers, 4 bytes; the stock one before it counts nothing
     assert weighted.inference_memory_requirements(torch.float32) == 2 * 24 * 64 * 3 * 4
     assert weighted.inference_memory_requirements(torch.float16) == 2 * 24 * 64 * 3 * 2
+
+
+def test_a_copy_for_another_gpu(host, model, control, neutral):
+    """As ComfyUI asks for it where several share the work (the newest versions do)."""
+    if not hasattr(control, "deepclone_multigpu"):
+        pytest.skip(f"ComfyUI {host.version} has no such copies")
+    g = Graph()
+    (conditioning,) = host.values(g, Out(add_apply(host, g, control, layer_weights="1, 0, 2"), 0))
+    weighted, device = conditioning[0][1]["control"], torch.device("cpu")
+    other = weighted.deepclone_multigpu(device, autoregister=True)
+    assert weighted.get_instance_for_device(device) is other and other.weights == (1, 0, 2)
+    mine, theirs = control.control_model.state_dict(), other.inner.control_model.state_dict()
+    assert other.inner.control_model is not control.control_model
+    assert all(torch.equal(mine[key], value) for key, value in theirs.items())
+    assert weighted.get_models() == [other.inner.control_model_wrapped, control.control_model_wrapped]
+
+
+def test_hooks_of_a_control_net_are_kept(host, control):
+    """What a node attached to it, to be in force while it is used."""
+    hooks, hooked = host.comfy_module("comfy.hooks"), control.copy()
+    hooked.extra_hooks = hooks.HookGroup()
+    hooked.extra_hooks.add(hooks.WrapperHook({}))
+    g = Graph()
+    (conditioning,) = host.values(g, Out(add_apply(host, g, hooked, after=add_apply(host, g, control)), 0))
+    weighted = conditioning[0][1]["control"]
+    for one in (weighted, weighted.copy()):
+        assert [hook.hooks for hook in one.get_extra_hooks()] == [hooked.extra_hooks.hooks]
