@@ -93,8 +93,8 @@ class HyDiTLayerWeights(io.ComfyNode):
             node_id="HyDiTLayerWeights",
             display_name="HunyuanDiT Layer Weights",
             category=_CATEGORY,
-            description="How strongly each layer of a ControlNet acts: drag the bars, or write numbers or "
-            "the name of a curve. Early layers shape the picture coarsely, late ones finely.",
+            description="How strongly each layer of a ControlNet acts: numbers, or the name of a curve. "
+            "Early layers shape the picture coarsely, late ones finely.",
             search_aliases=["hydit", "hunyuan", "controlnet weights", "per layer"],
             inputs=[
                 io.String.Input("weights", default="uniform(1)", tooltip=_WEIGHTS),
@@ -103,8 +103,8 @@ class HyDiTLayerWeights(io.ComfyNode):
                     default=19,
                     min=1,
                     max=64,
-                    tooltip="How many bars to draw: 19 for DiT-g/2, 13 for DiT-XL/2, 2 for the embedded "
-                    "model. A curve fits any number.",
+                    tooltip="How many layers the weights are meant for: 19 for DiT-g/2, 13 for DiT-XL/2, 2 "
+                    "for the embedded model. A curve fits any number.",
                 ),
             ],
             outputs=[io.String.Output("LAYER_WEIGHTS", tooltip="For layer_weights of HyDiTControlNetApply.")],

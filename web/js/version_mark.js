@@ -6,6 +6,7 @@ import { showTold } from "./told.js";
 
 const FILES = {
   HyDiTCheckpointLoader: ["ckpt_name"],
+  HyDiTControlNetLoader: ["control_net_name"],
   HyDiTDiTLoader: ["model_name"],
   HyDiTTextEncoderLoader: ["bert_name", "mt5_name"],
 };
