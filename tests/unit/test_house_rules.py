@@ -78,7 +78,7 @@ def test_files_are_never_executed():
 NODES = LIBRARY.parent / "nodes"
 # What node files may import by name. ComfyUI's own modules are for nodes/host.
 NODES_MAY = {"comfy_api", "torch", *sys.stdlib_module_names}
-HOST_MAY = NODES_MAY | {"comfy", "folder_paths", "latent_preview", "safetensors"}
+HOST_MAY = NODES_MAY | {"comfy", "folder_paths", "latent_preview", "server", "safetensors"}
 
 
 def _imports(path: Path):
