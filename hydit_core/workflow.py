@@ -28,7 +28,7 @@ _PAGE_ONLY = ("control_after_generate", "upload")
 """Widgets that the page adds; the server does not know them."""
 _DYNAMIC = ("text", "text_mt5")
 """Widgets with texts that the page rewrites, see :func:`literal`."""
-_INNER = ("transformer", "t2i")
+_INNER = ("transformer", "t2i", "controlnet")
 """Folders that ComfyUI's lists show by the one above them."""
 _BELOW = 1050
 """Height of the second row, below loaders and prompts."""
@@ -36,7 +36,10 @@ _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class Kind(NamedTuple):
-    """What the page must know of a node type: sockets in order as (name, type), and a size in pixels."""
+    """What the page must know of a node type: sockets in order as (name, type), and a size in pixels.
+
+    A widget that is linked is among the sockets too.
+    """
 
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
@@ -52,6 +55,19 @@ KINDS: dict[str, Kind] = {
     "HyDiTTextEncoderLoader": Kind((), _PARTS[1:2], (430, 220)),
     "HyDiTTextEncode": Kind(
         (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (430, 420)
+    ),
+    "HyDiTControlNetLoader": Kind((), (("CONTROL_NET", "CONTROL_NET"),), (430, 190)),
+    "HyDiTControlNetApply": Kind(
+        (
+            ("positive", "CONDITIONING"),
+            ("negative", "CONDITIONING"),
+            ("control_net", "CONTROL_NET"),
+            ("image", "IMAGE"),
+            ("vae", "VAE"),
+            ("mask", "MASK"),
+        ),
+        (("POSITIVE", "CONDITIONING"), ("NEGATIVE", "CONDITIONING")),
+        (430, 400),
     ),
     "HyDiTEmptyLatent": Kind((), _LATENT, (430, 260)),
     "HyDiTKSampler": Kind(
@@ -184,7 +200,12 @@ class Graph:
             "order": number - 1,
             "mode": 0,
             "inputs": [
-                {"name": name, "type": socket, "link": into.get((number, slot))}
+                {
+                    "name": name,
+                    "type": socket,
+                    **({"widget": {"name": name}} if name in node.widgets else {}),
+                    "link": into.get((number, slot)),
+                }
                 for slot, (name, socket) in enumerate(kind.inputs)
             ],
             "outputs": [

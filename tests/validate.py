@@ -57,6 +57,7 @@ FILES = {
     "clip_name": "text_encoders",
     "vae_name": "vae",
     "lora_name": "loras",
+    "control_net_name": "controlnet",
     "image": None,  # input
 }
 

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 API = ROOT / "tests" / "workflows_api"
-#: Widgets that the page adds.
-PAGE_ONLY = ("fixed", "randomize")
+#: Values of widgets that the page adds.
+PAGE_ONLY = ("fixed", "randomize", "image")
+#: A node's mode.
+MUTED = 2
+#: Where the workflows' files belong.
+MODEL_FOLDERS = ("checkpoints", "controlnet", "diffusion_models", "text_encoders", "vae")
 
 Box = tuple[float, float, float, float]
 
@@ -77,12 +81,30 @@ def backward(workflow: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
+def unmuted(name: str) -> dict[str, Any]:
+    """The API form with the muted nodes in it; names of widgets are those of others of the type."""
+    workflow, prompt = read(next(path for path in WORKFLOWS if path.stem == name)), api(name)
+    names = {node["class_type"]: list(_widgets(node)) for node in prompt.values()}
+    links = linked(workflow)
+    for node in workflow["nodes"]:
+        if node["mode"] == MUTED:
+            values = [value for value in node["widgets_values"] if value not in PAGE_ONLY]
+            inputs = dict(zip(names[node["type"]], values, strict=False)) | links[str(node["id"])]["inputs"]
+            prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def _widgets(node: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+
+
 def write_models(models: Path) -> None:
-    """The files that the workflows name: the embedded model's parts, and a random VAE of SDXL's size."""
+    """The files that the workflows name: the embedded models' parts, and a random VAE of SDXL's size."""
     from loader_files import EMBEDDED, write_pipeline
 
-    for kind in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
+    for kind in MODEL_FOLDERS:
         (models / kind).mkdir(parents=True, exist_ok=True)
+    _write_controls(models)
     target = models / "checkpoints" / "hunyuan_dit_1.2.safetensors"
     target.write_bytes(EMBEDDED.read_bytes())
     encoders = models / "text_encoders" / "HunyuanDiT-v1.2"
@@ -90,6 +112,20 @@ def write_models(models: Path) -> None:
     transformer = encoders / "transformer" / "diffusion_pytorch_model.safetensors"
     transformer.rename(models / "diffusion_models" / "hunyuan_dit_1.2_transformer.safetensors")
     _write_sdxl_vae(models / "vae" / "sdxl_vae.safetensors")
+
+
+def _write_controls(models: Path) -> None:
+    """ControlNets as Tencent publishes them, without metadata, and pictures to control by."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(ROOT / "hydit_core" / "assets" / "controlnet" / "hydit-icons-128-canny.safetensors")
+    for kind in ("canny", "depth", "pose"):
+        torch.save(tensors, models / "controlnet" / f"pytorch_model_{kind}_distill.pt")
+    for name in ("example", "depth", "pose"):
+        picture = Image.new("RGB", (200, 160))
+        ImageDraw.Draw(picture).ellipse((50, 30, 150, 130), fill="white")
+        picture.save(models.parent / "input" / f"{name}.png")
 
 
 def _write_sdxl_vae(path: Path) -> None:
@@ -118,7 +154,7 @@ def _write_sdxl_vae(path: Path) -> None:
 def shrink(prompt: dict[str, Any]) -> dict[str, Any]:
     """With pictures of at most 128 pixels: the files are small."""
     for node in prompt.values():
-        if node["class_type"] == "HyDiTEmptyLatent":
+        if node["class_type"] in ("HyDiTEmptyLatent", "ImageScale"):
             node["inputs"] |= {name: min(node["inputs"][name], 128) for name in ("width", "height")}
     return prompt
 
@@ -126,8 +162,12 @@ def shrink(prompt: dict[str, Any]) -> dict[str, Any]:
 def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
     """Assert that a workflow drew what its prompts ask for."""
     shown = [np.asarray(picture.convert("RGB"), float) for picture in pictures]
+    edges = [picture for picture in shown if _is_edges(picture)]
+    shown = [picture for picture in shown if not _is_edges(picture)]
     for picture in shown:
-        assert picture.shape == (128, 128, 3) and picture.std() > 10, "blank"
+        assert picture.shape[::2] == (128, 3) and picture.shape[1] in (128, 512), "size"
+        assert picture.std() > 10, "blank"
+    assert len(edges) == {"hydit_two_controlnets": 2}.get(name, "hydit_controlnet" in name)
     if name == "hydit_split_files":  # its VAE is random
         return
     assert all(picture[:6, 60:].mean() > 180 for picture in shown), "the background is white"
@@ -144,8 +184,33 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
         "hydit_two_prompts": lambda a, b: [
             _color(a) == "blue", _color(b[:, :60]) == "red", _color(b[:, 68:]) == "blue"
         ],
+        "hydit_controlnet_canny_embedded": lambda a, b: [_same_outline(a, b) > 0.8],
+        "hydit_controlnet_image_to_image": lambda a, b: [_same_outline(a, b) > 0.65, _color(b) == "red"],
+        "hydit_controlnet_layer_weights": lambda a, uniform, decay, early, late, strip: [
+            min(_same_outline(a, picture) for picture in (uniform, decay, late)) > 0.8,
+            _same_outline(a, early) < 0.6,
+            np.abs(np.hstack([uniform, decay, early, late]) - strip).max() <= 1,
+        ],
+        "hydit_controlnet_v1.2": lambda a: [_color(a) == "red"],
+        "hydit_two_controlnets": lambda star, heart, a: [
+            _same_outline(star[:, :64], a[:, :64]) > 0.7,
+            _same_outline(heart[:, 64:], a[:, 64:]) > 0.7,
+            _color(a) == "red",
+        ],
     }  # fmt: skip
     assert all(checks[name](*shown)), name
+
+
+def _is_edges(picture: np.ndarray) -> bool:
+    """Whether it is thin lines in white on black."""
+    white = (picture > 250).mean()
+    return 0.005 < white < 0.2 and white + (picture < 5).mean() == 1
+
+
+def _same_outline(a: np.ndarray, b: np.ndarray) -> float:
+    """How much of what either covers is covered by both, 0 to 1."""
+    p, q = (picture.min(axis=-1) < 200 for picture in (a, b))
+    return float((p & q).sum() / (p | q).sum())
 
 
 def _color(picture: np.ndarray) -> str:

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from workflow_files import WORKFLOWS, api, check_pictures, overlaps, read, without_titles, write_models
+from workflow_files import (
+    MODEL_FOLDERS,
+    WORKFLOWS,
+    api,
+    check_pictures,
+    overlaps,
+    read,
+    without_titles,
+    write_models,
+)
 
 from hydit_core.generate import main
 
@@ -23,7 +32,7 @@ NAMES = [path.stem for path in WORKFLOWS]
 def models(server: Any) -> Any:
     write_models(server.models_dir)
     yield server.models_dir
-    for kind in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
+    for kind in MODEL_FOLDERS:
         shutil.rmtree(server.models_dir / kind)
 
 
@@ -71,8 +80,9 @@ def test_every_workflow_opens_converts_and_runs(either_page, models, name):
     page.close_dialogs()
     assert without_titles(page.prompt()) == api(name)
     if page.widgets("HyDiTEmptyLatent")["width"] > 128:  # the files that stand for Tencent's are small
-        for side in ("width", "height"):
-            page.set_widget("HyDiTEmptyLatent", side, 128)
+        for kind in {"HyDiTEmptyLatent", "ImageScale"} & {node["type"] for node in page.workflow()["nodes"]}:
+            for side in ("width", "height"):
+                page.set_widget(kind, side, 128)
     result = page.queue().check()
     check_pictures(name, pictures(page, result))
     page.page.wait_for_timeout(1000)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from workflow_files import WORKFLOWS, api, check_pictures, shrink, write_models
+from workflow_files import MODEL_FOLDERS, WORKFLOWS, api, check_pictures, shrink, unmuted, write_models
 
 from hydit_core.embedded import embedded_model
 from hydit_core.generate import main
@@ -21,7 +21,7 @@ def models(host: Any) -> Any:
     write_models(host.models_dir)
     host.refresh()
     yield host.models_dir
-    for kind in ("checkpoints", "diffusion_models", "text_encoders", "vae"):
+    for kind in MODEL_FOLDERS:
         shutil.rmtree(host.models_dir / kind)
     host.refresh()
 
@@ -40,6 +40,18 @@ def pictures(host: Any, result: Any) -> list[Image.Image]:
 def test_every_workflow_draws_what_it_says(host, name):
     result = host.run(shrink(api(name))).check()
     check_pictures(name, pictures(host, result))
+
+
+def test_what_is_muted_runs_too(host):
+    prompt = shrink(unmuted("hydit_controlnet_v1.2"))
+    loaders = [node["inputs"] for node in prompt.values() if node["class_type"] == "HyDiTControlNetLoader"]
+    kinds = [loader["control_net_name"].split("_")[2] for loader in loaders]
+    assert sorted(kinds) == ["canny", "depth", "pose"]
+    _, canny, depth, pose = pictures(host, host.run(prompt).check())
+    for picture in (canny, depth, pose):
+        assert np.asarray(picture).std() > 10
+    # One file under two names, and one picture.
+    assert apart(depth, pose).max() == 0 < apart(canny, depth).max()
 
 
 def test_custom_sampling_is_the_command_lines_picture(host, tmp_path):

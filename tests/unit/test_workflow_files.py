@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
-from workflow_files import API, PAGE_ONLY, WORKFLOWS, api, backward, linked, overlaps, read
+from workflow_files import API, MUTED, PAGE_ONLY, WORKFLOWS, api, backward, linked, overlaps, read
 
 from hydit_core.workflow import CORE, PACK
 
 NAMES = {
     "hydit_text_to_image_embedded", "hydit_text_to_image_v1.2", "hydit_split_files", "hydit_image_to_image",
-    "hydit_inpaint", "hydit_two_prompts", "hydit_custom_sampling",
+    "hydit_inpaint", "hydit_two_prompts", "hydit_custom_sampling", "hydit_controlnet_canny_embedded",
+    "hydit_controlnet_image_to_image", "hydit_controlnet_layer_weights", "hydit_controlnet_v1.2",
+    "hydit_two_controlnets",
 }  # fmt: skip
 NOTES = ("MarkdownNote", "Note")
 # ComfyUI's folders that it offers downloads for.
-FOLDERS = ("checkpoints", "diffusion_models", "vae", "text_encoders")
+FOLDERS = ("checkpoints", "controlnet", "diffusion_models", "vae", "text_encoders")
+SUFFIXES = (".safetensors", ".pt")
 
 
 def test_each_has_a_thumbnail_and_an_api_copy():
@@ -29,14 +34,27 @@ def test_each_has_a_thumbnail_and_an_api_copy():
 def test_the_api_copy_says_the_same(path):
     """Independent of the page: links from both ends, widgets in the order of the node's schema."""
     workflow, copy = read(path), api(path.stem)
-    graph = {number: node for number, node in linked(workflow).items() if node["class_type"] not in NOTES}
-    assert graph.keys() == copy.keys()
+    left_out = {str(n["id"]) for n in workflow["nodes"] if n["type"] in NOTES or n["mode"] == MUTED}
+    graph = linked(workflow)
+    assert graph.keys() - left_out == copy.keys()
     for number, node in copy.items():
         links = {name: value for name, value in node["inputs"].items() if isinstance(value, list)}
         assert graph[number] == {"class_type": node["class_type"], "inputs": links}
-        (shown,) = (n["widgets_values"] for n in workflow["nodes"] if str(n["id"]) == number)
-        values = [value for value in node["inputs"].values() if not isinstance(value, list)]
-        assert [value for value in shown if value not in PAGE_ONLY] == values
+        (shown,) = (n for n in workflow["nodes"] if str(n["id"]) == number)
+        # A widget that is linked keeps a value of its own, which is not sent.
+        linked_widgets = {socket["widget"]["name"] for socket in shown["inputs"] if "widget" in socket}
+        wanted = [v for k, v in node["inputs"].items() if k in linked_widgets or not isinstance(v, list)]
+        values = [value for value in shown["widgets_values"] if value not in PAGE_ONLY]
+        assert [b if isinstance(a, list) else a for a, b in zip(wanted, values, strict=True)] == values
+
+
+def test_muted_nodes_are_of_kinds_that_others_show():
+    """So that tests/host can run them by the names of the others' widgets."""
+    for path in WORKFLOWS:
+        nodes = read(path)["nodes"]
+        shown = {node["type"] for node in nodes if node["mode"] != MUTED}
+        muted = {node["type"] for node in nodes if node["mode"] == MUTED}
+        assert muted <= shown and bool(muted) == (path.stem == "hydit_controlnet_v1.2")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -54,9 +72,10 @@ def test_what_a_shared_workflow_carries(path):
             # By its name among the values the page knows that it is asked for; it fetches nothing else.
             assert model["name"] in node["widgets_values"] and model["directory"] in FOLDERS
             assert model["url"].startswith("https://huggingface.co/") and "/resolve/main/" in model["url"]
-            assert model["name"].endswith(".safetensors") and model["url"].endswith(".safetensors")
+            suffixes = {Path(model[name]).suffix for name in ("name", "url")}
+            assert len(suffixes) == 1 and suffixes <= set(SUFFIXES)
     names = [value for node in workflow["nodes"] for value in node.get("widgets_values", [])]
-    files = {name for name in names if isinstance(name, str) and name.endswith(".safetensors")}
+    files = {name for name in names if isinstance(name, str) and name.endswith(SUFFIXES)}
     assert files == {m["name"] for n in workflow["nodes"] for m in n["properties"].get("models", [])}
     if files:  # nobody can draw its thumbnail here
         assert all("128 x 128" in text for text in texts)
