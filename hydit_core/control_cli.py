@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +18,13 @@ from .data.control_images import CANNY_THRESHOLDS, canny
 from .data.images import Geometry, load_picture
 from .errors import ConfigError
 from .model.layer_weights import CURVES, LayerWeights
+from .weights.writer import atomic_path
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+
+MAX_STRENGTH = 10
+"""Of HyDiTControlNetApply, from 0. What is beyond is written as layer weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="the picture it follows; one for all, or one for each --controlnet in their order",
+        help="the picture it follows; one for all, or one for each --controlnet in their order. As it is "
+        "used, it is written beside the results, as NAME-control-....png",
     )
     group.add_argument(
         "--control-preprocess",
@@ -88,9 +95,11 @@ def check(args: argparse.Namespace) -> None:
 
 
 def read(
-    args: argparse.Namespace, pipe: Pipeline, settings: SamplingDefaults
+    args: argparse.Namespace, pipe: Pipeline, settings: SamplingDefaults, folder: Path
 ) -> tuple[list[ControlInput], list[dict[str, Any]]]:
     """The ControlNets of a command line, and what a picture remembers of them.
+
+    Writes the control pictures into ``folder``: ComfyUI's own edges are others, and its crop may be.
 
     Raises :class:`HyditError` for files that cannot be read or do not fit the model.
     """
@@ -111,6 +120,8 @@ def read(
         chosen = weights(_one(args.control_weights, index)) if args.control_weights else LayerWeights()
         values = [scale * value for value in chosen.resolve(net.config.num_controls)]
         controls.append(_control(args, net, hint, LayerWeights.parse(values)))
+        if not 0 <= scale <= MAX_STRENGTH:
+            scale, chosen = 1.0, controls[-1].weights
         facts.append(
             {
                 "controlnet": path.name,
@@ -122,11 +133,29 @@ def read(
                 "end": args.control_end,
             }
         )
+    for control, fact in zip(controls, facts, strict=True):
+        fact["picture"] = _write(control.image, folder, Path(fact["image"]).stem).name
     return controls, facts
 
 
 def _control(args: argparse.Namespace, net: Any, hint: Image.Image, chosen: LayerWeights) -> ControlInput:
     return ControlInput(net.requires_grad_(False), hint, chosen, args.control_start, args.control_end)
+
+
+def files(args: argparse.Namespace) -> list[Path]:
+    """The ControlNets' files, in the order given."""
+    return [split_weight(text)[0] for text in args.controlnet]
+
+
+def _write(picture: Image.Image, folder: Path, stem: str) -> Path:
+    """Write a control picture under a name that no other one has; all pictures of a run share it."""
+    content = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    path = folder / f"{stem}-control-{content[:8]}.png"
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            picture.save(temporary, format="PNG")
+        print(f"control picture: {path}", file=sys.stderr)
+    return path
 
 
 def split_weight(text: str) -> tuple[Path, float]:

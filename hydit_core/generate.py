@@ -25,8 +25,8 @@ from .errors import ConfigError, cli_main
 from .pipeline import Picture, Pipeline, load
 from .png import png_info
 from .presets import PRESETS, check_seed
+from .redraw import redraw
 from .weights.writer import atomic_path
-from .workflow import redraw
 
 VERSIONS = ("v1.0", "v1.1", "v1.2")
 _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -116,7 +116,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     settings = _settings(pipe, args, init)
     strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
-    controls, control_facts = control_cli.read(args, pipe, settings)
+    controls, control_facts = control_cli.read(args, pipe, settings, names.folder)
     own = [prompts[index] for index in mine]
     # Once, for the prompts of all ranks
     notes = pipe.advice(prompts, settings) if rank == 0 else []
@@ -149,10 +149,8 @@ def _run(args: argparse.Namespace) -> None:
                 facts |= {"init_image": args.init_image.name, "strength": strength}
             if controls:
                 facts["controls"] = control_facts
-                info = png_info(facts)
-            else:
-                graph = redraw(facts, **_places(args))
-                info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
+            graph = redraw(facts, **_places(args), controlnets=control_cli.files(args))
+            info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
             with atomic_path(path) as temporary:
                 picture.image.save(temporary, format="PNG", pnginfo=info)
             bar.clear()

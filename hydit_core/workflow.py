@@ -1,4 +1,4 @@
-"""ComfyUI workflows as JSON: a small graph builder, and the graph that draws a picture again.
+"""ComfyUI workflows as JSON: a small graph builder.
 
 ComfyUI has two forms. The *workflow* is what its page opens: nodes with places, sizes and widget values.
 The *prompt* is what its server runs: node types, values and links. ComfyUI's own pictures carry both.
@@ -7,17 +7,9 @@ The *prompt* is what its server runs: node types, values and links. ComfyUI's ow
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from PIL import Image
-
-from . import embedded
-from .data.images import Geometry, probe_size
-from .weights.parts import bundle
 
 PACK = {"cnr_id": "hydit", "ver": "0.1.0"}
 """Properties of our nodes: by them the page can offer to install the pack where it is missing."""
@@ -28,11 +20,6 @@ _PAGE_ONLY = ("control_after_generate", "upload")
 """Widgets that the page adds; the server does not know them."""
 _DYNAMIC = ("text", "text_mt5")
 """Widgets with texts that the page rewrites, see :func:`literal`."""
-_INNER = ("transformer", "t2i", "controlnet")
-"""Folders that ComfyUI's lists show by the one above them."""
-_BELOW = 1050
-"""Height of the second row, below loaders and prompts."""
-_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 class Kind(NamedTuple):
@@ -239,160 +226,3 @@ def literal(text: str) -> str:
 
     protected = re.sub(r"(\\*)([{}|]|\Z)", protect, text)
     return re.sub(r"/(?=[/*])", "/{}", protected)  # a choice of nothing
-
-
-def redraw(
-    parameters: Mapping[str, Any],
-    *,
-    model: Path | None = None,
-    text_encoders: Path | None = None,
-    vae: Path | None = None,
-    init_image: Path | None = None,
-) -> Graph:
-    """The graph that draws a picture of ``generate`` again.
-
-    Every setting is written out, so that the picture does not depend on presets. Files appear under their
-    names in ComfyUI's lists, a folder's ending in ``/``; they are expected in ComfyUI's folders.
-
-    Args:
-        parameters: of the picture, as :func:`~.png.read_parameters` gives them.
-        model, text_encoders, vae: what it was drawn with; None: the embedded model, or inside ``model``.
-        init_image: the picture that it started from.
-    """
-    graph = Graph()
-    parts, top = _load(graph, parameters, model or embedded.embedded_model(), text_encoders, vae)
-    width, height = parameters["width"], parameters["height"]
-    if init_image is None:
-        stock = width % 16 or height % 16 or max(width, height) > 8192
-        (latent,) = graph.add(
-            "EmptyLatentImage" if stock else "HyDiTEmptyLatent",
-            (0, top),
-            widgets={"width": width, "height": height, "batch_size": 1},
-        )
-    else:
-        pixels = _start_picture(graph, init_image, (width, height))
-        (latent,) = graph.add("VAEEncode", (490, _BELOW + 300), {"pixels": pixels, "vae": parts["VAE"]})
-    texts = [
-        graph.add(
-            "HyDiTTextEncode",
-            (490, y),
-            {"clip": parts["CLIP"]},
-            {"text": parameters[name], "text_mt5": "", "mode": "exact", "width": 0, "height": 0},
-            title=title,
-        )[0]
-        for name, title, y in (("prompt", "Prompt", 0), ("negative", "Negative prompt", 490))
-    ]
-    (sampled,) = graph.add(
-        "HyDiTKSampler",
-        (980, 0),
-        {"model": parts["MODEL"], "positive": texts[0], "negative": texts[1], "latent_image": latent},
-        {
-            "seed": parameters["seed"],
-            "control_after_generate": "fixed",
-            "preset": "model's own",
-            **{name: parameters[name] for name in ("sampler", "spacing", "steps", "cfg", "guidance_rescale")},
-            "denoise": parameters.get("strength", 1.0),
-        },
-    )
-    (image,) = graph.add("VAEDecode", (1470, 0), {"samples": sampled, "vae": parts["VAE"]})
-    graph.add("SaveImage", (1760, 0), {"images": image}, {"filename_prefix": "hydit"})
-    return graph
-
-
-def _load(
-    graph: Graph, parameters: Mapping[str, Any], model: Path, text_encoders: Path | None, vae: Path | None
-) -> tuple[dict[str, Output], int]:
-    """Add the loaders; gives MODEL, CLIP and VAE, and where the space below the loaders begins."""
-    dtype = {"weight_dtype": _DTYPES.get(parameters["dtype"], "default")}
-    outputs: dict[str, Output] = {}
-    top = 0
-
-    def add(type: str, take: Iterable[str], **widgets: Any) -> None:
-        nonlocal top
-        found = graph.add(type, (0, top), widgets=widgets)
-        top += KINDS[type].size[1] + 70
-        names = [name for name, _ in KINDS[type].outputs]
-        outputs.update({name: found[names.index(name)] for name in take})
-
-    if text_encoders and vae:
-        add("HyDiTDiTLoader", ["MODEL"], model_name=list_name(model), **dtype)
-    vae_file = _vae_file(vae) if vae else None
-    if text_encoders and (text_encoders != vae or vae_file):
-        name = list_name(text_encoders)
-        add("HyDiTTextEncoderLoader", ["CLIP"], bert_name=name, mt5_name="same as bert_name", **dtype)
-    if vae_file:
-        add("VAELoader", ["VAE"], vae_name=vae_file)
-    elif vae:
-        # ComfyUI's loader opens a VAE's own file only; ours takes it out of a whole model.
-        both = {"CLIP", "VAE"} if text_encoders == vae else {"VAE"}
-        add("HyDiTCheckpointLoader", both, ckpt_name=list_name(vae), **dtype)
-    if rest := {"MODEL", "CLIP", "VAE"} - outputs.keys():
-        add("HyDiTCheckpointLoader", rest, ckpt_name=list_name(model), **dtype)
-    return outputs, top
-
-
-def list_name(path: Path) -> str:
-    """What ComfyUI's lists call a file or folder that lies directly in one of its folders."""
-    path = path.resolve()
-    if path.parent == embedded.ASSETS.resolve():
-        return f"[embedded] {path.stem}"
-    if path.is_dir() and path.name in _INNER:
-        path = path.parent
-    return f"{path.name}/" if path.is_dir() else path.name
-
-
-@cache
-def _vae_file(path: Path) -> str | None:
-    """The name of a VAE's own weights in ComfyUI's list; None if ``path`` holds more than a VAE."""
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        return f"{path.resolve().name}/{files[0].name}" if files else None
-    return path.name if bundle(path, only=("vae",)).kind.kind == "vae" else None
-
-
-def _has_alpha(path: Path) -> bool:
-    with Image.open(path) as opened:
-        return "A" in opened.getbands() or "transparency" in opened.info
-
-
-def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
-    """Load the picture and fit it to ``size`` as :class:`~.data.images.Geometry` does; gives its pixels."""
-    geometry = Geometry.cover(probe_size(path), size)
-    alpha = _has_alpha(path)
-    image, mask = graph.add(
-        "LoadImage",
-        (-1270 if alpha else -490, _BELOW),
-        widgets={"image": path.name, "upload": "image"},
-        title="Start picture",
-    )
-    if alpha:
-        # Laid on white, as load_picture does.
-        width, height = geometry.original
-        (white,) = graph.add(
-            "EmptyImage",
-            (-1270, _BELOW + 550),
-            widgets={"width": width, "height": height, "batch_size": 1, "color": 0xFFFFFF},
-        )
-        (opaque,) = graph.add("InvertMask", (-780, _BELOW), {"mask": mask})
-        (image,) = graph.add(
-            "ImageCompositeMasked",
-            (-490, _BELOW),
-            {"destination": white, "source": image, "mask": opaque},
-            {"x": 0, "y": 0, "resize_source": False},
-        )
-    width, height = geometry.resized
-    (image,) = graph.add(
-        "ImageScale",
-        (0, _BELOW),
-        {"image": image},
-        {"upscale_method": "lanczos", "width": width, "height": height, "crop": "disabled"},
-    )
-    if geometry.resized != size:
-        # Not ImageScale's own crop: it cuts before it scales, up to half a pixel of the original off.
-        (image,) = graph.add(
-            "ImageCrop",
-            (490, _BELOW),
-            {"image": image},
-            {"width": size[0], "height": size[1], "x": geometry.left, "y": geometry.top},
-        )
-    return image

@@ -12,8 +12,11 @@ from tiny import TINY, randomize
 
 from hydit_core.config import ModelInfo
 from hydit_core.control_cli import split_weight
+from hydit_core.data.control_images import canny
+from hydit_core.data.images import Geometry, load_picture
 from hydit_core.generate import main
 from hydit_core.model.controlnet import ControlNet
+from hydit_core.model.layer_weights import LayerWeights
 from hydit_core.png import read_parameters
 from hydit_core.weights.load import save_checkpoint
 
@@ -69,12 +72,14 @@ def test_weights_reach_the_picture(draw) -> None:
     assert (pixels(none) == pixels(plain)).all()
 
 
-def test_the_picture_remembers(draw) -> None:
+def test_the_picture_remembers(draw, folder: Path) -> None:
     options = ["--controlnet", "@net.safetensors:0.5", "--control-image", "@hint.png"]
     more = ["--control-preprocess", "canny", "--control-weights", "decay(0.9)", "--control-end", "0.8"]
     code, _, path = draw(*options, *more)
     assert code == 0
-    assert read_parameters(path)["controls"] == [
+    controls = read_parameters(path)["controls"]
+    picture = controls[0].pop("picture")
+    assert controls == [
         {
             "controlnet": "net.safetensors",
             "scale": 0.5,
@@ -86,7 +91,54 @@ def test_the_picture_remembers(draw) -> None:
         }
     ]
     # Edges are another hint than the picture itself.
-    assert (pixels(path) != pixels(draw(*options, *more[2:])[2])).any()
+    other = draw(*options, *more[2:])[2]
+    assert (pixels(path) != pixels(other)).any()
+    # Both as they were used, in files that do not take each other's names.
+    hint = load_picture(folder / "hint.png")
+    hint = Geometry.cover(hint.size, Image.open(path).size).apply(hint)
+    assert picture.startswith("hint-control-")
+    assert (pixels(path.parent / picture) == np.asarray(canny(hint))).all()
+    plain = read_parameters(other)["controls"][0]["picture"]
+    assert (pixels(path.parent / plain) == np.asarray(hint)).all()
+
+
+def test_a_run_writes_its_control_picture_once(draw) -> None:
+    options = ["--controlnet", "@net.safetensors", "--control-image", "@hint.png", "--batch", "2"]
+    _, said, path = draw(*options)
+    names = {read_parameters(path.with_stem(f"{path.stem}-{i}"))["controls"][0]["picture"] for i in (1, 2)}
+    (name,) = names
+    assert said.count(f"control picture: {path.with_name(name)}") == 1
+    before = path.with_name(name).stat().st_mtime_ns
+    assert "control picture" not in draw(*options)[1]
+    assert path.with_name(name).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("scale", "weights", "strength", "layers"),
+    [
+        ("0.5", "decay(0.9)", 0.5, "decay(0.9)"),
+        # Beyond what ComfyUI's node takes
+        ("-0.5", "uniform(0.5)", 1.0, "-0.25"),
+        ("20", "[0.25]", 1.0, "5"),
+    ],
+)
+def test_the_graph_that_draws_it_again(draw, folder: Path, scale, weights, strength, layers) -> None:
+    options = ["--controlnet", f"@net.safetensors:{scale}", "--control-image", "@hint.png"]
+    more = ["--control-weights", weights, "--control-start", "0.1", "--control-end", "0.8"]
+    code, _, path = draw(*options, *more)
+    assert code == 0
+    with Image.open(path) as drawn:
+        prompt = json.loads(drawn.text["prompt"])
+    nodes = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    assert nodes["HyDiTControlNetLoader"] == {
+        "control_net_name": "net.safetensors",
+        "weight_dtype": "fp32",
+    }
+    apply = nodes["HyDiTControlNetApply"]
+    written = {name: value for name, value in apply.items() if not isinstance(value, list)}
+    assert LayerWeights.parse(written.pop("layer_weights")) == LayerWeights.parse(layers)
+    assert written == {"strength": strength, "start_percent": 0.1, "end_percent": 0.8}
+    assert prompt[apply["image"][0]]["inputs"]["image"] == read_parameters(path)["controls"][0]["picture"]
 
 
 def test_two_controlnets(draw) -> None:

@@ -29,7 +29,8 @@ LAYERS = {
     "control": 3,
     "control_cli": 4,
     "pipeline": 4,
-    "workflow": 4,
+    "workflow": 2,
+    "redraw": 4,
     "generate": 5,
     "train": 5,
 }

@@ -17,10 +17,11 @@ from workflow_files import backward, linked, overlaps
 
 import hydit_core
 from hydit_core.data.images import Geometry, load_picture
-from hydit_core.embedded import embedded_model
+from hydit_core.embedded import embedded_controlnets, embedded_model
 from hydit_core.generate import main
 from hydit_core.png import read_parameters
-from hydit_core.workflow import KINDS, PACK, list_name, literal, redraw
+from hydit_core.redraw import list_name, redraw
+from hydit_core.workflow import KINDS, PACK, Graph, Kind, literal
 
 FACTS = {
     "prompt": "红 apple", "negative": "", "seed": 7, "steps": 4, "sampler": "euler", "spacing": "trailing",
@@ -110,6 +111,51 @@ def test_nodes_say_which_pack_they_are_from_and_do_not_overlap(tmp_path):
             assert node["properties"]["ver"]
         assert overlaps(graph.workflow()) == []
         assert backward(graph.workflow()) == []
+
+
+CONTROL = {"scale": 0.5, "weights": "ease(1)", "start": 0.0, "end": 0.75, "picture": "a-control-01234567.png"}
+
+
+def test_controlnets_stand_one_after_the_other(tmp_path):
+    facts = {**FACTS, "controls": [CONTROL, {**CONTROL, "scale": 2.0, "picture": "b.png"}]}
+    folder = tmp_path / "HunyuanDiT-ControlNet"
+    (folder / "controlnet").mkdir(parents=True)
+    (embedded,) = embedded_controlnets()
+    for files, names in (
+        ((embedded, tmp_path / "net.pt"), [f"[embedded] {embedded.stem}", "net.pt"]),
+        ((folder, folder / "controlnet"), ["HunyuanDiT-ControlNet/"] * 2),
+    ):
+        graph = redraw(facts, controlnets=files)
+        assert overlaps(graph.workflow()) == [] == backward(graph.workflow())
+        prompt = graph.prompt()
+        (sampler,) = (n["inputs"] for n in prompt.values() if n["class_type"] == "HyDiTKSampler")
+        # From the sampler back to the texts
+        positive, negative, found, pictures = sampler["positive"], sampler["negative"], [], []
+        for strength in (2.0, 0.5):
+            assert (positive[0], positive[1], negative[1]) == (negative[0], 0, 1)
+            apply = prompt[positive[0]]["inputs"]
+            assert apply["strength"] == strength and apply["end_percent"] == 0.75
+            found.append(prompt[apply["control_net"][0]]["inputs"])
+            pictures.append(prompt[apply["image"][0]]["inputs"]["image"])
+            positive, negative = apply["positive"], apply["negative"]
+        assert [prompt[link[0]]["inputs"]["text"] for link in (positive, negative)] == ["红 apple", ""]
+        assert [loader["control_net_name"] for loader in found] == names[::-1]
+        assert {loader["weight_dtype"] for loader in found} == {"bf16"}
+        assert pictures == ["b.png", "a-control-01234567.png"]
+
+
+def test_a_linked_widget_is_a_socket_too():
+    kinds = {
+        "Int": Kind((), (("INT", "INT"),), (100, 50)),
+        "Seeded": Kind((("seed", "INT"),), (), (100, 50)),
+    }
+    graph = Graph(kinds)
+    (number,) = graph.add("Int", (0, 0), widgets={"value": 3})
+    graph.add("Seeded", (200, 0), {"seed": number}, {"seed": 7})
+    assert graph.prompt()["2"]["inputs"] == {"seed": ["1", 0]}
+    node = graph.workflow()["nodes"][1]
+    assert node["inputs"] == [{"name": "seed", "type": "INT", "widget": {"name": "seed"}, "link": 1}]
+    assert node["widgets_values"] == [7]
 
 
 def loaders(graph) -> dict[str, dict[str, object]]:

@@ -1,0 +1,217 @@
+"""The graph that draws a picture of ``generate`` again in ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from . import embedded
+from .data.images import Geometry, probe_size
+from .weights.parts import bundle
+from .workflow import KINDS, Graph, Output
+
+_INNER = ("transformer", "t2i", "controlnet")
+"""Folders that ComfyUI's lists show by the one above them."""
+_BELOW = 1050
+"""Height of the second row, below loaders and prompts."""
+_COLUMN = 490
+"""From the left of a node to the next one's."""
+_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+
+def redraw(
+    parameters: Mapping[str, Any],
+    *,
+    model: Path | None = None,
+    text_encoders: Path | None = None,
+    vae: Path | None = None,
+    init_image: Path | None = None,
+    controlnets: Sequence[Path] = (),
+) -> Graph:
+    """The graph.
+
+    Every setting is written out, so that the picture does not depend on presets. Files appear under their
+    names in ComfyUI's lists, a folder's ending in ``/``; they are expected in ComfyUI's folders.
+
+    Args:
+        parameters: of the picture, as :func:`~.png.read_parameters` gives them.
+        model, text_encoders, vae: what it was drawn with; None: the embedded model, or inside ``model``.
+        init_image: the picture that it started from.
+        controlnets: the files of ``parameters["controls"]``, in their order.
+    """
+    graph = Graph()
+    parts, top = _load(graph, parameters, model or embedded.embedded_model(), text_encoders, vae)
+    width, height = parameters["width"], parameters["height"]
+    if init_image is None:
+        stock = width % 16 or height % 16 or max(width, height) > 8192
+        (latent,) = graph.add(
+            "EmptyLatentImage" if stock else "HyDiTEmptyLatent",
+            (0, top),
+            widgets={"width": width, "height": height, "batch_size": 1},
+        )
+    else:
+        pixels = _start_picture(graph, init_image, (width, height))
+        (latent,) = graph.add("VAEEncode", (490, _BELOW + 300), {"pixels": pixels, "vae": parts["VAE"]})
+    texts = [
+        graph.add(
+            "HyDiTTextEncode",
+            (490, y),
+            {"clip": parts["CLIP"]},
+            {"text": parameters[name], "text_mt5": "", "mode": "exact", "width": 0, "height": 0},
+            title=title,
+        )[0]
+        for name, title, y in (("prompt", "Prompt", 0), ("negative", "Negative prompt", 490))
+    ]
+    texts, right = _steer(graph, parameters, controlnets, texts, parts["VAE"])
+    (sampled,) = graph.add(
+        "HyDiTKSampler",
+        (right, 0),
+        {"model": parts["MODEL"], "positive": texts[0], "negative": texts[1], "latent_image": latent},
+        {
+            "seed": parameters["seed"],
+            "control_after_generate": "fixed",
+            "preset": "model's own",
+            **{name: parameters[name] for name in ("sampler", "spacing", "steps", "cfg", "guidance_rescale")},
+            "denoise": parameters.get("strength", 1.0),
+        },
+    )
+    right += _COLUMN
+    (image,) = graph.add("VAEDecode", (right, 0), {"samples": sampled, "vae": parts["VAE"]})
+    graph.add("SaveImage", (right + 290, 0), {"images": image}, {"filename_prefix": "hydit"})
+    return graph
+
+
+def _steer(
+    graph: Graph, parameters: Mapping[str, Any], files: Sequence[Path], texts: list[Output], vae: Output
+) -> tuple[list[Output], int]:
+    """Add the ControlNets, one after the other; gives both conditionings, and where the next column is."""
+    left = 2 * _COLUMN
+    for file, control in zip(files, parameters.get("controls", ()), strict=True):
+        loader = {"control_net_name": list_name(file), "weight_dtype": _weight_dtype(parameters)}
+        (net,) = graph.add("HyDiTControlNetLoader", (left, 0), widgets=loader)
+        image, _ = graph.add(
+            "LoadImage",
+            (left, KINDS["HyDiTControlNetLoader"].size[1] + 70),
+            widgets={"image": control["picture"], "upload": "image"},
+            title="Control picture",
+        )
+        texts = graph.add(
+            "HyDiTControlNetApply",
+            (left + _COLUMN, 0),
+            {"positive": texts[0], "negative": texts[1], "control_net": net, "image": image, "vae": vae},
+            {
+                "strength": control["scale"],
+                "start_percent": control["start"],
+                "end_percent": control["end"],
+                "layer_weights": control["weights"],
+            },
+        )
+        left += 2 * _COLUMN
+    return texts, left
+
+
+def _weight_dtype(parameters: Mapping[str, Any]) -> str:
+    return _DTYPES.get(parameters["dtype"], "default")
+
+
+def _load(
+    graph: Graph, parameters: Mapping[str, Any], model: Path, text_encoders: Path | None, vae: Path | None
+) -> tuple[dict[str, Output], int]:
+    """Add the loaders; gives MODEL, CLIP and VAE, and where the space below the loaders begins."""
+    dtype = {"weight_dtype": _weight_dtype(parameters)}
+    outputs: dict[str, Output] = {}
+    top = 0
+
+    def add(type: str, take: Iterable[str], **widgets: Any) -> None:
+        nonlocal top
+        found = graph.add(type, (0, top), widgets=widgets)
+        top += KINDS[type].size[1] + 70
+        names = [name for name, _ in KINDS[type].outputs]
+        outputs.update({name: found[names.index(name)] for name in take})
+
+    if text_encoders and vae:
+        add("HyDiTDiTLoader", ["MODEL"], model_name=list_name(model), **dtype)
+    vae_file = _vae_file(vae) if vae else None
+    if text_encoders and (text_encoders != vae or vae_file):
+        name = list_name(text_encoders)
+        add("HyDiTTextEncoderLoader", ["CLIP"], bert_name=name, mt5_name="same as bert_name", **dtype)
+    if vae_file:
+        add("VAELoader", ["VAE"], vae_name=vae_file)
+    elif vae:
+        # ComfyUI's loader opens a VAE's own file only; ours takes it out of a whole model.
+        both = {"CLIP", "VAE"} if text_encoders == vae else {"VAE"}
+        add("HyDiTCheckpointLoader", both, ckpt_name=list_name(vae), **dtype)
+    if rest := {"MODEL", "CLIP", "VAE"} - outputs.keys():
+        add("HyDiTCheckpointLoader", rest, ckpt_name=list_name(model), **dtype)
+    return outputs, top
+
+
+def list_name(path: Path) -> str:
+    """What ComfyUI's lists call a file or folder that lies directly in one of its folders."""
+    path = path.resolve()
+    if embedded.ASSETS.resolve() in (path.parent, path.parent.parent):
+        return f"[embedded] {path.stem}"
+    if path.is_dir() and path.name in _INNER:
+        path = path.parent
+    return f"{path.name}/" if path.is_dir() else path.name
+
+
+@cache
+def _vae_file(path: Path) -> str | None:
+    """The name of a VAE's own weights in ComfyUI's list; None if ``path`` holds more than a VAE."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        return f"{path.resolve().name}/{files[0].name}" if files else None
+    return path.name if bundle(path, only=("vae",)).kind.kind == "vae" else None
+
+
+def _has_alpha(path: Path) -> bool:
+    with Image.open(path) as opened:
+        return "A" in opened.getbands() or "transparency" in opened.info
+
+
+def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
+    """Load the picture and fit it to ``size`` as :class:`~.data.images.Geometry` does; gives its pixels."""
+    geometry = Geometry.cover(probe_size(path), size)
+    alpha = _has_alpha(path)
+    image, mask = graph.add(
+        "LoadImage",
+        (-1270 if alpha else -490, _BELOW),
+        widgets={"image": path.name, "upload": "image"},
+        title="Start picture",
+    )
+    if alpha:
+        # Laid on white, as load_picture does.
+        width, height = geometry.original
+        (white,) = graph.add(
+            "EmptyImage",
+            (-1270, _BELOW + 550),
+            widgets={"width": width, "height": height, "batch_size": 1, "color": 0xFFFFFF},
+        )
+        (opaque,) = graph.add("InvertMask", (-780, _BELOW), {"mask": mask})
+        (image,) = graph.add(
+            "ImageCompositeMasked",
+            (-490, _BELOW),
+            {"destination": white, "source": image, "mask": opaque},
+            {"x": 0, "y": 0, "resize_source": False},
+        )
+    width, height = geometry.resized
+    (image,) = graph.add(
+        "ImageScale",
+        (0, _BELOW),
+        {"image": image},
+        {"upscale_method": "lanczos", "width": width, "height": height, "crop": "disabled"},
+    )
+    if geometry.resized != size:
+        # Not ImageScale's own crop: it cuts before it scales, up to half a pixel of the original off.
+        (image,) = graph.add(
+            "ImageCrop",
+            (490, _BELOW),
+            {"image": image},
+            {"width": size[0], "height": size[1], "x": geometry.left, "y": geometry.top},
+        )
+    return image
