@@ -87,6 +87,8 @@ class HyDiTModel(comfy.model_base.HunyuanDiT):
         bert, t5 = kwargs.get("cross_attn"), kwargs.get("conditioning_mt5xl")
         bert_mask = _mask("BERT", bert, kwargs.get("attention_mask"), config.text_len, config.text_dim)
         t5_mask = _mask("mT5", t5, kwargs.get("attention_mask_mt5xl"), config.t5_len, config.t5_dim)
+        kwargs["cross_attn"], bert_mask = _without_padding(bert, bert_mask, config.text_len)
+        kwargs["conditioning_mt5xl"], t5_mask = _without_padding(t5, t5_mask, config.t5_len)
         out = super().extra_conds(**kwargs)
         out["text_embedding_mask"] = comfy.conds.CONDRegular(bert_mask)
         out["text_embedding_mask_t5"] = comfy.conds.CONDRegular(t5_mask)
@@ -123,6 +125,16 @@ def _mask(name: str, features: Tensor | None, mask: Tensor | None, length: int, 
         return torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
     known = mask[:, :rows]
     return torch.cat((known, known.new_ones(len(known), rows - known.shape[1])), dim=1)
+
+
+def _without_padding(features: Any, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Cut to the length that the model was trained on, where only padding is behind it.
+
+    Text encoders from files of their own do not know a small model's lengths and pad to the published ones.
+    """
+    if mask[:, length:].any():
+        return features, mask
+    return features[:, :length], mask[:, :length]
 
 
 def model_info(model: Any) -> ModelInfo:

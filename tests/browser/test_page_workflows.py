@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from PIL import Image
+from PIL import Image, ImageDraw
 from workflow_files import (
     MODEL_FOLDERS,
     WORKFLOWS,
@@ -23,6 +23,7 @@ from workflow_files import (
     write_models,
 )
 
+from hydit_core.embedded import embedded_controlnets
 from hydit_core.generate import main
 
 NAMES = [path.stem for path in WORKFLOWS]
@@ -126,4 +127,19 @@ def test_a_picture_from_a_picture_is_dropped_and_drawn_again(either_page, tmp_pa
     path = tmp_path / "changed.png"
     options = ["--init-image", str(tmp_path / "start.png"), "--strength", "0.5", "--size", "128x96"]
     assert main(["--prompt", "a red heart", *options, "--device", "cpu", "--out", str(path)]) == 0
+    drawn_again(either_page, path, nodes=10)
+
+
+def test_a_controlled_picture_is_dropped_and_drawn_again(either_page, tmp_path):
+    (net,) = embedded_controlnets()
+    circle = Image.new("RGB", (128, 128))
+    ImageDraw.Draw(circle).ellipse((20, 20, 100, 100), outline="white")
+    circle.save(tmp_path / "circle.png")
+    path = tmp_path / "steered.png"
+    options = ["--controlnet", f"{net}:1.5", "--control-image", str(tmp_path / "circle.png"), "--seed", "1"]
+    more = ["--control-weights", "0.5, 1", "--control-end", "0.8", "--device", "cpu", "--out", str(path)]
+    assert main(["--prompt", "a red apple", *options, *more]) == 0
+    (written,) = tmp_path.glob("circle-control-*.png")
+    shutil.copy(written, either_page.server.input_dir)
+    either_page.evaluate("async () => { await app.refreshComboInNodes() }")
     drawn_again(either_page, path, nodes=10)
