@@ -23,3 +23,8 @@ def embedded_model() -> Path:
 def embedded_controlnets() -> list[Path]:
     """The ControlNets that come with hydit, for :func:`embedded_model`; sorted by name."""
     return sorted((ASSETS / "controlnet").glob("*.safetensors"))
+
+
+def embedded_loras() -> list[Path]:
+    """The LoRAs that come with hydit, for :func:`embedded_model`; sorted by name."""
+    return sorted((ASSETS / "lora").glob("*.safetensors"))

@@ -1,7 +1,7 @@
 """The models that the loaders offer: their names, where they are, and when they changed.
 
 Lists come from ComfyUI's own folders, which are read and never changed. A name with a trailing slash is a
-folder: a diffusers pipeline's, Tencent's, or that of one text encoder or ControlNet.
+folder: a diffusers pipeline's, Tencent's, or that of one text encoder, ControlNet or LoRA (PEFT).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ...hydit_core.embedded import embedded_controlnets, embedded_model
+from ...hydit_core.embedded import embedded_controlnets, embedded_loras, embedded_model
 from ...hydit_core.errors import HyditError, WeightsError
 from ...hydit_core.weights.companions import FOLDERS
 from ...hydit_core.weights.files import SUFFIXES
@@ -23,6 +23,7 @@ CHECKPOINTS = ("checkpoints", "diffusers")
 DIT = ("diffusion_models", "checkpoints", "diffusers")
 TEXT_ENCODERS = ("text_encoders", "checkpoints", "diffusers")
 CONTROLNETS = ("controlnet", "diffusers")
+LORAS = ("loras",)
 """ComfyUI's folders, in the order in which a name is looked for."""
 
 _EMBEDDED = "[embedded] "
@@ -63,6 +64,11 @@ def control_names() -> list[str]:
     return [*_embedded(CONTROLNETS), *_files(CONTROLNETS), *_folders(CONTROLNETS[1:], _control_folder)]
 
 
+def lora_names() -> list[str]:
+    """The embedded LoRAs, files of LoRAs of any model, and PEFT's folders."""
+    return [*_embedded(LORAS), *_files(LORAS), *_folders(LORAS, _adapter_folder)]
+
+
 def resolve(name: str, *kinds: str) -> Path:
     """The file or folder that a name from the lists means, with either path separator.
 
@@ -80,7 +86,8 @@ def resolve(name: str, *kinds: str) -> Path:
     for kind in kinds:
         if found := _find(kind, name):
             return found
-    rules = (_control_folder,) if kinds == CONTROLNETS else (_model_folder, _encoder_folder)
+    own_rule = {CONTROLNETS: (_control_folder,), LORAS: (_adapter_folder,)}
+    rules = own_rule.get(kinds, (_model_folder, _encoder_folder))
     there = [*_files(kinds), *(folder for rule in rules for folder in _folders(kinds, rule))]
     places = ", ".join(path for kind in kinds for path in _roots(kind))
     raise HyditError(
@@ -107,8 +114,9 @@ def fingerprint(path: Path) -> str:
 
 def _embedded(kinds: Parts) -> dict[str, Path]:
     """What comes with hydit, by its name in the lists."""
-    if kinds == CONTROLNETS:
-        return {f"{_EMBEDDED}{path.stem}": path for path in embedded_controlnets()}
+    parts = {CONTROLNETS: embedded_controlnets, LORAS: embedded_loras}
+    if kinds in parts:
+        return {f"{_EMBEDDED}{path.stem}": path for path in parts[kinds]()}
     try:
         path = embedded_model()
     except WeightsError as error:  # the nodes must load all the same
@@ -189,3 +197,8 @@ def _control_folder(parts: Parts) -> Parts:
         return parts[:-2] or parts[:-1]
     alone = parts[-1].startswith("diffusion_pytorch_model") and parts[-2:-1] not in _PIPELINE_PARTS
     return parts[:-1] if alone else ()
+
+
+def _adapter_folder(parts: Parts) -> Parts:
+    """The folder that has a LoRA as PEFT keeps it."""
+    return parts[:-1] if parts[-1].startswith("adapter_model.") else ()
