@@ -17,12 +17,13 @@ from .control import CONTROL_KEY, ControlInput, check_fit
 from .data.control_images import CANNY_THRESHOLDS, canny
 from .data.images import Geometry, load_picture
 from .errors import ConfigError
-from .model.layer_weights import CURVES, LayerWeights
+from .model.layer_weights import CURVES, LayerWeights, read_weights, split_weight
 from .weights.writer import atomic_path
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
 
+_WEIGHTS = "--control-weights"
 MAX_STRENGTH = 10
 """Of HyDiTControlNetApply, from 0. What is beyond is written as layer weights."""
 
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="none: --control-image is a control picture already; canny: take its edges",
     )
     group.add_argument(
-        "--control-weights",
+        _WEIGHTS,
         action="append",
         default=[],
         metavar="WEIGHTS",
@@ -78,7 +79,7 @@ def check(args: argparse.Namespace) -> None:
         return
     for option, values in (
         ("--control-image", args.control_image),
-        ("--control-weights", args.control_weights),
+        (_WEIGHTS, args.control_weights),
     ):
         least = 1 if option == "--control-image" else 0
         if len(values) not in {least, 1, count}:
@@ -91,7 +92,7 @@ def check(args: argparse.Namespace) -> None:
             "<= end <= 1"
         )
     for text in args.control_weights:
-        weights(text)
+        read_weights(text, _WEIGHTS)
 
 
 def read(
@@ -117,7 +118,8 @@ def read(
         size = (settings.width, settings.height)
         picture = Geometry.cover(picture.size, size).apply(picture)
         hint = canny(picture, thresholds) if args.control_preprocess == "canny" else picture
-        chosen = weights(_one(args.control_weights, index)) if args.control_weights else LayerWeights()
+        given = args.control_weights
+        chosen = read_weights(_one(given, index), _WEIGHTS) if given else LayerWeights()
         values = [scale * value for value in chosen.resolve(net.config.num_controls)]
         controls.append(_control(args, net, hint, LayerWeights.parse(values)))
         if not 0 <= scale <= MAX_STRENGTH:
@@ -156,33 +158,6 @@ def _write(picture: Image.Image, folder: Path, stem: str) -> Path:
             picture.save(temporary, format="PNG")
         print(f"control picture: {path}", file=sys.stderr)
     return path
-
-
-def split_weight(text: str) -> tuple[Path, float]:
-    """``FILE:0.7`` -> the path and 0.7; a colon that no number follows belongs to the path."""
-    path, colon, number = text.rpartition(":")
-    try:
-        return (Path(path), float(number)) if colon and path else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
-
-
-def weights(text: str) -> LayerWeights:
-    """Layer weights as the command line has them: text, or the name of a JSON file with a list or text.
-
-    Raises :class:`ConfigError` saying what can be written.
-    """
-    if not text.lower().endswith(".json"):
-        return LayerWeights.parse(text)
-    try:
-        content = json.loads(Path(text).read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--control-weights {text}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, (str, int, float, list)) or isinstance(content, bool):
-        raise ConfigError(
-            f"--control-weights {text}: expected a list of numbers, a number or the name of a curve"
-        )
-    return LayerWeights.parse(content)
 
 
 def _thresholds(metadata: Any) -> tuple[int, int]:

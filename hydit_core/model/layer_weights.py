@@ -1,11 +1,13 @@
-"""One weight for each residual of a ControlNet, written as a list or as a curve."""
+"""One weight for each residual of a ControlNet or block of a model, written as a list or as a curve."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import ConfigError
 
@@ -116,6 +118,31 @@ class LayerWeights:
         if self.curve:
             return f"{self.curve}({_shown(self.value)})"
         return ", ".join(map(_shown, self.values))
+
+
+def split_weight(text: str) -> tuple[Path, float]:
+    """``FILE:0.7`` -> the path and 0.7; a colon that no number follows belongs to the path."""
+    path, colon, number = text.rpartition(":")
+    try:
+        return (Path(path), float(number)) if colon and path else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def read_weights(text: str, option: str) -> LayerWeights:
+    """Layer weights as a command line has them: text, or the name of a JSON file with a list or text.
+
+    Raises :class:`ConfigError` saying what can be written; it names ``option`` for a file.
+    """
+    if not text.lower().endswith(".json"):
+        return LayerWeights.parse(text)
+    try:
+        content = json.loads(Path(text).read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option} {text}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, (str, int, float, list)) or isinstance(content, bool):
+        raise ConfigError(f"{option} {text}: expected a list of numbers, a number or the name of a curve")
+    return LayerWeights.parse(content)
 
 
 def _shown(value: float) -> str:

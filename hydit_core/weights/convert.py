@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .parts import model_info, open_model
 from .save import dtypes_for
 from .source import CastSource, MergedSource, TensorSource
 from .views import rename
-from .writer import atomic_path, save_safetensors
+from .writer import Progress, atomic_path, save_safetensors
 
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # What we write anew, and what no longer holds of other tensors: an index's size, hashes of kohya's trainer
@@ -55,6 +55,9 @@ def convert(
     layout: Layout,
     dtype: torch.dtype | None = None,
     load_key: str | None = None,
+    change: Callable[[TensorSource], TensorSource] = lambda source: source,
+    extra: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Converted:
     """Write a DiT or ControlNet in another layout or dtype, one tensor at a time and atomically.
 
@@ -67,6 +70,9 @@ def convert(
         out: the file or folder to write; an existing file is replaced, a folder that is not empty is not.
         dtype: for the DiT or ControlNet; default: as it is. Other parts keep theirs.
         load_key: which weights of a torch file that holds several.
+        change: puts another source of the same names in place of one that is written: of the DiT under
+            Tencent's names, before it is cast, and of the other parts under those of an all-in-one file.
+        extra: metadata over what the file gets by itself.
 
     Raises:
         WeightsError: if the input is something else or does not fit the layout, or the output cannot be
@@ -78,22 +84,22 @@ def convert(
     if kind.config is None:
         raise WeightsError(f"{path} is {kind.name}, without dimensions")
     _check_out(source, path, out, layout)
-    model: TensorSource = tencent_view(source, kind)
+    model = change(tencent_view(source, kind))
     if dtype is not None:
         model = CastSource(model, dtypes_for(model, dtype))
     info = model_info(source, kind)
     if layout == "diffusers":
-        metadata = _metadata(source, kind, info)
-        _write_folder(out, from_tencent(model, layout), kind, kind.config, info, metadata)
+        metadata = {**_metadata(source, kind, info), **(extra or {})}
+        _write_folder(out, from_tencent(model, layout), kind, kind.config, info, metadata, progress)
         return Converted(out, kind, _left_out(kind))
     if layout == "tencent" or kind.kind == "controlnet":
-        save_safetensors(out, model, _metadata(source, kind, info))
+        save_safetensors(out, model, {**_metadata(source, kind, info), **(extra or {})}, progress=progress)
         return Converted(out, kind, _left_out(kind))
     others, beside = _others(source, kind), _beside(path, source)
-    whole = MergedSource(
-        [from_tencent(model, layout), others, *beside.sources], path=source.path, metadata={}
-    )
-    save_safetensors(out, whole, _metadata(source, kind, beside.complete(info)))
+    rest = [change(part) for part in (others, *beside.sources)]
+    whole = MergedSource([from_tencent(model, layout), *rest], path=source.path, metadata={})
+    metadata = {**_metadata(source, kind, beside.complete(info)), **(extra or {})}
+    save_safetensors(out, whole, metadata, progress=progress)
     return Converted(out, kind, _put_in(others, beside))
 
 
@@ -128,6 +134,7 @@ def _write_folder(
     config: DiTConfig,
     info: ModelInfo,
     metadata: Mapping[str, str],
+    progress: Progress | None,
 ) -> None:
     try:
         if kind.kind == "controlnet":
@@ -142,7 +149,7 @@ def _write_folder(
     except WeightsError as error:
         raise WeightsError(f"{tensors.path}: {error}") from None
     with atomic_path(out) as folder:
-        save_safetensors(folder / weights, tensors, metadata)
+        save_safetensors(folder / weights, tensors, metadata, progress=progress)
         for name, content in files.items():
             _write_json(folder / name, content)
 

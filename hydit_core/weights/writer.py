@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,9 @@ from .source import TensorSource, as_source
 
 _ALIGNMENT = 64
 _counter = itertools.count()
+
+Progress = Callable[[int, int], object]
+"""``(bytes written, bytes in all)``, called after each tensor."""
 
 
 @contextlib.contextmanager
@@ -85,6 +88,8 @@ def save_safetensors(
     path: str | os.PathLike[str],
     tensors: TensorSource | Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> None:
     """Write a safetensors file atomically, one tensor after another.
 
@@ -97,11 +102,15 @@ def save_safetensors(
     source = as_source(tensors)
     order = sorted(source.keys(), key=lambda key: (-source.dtype(key).itemsize, key))
     header = _header(source, order, dict(metadata or {}))
+    done, total = 0, sum(source.nbytes(key) for key in order)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for key in order:
             _write_tensor(file, key, source)
+            done += source.nbytes(key)
+            if progress is not None:
+                progress(done, total)
 
 
 def _header(source: TensorSource, order: list[str], metadata: dict[str, str]) -> bytes:

@@ -11,12 +11,11 @@ from PIL import Image
 from tiny import TINY, randomize
 
 from hydit_core.config import ModelInfo
-from hydit_core.control_cli import split_weight
 from hydit_core.data.control_images import canny
 from hydit_core.data.images import Geometry, load_picture
 from hydit_core.generate import main
 from hydit_core.model.controlnet import ControlNet
-from hydit_core.model.layer_weights import LayerWeights
+from hydit_core.model.layer_weights import LayerWeights, split_weight
 from hydit_core.png import read_parameters
 from hydit_core.weights.load import save_checkpoint
 
