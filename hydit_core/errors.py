@@ -15,6 +15,10 @@ class WeightsError(HyditError):
     """A weights file that cannot be read, is of another kind, or does not fit."""
 
 
+class LoraError(HyditError):
+    """A LoRA that cannot be read, is of another model, or does not fit."""
+
+
 class ConfigError(HyditError):
     """A configuration or command-line value that is not accepted."""
 

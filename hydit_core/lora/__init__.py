@@ -1,0 +1,1 @@
+"""LoRA files of this model: read, written, applied, merged and extracted."""

@@ -1,0 +1,269 @@
+"""The one form that every LoRA file is read into, and what it does to a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraError
+from ..weights.source import cast
+
+__all__ = ["PARTS", "Adapter", "LoraError", "Match", "Patch", "changed", "changed_bias", "module_shapes"]
+
+PARTS = ("dit", "bert", "t5")
+"""What can be adapted; the first word of a module's key."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change of one weight, or of some of its rows, at strength 1.
+
+    A weight with more than two dimensions counts as a matrix: its first dimension by all others.
+
+    Attributes:
+        kind: ``lora``: ``down`` (r, in), ``up`` (out, r); ``loha``: ``w1_a`` and ``w2_a`` (out, r), ``w1_b``
+            and ``w2_b`` (r, in); ``lokr``: ``w1`` or its factors ``w1_a``, ``w1_b``, likewise ``w2``;
+            ``diff``: ``diff``, the change itself. A change of the bias alone has no tensors.
+        scale: the true scale, alpha / r (rank-stabilized: alpha / sqrt(r)).
+        rows: which rows of a fused projection it is for; None: all.
+        magnitude: DoRA's m: the norm that each output row (axis 0) or input column (axis 1) gets.
+        bias: is added to the bias.
+    """
+
+    kind: str
+    tensors: dict[str, Tensor]
+    scale: float = 1.0
+    rows: tuple[int, int] | None = None
+    magnitude: Tensor | None = None
+    magnitude_axis: int = 0
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Rows and columns of what it is added to; None if it changes the bias alone."""
+        t = self.tensors
+        if not t:
+            return None
+        if self.kind == "lora":
+            return t["up"].shape[0], _columns(t["down"])
+        if self.kind == "loha":
+            return t["w1_a"].shape[0], _columns(t["w1_b"])
+        if self.kind == "lokr":
+            one, two = _factor_shape(t, "w1"), _factor_shape(t, "w2")
+            return one[0] * two[0], one[1] * two[1]
+        return t["diff"].shape[0], _columns(t["diff"])
+
+    @property
+    def rank(self) -> int:
+        """The number r of its factors; 0 without factors (a full difference)."""
+        for name in ("down", "w1_b", "w2_b"):
+            if name in self.tensors:
+                return self.tensors[name].shape[0]
+        return 0
+
+    @property
+    def alpha(self) -> float:
+        """What files hold: scale * r; 0 without factors."""
+        return self.scale * self.rank
+
+    def delta(self) -> Tensor:
+        """The change as a float32 matrix (rows, in), without the magnitude.
+
+        Raises:
+            LoraError: for a change of the bias alone.
+        """
+        t = self.tensors
+        if not t:
+            raise LoraError("a change of the bias alone has no matrix")
+        if self.kind == "lora":
+            return self.scale * (_matrix(t["up"]) @ _matrix(t["down"]))
+        if self.kind == "loha":
+            one, two = (_matrix(t[f"{w}_a"]) @ _matrix(t[f"{w}_b"]) for w in ("w1", "w2"))
+            return self.scale * (one * two)
+        if self.kind == "lokr":
+            return self.scale * torch.kron(_factor(t, "w1"), _factor(t, "w2"))
+        return self.scale * _matrix(t["diff"])
+
+    def norm(self) -> float:
+        """The Frobenius norm of :meth:`delta`; for plain LoRA without making that matrix."""
+        if not self.tensors:
+            return 0.0
+        if self.kind != "lora":
+            return float(self.delta().norm())
+        up, down = _matrix(self.tensors["up"]).double(), _matrix(self.tensors["down"]).double()
+        square = float(((up.T @ up) * (down @ down.T)).sum())
+        return abs(self.scale) * math.sqrt(max(square, 0.0))
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which modules of an adapter a model has; both in the adapter's order."""
+
+    matched: list[str]
+    unmatched: list[str]
+
+    def __str__(self) -> str:
+        text = f"{len(self.matched)} of {len(self.matched) + len(self.unmatched)} modules"
+        return text + (f", not {_some(self.unmatched)}" if self.unmatched else "")
+
+
+@dataclass
+class Adapter:
+    """A LoRA: the changes of each module, by its canonical name behind its part.
+
+    Names: ``dit.blocks.0.attn1.Wqkv`` (Tencent's), ``bert.encoder.layer.0.attention.self.query`` and
+    ``t5.encoder.block.0.layer.0.SelfAttention.q`` (transformers').
+    """
+
+    modules: dict[str, list[Patch]]
+    name: str = "LoRA"
+    format: str = "peft"
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def parts(self) -> set[str]:
+        """The parts it changes: ``dit``, ``bert``, ``t5``."""
+        return {key.partition(".")[0] for key in self.modules}
+
+    def part(self, part: str) -> dict[str, list[Patch]]:
+        """The changes of one part, by module names without the part."""
+        return {key[len(part) + 1 :]: p for key, p in self.modules.items() if key.startswith(part + ".")}
+
+    def ranks(self) -> list[int]:
+        """The ranks that occur, smallest first."""
+        return sorted({patch.rank for patches in self.modules.values() for patch in patches if patch.rank})
+
+    def trigger(self) -> str:
+        """The words that call it up, from the metadata; empty if it says none."""
+        for key in ("hydit.trigger", "modelspec.trigger_phrase"):
+            if self.metadata.get(key):
+                return self.metadata[key]
+        return ""
+
+    def describe(self) -> str:
+        """One line that says what this is."""
+        counts = {part: len(self.part(part)) for part in PARTS}
+        kinds = sorted({patch.kind for patches in self.modules.values() for patch in patches if patch.tensors})
+        if any(patch.magnitude is not None for patches in self.modules.values() for patch in patches):
+            kinds.append("DoRA")
+        where = ", ".join(f"{count} of {part}" for part, count in counts.items() if count)
+        ranks = ", ".join(map(str, self.ranks()))
+        return f"{self.format} {'+'.join(kinds) or 'bias'}{f' of rank {ranks}' if ranks else ''}, {where}"
+
+    def matched(self, shapes: Mapping[str, Sequence[int]]) -> Match:
+        """Which modules are among ``shapes`` (see :func:`module_shapes`), whether they fit or not."""
+        found = [key for key in self.modules if key in shapes]
+        return Match(found, [key for key in self.modules if key not in shapes])
+
+    def require(self, shapes: Mapping[str, Sequence[int]], *, base: str) -> Match:
+        """As :meth:`matched`, but what cannot be applied is an error.
+
+        Args:
+            shapes: of the weights, by module key.
+            base: what the weights are, for the message.
+
+        Raises:
+            LoraError: if no module matches, or one has another size.
+        """
+        match = self.matched(shapes)
+        if not match.matched:
+            raise LoraError(
+                f"{self.name} ({self.describe()}) has nothing for {base}: none of its modules is there,"
+                f" such as {_some(match.unmatched)}"
+            )
+        wrong = [text for key in match.matched if (text := self._misfit(key, shapes[key]))]
+        if wrong:
+            raise LoraError(
+                f"{self.name} ({self.describe()}) is for a model of other dimensions than {base}:"
+                f" {len(wrong)} of {len(match.matched)} modules do not fit, such as {wrong[0]}"
+            )
+        return match
+
+    def _misfit(self, key: str, shape: Sequence[int]) -> str:
+        out, columns = shape[0], math.prod(shape[1:])
+        for patch in self.modules[key]:
+            start, stop = patch.rows or (0, out)
+            if patch.shape is not None and (stop > out or patch.shape != (stop - start, columns)):
+                rows = f"rows {start} to {stop} of " if patch.rows else ""
+                there = " x ".join(map(str, patch.shape))
+                return f"{key}: {there} for {rows}a weight of {' x '.join(map(str, shape))}"
+        return ""
+
+
+def module_shapes(shapes: Mapping[str, Sequence[int]], part: str = "dit") -> dict[str, tuple[int, ...]]:
+    """A state dict's shapes by an adapter's module keys: ``mlp_t5.0.weight`` becomes ``dit.mlp_t5.0``.
+
+    Parameters outside of layers (``text_embedding_padding``) keep their names; biases have no key.
+    """
+    return {
+        f"{part}.{name.removesuffix('.weight')}": tuple(shape)
+        for name, shape in shapes.items()
+        if not name.endswith(".bias")
+    }
+
+
+def changed(weight: Tensor, patches: Iterable[Patch], strength: float = 1.0) -> Tensor:
+    """A weight with patches at a strength: W + s * delta, in float32, as a new tensor.
+
+    With DoRA the full change is m * (W + delta) / ||W + delta|| - W, of which ``strength`` is taken. The
+    result has the weight's dtype, device and shape; ``weight`` is not written to. Several patches are
+    applied one after another: a DoRA normalizes what those before it have left.
+    """
+    result = weight.detach().to(torch.float32, copy=True)
+    matrix = result.view(result.shape[0], -1)
+    for patch in patches:
+        if patch.tensors:
+            start, stop = patch.rows or (0, matrix.shape[0])
+            _add(matrix[start:stop], patch, strength)
+    return cast(result, weight.dtype)
+
+
+def _add(target: Tensor, patch: Patch, strength: float) -> None:
+    delta = patch.delta().to(target.device)
+    if patch.magnitude is None:
+        target.add_(delta, alpha=strength)
+        return
+    whole = delta.add_(target)
+    axis = patch.magnitude_axis
+    norm = torch.linalg.vector_norm(whole, dim=1 - axis, keepdim=True)
+    magnitude = patch.magnitude.detach().to(target).reshape(norm.shape)
+    # A row of zeros has no direction to scale.
+    whole.mul_(magnitude / norm.clamp_min(torch.finfo(torch.float32).tiny))
+    target.lerp_(whole, strength)
+
+
+def changed_bias(bias: Tensor, patches: Iterable[Patch], strength: float = 1.0) -> Tensor:
+    """A bias with what patches add to it at a strength, as a new tensor of the same dtype."""
+    result = bias.detach().to(torch.float32, copy=True)
+    for patch in patches:
+        if patch.bias is not None:
+            start, stop = patch.rows or (0, len(result))
+            result[start:stop] += strength * patch.bias.detach().to(result).reshape(-1)
+    return cast(result, bias.dtype)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().reshape(tensor.shape[0], -1)
+
+
+def _columns(tensor: Tensor) -> int:
+    return math.prod(tensor.shape[1:])
+
+
+def _factor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name in tensors:
+        return _matrix(tensors[name])
+    return _matrix(tensors[f"{name}_a"]) @ _matrix(tensors[f"{name}_b"])
+
+
+def _factor_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    if name in tensors:
+        return tensors[name].shape[0], _columns(tensors[name])
+    return tensors[f"{name}_a"].shape[0], _columns(tensors[f"{name}_b"])
+
+
+def _some(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
