@@ -205,12 +205,15 @@ def module_shapes(shapes: Mapping[str, Sequence[int]], part: str = "dit") -> dic
     }
 
 
-def changed(weight: Tensor, patches: Iterable[Patch], strength: float = 1.0) -> Tensor:
+def changed(
+    weight: Tensor, patches: Iterable[Patch], strength: float = 1.0, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """A weight with patches at a strength: W + s * delta, in float32, as a new tensor.
 
     With DoRA the full change is m * (W + delta) / ||W + delta|| - W, of which ``strength`` is taken. The
-    result has the weight's dtype, device and shape; ``weight`` is not written to. Several patches are
-    applied one after another: a DoRA normalizes what those before it have left.
+    result has the weight's device and shape, and its dtype unless another is given; ``weight`` is not
+    written to. Several patches are applied one after another: a DoRA normalizes what those before it have
+    left.
     """
     result = weight.detach().to(torch.float32, copy=True)
     matrix = result.view(result.shape[0], -1)
@@ -218,10 +221,15 @@ def changed(weight: Tensor, patches: Iterable[Patch], strength: float = 1.0) -> 
         if patch.tensors:
             start, stop = patch.rows or (0, matrix.shape[0])
             _add(matrix[start:stop], patch, strength)
-    return cast(result, weight.dtype)
+    return cast(result, dtype or weight.dtype)
 
 
 def _add(target: Tensor, patch: Patch, strength: float) -> None:
+    if patch.kind == "lora" and patch.magnitude is None:
+        # Without the matrix of the change: large layers would need it twice in memory.
+        up, down = (_matrix(patch.tensors[name]).to(target.device) for name in ("up", "down"))
+        target.addmm_(up, down, alpha=strength * patch.scale)
+        return
     delta = patch.delta().to(target.device)
     if patch.magnitude is None:
         target.add_(delta, alpha=strength)

@@ -1,0 +1,53 @@
+"""One strength for each block of the DiT, over the strength of a LoRA."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..model.layer_weights import LayerWeights
+
+_BLOCK = re.compile(r"dit\.blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Weights of a model's blocks: a curve, or a list with one number for each block (40 in DiT-g/2)."""
+
+    weights: LayerWeights = LayerWeights()
+
+    @classmethod
+    def parse(cls, source: str | float | Sequence[float] | LayerWeights | BlockWeights | None) -> BlockWeights:
+        """As :meth:`LayerWeights.parse`; None is 1 everywhere. Raises :class:`ConfigError`."""
+        if isinstance(source, BlockWeights):
+            return source
+        return cls() if source is None else cls(LayerWeights.parse(source))
+
+    def of(self, module: str, depth: int) -> float:
+        """The weight of a module such as ``dit.blocks.3.attn1.Wqkv`` in a model of ``depth`` blocks.
+
+        What is in no block (the pooler, the embedders, the text encoders) weighs 1.
+
+        Raises :class:`ConfigError` when a list has another length than the model has blocks.
+        """
+        match = _BLOCK.match(module)
+        if match is None:
+            return 1.0
+        given = len(self.weights.values)
+        if given not in (0, depth):
+            raise ConfigError(
+                f"{given} block weights for a model with {depth} blocks: give {depth} numbers, one for all, "
+                "or the name of a curve"
+            )
+        return self.weights.resolve(depth)[int(match.group(1))]
+
+    def __str__(self) -> str:
+        """Text that :meth:`parse` reads back."""
+        return str(self.weights)
+
+
+def depth_of(names: Iterable[str]) -> int:
+    """How many blocks the DiT has whose modules or tensors are named so (``dit.blocks.39.norm1`` ...)."""
+    return max((int(match.group(1)) + 1 for name in names if (match := _BLOCK.match(name))), default=0)
