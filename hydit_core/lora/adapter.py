@@ -146,7 +146,7 @@ class Adapter:
     def describe(self) -> str:
         """One line that says what this is."""
         counts = {part: len(self.part(part)) for part in PARTS}
-        kinds = sorted({patch.kind for patches in self.modules.values() for patch in patches if patch.tensors})
+        kinds = sorted({p.kind for patches in self.modules.values() for p in patches if p.tensors})
         if any(patch.magnitude is not None for patches in self.modules.values() for patch in patches):
             kinds.append("DoRA")
         where = ", ".join(f"{count} of {part}" for part, count in counts.items() if count)

@@ -1,0 +1,305 @@
+"""Reading LoRA files of every layout into :class:`~.adapter.Adapter`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import LoraError
+from ..weights.detect import detect
+from ..weights.files import open_tensors
+from ..weights.source import TensorSource
+from .adapter import Adapter, Patch
+from .fuse import swap_halves
+from .names import is_diffusers, locate
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_PARTS = ("bert", "t5")
+"""Sub-folders of a PEFT folder: adapters of the text encoders."""
+
+# What a tensor is to its module, by the end of its name.
+_ROLES = {
+    "lora_A": "down",
+    "lora_B": "up",
+    "lora_down": "down",
+    "lora_up": "up",
+    "lora.down": "down",
+    "lora.up": "up",
+    "lora_linear_layer.down": "down",
+    "lora_linear_layer.up": "up",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+    "lora_magnitude_vector": "magnitude",
+    "diff": "diff",
+    "w_norm": "diff",
+    "diff_b": "bias",
+    "b_norm": "bias",
+    **{f"hada_{name}": f"loha.{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+    **{f"lokr_{name}": f"lokr.{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+}
+_KEY = re.compile(
+    r"(?P<module>.+?)[._](?P<role>" + "|".join(map(re.escape, sorted(_ROLES, key=len, reverse=True))) + ")"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?P<end>\.weight|\.bias)?"
+)
+_REFUSED = (
+    (("lora_mid", "hada_t1", "hada_t2", "lokr_t2"), "Tucker factors, which are for convolutions"),
+    (("oft_blocks", "oft_diag", ".oft_"), "OFT, which is not supported"),
+    (("boft_",), "BOFT, which is not supported"),
+    ((".a1.weight", ".b1.weight"), "GLoRA, which is not supported"),
+    (("lora_embedding_",), "a LoRA of embeddings, which is not supported"),
+    (("set_weight", "modules_to_save"), "whole weights instead of changes, which only fit their own base"),
+)
+
+
+@dataclass
+class _Module:
+    """The tensors of one module as the file has them."""
+
+    roles: dict[str, Tensor] = field(default_factory=dict)
+    up_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """What is known of scales beside ``.alpha`` tensors."""
+
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    gui: bool
+
+    def of(self, module: str, rank: int, alpha: Tensor | None) -> float:
+        if rank == 0:
+            return 1.0
+        config = self.config
+        root = math.sqrt(rank) if config.get("use_rslora") else rank
+        if alpha is not None:
+            # ComfyUI's rule for all files: what a trainer means by .alpha is alpha / rank.
+            return float(alpha.item()) / rank
+        if config:
+            default = config.get("lora_alpha", config.get("alpha", rank))
+            return _pattern(config.get("alpha_pattern"), module, float(default)) / root
+        if (value := _metadata_alpha(self.metadata)) is not None:
+            return value / rank
+        # Tencent's interface divides by the square root where no alpha is given, all others by nothing.
+        return 1 / math.sqrt(rank) if self.gui else 1.0
+
+
+def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """As in peft: the first key that is, as a regular expression, the name or the end of it."""
+    for key, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", module):
+            return value
+    return default
+
+
+def _metadata_alpha(metadata: Mapping[str, str]) -> float | None:
+    for key in ("ss_network_alpha", "lora_alpha"):
+        try:
+            return float(metadata[key])
+        except (KeyError, ValueError):
+            continue
+    return None
+
+
+def read(path: str | os.PathLike[str]) -> Adapter:
+    """Read a LoRA: PEFT's folder, or a safetensors or torch file of any of the known layouts.
+
+    PEFT (with or without its prefix, old and new spellings), kohya, ComfyUI, Tencent's own interface, and
+    diffusers' names, whose q, k and v become rows of the fused projections. LoRA, DoRA, LoHa, LoKr, and
+    plain differences of weights and biases. Modules that this model does not have stay in the adapter, as
+    ``dit.`` and the file's own name, and are reported when it is applied.
+
+    Where the strength comes from: ``.alpha`` in the file, else ``adapter_config.json`` beside it, else the
+    file's metadata, else alpha is the rank (Tencent's interface: its square root).
+
+    Raises:
+        LoraError: if it is something else (it says what), or a kind of change that is not supported.
+        WeightsError: if the file is missing or damaged.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / PEFT_CONFIG).exists():
+        found = [path / part for part in PEFT_PARTS if (path / part / PEFT_CONFIG).exists()]
+        adapters = [_read_one(folder, folder.name) for folder in found] or [_read_one(path)]
+    else:
+        adapters = [_read_one(path)]
+        if path.is_dir():
+            folders = [path / part for part in PEFT_PARTS if (path / part / PEFT_CONFIG).exists()]
+            adapters += [_read_one(folder, folder.name) for folder in folders]
+    first = adapters[0]
+    modules = {key: patches for adapter in adapters for key, patches in adapter.modules.items()}
+    return Adapter(modules, path.stem if path.is_file() else path.name, first.format, first.metadata)
+
+
+def _read_one(path: Path, part: str = "") -> Adapter:
+    source = open_tensors(path)
+    config = _peft_config(path)
+    modules = _group(source)
+    if not modules:
+        raise LoraError(_not_a_lora(source))
+    diffusers = is_diffusers(modules)
+    layout = _layout(modules, source, diffusers)
+    scaling = _Scaling(config, source.metadata, layout == "tencent-gui")
+    result: dict[str, list[Patch]] = {}
+    known = 0
+    for name, module in modules.items():
+        place = locate(name, diffusers=diffusers)
+        patch = _patch(module, name, scaling, source)
+        if place is None:
+            result.setdefault(f"{part or 'dit'}.{name}", []).append(patch)
+            continue
+        known += 1
+        if place.swap:
+            patch = swap_halves(patch)
+        if place.pieces > 1:
+            patch = _on_rows(patch, place.piece)
+        result.setdefault(place.module, []).append(patch)
+    if not known:
+        raise LoraError(_not_a_lora(source))
+    return Adapter(result, path.stem, layout, dict(source.metadata))
+
+
+def _on_rows(patch: Patch, index: int) -> Patch:
+    tall = patch.shape[0] if patch.shape else len(patch.bias) if patch.bias is not None else 0
+    return replace(patch, rows=(index * tall, (index + 1) * tall))
+
+
+def _group(source: TensorSource) -> dict[str, _Module]:
+    """The file's tensors by module; empty if it has none that a LoRA has."""
+    matches = {key: _KEY.fullmatch(key) for key in source}
+    _refuse(source, matches)
+    modules: dict[str, _Module] = {}
+    for key, match in matches.items():
+        if match is None:
+            continue
+        # Tencent's interface puts the alpha behind the weight's name.
+        module = modules.setdefault(match["module"].removesuffix(".weight"), _Module())
+        role = _ROLES[match["role"]]
+        if match["end"] == ".bias" and role == "up":
+            module.up_bias = source.get(key)
+        elif role in module.roles:
+            raise LoraError(f"{source.path}: {key} comes twice, under two spellings or for two adapters")
+        else:
+            module.roles[role] = source.get(key)
+    return modules
+
+
+def _refuse(source: TensorSource, matches: Mapping[str, re.Match[str] | None]) -> None:
+    if not any(matches.values()) and not any(
+        word in key for key in source for words, _ in _REFUSED for word in words
+    ):
+        return
+    for key, match in matches.items():
+        for words, what in _REFUSED:
+            if match is None and any(word in key for word in words):
+                raise LoraError(f"{source.path}: {key} is of {what}")
+    odd = [key for key, match in matches.items() if match is None]
+    if odd and detect(source).kind != "lora":
+        raise LoraError(_not_a_lora(source))
+    if odd:
+        raise LoraError(
+            f"{source.path}: {len(odd)} of its {len(matches)} tensors are no part of a LoRA that is known"
+            f" here, such as {odd[0]} (a file with whole weights or biases only fits its own base)"
+        )
+
+
+def _not_a_lora(source: TensorSource) -> str:
+    kind = detect(source)
+    names = {
+        "lora": "a LoRA without a module of HunyuanDiT",
+        "unknown": "no LoRA of a kind that is known here",
+    }
+    what = names.get(kind.kind, kind.name)
+    first = next(iter(source), "none")
+    return f"{source.path} is {what}; expected a LoRA for HunyuanDiT; its first tensor is {first}"
+
+
+def _layout(modules: Mapping[str, Any], source: TensorSource, diffusers: bool) -> str:
+    if any(name.startswith(("lora_unet_", "lora_te", "lora_transformer_", "lycoris_")) for name in modules):
+        return "kohya"
+    if any(
+        name.startswith(("diffusion_model.", "model.diffusion_model.", "text_encoders.")) for name in modules
+    ):
+        return "comfy"
+    if any(".lora.up." in key or ".lora.down." in key for key in source):
+        return "tencent-gui"
+    return "diffusers" if diffusers else "peft"
+
+
+def _patch(module: _Module, name: str, scaling: _Scaling, source: TensorSource) -> Patch:
+    roles = dict(module.roles)
+    alpha, magnitude, bias = (roles.pop(role, None) for role in ("alpha", "magnitude", "bias"))
+    kind, tensors = _kind(roles, name, source)
+    plain = Patch(kind, tensors)
+    path = re.sub(r"^base_model\.model\.", "", name)
+    rank = plain.rank
+    scale = scaling.of(path, rank, alpha)
+    if module.up_bias is not None:
+        bias = module.up_bias.float() * scale if bias is None else bias
+    if kind == "lokr" and rank == 0 and scaling.config:
+        # peft scales these too, by the rank of its configuration.
+        config = scaling.config
+        r = _pattern(config.get("rank_pattern"), path, config.get("r") or 1)
+        scale = _pattern(config.get("alpha_pattern"), path, config.get("alpha") or r) / r
+    axis = 0
+    if magnitude is not None and plain.shape is not None:
+        rows, columns = plain.shape
+        count = magnitude.numel()
+        axis = 0 if magnitude.shape[0] == rows and count == rows else 1
+        if count != (columns if axis else rows):
+            raise LoraError(f"{source.path}: {name} has a magnitude of {count} values for {rows} x {columns}")
+    return Patch(kind, tensors, scale, magnitude=magnitude, magnitude_axis=axis, bias=bias)
+
+
+def _kind(roles: Mapping[str, Tensor], name: str, source: TensorSource) -> tuple[str, dict[str, Tensor]]:
+    """The kind of change, and its tensors if they belong together."""
+    if not roles:
+        return "diff", {}
+    kind, tensors = "", {}
+    if roles.keys() == {"down", "up"}:
+        kind, tensors = "lora", dict(roles)
+        good = roles["up"].ndim >= 2 and roles["up"].shape[1] == roles["down"].shape[0]
+    elif roles.keys() == {"diff"}:
+        return "diff", dict(roles)
+    else:
+        kind = next(iter(roles)).partition(".")[0]
+        tensors = {role.partition(".")[2]: tensor for role, tensor in roles.items()}
+        good = all(role.startswith(f"{kind}.") for role in roles) and _factors_fit(kind, tensors)
+    if not good:
+        shapes = ", ".join(f"{role.partition('.')[2] or role} {tuple(t.shape)}" for role, t in roles.items())
+        raise LoraError(f"{source.path}: the tensors of {name} do not belong together: {shapes}")
+    return kind, tensors
+
+
+def _factors_fit(kind: str, tensors: Mapping[str, Tensor]) -> bool:
+    for name in ("w1", "w2"):
+        whole = kind == "lokr" and name in tensors
+        pair = f"{name}_a" in tensors and f"{name}_b" in tensors
+        if whole == pair or (pair and tensors[f"{name}_a"].shape[1] != tensors[f"{name}_b"].shape[0]):
+            return False
+    return kind in ("loha", "lokr")
+
+
+def _peft_config(path: Path) -> dict[str, Any]:
+    file = (path if path.is_dir() else path.parent) / PEFT_CONFIG
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoraError(f"{file} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise LoraError(f"{file} holds no configuration of peft")
+    kind = config.get("peft_type", "LORA")
+    if kind not in ("LORA", "LOHA", "LOKR"):
+        raise LoraError(f"{file} is of peft's {kind}; LORA, LOHA and LOKR can be read")
+    if config.get("fan_in_fan_out"):
+        raise LoraError(f"{file}: fan_in_fan_out is of transposed layers, which HunyuanDiT does not have")
+    return config

@@ -1,0 +1,221 @@
+"""Writing adapters as PEFT's folder, as kohya's file and as ComfyUI's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraError
+from ..weights.source import cast
+from ..weights.writer import atomic_path, save_safetensors
+from .adapter import PARTS, Adapter, Patch
+from .fuse import fused
+from .names import comfy_name, fused_count, kohya_name
+from .reading import PEFT_CONFIG
+
+Format = Literal["comfy", "peft", "kohya"]
+FORMATS: tuple[Format, ...] = ("comfy", "peft", "kohya")
+_FILE = "adapter_model.safetensors"
+
+DORA_NOTE = (
+    "DoRA along output rows: ComfyUI divides by the norm of the base weight, not of the changed one, so its"
+    " own LoRA loader applies this file at slightly different strength; our loader applies it as trained"
+)
+T5_NOTE = (
+    "ComfyUI's own LoRA loader does not know kohya's names of mT5 modules; --format comfy has names it knows"
+)
+
+
+def write(
+    adapter: Adapter,
+    path: str | os.PathLike[str],
+    *,
+    format: Format = "comfy",
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """Write an adapter, atomically.
+
+    * ``comfy``: one safetensors file whose names ComfyUI's own loader knows, for DiT, BERT and mT5.
+    * ``kohya``: one safetensors file with ``lora_unet_`` and ``lora_te1_`` names.
+    * ``peft``: a folder for ``PeftModel.from_pretrained`` on the DiT; adapters of the text encoders are
+      folders in it. Plain LoRA and DoRA only.
+
+    Slices of a fused projection become one change of the whole.
+
+    Args:
+        path: an existing file is replaced, an existing folder that is not empty is not.
+        dtype: of matrices; default: as they are. Alphas are always exact.
+        metadata: goes over the adapter's own.
+
+    Returns:
+        What a user should know about the file, one line each.
+
+    Raises:
+        LoraError: if the format cannot hold the adapter.
+        WeightsError: if it cannot be written.
+    """
+    path = Path(path)
+    patches = {
+        module: fused(given, _rows(module, given), where=module) for module, given in adapter.modules.items()
+    }
+    if not patches:
+        raise LoraError(f"{adapter.name} changes nothing; there is no LoRA to write")
+    texts = {**adapter.metadata, **(metadata or {})}
+    if format == "peft":
+        _write_folder(path, patches, dtype, texts)
+        return ()
+    if path.suffix != ".safetensors":
+        raise LoraError(f"{path}: the format {format} is one .safetensors file; give it that suffix")
+    name = comfy_name if format == "comfy" else kohya_name
+    tensors = {
+        key: value for module, patch in patches.items() for key, value in _file_tensors(patch, module, name)
+    }
+    save_safetensors(path, {key: _stored(key, value, dtype) for key, value in tensors.items()}, texts)
+    return _notes(patches, format)
+
+
+def _rows(module: str, patches: Sequence[Patch]) -> int:
+    """How many rows the module's weight has, as far as the patches tell."""
+    given = patches[0]
+    if given.rows is not None:
+        start, stop = given.rows
+        return max((stop - start) * fused_count(module), *(p.rows[1] for p in patches if p.rows), 0)
+    if given.shape is not None:
+        return given.shape[0]
+    return given.bias.numel() if given.bias is not None else 0
+
+
+def _stored(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach()
+    return tensor if key.endswith(".alpha") else cast(tensor, dtype).contiguous()
+
+
+def _file_tensors(patch: Patch, module: str, name: Callable[[str], str]) -> list[tuple[str, Tensor]]:
+    """One patch as kohya, LyCORIS and ComfyUI spell it."""
+    key = name(module)
+    found: list[tuple[str, Tensor]] = []
+    if patch.rank == 0 and patch.scale != 1 and patch.tensors:
+        patch = _scaled(patch)  # the spelling has no alpha for these
+    prefixes = {"loha": "hada_", "lokr": "lokr_", "diff": ""}
+    if patch.kind == "lora":
+        found += [(f"{key}.lora_{role}.weight", patch.tensors[role]) for role in ("up", "down")]
+    else:
+        found += [(f"{key}.{prefixes[patch.kind]}{role}", value) for role, value in patch.tensors.items()]
+    if patch.rank:
+        found.append((f"{key}.alpha", _alpha(patch)))
+    if patch.magnitude is not None:
+        shape = (1, -1) if patch.magnitude_axis else (-1, 1)
+        found.append((f"{key}.dora_scale", patch.magnitude.reshape(shape)))
+    if patch.bias is not None:
+        found.append((f"{key}.diff_b", patch.bias))
+    return found
+
+
+def _scaled(patch: Patch) -> Patch:
+    first = next(iter(patch.tensors))
+    tensors = {**patch.tensors, first: patch.tensors[first].float() * patch.scale}
+    return replace(patch, tensors=tensors, scale=1.0)
+
+
+def _alpha(patch: Patch) -> Tensor:
+    """The number from which a reader gets exactly this scale, in float32 where that holds it."""
+    alpha = exact_alpha(patch)
+    single = torch.tensor(alpha, dtype=torch.float32)
+    return single if single.item() == alpha else torch.tensor(alpha, dtype=torch.float64)
+
+
+def exact_alpha(patch: Patch) -> float:
+    """alpha such that alpha / rank is the scale to the last bit."""
+    alpha = patch.alpha
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((value for value in near if value / patch.rank == patch.scale), alpha)
+
+
+def _notes(patches: Mapping[str, Patch], format: Format) -> tuple[str, ...]:
+    notes = []
+    if any(patch.magnitude is not None and patch.magnitude_axis == 0 for patch in patches.values()):
+        notes.append(DORA_NOTE)
+    if format == "kohya" and any(module.startswith("t5.") for module in patches):
+        notes.append(T5_NOTE)
+    return tuple(notes)
+
+
+def _write_folder(
+    path: Path, patches: Mapping[str, Patch], dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
+    if path.is_file() or path.suffix == ".safetensors":
+        raise LoraError(f"{path}: the format peft is a folder; give a name without .safetensors")
+    if path.is_dir() and any(path.iterdir()):
+        raise LoraError(f"{path} exists and is not empty; choose another name for the folder")
+    for module, patch in patches.items():
+        plain = patch.kind == "lora" and patch.bias is None
+        if not plain or (patch.magnitude is not None and patch.magnitude_axis):
+            what = "a change of a bias" if patch.bias is not None else patch.kind
+            raise LoraError(f"peft's format cannot hold {module} ({what}); use the format comfy or kohya")
+    with atomic_path(path) as folder:
+        for part in PARTS:
+            own = {m.partition(".")[2]: p for m, p in patches.items() if m.startswith(f"{part}.")}
+            if own:
+                _write_part(folder if part == "dit" else folder / part, own, dtype, metadata)
+
+
+def _write_part(
+    folder: Path, patches: Mapping[str, Patch], dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
+    tensors = {}
+    for module, patch in patches.items():
+        key = f"base_model.model.{module}"
+        tensors[f"{key}.lora_A.weight"] = patch.tensors["down"]
+        tensors[f"{key}.lora_B.weight"] = patch.tensors["up"]
+        if patch.magnitude is not None:
+            tensors[f"{key}.lora_magnitude_vector"] = patch.magnitude.flatten()
+    stored = {key: _stored(key, value, dtype) for key, value in tensors.items()}
+    save_safetensors(folder / _FILE, stored, {"format": "pt", **metadata})
+    text = json.dumps(peft_config(patches), indent=2) + "\n"
+    (folder / PEFT_CONFIG).write_text(text, encoding="utf-8")
+
+
+def peft_config(patches: Mapping[str, Patch]) -> dict[str, Any]:
+    """``adapter_config.json`` for these patches, by module names without their part.
+
+    Raises:
+        LoraError: if only some of them are DoRA: peft has one switch for all.
+    """
+    dora = {patch.magnitude is not None for patch in patches.values()}
+    if len(dora) > 1:
+        raise LoraError("peft's format cannot hold DoRA of some modules only; use the format comfy or kohya")
+    ranks = {module: patch.rank for module, patch in patches.items()}
+    alphas = {module: _number(exact_alpha(patch)) for module, patch in patches.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {module: r for module, r in ranks.items() if r != rank},
+        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
+        "target_modules": sorted(patches),
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": dora.pop(),
+        "modules_to_save": None,
+    }
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value.is_integer() else value
