@@ -38,6 +38,7 @@ class Trunk(nn.Module):
     """
 
     gradient_checkpointing: float = 0.0
+    random_blocks: bool = False  # dropout of adapters: what is computed again must draw the same
 
     def __init__(
         self,
@@ -162,9 +163,9 @@ class Trunk(nn.Module):
         block = self.blocks[index]
         fraction = float(self.gradient_checkpointing)
         if int((index + 1) * fraction) > int(index * fraction) and torch.is_grad_enabled():
-            # nothing in a block is random, so there is no generator state to bring back
+            keep = self.random_blocks  # the generator's state, for nothing where nothing is random
             return checkpoint(
-                block, x, text, vector, rope, skip, options, use_reentrant=False, preserve_rng_state=False
+                block, x, text, vector, rope, skip, options, use_reentrant=False, preserve_rng_state=keep
             )
         return block(x, text, vector, rope, skip, options)
 

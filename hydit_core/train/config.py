@@ -113,7 +113,7 @@ class ModelSection(Section):
 
 
 class ObjectiveSection(Section):
-    kind: Literal["full", "controlnet"] = "full"
+    kind: Literal["full", "controlnet", "lora"] = "full"
     train_text_encoders: bool = False
     timesteps: Literal["uniform", "stratified", "logit_normal"] = "uniform"
     weighting: Literal["constant", "min_snr", "min_snr_v"] = "constant"
@@ -129,6 +129,41 @@ class ObjectiveSection(Section):
     controlnet: ConfigPath | None = Field(
         default=None, description="controlnet: weights to start from; default: copied from the base"
     )
+
+
+TARGETS = ("attention", "attention+mlp", "all-linear")
+
+
+class LoraSection(Section):
+    rank: int = Field(default=16, gt=0)
+    alpha: float | None = Field(default=None, gt=0, description="strength is alpha / rank; default: the rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of what goes into the adapters")
+    rslora: bool = Field(default=False, description="strength is alpha / sqrt(rank)")
+    dora: bool = Field(default=False, description="train the length of each output's weights apart")
+    targets: str | tuple[str, ...] = Field(
+        default="attention",
+        description="which linear layers: attention, attention+mlp, all-linear, or a list of patterns",
+    )
+    train_bert: bool = False
+    train_t5: bool = False
+    init_from: ConfigPath | None = Field(default=None, description="a LoRA to continue, in any format")
+    base_precision: Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4"] | None = Field(
+        default=None, description="of the frozen DiT's matrices; default: run.precision"
+    )
+    trigger: str = Field(default="", description="words that call the LoRA up, for the exported files")
+
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(targets, str) and targets not in TARGETS:
+            raise ValueError(f"use one of {', '.join(TARGETS)}, or a list of patterns such as ['Wqkv']")
+        if not targets:
+            raise ValueError("an empty list: nothing would be trained")
+        return targets
+
+    @property
+    def trains_text(self) -> bool:
+        return self.train_bert or self.train_t5
 
 
 class GroupSection(Section):
@@ -232,6 +267,7 @@ class TrainConfig(Section):
     data: DataConfig
     run: RunSection
     objective: ObjectiveSection = ObjectiveSection()
+    lora: LoraSection = LoraSection()
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     ema: EmaSection = EmaSection()
@@ -249,15 +285,42 @@ class TrainConfig(Section):
                 "validation.every is set but data.validation holds out no pictures: say how many, "
                 "for example data.validation = 16"
             )
-        if self.data.cache.text and self.objective.train_text_encoders:
+        if self.data.cache.text and self.trains_text:
+            option = (
+                "objective.train_text_encoders" if self.objective.train_text_encoders else "lora.train_..."
+            )
             raise ValueError(
-                "data.cache.text keeps the outputs of the text encoders, but objective.train_text_encoders "
+                f"data.cache.text keeps the outputs of the text encoders, but {option} "
                 "changes them at every step: turn one of the two off"
             )
         self._check_control()
+        self._check_lora()
         if self.schedule.warmup_steps > self.run.steps:
             raise ValueError("schedule.warmup_steps is larger than run.steps")
         return self
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoders, or adapters of theirs, are trained."""
+        return self.objective.train_text_encoders or self.lora.trains_text
+
+    @property
+    def base_precision(self) -> str:
+        """What the matrices of a frozen DiT are stored in."""
+        return self.lora.base_precision or self.run.precision
+
+    def _check_lora(self) -> None:
+        if self.objective.kind != "lora":
+            if self.lora != LoraSection():
+                raise ValueError("the table lora needs objective.kind = 'lora'")
+            return
+        if self.model.init_from is None:
+            raise ValueError("a LoRA is trained for finished weights: give model.init_from")
+        if self.objective.train_text_encoders:
+            raise ValueError(
+                "objective.train_text_encoders trains all their weights: a LoRA takes lora.train_bert and "
+                "lora.train_t5"
+            )
 
     def _check_control(self) -> None:
         objective = self.objective

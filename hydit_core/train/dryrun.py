@@ -10,8 +10,10 @@ from ..config import DiTConfig
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..weights.load import load_dit
+from .adapters import adapted_parts, find_targets, parameter_shapes, scale_of
 from .conditioning import caption_fits
 from .config import TrainConfig
+from .frozen import stored_bytes
 from .launch import open_data
 from .memory import estimate, largest
 from .objectives import control_parameters
@@ -34,9 +36,12 @@ def describe(config: TrainConfig) -> Iterator[str]:
     for fit in caption_fits(data.captions(), text.tokenizers):
         yield from (f"  {line}" for line in fit.lines())
 
-    controlled = config.objective.kind == "controlnet"
-    if controlled:
-        everything = control_parameters(ControlNet(dit.config, device="meta"))
+    kind = config.objective.kind
+    if kind == "controlnet":
+        everything: dict[str, torch.Tensor] = dict(control_parameters(ControlNet(dit.config, device="meta")))
+    elif kind == "lora":
+        parts = adapted_parts(config.lora, dit, text)
+        everything = parameter_shapes(find_targets(parts, config.lora), config.lora)
     else:
         everything = {f"dit.{name}": p for name, p in dit.named_parameters()}
     if config.objective.train_text_encoders:
@@ -51,8 +56,14 @@ def describe(config: TrainConfig) -> Iterator[str]:
         f"{_count(dit.parameters()):,} parameters"
     )
     state = "trained too" if config.objective.train_text_encoders else "frozen"
+    state += ", with adapters" if config.lora.trains_text else ""
     yield f"  text encoders: {_count(text.parameters()):,} parameters, {state}"
-    if controlled:
+    if kind == "lora":
+        yield (
+            f"  LoRA of rank {config.lora.rank} on {sum(n.endswith('.lora_A') for n in everything)} layers, "
+            f"strength {scale_of(config.lora):g}; the DiT's matrices are stored in {config.base_precision}"
+        )
+    if kind == "controlnet":
         start = config.objective.controlnet or "the first half of the DiT, which is frozen"
         yield f"  ControlNet from {start}"
     yield f"  trained: {_count(trained.values()):,} parameters in {len(groups)} groups"
@@ -65,8 +76,10 @@ def describe(config: TrainConfig) -> Iterator[str]:
     )
     yield f"  precision {run.precision}, output to {run.output_dir} (nothing has been written)"
     frozen = 0 if config.objective.train_text_encoders else _bytes(text, run.precision)
-    if controlled:
+    if kind == "controlnet":
         frozen += _bytes(dit, run.precision)
+    elif kind == "lora":
+        frozen += stored_bytes(dit, config.base_precision)
     muon = {name for group in groups if group.muon for name in group.names}
     size = largest([data.sizes[i] for i in set(data.bucket_of_row.tolist())])
     yield f"Memory of one process, estimated for batches of {size[0]}x{size[1]}"

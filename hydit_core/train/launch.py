@@ -20,9 +20,12 @@ from . import distributed
 from .conditioning import caption_fits
 from .config import TrainConfig
 from .distributed import Processes
-from .loop import EXPORT, Trainer, find_checkpoint
+from .loop import Trainer, find_checkpoint
+from .lora import LoraObjective
 from .objectives import ControlNetObjective, FullObjective, Objective
 from .parts import ModelParts, build
+
+EXPORTS = (FullObjective.export_name, LoraObjective.export_name)
 
 
 def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: int | None = None) -> bool:
@@ -44,6 +47,7 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         parts = build(config)
         if processes.is_main:
             _warn_of_cut_captions(data, parts)
+            _warn_of_trigger(config, data)
         prepare_data(config, data, parts, processes)
         stored = TextCache(config.data, parts.text) if config.data.cache.text else None
         objective = make_objective(config, parts, processes.device, stored)
@@ -60,6 +64,8 @@ def make_objective(
     config: TrainConfig, parts: ModelParts, device: torch.device, stored_text: TextCache | None = None
 ) -> Objective:
     """What ``objective.kind`` asks for."""
+    if config.objective.kind == "lora":
+        return LoraObjective(parts, config, device, stored_text=stored_text)
     if config.data.control is None:
         return FullObjective(parts, config.objective, device, stored_text=stored_text)
     made = config.data.control
@@ -102,6 +108,12 @@ def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:
             )
 
 
+def _warn_of_trigger(config: TrainConfig, data: TrainData) -> None:
+    trigger = config.lora.trigger
+    if trigger and not any(trigger in caption for caption in islice(data.captions(), 10_000)):
+        _say(f"warning: no caption holds lora.trigger = {trigger!r}, so the LoRA will not learn to hear it")
+
+
 @contextmanager
 def _progress(what: str, processes: Processes) -> Iterator[Callable[[int, int], None]]:
     with tqdm(desc=what, disable=not processes.is_main) as bar:
@@ -141,10 +153,10 @@ def _check_output(config: TrainConfig, resume: str | None) -> None:
         own = resume == "auto" and bool(found)
     else:
         own = Path(resume).resolve().is_relative_to(folder.resolve())
-    export = folder / EXPORT
-    if not own and (found or export.exists()):
+    exported = [name for name in EXPORTS if (folder / name).exists()]
+    if not own and (found or exported):
         raise ConfigError(
-            f"{folder} already holds a run ({found[0] if found else export.name}): "
+            f"{folder} already holds a run ({(found or exported)[0]}): "
             + ("continue it with --resume auto, or " if found else "")
             + "choose another run.output_dir"
         )

@@ -27,7 +27,6 @@ from .samples import draw_samples
 from .validation import validate
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-EXPORT = "model.safetensors"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -317,7 +316,7 @@ class Trainer:
         }
         with self._averaged():
             self.objective.export(
-                self.folder / EXPORT,
+                self.folder / self.objective.export_name,
                 dtype=DTYPES[settings.export_dtype],
                 all_in_one=settings.export_all_in_one,
                 extra=extra,

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import DiTConfig
 from ..model.attention import Options
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
-from .config import TrainConfig
+from .adapters import adapter_parameters, inject
+from .config import LoraSection, TrainConfig
+from .frozen import OPERATIONS
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def estimate(
             dtype,
             fraction,
             controlnet=config.objective.kind == "controlnet",
+            lora=config.lora if config.objective.kind == "lora" else None,
         ),
     )
 
@@ -86,16 +89,25 @@ def activation_bytes(
     checkpointing: float = 0.0,
     *,
     controlnet: bool = False,
+    lora: LoraSection | None = None,
 ) -> int:
     """What one forward pass of a DiT keeps for its backward pass, in bytes; ``size`` is (W, H) in pixels.
 
-    With ``controlnet``, that of a ControlNet in training and of the frozen DiT behind it.
+    With ``controlnet``, that of a ControlNet in training and of the frozen DiT behind it; with ``lora``, of
+    adapters in training over a frozen DiT.
 
     Attention counts as a fused kernel (queries, keys, values and output); autocast's copies of the weights
     are counted.
     """
     with torch.device("meta"):
-        dit = DiT(config, attention=_FusedAttention.attend, dtype=dtype)
+        layers = nn if lora is None else OPERATIONS
+        dit = DiT(config, attention=_FusedAttention.attend, dtype=dtype, operations=layers)
+        if lora is not None:
+            inject({"dit": dit}, lora, seed=0)
+            dit.requires_grad_(False)
+            for parameter in adapter_parameters({"dit": dit}).values():
+                parameter.data = parameter.data.to(dtype)
+                parameter.requires_grad_(True)
         net = ControlNet(config, attention=_FusedAttention.attend, dtype=dtype) if controlnet else None
         latents = torch.empty(batch, config.in_channels, size[1] // 8, size[0] // 8, dtype=dtype)
         bert = torch.empty(batch, config.text_len, config.text_dim, dtype=dtype)
@@ -117,13 +129,14 @@ def activation_bytes(
                 before = kept.total
                 dit(latents, t, context, net(latents, t, context, latents))
     trained = dit if net is None else net
+    weights = [p for p in trained.parameters() if p.requires_grad]
     num_blocks = config.depth if net is None else 2 * config.num_controls
     blocks = kept.total - before
     tokens = latents.shape[-1] * latents.shape[-2] // config.patch_size**2
     stream = batch * tokens * config.hidden_size * dtype.itemsize  # the input of one block
     again = checkpointing > 0
     whole = before + (1 - checkpointing) * blocks + checkpointing * num_blocks * stream
-    copies = sum(p.numel() * 2 for p in trained.parameters()) if dtype != torch.float32 else 0
+    copies = sum(p.numel() * 2 for p in weights) if dtype != torch.float32 else 0
     return int(whole + again * blocks / num_blocks) + copies
 
 

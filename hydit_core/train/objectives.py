@@ -34,6 +34,8 @@ class Objective(Protocol):
     module: nn.Module
     parts: ModelParts
     schedule: Schedule
+    export_name: str
+    """The file that :meth:`export` writes, in the run's folder."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that may be trained, by name; the names are those of the checkpoints."""
@@ -155,10 +157,11 @@ def _to_compute_dtype(features: Tensor) -> Tensor:
     return features.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else features
 
 
-class _DiffusionObjective:
+class DiffusionObjective:
     """From a batch to a module's inputs; subclasses choose the module and what of it is trained."""
 
     module: nn.Module
+    export_name = "model.safetensors"
 
     def __init__(
         self,
@@ -167,13 +170,14 @@ class _DiffusionObjective:
         device: torch.device,
         *,
         stored_text: Callable[[str], TextFeatures] | None = None,
+        trains_text: bool | None = None,
     ) -> None:
         self.parts = parts
         self.device = device
         self.schedule = Schedule(parts.info.diffusion)
         self.module = self._module(config).to(device)
         self.module.train()
-        trained = config.train_text_encoders
+        trained = config.train_text_encoders if trains_text is None else trains_text
         if not trained and stored_text is None:
             parts.text.to(device)
         self.text = TextSource(parts.text, device, trained=trained, stored=stored_text)
@@ -225,7 +229,7 @@ class _DiffusionObjective:
         return (latents - self.parts.vae.shift_factor) * self.parts.vae.scaling_factor
 
 
-class FullObjective(_DiffusionObjective):
+class FullObjective(DiffusionObjective):
     """All parameters of the DiT and, if configured, of the text encoders."""
 
     def _module(self, config: ObjectiveSection) -> nn.Module:
@@ -239,7 +243,7 @@ class FullObjective(_DiffusionObjective):
         self.parts.save(path, dtype=dtype, all_in_one=all_in_one, extra=extra)
 
 
-class ControlNetObjective(_DiffusionObjective):
+class ControlNetObjective(DiffusionObjective):
     """The blocks and the added projections of a ControlNet; its other parts stay those of the base.
 
     ``control`` says how the control pictures are made, for the metadata of the file.

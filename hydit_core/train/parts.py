@@ -21,6 +21,7 @@ from ..weights.load import load_controlnet, load_dit
 from ..weights.save import save_checkpoint
 from .attention import training_attention
 from .config import InfoSection, TextScratch, TrainConfig
+from .frozen import OPERATIONS
 
 # What load_vae takes from a file's description.
 _VAE_OPTIONS = ("scaling_factor", "shift_factor", "norm_num_groups", "preview_rgb", "act_fn")
@@ -70,7 +71,9 @@ def build(config: TrainConfig) -> ModelParts:
         info = dataclasses.replace(info, pooler_heads=dit.config.pooler_heads, rope_base=dit.config.rope_base)
     else:
         assert model.init_from is not None
-        dit, info = load_dit(model.init_from, dtype=torch.float32, attention=training_attention)
+        # The base of a LoRA is cast matrix by matrix, later
+        how = {"operations": OPERATIONS} if config.objective.kind == "lora" else {"dtype": torch.float32}
+        dit, info = load_dit(model.init_from, attention=training_attention, **how)  # type: ignore[arg-type]
         info = dataclasses.replace(info, base=model.init_from.name, variant="")
     text = load_text(config, dit.config)
     vae = load_vae(model.vae or _present(model.init_from))

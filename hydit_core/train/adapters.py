@@ -1,0 +1,218 @@
+"""LoRA layers in a DiT and its text encoders: where they go, their parameters, and back and forth to files.
+
+peft provides the layers. Names here are those of the files: ``dit.blocks.0.attn1.Wqkv``,
+``bert.encoder.layer.0.attention.self.query``, ``t5.encoder.block.0.layer.0.SelfAttention.q``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import hash_int
+from ..errors import ConfigError
+from ..lora.adapter import Adapter, Patch
+from ..text import TextEncoders
+from .config import LoraSection
+from .frozen import dense
+from .optim import matches
+
+_NAME = "default"  # of the one adapter, inside peft's layers
+
+# Suffixes, those of the DiT as in the published runs (Tencent/HunyuanDiT): pooler.q_proj is one of them.
+_ATTENTION = {
+    "dit": ("Wqkv", "q_proj", "kv_proj", "out_proj"),
+    "bert": ("query", "key", "value", "attention.output.dense"),
+    "t5": ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"),
+}
+_MLP = {
+    "dit": ("mlp.fc1", "mlp.fc2"),
+    "bert": ("intermediate.dense", "output.dense"),
+    "t5": ("wi_0", "wi_1", "wi", "wo"),
+}
+
+
+def adapted_parts(config: LoraSection, dit: nn.Module, text: TextEncoders) -> dict[str, nn.Module]:
+    """The networks that get adapters."""
+    wanted = {"dit": True, "bert": config.train_bert, "t5": config.train_t5}
+    networks: dict[str, nn.Module] = {"dit": dit, "bert": text.bert, "t5": text.t5}
+    return {part: networks[part] for part, use in wanted.items() if use}
+
+
+def find_targets(parts: Mapping[str, nn.Module], config: LoraSection) -> dict[str, nn.Linear]:
+    """The linear layers that get adapters, by full name.
+
+    A pattern is a suffix of whole words (``Wqkv``, ``mlp.fc1``), a glob over the full name
+    (``dit.blocks.3.*``) or, after ``re:``, a regular expression.
+
+    Raises:
+        ConfigError: a pattern that fits no linear layer.
+    """
+    linear = {
+        f"{part}.{name}": module
+        for part, network in parts.items()
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    if config.targets == "all-linear":
+        return linear
+    if isinstance(config.targets, str):
+        with_mlp = config.targets == "attention+mlp"
+        suffixes = {part: _ATTENTION[part] + (_MLP[part] if with_mlp else ()) for part in parts}
+        return {
+            name: layer
+            for name, layer in linear.items()
+            if any(name.endswith(f".{suffix}") for suffix in suffixes[name.partition(".")[0]])
+        }
+    found: dict[str, list[str]] = {
+        pattern: [name for name in linear if name.endswith(f".{pattern}") or matches(pattern, name)]
+        for pattern in config.targets
+    }
+    idle = [pattern for pattern, names in found.items() if not names]
+    if idle:
+        some = ", ".join(list(linear)[:: max(1, len(linear) // 4)][:4])
+        raise ConfigError(
+            f"lora.targets: no linear layer fits {', '.join(map(repr, idle))}; names look like: {some}"
+        )
+    chosen = {name for names in found.values() for name in names}
+    return {name: layer for name, layer in linear.items() if name in chosen}
+
+
+def parameter_shapes(targets: Mapping[str, nn.Linear], config: LoraSection) -> dict[str, Tensor]:
+    """What would be trained, by name, as tensors without content."""
+    shapes = {}
+    for name, layer in targets.items():
+        shapes[f"{name}.lora_A"] = torch.empty(config.rank, layer.in_features, device="meta")
+        shapes[f"{name}.lora_B"] = torch.empty(layer.out_features, config.rank, device="meta")
+        if config.dora:
+            shapes[f"{name}.magnitude"] = torch.empty(layer.out_features, device="meta")
+    return shapes
+
+
+def scale_of(config: LoraSection) -> float:
+    """What the product of the two matrices is multiplied with."""
+    return (config.alpha or config.rank) / (math.sqrt(config.rank) if config.rslora else config.rank)
+
+
+def inject(parts: Mapping[str, nn.Module], config: LoraSection, *, seed: int) -> None:
+    """Put adapters, in float32, over the target layers of ``parts``; they change nothing yet.
+
+    A layer's first values are a function of ``seed`` and of its name.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = find_targets(parts, config)
+    for part, network in parts.items():
+        names = [name.partition(".")[2] for name in targets if name.startswith(f"{part}.")]
+        settings = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha or config.rank,  # type: ignore[arg-type]
+            lora_dropout=config.dropout,
+            use_rslora=config.rslora,
+            use_dora=config.dora,
+            target_modules=names,
+        )
+        with torch.random.fork_rng(devices=[]):
+            inject_adapter_in_model(settings, network, adapter_name=_NAME)
+    for name, layer in adapted_layers(parts):
+        generator = torch.Generator().manual_seed(hash_int(seed, "lora", name) >> 1)
+        _start(layer, generator)
+
+
+@torch.no_grad()
+def _start(layer: Any, generator: torch.Generator) -> None:
+    """As in Hu et al. 2021: A random, B zero; DoRA starts at the lengths of the base's weights."""
+    base, down, up = layer.base_layer, layer.lora_A[_NAME], layer.lora_B[_NAME]
+    device = base.weight.device
+    bound = 1 / math.sqrt(down.in_features)
+    if device.type != "meta":
+        start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator)
+        down.weight = nn.Parameter(start.to(device))
+    up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
+    if _NAME in layer.lora_magnitude_vector:
+        weight = dense(base.weight, torch.float32)
+        magnitude = layer.lora_magnitude_vector[_NAME]
+        magnitude.weight = nn.Parameter(torch.linalg.norm(weight, dim=1))
+
+
+def adapted_layers(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Full name and peft's layer of everything that has an adapter."""
+    for part, network in parts.items():
+        for name, module in network.named_modules():
+            if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+                yield f"{part}.{name}", module
+
+
+def adapter_parameters(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """What is trained, by name."""
+    found: dict[str, nn.Parameter] = {}
+    for name, layer in adapted_layers(parts):
+        found[f"{name}.lora_A"] = layer.lora_A[_NAME].weight
+        found[f"{name}.lora_B"] = layer.lora_B[_NAME].weight
+        if _NAME in layer.lora_magnitude_vector:
+            found[f"{name}.magnitude"] = layer.lora_magnitude_vector[_NAME].weight
+    return found
+
+
+def to_adapter(parts: Mapping[str, nn.Module], config: LoraSection, metadata: Mapping[str, str]) -> Adapter:
+    """The adapters as they are now; tensors are shared, not copied."""
+    parameters, scale = adapter_parameters(parts), scale_of(config)
+    modules = {name: [_patch(name, parameters, scale)] for name, _ in adapted_layers(parts)}
+    return Adapter(modules, format="peft", metadata=dict(metadata))
+
+
+def _patch(name: str, parameters: Mapping[str, Tensor], scale: float) -> Patch:
+    down, up = parameters[f"{name}.lora_A"].detach(), parameters[f"{name}.lora_B"].detach()
+    magnitude = parameters.get(f"{name}.magnitude")
+    return Patch(
+        "lora",
+        {"down": down, "up": up},
+        scale,
+        magnitude=None if magnitude is None else magnitude.detach(),
+    )
+
+
+@torch.no_grad()
+def load_adapter(parts: Mapping[str, nn.Module], config: LoraSection, adapter: Adapter, where: str) -> None:
+    """Continue from ``adapter``. Layers that it lacks start afresh.
+
+    Raises:
+        ConfigError: it changes layers that this run does not train, or is of another kind or rank.
+    """
+    parameters = adapter_parameters(parts)
+    foreign = [name for name in adapter.modules if f"{name}.lora_A" not in parameters]
+    if foreign:
+        raise ConfigError(
+            f"lora.init_from: {where} changes {len(foreign)} layers that this run does not train "
+            f"({', '.join(foreign[:3])}): widen lora.targets, lora.train_bert or lora.train_t5"
+        )
+    for name, patches in adapter.modules.items():
+        patch = patches[0]
+        plain = len(patches) == 1 and patch.kind == "lora" and patch.rows is None and patch.bias is None
+        if not plain or patch.magnitude_axis:
+            raise ConfigError(
+                f"lora.init_from: {where} is not a plain LoRA at {name}; merge it into the base instead"
+            )
+        if (patch.magnitude is not None) != config.dora:
+            raise ConfigError(
+                f"lora.init_from: {where} is {'a' if patch.magnitude is not None else 'no'} DoRA: "
+                f"set lora.dora = {str(not config.dora).lower()}"
+            )
+        values = {
+            "lora_A": patch.tensors["down"],
+            "lora_B": patch.tensors["up"].float() * (patch.scale / scale_of(config)),
+        }
+        if patch.magnitude is not None:
+            values["magnitude"] = patch.magnitude.flatten()
+        for key, value in values.items():
+            target = parameters[f"{name}.{key}"]
+            if target.shape != value.shape:
+                raise ConfigError(
+                    f"lora.init_from: {where}: {name}.{key} is {tuple(value.shape)}, this run trains "
+                    f"{tuple(target.shape)}; its rank is {patch.tensors['down'].shape[0]}"
+                )
+            target.copy_(value)

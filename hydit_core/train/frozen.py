@@ -1,0 +1,121 @@
+"""Frozen linear layers: stored in few bits, computed with in the dtype of their input."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..model.dit import DiT
+from ..weights.source import cast
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "nf4": 4}
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that is not trained but passes gradients on.
+
+    For the backward pass it keeps the weight as it is stored, not the copy that it computes with: a base in 8
+    bits would otherwise need as much memory as one in 16.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        return _Product.apply(x, self.weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight  # not save_for_backward: what torchao makes cannot pass through it
+        return F.linear(x, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        return gradient @ dense(ctx.weight, gradient.dtype), None, None
+
+
+OPERATIONS = SimpleNamespace(
+    Linear=FrozenLinear, LayerNorm=nn.LayerNorm, Conv2d=nn.Conv2d, Embedding=nn.Embedding
+)
+"""Layer classes of a DiT that is not trained."""
+
+
+def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stored weight as an ordinary tensor."""
+    for method in ("get_original_weight", "dequantize"):  # torchao's NF4 and its others
+        if type(weight).__module__.startswith("torchao") and hasattr(weight, method):
+            weight = getattr(weight, method)()
+    return weight.to(dtype)
+
+
+@torch.no_grad()
+def store(dit: DiT, precision: str) -> None:
+    """Store the matrices of a frozen DiT in ``precision``, everything else of it in float32.
+
+    What needs fewer than 16 bits does so inside the blocks only (96 % of DiT-g/2); the errors of the other
+    matrices would reach every token, so they keep 16.
+
+    Raises:
+        ConfigError: int8 and nf4 without torchao.
+    """
+    quantize = _quantizer(precision)
+    for name, module in dit.named_modules():
+        if isinstance(module, FrozenLinear):
+            module.weight.requires_grad_(False)
+            if _in_few_bits(name, precision):
+                quantize(module)
+            else:
+                module.weight.data = module.weight.data.to(torch.bfloat16)
+            if module.bias is not None:
+                module.bias.data = module.bias.data.float()
+        else:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+
+
+def _in_few_bits(name: str, precision: str) -> bool:
+    return BITS[precision] >= 16 or ".blocks." in f".{name}"
+
+
+def stored_bytes(dit: DiT, precision: str) -> int:
+    """The size of a DiT in memory after :func:`store`."""
+    total = 4 * sum(p.numel() for p in dit.parameters())
+    for name, module in dit.named_modules():
+        if isinstance(module, nn.Linear):
+            bits = BITS[precision] if _in_few_bits(name, precision) else 16
+            total -= module.weight.numel() * (32 - bits) // 8
+    return total
+
+
+def _quantizer(precision: str) -> Any:
+    if precision in DTYPES:
+
+        def to_dtype(module: nn.Linear) -> None:
+            module.weight.data = cast(module.weight.data, DTYPES[precision])
+
+        return to_dtype
+    try:
+        from torchao.dtypes.nf4tensor import to_nf4
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ConfigError(
+            f"lora.base_precision = {precision!r} needs torchao: pip install torchao, or take fp8"
+        ) from error
+
+    def to_torchao(module: nn.Linear) -> None:
+        module.weight.data = module.weight.data.to(torch.bfloat16)
+        if precision == "int8":
+            quantize_(module, Int8WeightOnlyConfig())
+        else:
+            module.weight = nn.Parameter(to_nf4(module.weight.data), requires_grad=False)
+
+    return to_torchao

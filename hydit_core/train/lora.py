@@ -1,0 +1,109 @@
+"""The LoRA objective: adapters over a frozen base, and the two forms they are saved in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..lora import formats
+from ..text import TextFeatures
+from ..weights.modelspec import file_metadata
+from .adapters import (
+    adapted_layers,
+    adapted_parts,
+    adapter_parameters,
+    inject,
+    load_adapter,
+    to_adapter,
+)
+from .config import ObjectiveSection, TrainConfig
+from .frozen import store
+from .objectives import DiffusionModule, DiffusionObjective
+from .parts import ModelParts
+
+
+class LoraModule(DiffusionModule):
+    """DiT and text encoders with adapters; the base is in eval mode, the adapters' dropout is not."""
+
+    def train(self, mode: bool = True) -> LoraModule:
+        super().train(mode)
+        for _, layer in adapted_layers({"": self}):
+            layer.train(mode)
+        return self
+
+
+class LoraObjective(DiffusionObjective):
+    """Adapters of the DiT and, if configured, of the text encoders. Everything else is frozen."""
+
+    export_name = "lora.safetensors"
+
+    def __init__(
+        self,
+        parts: ModelParts,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        stored_text: Callable[[str], TextFeatures] | None = None,
+    ) -> None:
+        self.lora = config.lora
+        self.networks = adapted_parts(self.lora, parts.dit, parts.text)
+        inject(self.networks, self.lora, seed=config.run.seed)
+        if self.lora.init_from is not None:
+            load_adapter(
+                self.networks, self.lora, formats.read(self.lora.init_from), str(self.lora.init_from)
+            )
+        parts.text.requires_grad_(False)
+        parts.dit.requires_grad_(False)
+        store(parts.dit, config.base_precision)
+        parts.dit.random_blocks = self.lora.dropout > 0
+        super().__init__(
+            parts, config.objective, device, stored_text=stored_text, trains_text=self.lora.trains_text
+        )
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(True)
+
+    def _module(self, config: ObjectiveSection) -> nn.Module:
+        text = self.parts.text if self.lora.trains_text else None
+        return LoraModule(self.parts.dit, text, self.schedule, config)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return adapter_parameters(self.networks)
+
+    def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
+        """``lora.safetensors`` as ComfyUI reads it, and beside it ``lora/`` as peft reads it."""
+        lora, info = self.lora, self.parts.info
+        recipe = {
+            "rank": lora.rank,
+            "alpha": lora.alpha or lora.rank,
+            "rslora": lora.rslora,
+            "dora": lora.dora,
+            "targets": lora.targets,
+            "base": info.base,
+        }
+        metadata = {"hydit.lora": json.dumps(recipe)}
+        if lora.trigger:
+            metadata |= {"hydit.trigger": lora.trigger, "modelspec.trigger_phrase": lora.trigger}
+        metadata = file_metadata(self.parts.dit.config, info, role="lora", extra={**metadata, **extra})
+        adapter = to_adapter(self.networks, lora, metadata)
+        formats.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata)
+        with _replacing(path.with_suffix("")) as folder:
+            formats.write(adapter, folder, format="peft", dtype=dtype, metadata=metadata)
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of the one before it."""
+    fresh, old = (folder.with_name(f".{folder.name}-{word}") for word in ("new", "old"))
+    for rest in (fresh, old):  # of a crash
+        shutil.rmtree(rest, ignore_errors=True)
+    yield fresh
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

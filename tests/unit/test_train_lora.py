@@ -1,0 +1,381 @@
+"""Training a LoRA: where adapters go, what is trained, what comes out, and how the base is stored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import TINY, TINY_V11, write_tiny_model
+from torch import nn
+from train_setup import command_line, records, run_training, write_run
+
+from hydit_core.errors import ConfigError
+from hydit_core.lora import formats
+from hydit_core.lora.adapter import changed
+from hydit_core.model.dit import DiT
+from hydit_core.train.adapters import adapter_parameters, find_targets
+from hydit_core.train.config import LoraSection, load_config
+from hydit_core.train.draws import TrainingDraws
+from hydit_core.train.frozen import OPERATIONS, FrozenLinear, store, stored_bytes
+from hydit_core.train.launch import make_objective, open_data
+from hydit_core.train.parts import build
+
+
+def write_lora_run(folder: Path, model: Path) -> Path:
+    """The configuration of a LoRA for the model in ``model``."""
+    write_run(folder)
+    path = folder / "lora.toml"
+    path.write_text(
+        f"""
+[model]
+init_from = "{model.as_posix()}"
+[data]
+sources = [{{ path = "pictures" }}]
+resolution = 64
+validation = 2
+[objective]
+kind = "lora"
+timesteps = "stratified"
+[lora]
+rank = 3
+alpha = 6
+[optimizer]
+lr = 1e-2
+[run]
+output_dir = "run"
+steps = 3
+batch_size = 2
+threads = 1
+device = "cpu"
+[ema]
+enabled = false
+[metrics]
+every = 1
+tensorboard = false
+[checkpoint]
+export_dtype = "fp32"
+metadata = {{ "modelspec.title" = "a style" }}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Path:
+    return write_lora_run(tmp_path_factory.mktemp("lora"), tiny_model_file)
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run_training(
+        config,
+        f"run.output_dir={folder}",
+        "validation.every=3",
+        "samples.every=3",
+        'samples.prompts=["cat"]',
+        "samples.steps=2",
+        "lora.train_bert=true",
+        "lora.train_t5=true",
+        "lora.trigger=cat",
+    )
+    return folder
+
+
+def objective_of(config: Path, *overrides: str):
+    settings = load_config(config, list(overrides))
+    return make_objective(settings, build(settings), torch.device("cpu"))
+
+
+def losses(objective, config: Path) -> torch.Tensor:
+    settings = load_config(config)
+    batch = open_data(settings).batch(0)
+    draws = TrainingDraws(settings.objective, 0, 2)(0, [0, 1], objective.latent_shape(batch))
+    torch.manual_seed(5)
+    return objective.module(**objective.inputs(batch, draws)).loss
+
+
+def shake(objective) -> None:
+    """Give B and the magnitudes values, as training would."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in objective.parameters().items():
+            if not name.endswith("lora_A"):
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def test_attention_is_what_published_loras_change() -> None:
+    dit = DiT(TINY, device="meta")
+    names = set(find_targets({"dit": dit}, LoraSection()))
+    blocks = {
+        f"dit.blocks.{i}.{name}"
+        for i in range(TINY.depth)
+        for name in ("attn1.Wqkv", "attn1.out_proj", "attn2.q_proj", "attn2.kv_proj", "attn2.out_proj")
+    }
+    assert names == blocks | {"dit.pooler.q_proj"}
+    with_mlp = set(find_targets({"dit": dit}, LoraSection(targets="attention+mlp")))
+    assert with_mlp - names == {
+        f"dit.blocks.{i}.mlp.{fc}" for i in range(TINY.depth) for fc in ("fc1", "fc2")
+    }
+    everything = find_targets({"dit": dit}, LoraSection(targets="all-linear"))
+    assert len(everything) == sum(isinstance(m, nn.Linear) for m in dit.modules())
+    own = find_targets({"dit": dit}, LoraSection(targets=("dit.blocks.1.*", "re:fc2$")))
+    assert "dit.blocks.1.attn1.Wqkv" in own and "dit.blocks.0.mlp.fc2" in own
+    assert "dit.blocks.0.attn1.Wqkv" not in own
+    with pytest.raises(ConfigError, match=r"no linear layer fits 'to_q'; names look like: dit\."):
+        find_targets({"dit": dit}, LoraSection(targets=("Wqkv", "to_q")))
+
+
+def test_both_exports_hold_what_was_trained(finished: Path, tiny_model_file: Path) -> None:
+    comfy, peft = formats.read(finished / "lora.safetensors"), formats.read(finished / "lora")
+    assert comfy.parts() == {"dit", "bert", "t5"}
+    assert set(comfy.modules) == set(peft.modules)
+    assert len([name for name in comfy.modules if name.startswith("dit.")]) == 5 * TINY.depth + 1
+    for name, (patch,) in comfy.modules.items():
+        (other,) = peft.modules[name]
+        assert patch.rank == 3 and patch.scale == other.scale == 2.0
+        assert torch.equal(patch.delta(), other.delta())
+        assert patch.delta().abs().max() > 0, name
+    with safe_open(finished / "lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+        assert sum(key.endswith(".alpha") for key in file.keys()) == len(comfy.modules)  # noqa: SIM118
+    assert metadata["hydit.trigger"] == metadata["modelspec.trigger_phrase"] == "cat"
+    assert metadata["modelspec.title"] == "a style"
+    assert metadata["modelspec.architecture"].endswith("/lora")
+    recipe = json.loads(metadata["hydit.lora"])
+    assert (recipe["rank"], recipe["alpha"], recipe["base"]) == (3, 6, tiny_model_file.name)
+    settings = json.loads((finished / "lora" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (3, 6)
+    assert sorted(p.name for p in (finished / "samples").iterdir()) == [
+        "step_00000000.png",
+        "step_00000003.png",
+    ]
+    assert len([record for record in records(finished) if "val_loss" in record]) == 2
+
+
+@pytest.mark.parametrize("options", [[], ["lora.rslora=true"], ["lora.dora=true"]], ids=str)
+def test_the_file_does_what_the_trained_model_does(config: Path, tmp_path: Path, options: list[str]) -> None:
+    """Against peft reading the folder, and against the weights that ``changed`` gives."""
+    objective = objective_of(config, *options)
+    before = losses(objective, config)
+    shake(objective)
+    after = losses(objective, config)
+    assert (after - before).abs().min() > 1e-4
+    objective.export(tmp_path / "lora.safetensors", dtype=torch.float32, all_in_one=False, extra={})
+
+    base = objective_of(config)
+    plain = build(load_config(config)).dit
+    PeftModel.from_pretrained(plain, tmp_path / "lora")  # puts its layers into the module
+    base.module.dit = plain.eval()
+    assert torch.allclose(losses(base, config), after, rtol=1e-5)
+
+    merged = build(load_config(config)).dit
+    with torch.no_grad():
+        for name, patches in formats.read(tmp_path / "lora.safetensors").modules.items():
+            layer = merged.get_submodule(name.removeprefix("dit."))
+            layer.weight = nn.Parameter(changed(layer.weight.float(), patches))
+    base.module.dit = merged
+    assert torch.allclose(losses(base, config), after, rtol=1e-5)
+
+
+def test_nothing_is_changed_at_first_and_only_adapters_learn(config: Path) -> None:
+    objective = objective_of(config, "lora.train_t5=true")
+    base = objective_of(config)
+    base.module.dit = build(load_config(config)).dit.float()
+    assert torch.allclose(losses(objective, config), losses(base, config), rtol=1e-6)
+    shake(objective)
+    losses(objective, config).mean().backward()
+    trained = objective.parameters()
+    assert {name.rpartition(".")[2] for name in trained} == {"lora_A", "lora_B"}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    ours = {id(p) for p in trained.values()}
+    for module in (objective.module, objective.parts.text):
+        assert all(p.grad is None and not p.requires_grad for p in module.parameters() if id(p) not in ours)
+    assert any(name.startswith("t5.encoder.block.0.layer.0.SelfAttention.q.") for name in trained)
+    assert not any(name.startswith("bert.") for name in trained)
+
+
+def test_first_values_are_those_of_the_seed(config: Path) -> None:
+    a, b, c = (objective_of(config, f"run.seed={seed}").parameters() for seed in (1, 1, 2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    name = "dit.blocks.0.attn1.Wqkv.lora_A"
+    assert not torch.equal(a[name], c[name])
+    assert 0.4 < a[name].std() * (3 * TINY.hidden_size) ** 0.5 < 1.6
+
+
+@pytest.mark.parametrize("options", [["lora.dropout=0.3", "ema.enabled=true"], ["lora.dora=true"]], ids=str)
+def test_resuming_gives_the_same_lora(config: Path, tmp_path: Path, options: list[str]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = [*options, "run.steps=4", "run.grad_accumulation=2"]
+    run_training(config, f"run.output_dir={whole}", *options)
+    run_training(config, f"run.output_dir={parts}", *options, stop_after_micro=3)
+    assert run_training(config, f"run.output_dir={parts}", *options, resume="auto")
+    for file in ("lora.safetensors", "lora/adapter_model.safetensors"):
+        a, b = (load_file(folder / file) for folder in (whole, parts))
+        assert a and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_checkpointing_computes_the_same_dropout_again(config: Path) -> None:
+    gradients = []
+    for fraction in (0.0, 1.0):
+        objective = objective_of(config, "lora.dropout=0.5")
+        shake(objective)
+        objective.use_checkpointing(fraction)
+        losses(objective, config).mean().backward()
+        gradients.append({name: p.grad for name, p in objective.parameters().items()})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "error"),
+    [
+        ("fp32", torch.float32, 1e-6),
+        ("bf16", torch.bfloat16, 2e-2),
+        ("fp16", torch.float16, 3e-3),
+        ("fp8", torch.float8_e4m3fn, 0.2),
+    ],
+)
+@pytest.mark.parametrize("dora", ["true", "false"])
+def test_the_base_is_stored_in_few_bits(
+    config: Path, precision: str, dtype: torch.dtype, error: float, dora: str
+) -> None:
+    whole, small = (
+        objective_of(config, f"lora.dora={dora}", f"lora.base_precision={p}") for p in ("fp32", precision)
+    )
+    for objective in (whole, small):
+        shake(objective)
+    layer = small.parts.dit.blocks[0].mlp.fc1
+    assert isinstance(layer, FrozenLinear) and layer.weight.dtype == dtype
+    assert small.parts.dit.blocks[0].norm1.weight.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in small.parameters().values())
+    one, other = losses(whole, config), losses(small, config)
+    assert torch.allclose(one, other, rtol=error)
+    assert precision == "fp32" or not torch.equal(one, other)
+    other.mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in small.parameters().values())
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantized_bases(config: Path, precision: str) -> None:
+    try:
+        import torchao  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match="needs torchao: pip install torchao"):
+            objective_of(config, f"lora.base_precision={precision}")
+        return
+    objective = objective_of(config, f"lora.base_precision={precision}")
+    shake(objective)
+    whole = objective_of(config)
+    shake(whole)
+    loss = losses(objective, config)
+    assert torch.allclose(loss, losses(whole, config), rtol=0.2)
+    loss.mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in objective.parameters().values())
+
+
+def test_frozen_layers_pass_gradients_on() -> None:
+    torch.manual_seed(0)
+    plain, frozen = nn.Linear(6, 5), FrozenLinear(6, 5)
+    frozen.load_state_dict(plain.state_dict())
+    a, b = (torch.linspace(-1, 1, 24).reshape(2, 2, 6).requires_grad_() for _ in range(2))
+    one, other = plain(a), frozen(b)
+    assert torch.equal(one, other)
+    one.square().sum().backward()
+    other.square().sum().backward()
+    assert torch.allclose(a.grad, b.grad, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain(a), frozen(b))
+
+
+def test_bf16_training_with_a_low_base(config: Path, tmp_path: Path) -> None:
+    options = ["run.precision=bf16", "lora.base_precision=fp8", "lora.train_bert=true", "ema.enabled=true"]
+    assert run_training(config, f"run.output_dir={tmp_path}", *options, "run.gradient_checkpointing=true")
+    assert {t.dtype for t in load_file(tmp_path / "lora" / "adapter_model.safetensors").values()} == {
+        torch.float32
+    }
+    assert all(record["loss"] > 0 for record in records(tmp_path) if "loss" in record)
+
+
+def test_continuing_a_lora(config: Path, finished: Path, tmp_path: Path) -> None:
+    wide = ["lora.train_bert=true", "lora.train_t5=true"]
+    for source in ("lora.safetensors", "lora"):
+        for alpha in (6, 12):
+            objective = objective_of(
+                config, *wide, f"lora.init_from={finished / source}", f"lora.alpha={alpha}"
+            )
+            objective.export(tmp_path / "again.safetensors", dtype=torch.float32, all_in_one=False, extra={})
+            before = formats.read(finished / "lora.safetensors").modules
+            after = formats.read(tmp_path / "again.safetensors").modules
+            assert set(before) == set(after)
+            for name in before:
+                assert torch.allclose(before[name][0].delta(), after[name][0].delta(), atol=1e-7)
+    with pytest.raises(ConfigError, match="layers that this run does not train"):
+        objective_of(config, f"lora.init_from={finished / 'lora'}")
+    with pytest.raises(ConfigError, match="its rank is 3"):
+        objective_of(config, *wide, "lora.rank=4", f"lora.init_from={finished / 'lora'}")
+    with pytest.raises(ConfigError, match=r"set lora\.dora = false"):
+        objective_of(config, *wide, "lora.dora=true", f"lora.init_from={finished / 'lora'}")
+
+
+def test_a_dry_run_counts_adapters_and_a_base_in_few_bits(config: Path) -> None:
+    lines = command_line(config, "--dry-run", "--set", "lora.base_precision=fp8").stdout
+    count = sum(p.numel() for p in objective_of(config).parameters().values())
+    assert f"trained: {count:,} parameters" in lines
+    assert f"LoRA of rank 3 on {5 * TINY.depth + 1} layers, strength 2; " in lines
+    assert "the DiT's matrices are stored in fp8" in lines
+    assert not (config.parent / "run").exists()
+
+
+def test_the_estimate_is_what_is_stored() -> None:
+    for precision in ("fp32", "bf16", "fp8"):
+        dit = DiT(TINY, operations=OPERATIONS)
+        expected = stored_bytes(dit, precision)
+        store(dit, precision)
+        assert sum(p.nbytes for p in dit.parameters()) == pytest.approx(expected, rel=0.03)
+
+
+def test_models_with_sizes_train_too(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "old.safetensors", TINY_V11)
+    assert run_training(write_lora_run(tmp_path / "run", model), "run.steps=1")
+
+
+def test_a_trigger_that_no_caption_holds_is_told(config: Path, tmp_path: Path, capsys) -> None:
+    run_training(config, f"run.output_dir={tmp_path}", "run.steps=1", "lora.trigger=zqx")
+    assert "no caption holds lora.trigger = 'zqx'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.kind=full"], "needs objective.kind = 'lora'"),
+        (["objective.train_text_encoders=true"], "lora.train_bert"),
+        (["lora.targets=attentoin"], "attention, attention.mlp, all-linear"),
+        (["lora.targets=[]"], "empty list"),
+        (["lora.train_t5=true", "data.cache.text=true"], "turn one of the two off"),
+        (["lora.rnak=3"], "did you mean rank"),
+    ],
+)
+def test_contradictions_are_told_before_anything_is_loaded(
+    config: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(config, overrides)
+
+
+def test_a_run_is_not_written_over(config: Path, finished: Path) -> None:
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run_training(config, f"run.output_dir={finished}")
+
+
+def test_peft_names_the_same_layers(config: Path) -> None:
+    """peft's own matching of the published target list finds the layers that ours finds."""
+    dit = build(load_config(config)).dit
+    inject_adapter_in_model(LoraConfig(target_modules=["Wqkv", "q_proj", "kv_proj", "out_proj"]), dit)
+    assert set(adapter_parameters({"dit": dit})) == set(objective_of(config).parameters())
