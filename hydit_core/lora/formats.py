@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .reading import read
-from .writing import FORMATS, write
+from .reading import from_tensors, read
+from .writing import FORMATS, to_tensors, write
 
-__all__ = ["FORMATS", "read", "write"]
+__all__ = ["FORMATS", "from_tensors", "read", "to_tensors", "write"]

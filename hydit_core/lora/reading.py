@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import LoraError
 from ..weights.detect import detect
 from ..weights.files import open_tensors
-from ..weights.source import TensorSource
+from ..weights.source import MemorySource, TensorSource
 from .adapter import Adapter, Patch
 from .fuse import swap_halves
 from .names import is_diffusers, locate
@@ -138,9 +138,23 @@ def read(path: str | os.PathLike[str]) -> Adapter:
     return Adapter(modules, path.stem if path.is_file() else path.name, first.format, first.metadata)
 
 
+def from_tensors(
+    tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None, name: str = "the LoRA"
+) -> Adapter:
+    """As :func:`read`, from a state dict in memory. Tensors are shared, not copied.
+
+    Raises:
+        LoraError: as :func:`read`.
+    """
+    source = MemorySource(tensors, path=name, metadata=metadata)
+    return replace(_from_source(source, {}), name=name)
+
+
 def _read_one(path: Path, part: str = "") -> Adapter:
-    source = open_tensors(path)
-    config = _peft_config(path)
+    return _from_source(open_tensors(path), _peft_config(path), part)
+
+
+def _from_source(source: TensorSource, config: Mapping[str, Any], part: str = "") -> Adapter:
     modules = _group(source)
     if not modules:
         raise LoraError(_not_a_lora(source))
@@ -163,7 +177,7 @@ def _read_one(path: Path, part: str = "") -> Adapter:
         result.setdefault(place.module, []).append(patch)
     if not known:
         raise LoraError(_not_a_lora(source))
-    return Adapter(result, path.stem, layout, dict(source.metadata))
+    return Adapter(result, source.path.stem, layout, dict(source.metadata))
 
 
 def _on_rows(patch: Patch, index: int) -> Patch:

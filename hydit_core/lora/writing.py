@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from .fuse import fused
 from .names import comfy_name, fused_count, kohya_name
 from .reading import PEFT_CONFIG
 
-Format = Literal["comfy", "peft", "kohya"]
-FORMATS: tuple[Format, ...] = ("comfy", "peft", "kohya")
+FORMATS = ("comfy", "peft", "kohya")
 _FILE = "adapter_model.safetensors"
 
 DORA_NOTE = (
@@ -39,7 +38,7 @@ def write(
     adapter: Adapter,
     path: str | os.PathLike[str],
     *,
-    format: Format = "comfy",
+    format: str = "comfy",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[str, ...]:
@@ -65,23 +64,45 @@ def write(
         WeightsError: if it cannot be written.
     """
     path = Path(path)
-    patches = {
-        module: fused(given, _rows(module, given), where=module) for module, given in adapter.modules.items()
-    }
-    if not patches:
-        raise LoraError(f"{adapter.name} changes nothing; there is no LoRA to write")
+    patches = _whole(adapter, format)
     texts = {**adapter.metadata, **(metadata or {})}
     if format == "peft":
         _write_folder(path, patches, dtype, texts)
         return ()
     if path.suffix != ".safetensors":
         raise LoraError(f"{path}: the format {format} is one .safetensors file; give it that suffix")
+    save_safetensors(path, _tensors(patches, format, dtype), texts)
+    return _notes(patches, format)
+
+
+def to_tensors(
+    adapter: Adapter, format: str = "comfy", *, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a file of the format ``comfy`` or ``kohya``, by the names that they have there.
+
+    Raises:
+        LoraError: if the format cannot hold the adapter.
+    """
+    return _tensors(_whole(adapter, format), format, dtype)
+
+
+def _whole(adapter: Adapter, format: str) -> dict[str, Patch]:
+    """One patch for each module."""
+    if format not in FORMATS:
+        raise LoraError(f"no format {format!r}; there are {', '.join(FORMATS)}")
+    if not adapter.modules:
+        raise LoraError(f"{adapter.name} changes nothing; there is no LoRA to write")
+    return {
+        module: fused(given, _rows(module, given), where=module) for module, given in adapter.modules.items()
+    }
+
+
+def _tensors(patches: Mapping[str, Patch], format: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     name = comfy_name if format == "comfy" else kohya_name
     tensors = {
         key: value for module, patch in patches.items() for key, value in _file_tensors(patch, module, name)
     }
-    save_safetensors(path, {key: _stored(key, value, dtype) for key, value in tensors.items()}, texts)
-    return _notes(patches, format)
+    return {key: _stored(key, value, dtype) for key, value in tensors.items()}
 
 
 def _rows(module: str, patches: Sequence[Patch]) -> int:
@@ -141,7 +162,7 @@ def exact_alpha(patch: Patch) -> float:
     return next((value for value in near if value / patch.rank == patch.scale), alpha)
 
 
-def _notes(patches: Mapping[str, Patch], format: Format) -> tuple[str, ...]:
+def _notes(patches: Mapping[str, Patch], format: str) -> tuple[str, ...]:
     notes = []
     if any(patch.magnitude is not None and patch.magnitude_axis == 0 for patch in patches.values()):
         notes.append(DORA_NOTE)

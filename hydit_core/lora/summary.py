@@ -1,0 +1,222 @@
+"""What a LoRA file is, as text and as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import DIT_G2_V11, DIT_G2_V12, DIT_XL2_V12, DiTConfig
+from ..embedded import embedded_model
+from ..errors import LoraError
+from ..model import DiT
+from ..weights.dtypes import dtype_name
+from ..weights.parts import bundle
+from .adapter import Adapter, Match, module_shapes
+
+_BLOCK = re.compile(r"^(dit\.blocks|bert\.encoder\.layer|t5\.encoder\.block)\.(\d+)\.(.+)$")
+_OTHER = "outside"
+_BAR = 30
+_SHOWN_METADATA = ("modelspec.title", "modelspec.architecture", "hydit.version", "hydit.source")
+
+Norms = dict[str, dict[str, float]]
+"""By place (``dit.blocks 3``, ``dit outside``), by module there: the norm of the change."""
+
+
+def norms(adapter: Adapter) -> Norms:
+    """The Frobenius norm of each module's change at strength 1 (of a DoRA: without its magnitude)."""
+    table: Norms = {}
+    for module, patches in adapter.modules.items():
+        match = _BLOCK.match(module)
+        place = f"{match[1]} {match[2]}" if match else f"{module.partition('.')[0]} {_OTHER}"
+        name = match[3] if match else module.partition(".")[2]
+        square = sum(patch.norm() ** 2 for patch in patches)
+        table.setdefault(place, {})[name] = math.sqrt(square)
+    return dict(sorted(table.items(), key=lambda item: _order(item[0])))
+
+
+def _order(place: str) -> tuple[str, int]:
+    name, _, number = place.partition(" ")
+    return (name, int(number)) if number.isdigit() else (name + ".", 10**9)
+
+
+def base_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The modules of a checkpoint: its DiT and the text encoders that it has.
+
+    Raises:
+        WeightsError: if it is no checkpoint of HunyuanDiT or of a text encoder.
+    """
+    parts = bundle(path, only=("dit", "bert", "t5"))
+    sources = {"dit": parts.dit, "bert": parts.bert, "t5": parts.mt5}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, source in sources.items():
+        if source is not None:
+            shapes |= module_shapes(source.shapes(), part)
+    return shapes
+
+
+def fitting(adapter: Adapter) -> tuple[str, Match] | None:
+    """The known DiT that it fits, the one that comes with hydit or a published one, and how."""
+    dits: list[tuple[str, Any]] = [
+        ("HunyuanDiT-g/2 v1.2", DIT_G2_V12),
+        ("HunyuanDiT-g/2 v1.0 or v1.1", DIT_G2_V11),
+        ("HunyuanDiT-XL/2", DIT_XL2_V12),
+        (f"the embedded {embedded_model().stem}", embedded_model()),
+    ]
+    own = Adapter({key: value for key, value in adapter.modules.items() if key.startswith("dit.")})
+    found: list[tuple[str, Match]] = []
+    for name, base in dits:
+        shapes = _published(base) if isinstance(base, DiTConfig) else base_shapes(base)
+        try:
+            found.append((name, own.require(shapes, base=name)))
+        except LoraError:
+            continue
+    return max(found, key=lambda item: len(item[1].matched), default=None)
+
+
+def _published(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return module_shapes({key: tuple(t.shape) for key, t in DiT(config).state_dict().items()})
+
+
+def describe(adapter: Adapter, base: str | os.PathLike[str] | None = None) -> str:
+    """Everything that a user may want to know about a LoRA, as lines of text.
+
+    Args:
+        base: a checkpoint to compare with; default: the models that are known.
+
+    Raises:
+        LoraError: if it has nothing for ``base`` or is of other dimensions.
+    """
+    lines = [f"{label:10}{text}" for label, text in _rows(adapter)]
+    lines += [f"{label:10}{text}" for label, text in _fit_rows(adapter, base)]
+    return "\n".join([*lines, "", *_targets(adapter), "", *_table(norms(adapter))])
+
+
+def _rows(adapter: Adapter) -> Iterator[tuple[str, str]]:
+    yield "LoRA", f"{adapter.name}: {adapter.describe()}"
+    patches = [patch for patches in adapter.modules.values() for patch in patches]
+    dtypes = {dtype_name(tensor.dtype) for patch in patches for tensor in patch.tensors.values()}
+    count = sum(tensor.numel() for patch in patches for tensor in patch.tensors.values())
+    yield "numbers", f"{count:,} in {', '.join(sorted(dtypes)) or 'biases'}"
+    with_rank = [patch for patch in patches if patch.rank]
+    if with_rank:
+        yield "rank", _counts(Counter(patch.rank for patch in with_rank))
+        yield "alpha", _counts(Counter(_short(patch.alpha) for patch in with_rank))
+        yield "scale", _counts(Counter(_short(patch.scale) for patch in with_rank))
+    axes = Counter(patch.magnitude_axis for patch in patches if patch.magnitude is not None)
+    for axis, number in sorted(axes.items()):
+        yield "DoRA", f"{number} modules, one length for each {('output row', 'input column')[axis]}"
+    if biases := sum(patch.bias is not None for patch in patches):
+        yield "biases", f"{biases}"
+    if adapter.trigger():
+        yield "trigger", adapter.trigger()
+    if tags := _tags(adapter.metadata):
+        yield "tags", tags
+    for key in _SHOWN_METADATA:
+        if adapter.metadata.get(key):
+            yield key.rpartition(".")[2], " ".join(adapter.metadata[key].split())[:200]
+
+
+def _fit_rows(adapter: Adapter, base: str | os.PathLike[str] | None) -> Iterator[tuple[str, str]]:
+    if base is not None:
+        match = adapter.require(base_shapes(base), base=str(base))
+        yield "base", f"{base}: {match}"
+        if match.unmatched:
+            yield "unmatched", ", ".join(match.unmatched)
+        return
+    if not any(key.startswith("dit.") for key in adapter.modules):
+        return
+    found = fitting(adapter)
+    yield "fits", f"{found[0]}: {found[1]}" if found else "no DiT that is known; name yours with --base"
+
+
+def _counts(counter: Mapping[Any, int]) -> str:
+    if len(counter) == 1:
+        return str(next(iter(counter)))
+    return ", ".join(f"{value} ({number} modules)" for value, number in sorted(counter.items()))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _tags(metadata: Mapping[str, str]) -> str:
+    """The words that were most often in the captions, of files by kohya's trainer."""
+    try:
+        sets = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        counts: Counter[str] = Counter()
+        for tags in sets.values():
+            counts.update(tags)
+    except (ValueError, AttributeError, TypeError):
+        return ""
+    return ", ".join(tag.strip() for tag, _ in counts.most_common(8))
+
+
+def _targets(adapter: Adapter) -> list[str]:
+    counts: Counter[str] = Counter()
+    for module in adapter.modules:
+        counts[_BLOCK.sub(lambda match: f"{match[1]}.*.{match[3]}", module)] += 1
+    return ["modules", *(f"  {number:4} x {name}" for name, number in counts.items())]
+
+
+def _table(table: Norms) -> list[str]:
+    totals = {place: math.hypot(*modules.values()) for place, modules in table.items()}
+    longest = max(totals.values(), default=0.0) or 1.0
+    width = max(map(len, totals), default=0)
+    lines = ["norm of the change at strength 1"]
+    for place, total in totals.items():
+        filled = total / longest if math.isfinite(total) else 0
+        lines.append(f"  {place:{width}}  {total:10.4g}  {'#' * round(_BAR * filled)}")
+    return lines
+
+
+def plot(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Draw the norms as a picture: a row for each kind of module, a column for each block.
+
+    Raises:
+        LoraError: if the picture cannot be written.
+    """
+    from PIL import Image, ImageDraw
+
+    table = norms(adapter)
+    kinds = list(dict.fromkeys(_kind(place, name) for place, row in table.items() for name in row))
+    columns = max((int(p.split()[1]) for p in table if p.split()[1].isdigit()), default=0) + 1
+    top = max((value for row in table.values() for value in row.values()), default=0.0) or 1.0
+    cell, left, head = 20, 8 + 7 * max(map(len, kinds)), 40
+    image = Image.new("RGB", (left + columns * cell + 10, head + len(kinds) * cell + 24), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((8, 8), f"{adapter.name}: norm of the change by block, white 0, black {top:.3g}", fill="black")
+    for y, kind in enumerate(kinds):
+        draw.text((4, head + y * cell + 4), kind, fill="black")
+    for column in range(0, columns, 5):
+        draw.text((left + column * cell + 4, head + len(kinds) * cell + 4), str(column), fill="black")
+    for place, row in table.items():
+        number = place.split()[1]
+        x = left + (int(number) if number.isdigit() else 0) * cell
+        for name, value in row.items():
+            y = head + kinds.index(_kind(place, name)) * cell
+            share = value / top if math.isfinite(value) else 1.0
+            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=_color(share), outline="lightgray")
+    try:
+        image.save(Path(path))
+    except (OSError, ValueError) as error:
+        raise LoraError(f"cannot write {path}: {error}") from None
+
+
+def _kind(place: str, name: str) -> str:
+    part, number = place.split()
+    return f"{part}.*.{name}" if number.isdigit() else f"{part}.{name}"
+
+
+def _color(share: float) -> tuple[int, int, int]:
+    """White over blue to black."""
+    level = 1 - share
+    return round(255 * level**2), round(255 * level**1.3), round(255 * level**0.6)
