@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from . import control_cli
+from . import control_cli, lora_cli
 from .config import NEGATIVE_PROMPT, SamplingDefaults
 from .data.config import parse_size
 from .data.images import load_picture
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="how far to leave --init-image: above 0, up to 1 (default 0.6)",
     )
+    lora_cli.add_arguments(parser)
     control_cli.add_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -101,6 +102,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: use 1 or more")
     check_seed(args.seed, args.batch)
+    lora_cli.check(args)
     control_cli.check(args)
     init = None if args.init_image is None else load_picture(args.init_image)
     names = _output_names(args.out, len(prompts) * args.batch)
@@ -114,6 +116,7 @@ def _run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         device=_device(args.device),
     )
+    loras = lora_cli.load(args, pipe, quiet=rank != 0)
     settings = _settings(pipe, args, init)
     strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
     controls, control_facts = control_cli.read(args, pipe, settings, names.folder)
@@ -147,9 +150,13 @@ def _run(args: argparse.Namespace) -> None:
             facts = _facts(pipe, settings, picture)
             if init is not None:
                 facts |= {"init_image": args.init_image.name, "strength": strength}
+            if loras:
+                facts["loras"] = loras
             if controls:
                 facts["controls"] = control_facts
-            graph = redraw(facts, **_places(args), controlnets=control_cli.files(args))
+            graph = redraw(
+                facts, **_places(args), loras=lora_cli.files(args), controlnets=control_cli.files(args)
+            )
             info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
             with atomic_path(path) as temporary:
                 picture.image.save(temporary, format="PNG", pnginfo=info)

@@ -30,6 +30,7 @@ from .presets import check_seed, check_settings, choose_settings, size_advice
 from .text.features import TextFeatures
 
 if TYPE_CHECKING:
+    from .lora.adapter import Adapter, Match
     from .text import TextEncoders
     from .vae import VAE
 
@@ -69,6 +70,32 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         return next(self.dit.parameters()).device
+
+    def load_lora(
+        self, lora: str | Path | Adapter, strength: float = 1.0, block_weights: Any = None
+    ) -> Match:
+        """Add a LoRA to the weights of the DiT and of the text encoders, as far as it changes them.
+
+        Several add up. The opposite strength takes a plain LoRA off again, up to rounding.
+
+        Args:
+            lora: a file of any common format, a folder of PEFT's, or what was read from one.
+            strength: 1: as it was trained.
+            block_weights: over the strength, one for each block of the DiT: a number, numbers, or a curve as
+                in "decay(0.9)"; what is in no block weighs 1.
+
+        Returns:
+            Which of its modules the model has.
+
+        Raises:
+            LoraError: it cannot be read or does not fit; the model is as it was then.
+            ConfigError: the block weights do not fit the number of blocks.
+        """
+        from .lora import formats, merge
+
+        adapter = formats.read(lora) if isinstance(lora, (str, Path)) else lora
+        parts = {"dit": self.dit, "bert": self.text.bert, "t5": self.text.t5}
+        return merge.apply(adapter, parts, strength, block_weights, base=self.name or "the model")
 
     # -- settings --------------------------------------------------------------------------------------------
 

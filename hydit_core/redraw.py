@@ -30,6 +30,7 @@ def redraw(
     text_encoders: Path | None = None,
     vae: Path | None = None,
     init_image: Path | None = None,
+    loras: Sequence[Path] = (),
     controlnets: Sequence[Path] = (),
 ) -> Graph:
     """The graph.
@@ -41,10 +42,11 @@ def redraw(
         parameters: of the picture, as :func:`~.png.read_parameters` gives them.
         model, text_encoders, vae: what it was drawn with; None: the embedded model, or inside ``model``.
         init_image: the picture that it started from.
-        controlnets: the files of ``parameters["controls"]``, in their order.
+        loras, controlnets: the files of ``parameters["loras"]`` and ``["controls"]``, in their order.
     """
     graph = Graph()
     parts, top = _load(graph, parameters, model or embedded.embedded_model(), text_encoders, vae)
+    left = _adapt(graph, parameters, loras, parts)
     width, height = parameters["width"], parameters["height"]
     if init_image is None:
         stock = width % 16 or height % 16 or max(width, height) > 8192
@@ -59,14 +61,14 @@ def redraw(
     texts = [
         graph.add(
             "HyDiTTextEncode",
-            (490, y),
+            (left, y),
             {"clip": parts["CLIP"]},
             {"text": parameters[name], "text_mt5": "", "mode": "exact", "width": 0, "height": 0},
             title=title,
         )[0]
         for name, title, y in (("prompt", "Prompt", 0), ("negative", "Negative prompt", 490))
     ]
-    texts, right = _steer(graph, parameters, controlnets, texts, parts["VAE"])
+    texts, right = _steer(graph, parameters, controlnets, texts, parts["VAE"], left + _COLUMN)
     (sampled,) = graph.add(
         "HyDiTKSampler",
         (right, 0),
@@ -85,11 +87,36 @@ def redraw(
     return graph
 
 
+def _adapt(
+    graph: Graph, parameters: Mapping[str, Any], files: Sequence[Path], parts: dict[str, Output]
+) -> int:
+    """Add the LoRAs, one after the other, to what is in ``parts``; gives where the next column is."""
+    left = _COLUMN
+    for file, lora in zip(files, parameters.get("loras", ()), strict=True):
+        parts["MODEL"], parts["CLIP"], _ = graph.add(
+            "HyDiTLoraLoader",
+            (left, 0),
+            {"model": parts["MODEL"], "clip": parts["CLIP"]},
+            {
+                "lora_name": list_name(file),
+                "strength_model": lora["strength"],
+                "strength_clip": lora["strength"],
+                "block_weights": lora["block_weights"],
+            },
+        )
+        left += _COLUMN
+    return left
+
+
 def _steer(
-    graph: Graph, parameters: Mapping[str, Any], files: Sequence[Path], texts: list[Output], vae: Output
+    graph: Graph,
+    parameters: Mapping[str, Any],
+    files: Sequence[Path],
+    texts: list[Output],
+    vae: Output,
+    left: int,
 ) -> tuple[list[Output], int]:
     """Add the ControlNets, one after the other; gives both conditionings, and where the next column is."""
-    left = 2 * _COLUMN
     for file, control in zip(files, parameters.get("controls", ()), strict=True):
         loader = {"control_net_name": list_name(file), "weight_dtype": _weight_dtype(parameters)}
         (net,) = graph.add("HyDiTControlNetLoader", (left, 0), widgets=loader)

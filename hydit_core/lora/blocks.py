@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import ConfigError
 from ..model.layer_weights import LayerWeights
@@ -16,10 +16,12 @@ _BLOCK = re.compile(r"dit\.blocks\.(\d+)\.")
 class BlockWeights:
     """Weights of a model's blocks: a curve, or a list with one number for each block (40 in DiT-g/2)."""
 
-    weights: LayerWeights = LayerWeights()
+    weights: LayerWeights = field(default_factory=LayerWeights)
 
     @classmethod
-    def parse(cls, source: str | float | Sequence[float] | LayerWeights | BlockWeights | None) -> BlockWeights:
+    def parse(
+        cls, source: str | float | Sequence[float] | LayerWeights | BlockWeights | None
+    ) -> BlockWeights:
         """As :meth:`LayerWeights.parse`; None is 1 everywhere. Raises :class:`ConfigError`."""
         if isinstance(source, BlockWeights):
             return source

@@ -25,6 +25,7 @@ LAYERS = {
     "text": 3,
     "vae": 3,
     "lora": 3,
+    "lora_cli": 4,
     "data": 4,
     "control": 3,
     "control_cli": 4,

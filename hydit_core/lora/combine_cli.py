@@ -1,0 +1,45 @@
+"""``python -m hydit_core.lora combine LORA[:strength] ... OUT``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tqdm import tqdm
+
+from ..model.layer_weights import split_weight
+from . import output_cli
+from .extract import combine
+from .formats import read
+
+
+def add(commands: Any) -> None:
+    """Add the sub-command to a parser's."""
+    parser = commands.add_parser("combine", help="make one LoRA of several, or cut one to a lower rank")
+    parser.add_argument(
+        "loras", metavar="LORA[:STRENGTH]", nargs="+", help="a LoRA of any format, strength 1 if not given"
+    )
+    parser.add_argument("out", metavar="OUT", help="a .safetensors file, or a folder for --format peft")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="cut modules of a higher rank to this one, with the least error (default: exact, ranks add up)",
+    )
+    output_cli.add_arguments(parser, dtype=None)
+    parser.set_defaults(run=_combine)
+
+
+def _combine(args: argparse.Namespace) -> None:
+    adapters = [(read(path), strength) for path, strength in (split_weight(text) for text in args.loras)]
+    with tqdm(unit="module", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        done = combine(adapters, args.rank, progress=progress)
+    output_cli.save(done.adapter, args)
+    if args.rank is None:
+        print("exact: the ranks are added up")
+    else:
+        print(f"energy kept at rank {args.rank}: {done.energy:.4%}; least: {output_cli.lowest(done.modules)}")

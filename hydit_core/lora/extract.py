@@ -1,0 +1,337 @@
+"""LoRAs from matrices: several LoRAs as one, the difference of two checkpoints as a LoRA.
+
+A matrix is replaced by the best one of a lower rank, its truncated singular value decomposition. The energy
+that is kept is the share of the squared singular values, which is that of the squared Frobenius norm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import DiTConfig
+from ..errors import LoraError
+from ..weights.detect import expect
+from ..weights.modelspec import file_metadata
+from ..weights.parts import Parts, bundle, open_model
+from ..weights.source import TensorSource
+from .adapter import Adapter, Patch
+
+COMBINED_KEY = "hydit.combined"
+EXTRACTED_KEY = "hydit.extracted"
+
+# Matrices that no LoRA format has: tables that are looked up.
+_TABLES = ("style_embedder", "embeddings.", "shared.", "embed_tokens", "relative_attention_bias")
+
+Progress = Callable[[int, int], object]
+"""``(modules done, modules in all)``."""
+
+
+class Combined(NamedTuple):
+    """One LoRA made of several, the share of their energy that it keeps, and that of each module."""
+
+    adapter: Adapter
+    energy: float
+    modules: dict[str, float]
+
+
+class Extracted(NamedTuple):
+    """A LoRA that stands for a difference.
+
+    Attributes:
+        energy: the share of the difference of all adapted matrices that is kept.
+        modules: the same of each module.
+        left_out: tensors that differ but have no place in a LoRA (biases, norms, tables), and the norm of
+            each one's difference.
+    """
+
+    adapter: Adapter
+    energy: float
+    modules: dict[str, float]
+    left_out: dict[str, float]
+
+
+class _Energy:
+    """Adds up what is kept and what there was."""
+
+    def __init__(self) -> None:
+        self.kept = self.total = 0.0
+        self.modules: dict[str, float] = {}
+
+    def add(self, module: str, kept: float, total: float) -> None:
+        self.kept += kept
+        self.total += total
+        self.modules[module] = kept / total if total else 1.0
+
+    @property
+    def share(self) -> float:
+        return self.kept / self.total if self.total else 1.0
+
+
+def combine(
+    adapters: Sequence[tuple[Adapter, float]], rank: int | None = None, *, progress: Progress | None = None
+) -> Combined:
+    """Several LoRAs with their strengths as one that does at strength 1 what they do together.
+
+    Args:
+        rank: None: concatenate the factors, exactly; the ranks add up. Else the rank to cut modules to that
+            have more.
+
+    Raises:
+        LoraError: for DoRA, whose change depends on the weights below it; without a rank also for kinds
+            that are no product of two factors (LoHa, LoKr, full differences).
+    """
+    if rank is not None and rank < 1:
+        raise LoraError(f"rank {rank}: use 1 or more")
+    groups: dict[str, list[tuple[Patch, float, str]]] = {}
+    for adapter, strength in adapters:
+        for module, patches in adapter.modules.items():
+            groups.setdefault(module, []).extend((patch, strength, adapter.name) for patch in patches)
+    energy, modules = _Energy(), {}
+    for number, (module, given) in enumerate(groups.items(), 1):
+        modules[module] = [
+            _combined(module, own, rank, energy) for own in _by_rows(module, given).values() if own
+        ]
+        if progress is not None:
+            progress(number, len(groups))
+    recipe = [{"lora": adapter.name, "strength": strength} for adapter, strength in adapters]
+    metadata = _common([adapter.metadata for adapter, _ in adapters])
+    metadata[COMBINED_KEY] = json.dumps(recipe, ensure_ascii=False)
+    triggers = dict.fromkeys(adapter.trigger() for adapter, _ in adapters if adapter.trigger())
+    if triggers:
+        metadata["hydit.trigger"] = metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
+    name = " + ".join(adapter.name for adapter, _ in adapters)
+    return Combined(Adapter(modules, name, "peft", metadata), energy.share, energy.modules)
+
+
+def _common(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What all say alike; what one file's weights alone had is dropped."""
+    first, *others = metadata
+    return {
+        key: value
+        for key, value in first.items()
+        if "hash" not in key
+        and key not in ("hydit.trigger", "hydit.lora", "modelspec.trigger_phrase")
+        and all(other.get(key) == value for other in others)
+    }
+
+
+Given = list[tuple[Patch, float, str]]
+
+
+def _by_rows(module: str, given: Given) -> dict[tuple[int, int] | None, Given]:
+    """The patches that add to the same rows together; slices beside a whole one are spread over it."""
+    whole = next((patch.shape[0] for patch, _, _ in given if patch.rows is None and patch.shape), None)
+    groups: dict[tuple[int, int] | None, Given] = {}
+    for patch, strength, name in given:
+        if patch.rows is not None and whole is not None:
+            patch = _spread(module, patch, whole, name)
+        groups.setdefault(patch.rows, []).append((patch, strength, name))
+    return groups
+
+
+def _spread(module: str, patch: Patch, rows: int, name: str) -> Patch:
+    """A change of some rows as one of all rows."""
+    assert patch.rows is not None
+    start, stop = patch.rows
+    if patch.kind != "lora" or patch.bias is not None:
+        raise LoraError(f"{name}: {module} is {patch.kind} for some of its rows and cannot be combined")
+    up = patch.tensors["up"]
+    wide = up.new_zeros(rows, up.shape[1])
+    wide[start:stop] = up
+    return Patch("lora", {"down": patch.tensors["down"], "up": wide}, patch.scale)
+
+
+def _combined(module: str, given: Given, rank: int | None, energy: _Energy) -> Patch:
+    """One patch that is the sum of patches of the same rows."""
+    for patch, _, name in given:
+        if patch.magnitude is not None:
+            raise LoraError(
+                f"{name} is a DoRA ({module}): what it does depends on the weights that it is applied to;"
+                " merge it into a checkpoint and extract the difference"
+            )
+    rows, bias = given[0][0].rows, _bias(given)
+    matrices = [(patch, strength) for patch, strength, _ in given if patch.tensors]
+    if not matrices:
+        return Patch(given[0][0].kind, {}, rows=rows, bias=bias)
+    if all(patch.kind == "lora" for patch, _ in matrices):
+        if rank is None or rank >= sum(patch.rank for patch, _ in matrices):
+            return _joined(module, matrices, energy, rows, bias)
+        down = torch.cat([patch.tensors["down"].detach().double().flatten(1) for patch, _ in matrices])
+        ups = [patch.tensors["up"].detach().double().flatten(1) * (patch.scale * s) for patch, s in matrices]
+        down, up, kept, total = _cut_factors(torch.cat(ups, dim=1), down, rank)
+        energy.add(module, kept, total)
+    else:
+        if rank is None:
+            kinds = ", ".join(sorted({patch.kind for patch, _ in matrices}))
+            raise LoraError(f"{given[0][2]}: {module} is {kinds}, not a product of two factors: give a rank")
+        whole = sum(s * patch.delta().double() for patch, s in matrices)
+        down, up, kept, total = cut(whole, rank)  # type: ignore[arg-type]
+        energy.add(module, kept, total)
+    return Patch("lora", {"down": down.float(), "up": up.float()}, rows=rows, bias=bias)
+
+
+def _joined(
+    module: str,
+    matrices: list[tuple[Patch, float]],
+    energy: _Energy,
+    rows: tuple[int, int] | None,
+    bias: Tensor | None,
+) -> Patch:
+    """The factors side by side. Where all have one scale, their numbers stay what they were."""
+    scales = [patch.scale * strength for patch, strength in matrices]
+    common = scales[0] if len(set(scales)) == 1 else 1.0
+    down = torch.cat([patch.tensors["down"].detach().flatten(1).float() for patch, _ in matrices])
+    ups = [
+        patch.tensors["up"].detach().flatten(1).float() * (scale / common if common else 1.0)
+        for (patch, _), scale in zip(matrices, scales, strict=True)
+    ]
+    joined = Patch("lora", {"down": down, "up": torch.cat(ups, dim=1)}, common, rows=rows, bias=bias)
+    energy.add(module, *[joined.norm() ** 2] * 2)
+    return joined
+
+
+def _bias(given: Given) -> Tensor | None:
+    found = [strength * patch.bias.detach().float() for patch, strength, _ in given if patch.bias is not None]
+    return sum(found[1:], found[0]) if found else None
+
+
+def _balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product from factors of the same size, component by component: 16 bits hold both well."""
+    a, b = down.norm(dim=1), up.norm(dim=0)
+    ratio = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-300)).sqrt(), torch.ones_like(a))
+    return down * ratio[:, None], up / ratio
+
+
+def _cut_factors(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """As :func:`cut` of up @ down, without that matrix."""
+    left, small_left = torch.linalg.qr(up)
+    right, small_right = torch.linalg.qr(down.T)
+    u, values, v = torch.linalg.svd(small_left @ small_right.T, full_matrices=False)
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    energy = values.square()
+    return (
+        root[:, None] * (v[:rank] @ right.T),
+        (left @ u[:, :rank]) * root,
+        float(energy[:rank].sum()),
+        float(energy.sum()),
+    )
+
+
+def cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """The best factors of a rank: down (r, in) and up (out, r), and the energy kept and in all.
+
+    By the eigenvectors of the smaller Gram matrix, in float64: as exact as single precision needs, and
+    several times faster than a full singular value decomposition. The factors are balanced in size.
+    """
+    matrix = matrix.double()
+    tall = matrix.shape[0] >= matrix.shape[1]
+    gram = matrix.T @ matrix if tall else matrix @ matrix.T
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    vectors = vectors[:, max(0, len(values) - rank) :].flip(1)
+    if tall:
+        up, down = matrix @ vectors, vectors.T
+    else:
+        up, down = vectors, vectors.T @ matrix
+    # With orthonormal vectors on one side, the product's energy is that of the other.
+    kept = float((up if tall else down).square().sum())
+    down, up = _balanced(down, up)
+    return down.contiguous(), up.contiguous(), kept, float(matrix.square().sum())
+
+
+def extract(
+    tuned: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    rank: int,
+    *,
+    load_key: str | None = None,
+    progress: Progress | None = None,
+) -> Extracted:
+    """The difference of two checkpoints as a LoRA of the base; one matrix is in memory at a time.
+
+    Args:
+        tuned, base: files or folders in any layout. Text encoders are compared where both have them.
+        rank: of each module; matrices that are smaller get their full rank.
+
+    Raises:
+        WeightsError: if one is no HunyuanDiT.
+        LoraError: if they have other dimensions, or no matrix differs.
+    """
+    if rank < 1:
+        raise LoraError(f"rank {rank}: use 1 or more")
+    ours, theirs = (_open(path, load_key) for path in (tuned, base))
+    pairs = _pairs(ours, theirs)
+    total = sum(len(below) for _, _, below in pairs)
+    energy, modules, left_out, done = _Energy(), {}, {}, 0
+    for part, above, below in pairs:
+        for key in below:
+            change = above.get(key).float() - below.get(key).float()
+            name = f"{part}.{key}"
+            if bool(change.count_nonzero()):
+                if _is_matrix(key, change):
+                    module = name.removesuffix(".weight")
+                    down, up, kept, whole = cut(change, rank)
+                    energy.add(module, kept, whole)
+                    modules[module] = [Patch("lora", {"down": down.float(), "up": up.float()})]
+                else:
+                    left_out[name] = float(change.norm())
+            for source in (above, below):
+                source.release(key)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+    if not modules:
+        raise LoraError(
+            f"no matrix of {tuned} differs from {base}: there is nothing that a LoRA could hold"
+            + (f" ({len(left_out)} other tensors differ)" if left_out else "")
+        )
+    recipe = {
+        "tuned": ours.path.name,
+        "base": theirs.path.name,
+        "rank": rank,
+        "energy": round(energy.share, 6),
+    }
+    assert theirs.dit is not None and theirs.info is not None
+    config = DiTConfig.from_state_dict(
+        theirs.dit.shapes(), pooler_heads=theirs.info.pooler_heads, rope_base=theirs.info.rope_base
+    )
+    metadata = file_metadata(
+        config, theirs.info, role="lora", extra={EXTRACTED_KEY: json.dumps(recipe, ensure_ascii=False)}
+    )
+    adapter = Adapter(modules, f"{ours.path.stem} - {theirs.path.stem}", "peft", metadata)
+    return Extracted(adapter, energy.share, energy.modules, left_out)
+
+
+def _open(path: str | os.PathLike[str], load_key: str | None) -> Parts:
+    expect(open_model(path, load_key=load_key), "dit")
+    return bundle(path, only=("dit", "bert", "t5"), load_key=load_key)
+
+
+def _pairs(ours: Parts, theirs: Parts) -> list[tuple[str, TensorSource, TensorSource]]:
+    """What both have, part by part, with the same names and shapes."""
+    assert ours.dit is not None and theirs.dit is not None
+    found = [("dit", ours.dit, theirs.dit)]
+    if ours.bert is not None and theirs.bert is not None:
+        found.append(("bert", ours.bert, theirs.bert))
+    if ours.mt5 is not None and theirs.mt5 is not None:
+        found.append(("t5", ours.mt5, theirs.mt5))
+    for part, above, below in found:
+        one, two = above.shapes(), below.shapes()
+        other = [key for key in {**two, **one} if one.get(key) != two.get(key)]
+        if other:
+            key = other[0]
+            raise LoraError(
+                f"{ours.path} is no tuned {theirs.path}: {len(other)} tensors of the {part} have other shapes"
+                f" or are missing, such as {key}: {one.get(key, 'absent')} and {two.get(key, 'absent')}"
+            )
+    return found
+
+
+def _is_matrix(key: str, change: Tensor) -> bool:
+    return key.endswith(".weight") and change.dim() == 2 and not any(word in key for word in _TABLES)

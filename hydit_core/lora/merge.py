@@ -1,0 +1,343 @@
+"""LoRAs into weights: into a model in memory, or from file to file, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoraError
+from ..weights.convert import convert
+from ..weights.detect import BERT_PREFIXES, MT5_PREFIXES, FileKind, expect
+from ..weights.dtypes import dtype_name
+from ..weights.layouts import PART_PREFIXES, Layout
+from ..weights.parts import bundle, open_model
+from ..weights.source import FP8_DTYPES, TensorSource, cast
+from ..weights.writer import Progress
+from .adapter import Adapter, Match, Patch, changed, changed_bias
+from .blocks import BlockWeights, depth_of
+from .formats import read
+
+MERGED_KEY = "hydit.merged"
+"""Metadata of a merged file: a JSON list of what went in, oldest first."""
+
+_TEXT = {
+    **{f"{prefix}transformer.bert.": "bert." for prefix in BERT_PREFIXES},
+    **{f"{prefix}transformer.": "t5." for prefix in MT5_PREFIXES},
+}
+_KEPT_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a LoRA does to one tensor: patches at their strength, on a weight or on a bias."""
+
+    patches: Sequence[Patch]
+    strength: float
+    bias: bool
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The changed tensor in float32, a new one."""
+        if self.bias:
+            return changed_bias(tensor.float(), self.patches, self.strength)
+        return changed(tensor, self.patches, self.strength, dtype=torch.float32)
+
+
+def plan(
+    adapter: Adapter,
+    shapes: Mapping[str, Sequence[int]],
+    strength: float = 1.0,
+    block_weights: Any = None,
+    *,
+    base: str,
+) -> tuple[Match, dict[str, Change]]:
+    """Which tensors a LoRA changes, and how.
+
+    Args:
+        shapes: of all tensors, named ``dit.blocks.0.attn1.Wqkv.weight``, ``bert. ...``, ``t5. ...``.
+        block_weights: what :meth:`BlockWeights.parse` takes.
+        base: what the tensors belong to, for messages.
+
+    Returns:
+        The match of modules, with biases that the base lacks among the unmatched, and the changes by tensor
+        name. Tensors whose strength is 0 have none.
+
+    Raises:
+        LoraError: if no module matches or one has another size.
+        ConfigError: if the block weights do not fit the number of blocks.
+    """
+    modules = {name.removesuffix(".weight"): name for name in shapes if not name.endswith(".bias")}
+    match = adapter.require({module: shapes[name] for module, name in modules.items()}, base=base)
+    weights, depth = BlockWeights.parse(block_weights), depth_of(shapes)
+    changes, lost = {}, []
+    for module in match.matched:
+        patches = adapter.modules[module]
+        share = strength * weights.of(module, depth)
+        if any(patch.bias is not None for patch in patches):
+            name = f"{module}.bias"
+            if name not in shapes:
+                lost.append(name)
+            else:
+                _check_bias(adapter, name, patches, shapes[name][0])
+                if share:
+                    changes[name] = Change(patches, share, bias=True)
+        if share and any(patch.tensors for patch in patches):
+            changes[modules[module]] = Change(patches, share, bias=False)
+    return Match(match.matched, [*match.unmatched, *lost]), changes
+
+
+def _check_bias(adapter: Adapter, name: str, patches: Sequence[Patch], rows: int) -> None:
+    for patch in patches:
+        start, stop = patch.rows or (0, rows)
+        if patch.bias is not None and (stop > rows or patch.bias.numel() != stop - start):
+            raise LoraError(f"{adapter.name}: {patch.bias.numel()} numbers for {name}, which has {rows}")
+
+
+def apply(
+    adapter: Adapter,
+    model: nn.Module | Mapping[str, nn.Module],
+    strength: float = 1.0,
+    block_weights: Any = None,
+    *,
+    base: str = "the model",
+) -> Match:
+    """Add a LoRA to a model's weights in place; the opposite strength takes a plain LoRA off again.
+
+    Everything is computed before anything is changed: after an error the model is as it was.
+
+    Args:
+        model: a DiT, or networks by part: ``dit``, ``bert``, ``t5``.
+        block_weights: see :class:`BlockWeights`.
+
+    Raises:
+        LoraError: if nothing matches, a module has another size, or a weight leaves its dtype's range.
+        ConfigError: if the block weights do not fit the number of blocks.
+    """
+    parts = {"dit": model} if isinstance(model, nn.Module) else model
+    tensors = {f"{part}.{name}": p for part, net in parts.items() for name, p in net.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    match, changes = plan(adapter, shapes, strength, block_weights, base=base)
+    new = {name: _result(name, tensors[name].data, [change]) for name, change in changes.items()}
+    for name, value in new.items():
+        tensors[name].data = value
+    return match
+
+
+def _result(name: str, tensor: Tensor, changes: Sequence[Change], dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor with all changes, rounded once."""
+    dtype, value = dtype or tensor.dtype, tensor
+    for change in changes:
+        value = change(value)
+    limit = torch.finfo(dtype).max
+    low, high = (float(end) for end in value.aminmax())
+    if not (-limit <= low and high <= limit):  # NaN is in no range
+        raise LoraError(
+            f"{name} would reach from {low:.4g} to {high:.4g}, which {dtype_name(dtype)} does not hold: "
+            "use a lower strength or a wider dtype; if it does not help, the LoRA is damaged"
+        )
+    return cast(value, dtype)
+
+
+class MergingSource(TensorSource):
+    """A source of whose tensors some are changed as they are read.
+
+    Args:
+        changes: by the source's names. The last few results are kept: the layout diffusers asks for each
+            third of a fused projection.
+    """
+
+    def __init__(self, source: TensorSource, changes: Mapping[str, Sequence[Change]]) -> None:
+        self.path = source.path
+        self.metadata = source.metadata
+        self._source = source
+        self._changes = changes
+        self._kept: OrderedDict[tuple[str, torch.dtype], Tensor] = OrderedDict()
+
+    def keys(self) -> list[str]:
+        return self._source.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._source.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._source.dtype(key)
+
+    def get(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        if key not in self._changes:
+            return self._source.get(key, dtype)
+        dtype = dtype or self.dtype(key)
+        if (key, dtype) not in self._kept:
+            size = self.numel(key) * dtype.itemsize
+            while self._kept and size + sum(kept.nbytes for kept in self._kept.values()) > _KEPT_BYTES:
+                self._kept.popitem(last=False)
+            value = _result(key, self._source.get(key), self._changes[key], dtype)
+            if size > _KEPT_BYTES:
+                return value
+            self._kept[key, dtype] = value
+        return self._kept[key, dtype]
+
+    def release(self, key: str) -> None:
+        self._source.release(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._source
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What :func:`merge_files` did: how each LoRA matched, and a line for each thing a user should know."""
+
+    path: Path
+    kind: FileKind
+    layout: Layout
+    matches: tuple[Match, ...]
+    notes: tuple[str, ...]
+
+
+def merge_files(
+    base: str | os.PathLike[str],
+    loras: Sequence[tuple[str | os.PathLike[str] | Adapter, float]],
+    out: str | os.PathLike[str],
+    *,
+    layout: Layout | None = None,
+    dtype: torch.dtype | None = None,
+    block_weights: Any = None,
+    load_key: str | None = None,
+    progress: Progress | None = None,
+) -> Merged:
+    """Write a checkpoint with LoRAs merged into it, one tensor at a time and atomically.
+
+    A weight is changed in float32 and rounded once, to the dtype of the output.
+
+    Args:
+        base: a DiT or an all-in-one checkpoint, a file or a folder.
+        loras: files, folders or adapters, each with its strength.
+        layout: as of :func:`~..weights.convert.convert`; default: the base's own, for one in diffusers'
+            folder and an ``out`` that ends in .safetensors ``comfy``.
+        dtype: of the DiT; default: as it is.
+        block_weights: what :meth:`BlockWeights.parse` takes, for all; or a list of :class:`BlockWeights`,
+            one for each LoRA.
+        load_key: which weights of a torch file that holds several.
+        progress: is called with bytes written and bytes in all.
+
+    Raises:
+        LoraError: if a LoRA cannot be read or does not fit, or a weight leaves its dtype's range.
+        WeightsError: if the base is something else, or the output cannot be written. Nothing half-written
+            is left, and an older output stays.
+        ConfigError: if the block weights do not fit the number of blocks.
+    """
+    base, out = Path(base), Path(out)
+    source = open_model(base, load_key=load_key)
+    kind = expect(source, "dit")
+    layout = layout or _default_layout(kind, out)
+    shapes = _shapes(base, layout, load_key)
+    _check_out(out, loras)
+    adapters = [lora if isinstance(lora, Adapter) else read(lora) for lora, _ in loras]
+    strengths = [strength for _, strength in loras]
+    weights = _weights(block_weights, len(loras))
+    matches, changes = [], {}
+    for adapter, strength, share in zip(adapters, strengths, weights, strict=True):
+        match, own = plan(adapter, shapes, strength, share, base=str(base))
+        matches.append(match)
+        for name, change in own.items():
+            changes.setdefault(name, []).append(change)
+    extra = _record(source, adapters, strengths, weights, matches)
+    notes = _notes(source, dtype, adapters, matches)
+    del source
+
+    def change(part: TensorSource) -> TensorSource:
+        return MergingSource(part, {key: changes[name] for key in part if (name := _name(key)) in changes})
+
+    done = convert(
+        base,
+        out,
+        layout=layout,
+        dtype=dtype,
+        load_key=load_key,
+        change=change,
+        extra=extra,
+        progress=progress,
+    )
+    return Merged(out, done.kind, layout, tuple(matches), (*notes, *done.notes))
+
+
+def _default_layout(kind: FileKind, out: Path) -> Layout:
+    file = kind.layout == "diffusers" and out.suffix == ".safetensors"
+    return "comfy" if file else kind.layout  # type: ignore[return-value]
+
+
+def _shapes(base: Path, layout: Layout, load_key: str | None) -> dict[str, tuple[int, ...]]:
+    """Of what is written and can be changed; only the layout comfy holds text encoders."""
+    only = ("dit", "bert", "t5") if layout == "comfy" else ("dit",)
+    found = bundle(base, only=only, load_key=load_key)
+    parts = {"dit": found.dit, "bert": found.bert, "t5": found.mt5}
+    return {
+        f"{part}.{key}": source.shape(key)
+        for part, source in parts.items()
+        if source is not None and part in only
+        for key in source
+    }
+
+
+def _check_out(out: Path, loras: Sequence[tuple[Any, float]]) -> None:
+    for lora, _ in loras:
+        if not isinstance(lora, Adapter) and out.exists() and Path(lora).exists() and out.samefile(lora):
+            raise LoraError(f"{out} is one of the LoRAs; choose another name for the output")
+
+
+def _weights(block_weights: Any, count: int) -> list[BlockWeights]:
+    if isinstance(block_weights, list) and any(isinstance(one, BlockWeights) for one in block_weights):
+        return block_weights
+    return [BlockWeights.parse(block_weights)] * count
+
+
+def _name(key: str) -> str:
+    """The full name of a tensor that convert writes: Tencent's for a DiT, else an all-in-one file's."""
+    for prefix, part in _TEXT.items():
+        if key.startswith(prefix):
+            return part + key.removeprefix(prefix)
+    return key if key.startswith(PART_PREFIXES) else f"dit.{key}"
+
+
+def _record(
+    source: TensorSource,
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float],
+    weights: Sequence[BlockWeights],
+    matches: Sequence[Match],
+) -> dict[str, str]:
+    """Metadata that says what went in."""
+    try:
+        entries = list(json.loads(source.metadata.get(MERGED_KEY, "[]")))
+    except (ValueError, TypeError):
+        entries = []
+    for adapter, strength, share, match in zip(adapters, strengths, weights, matches, strict=True):
+        entry = {"lora": adapter.name, "strength": strength, "modules": len(match.matched)}
+        if share != BlockWeights():
+            entry["block_weights"] = str(share)
+        entries.append(entry)
+    names = [source.path.name, *(adapter.name for adapter in adapters)]
+    metadata = {
+        MERGED_KEY: json.dumps(entries, ensure_ascii=False),
+        "modelspec.merged_from": ", ".join(names),
+    }
+    triggers = [adapter.trigger() for adapter in adapters if adapter.trigger()]
+    if triggers:
+        metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
+    return metadata
+
+
+def _notes(
+    source: TensorSource, dtype: torch.dtype | None, adapters: Sequence[Adapter], matches: Sequence[Match]
+) -> list[str]:
+    notes = [f"{adapter.name}: {match}" for adapter, match in zip(adapters, matches, strict=True)]
+    if (dtype or source.main_dtype()) in FP8_DTYPES:
+        notes.append("8-bit weights lose most of a small change: with --dtype bf16 or fp16 it is kept")
+    return notes

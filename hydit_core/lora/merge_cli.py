@@ -1,0 +1,76 @@
+"""``python -m hydit_core.lora merge BASE LORA[:strength] ... OUT``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import ConfigError
+from ..model.layer_weights import CURVES, read_weights, split_weight
+from ..weights.dtypes import DTYPES
+from ..weights.layouts import LAYOUTS
+from .blocks import BlockWeights
+from .merge import merge_files
+
+_WEIGHTS = "--block-weights"
+
+
+def add(commands: Any) -> None:
+    """Add the sub-command to a parser's."""
+    parser = commands.add_parser("merge", help="write a checkpoint with LoRAs merged into it")
+    parser.add_argument("base", metavar="BASE", help="a DiT or an all-in-one checkpoint, file or folder")
+    parser.add_argument(
+        "loras", metavar="LORA[:STRENGTH]", nargs="+", help="a LoRA of any format, strength 1 if not given"
+    )
+    parser.add_argument("out", metavar="OUT", help="a .safetensors file; a folder for --layout diffusers")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="tencent: the DiT alone; comfy: all-in-one; diffusers: a folder (default: as BASE)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of the DiT (default: as it is); fp8: matrices of the blocks only, the rest keeps 16 bits",
+    )
+    parser.add_argument(
+        _WEIGHTS,
+        action="append",
+        default=[],
+        metavar="WEIGHTS",
+        help="over the strength, for each block: a number, numbers with commas (40 for DiT-g/2), a JSON file "
+        f"with a list, or a curve: {', '.join(CURVES)}; once for all, or for each LoRA in their order",
+    )
+    parser.add_argument(
+        "--load-key", help="which weights of a torch file that holds several: ema, module ..."
+    )
+    parser.set_defaults(run=_merge)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    given, count = args.block_weights, len(args.loras)
+    if len(given) not in {0, 1, count}:
+        raise ConfigError(f"{_WEIGHTS} is given {len(given)} times for {count} LoRAs: give 1 or {count}")
+    weights = [BlockWeights.parse(read_weights(text, _WEIGHTS)) for text in given] or [BlockWeights()]
+    # None: no bar where stderr is not a terminal.
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        done = merge_files(
+            args.base,
+            [split_weight(text) for text in args.loras],
+            args.out,
+            layout=args.layout,
+            dtype=DTYPES[args.dtype] if args.dtype else None,
+            block_weights=weights if len(weights) == count else weights[0],
+            load_key=args.load_key,
+            progress=progress,
+        )
+    for note in done.notes:
+        print(note)
+    print(f"{done.path}: {done.kind.name.removeprefix('a ')} in layout {done.layout}")

@@ -1,0 +1,83 @@
+"""The LoRA options of ``python -m hydit_core.generate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+from .model.layer_weights import CURVES, read_weights, split_weight
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+
+MAX_STRENGTH = 10
+"""Of HyDiTLoraLoader, in both directions."""
+_WEIGHTS = "--lora-block-weights"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the group to a parser."""
+    group = parser.add_argument_group("LoRA")
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="a LoRA of any common format, or a folder of PEFT's; may be given several times",
+    )
+    group.add_argument(
+        _WEIGHTS,
+        action="append",
+        default=[],
+        metavar="WEIGHTS",
+        help="over the strength, for each block of the DiT: a number, numbers with commas, a JSON file with "
+        f"a list, or a curve: {', '.join(CURVES)}; once for all, or for each --lora in their order",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be drawn, before anything is loaded. Raises :class:`ConfigError`."""
+    given, count = len(args.lora_block_weights), len(args.lora)
+    if given and not count:
+        raise ConfigError(f"{_WEIGHTS} needs --lora")
+    if given not in {0, 1, count}:
+        raise ConfigError(f"{_WEIGHTS} is given {given} times for {count} --lora: give 1 or {count}")
+    for text in args.lora_block_weights:
+        read_weights(text, _WEIGHTS)
+    for text in args.lora:
+        strength = split_weight(text)[1]
+        if not abs(strength) <= MAX_STRENGTH:
+            raise ConfigError(f"--lora {text}: strength {strength:g}: use -{MAX_STRENGTH} to {MAX_STRENGTH}")
+
+
+def files(args: argparse.Namespace) -> list[Path]:
+    """The LoRAs' files, in the order given."""
+    return [split_weight(text)[0].expanduser() for text in args.lora]
+
+
+def load(args: argparse.Namespace, pipe: Pipeline, *, quiet: bool = False) -> list[dict[str, Any]]:
+    """Put the LoRAs of a command line into a pipeline; gives what a picture remembers of them.
+
+    Says on stderr what fits, and what words call each one up.
+
+    Raises :class:`HyditError` for files that cannot be read or do not fit the model.
+    """
+    if not args.lora:
+        return []
+    from .lora.formats import read
+
+    facts = []
+    for index, (path, text) in enumerate(zip(files(args), args.lora, strict=True)):
+        strength = split_weight(text)[1]
+        given = args.lora_block_weights
+        weights = read_weights(given[index % len(given)] if given else "uniform", _WEIGHTS)
+        adapter = read(path)
+        match = pipe.load_lora(adapter, strength, weights)
+        words = f"; trigger words: {adapter.trigger()}" if adapter.trigger() else ""
+        if not quiet:
+            print(f"LoRA {path.name}: {match}{words}", file=sys.stderr)
+        facts.append({"lora": path.name, "strength": strength, "block_weights": str(weights)})
+    return facts

@@ -1,0 +1,378 @@
+"""Merging LoRAs, against the arithmetic written out and against peft."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from key_lists import key_list
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import TINY, randomize
+
+from hydit_core import generate
+from hydit_core.config import DiTConfig, ModelInfo
+from hydit_core.errors import ConfigError, LoraError, WeightsError
+from hydit_core.lora import formats
+from hydit_core.lora.adapter import Adapter, Patch
+from hydit_core.lora.blocks import BlockWeights
+from hydit_core.lora.merge import apply, merge_files
+from hydit_core.model.dit import DiT
+from hydit_core.png import read_parameters
+from hydit_core.weights.convert import convert
+from hydit_core.weights.load import save_checkpoint
+from hydit_core.weights.parts import bundle
+
+TARGETS = ("attn1.Wqkv", "attn1.out_proj", "attn2.q_proj", "attn2.kv_proj", "attn2.out_proj")
+pytestmark = pytest.mark.filterwarnings("ignore:.*far (below|above)")
+
+
+def low_rank(shapes: dict[str, tuple[int, ...]], rank: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
+    """PEFT's tensors for these modules."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module, (out, columns) in shapes.items():
+        key = f"base_model.model.{module}"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(rank, columns, generator=generator) / 8
+        tensors[f"{key}.lora_B.weight"] = torch.randn(out, rank, generator=generator) / 8
+    return tensors
+
+
+def targets(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """What Tencent's training adapts: by the ends of names, so that the pooler's q_proj is among them."""
+    ends = ("Wqkv", "q_proj", "kv_proj", "out_proj")
+    return {
+        key.removesuffix(".weight"): tuple(value.shape)
+        for key, value in state.items()
+        if key.endswith(tuple(f"{end}.weight" for end in ends))
+    }
+
+
+@pytest.fixture(scope="module")
+def full_names(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint with all names of DiT-g/2 v1.2 and little in each, and a PEFT file of 402 tensors."""
+    folder = tmp_path_factory.mktemp("forty")
+    config = DiTConfig(**{**TINY.to_dict(), "depth": 40, "hidden_size": 16, "num_heads": 2, "mlp_hidden": 32})
+    state = randomize(DiT(config), 1).state_dict()
+    assert state.keys() == key_list("g2_v12").keys()
+    save_checkpoint(folder / "base.safetensors", dit=state, info=ModelInfo.published("v1.2"))
+    tensors = low_rank(targets(state))
+    assert len(tensors) == 402
+    save_file(tensors, folder / "lora.safetensors")
+    return folder, state
+
+
+def loop(state: dict[str, torch.Tensor], lora: dict[str, torch.Tensor], scale: float):
+    """The merge as it is written on the project's page: 40 blocks, then the pooler."""
+    merged = {key: value.clone() for key, value in state.items()}
+    for module in [f"blocks.{i}.{name}" for i in range(40) for name in TARGETS] + ["pooler.q_proj"]:
+        key = f"base_model.model.{module}"
+        up, down = lora[f"{key}.lora_B.weight"], lora[f"{key}.lora_A.weight"]
+        merged[f"{module}.weight"] = merged[f"{module}.weight"] + scale * up @ down
+    return merged
+
+
+@pytest.mark.parametrize("layout", ["tencent", "diffusers", "comfy"])
+@pytest.mark.parametrize("base_layout", ["tencent", "diffusers", "comfy"])
+def test_the_loop_over_blocks_and_pooler(full_names, tmp_path: Path, layout: str, base_layout: str) -> None:
+    folder, state = full_names
+    lora, base = folder / "lora.safetensors", folder / "base.safetensors"
+    if base_layout != "tencent":
+        base = tmp_path / ("base" if base_layout == "diffusers" else "base.safetensors")
+        convert(folder / "base.safetensors", base, layout=base_layout)
+    out = tmp_path / ("out" if layout == "diffusers" else "out.safetensors")
+    done = merge_files(base, [(lora, 0.7)], out, layout=layout)
+    assert len(done.matches[0].matched) == 201 and not done.matches[0].unmatched
+    expected = loop(state, load_file(lora), 0.7)
+    if layout == "diffusers":
+        found = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+        for n, thirds in ((0, expected["blocks.0.attn1.Wqkv.weight"].chunk(3)), (39, None)):
+            thirds = thirds or expected[f"blocks.{n}.attn1.Wqkv.weight"].chunk(3)
+            for name, rows in zip("qkv", thirds, strict=True):
+                torch.testing.assert_close(
+                    found[f"blocks.{n}.attn1.to_{name}.weight"], rows, atol=1e-6, rtol=0
+                )
+    dit = bundle(out, only=("dit",)).dit
+    assert dit is not None and set(dit.keys()) == set(expected)
+    for key, value in expected.items():
+        torch.testing.assert_close(dit.get(key), value, atol=1e-6 * float(value.abs().max()), rtol=0)
+
+
+def test_the_opposite_strength_restores(full_names, tmp_path: Path) -> None:
+    folder, state = full_names
+    there, back = tmp_path / "there.safetensors", tmp_path / "back.safetensors"
+    merge_files(folder / "base.safetensors", [(folder / "lora.safetensors", 1.3)], there)
+    merge_files(there, [(folder / "lora.safetensors", -1.3)], back)
+    changed, found = load_file(there), load_file(back)
+    for key, value in state.items():
+        limit = 1e-6 * float(value.abs().max())
+        assert (found[key] - value).abs().max() <= limit, key
+        assert ((changed[key] - value).abs().max() > 100 * limit) == (key[:-7] in targets(state)), key
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_alpha": 2}, {"use_rslora": True}, {"use_dora": True}])
+def test_in_memory_as_peft(options: dict, tmp_path: Path) -> None:
+    """alpha = rank, another alpha, rank-stabilized, DoRA; trained files, then merge_and_unload."""
+    model = randomize(DiT(TINY), 1)
+    base = copy.deepcopy(model)
+    config = peft.LoraConfig(
+        r=4, **{"lora_alpha": 4, **options}, target_modules=["Wqkv", "q_proj", "kv_proj", "out_proj"]
+    )
+    theirs = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+            elif "magnitude" in name:
+                parameter.mul_(1 + torch.rand(parameter.shape, generator=generator))
+    theirs.save_pretrained(tmp_path)
+    merged = theirs.merge_and_unload().state_dict()
+    match = apply(formats.read(tmp_path), base)
+    assert len(match.matched) == 5 * TINY.depth + 1 and not match.unmatched
+    for key, value in base.state_dict().items():
+        torch.testing.assert_close(value, merged[key], atol=1e-6 * float(value.abs().max()), rtol=0)
+
+
+def test_block_weights(full_names, tmp_path: Path) -> None:
+    folder, state = full_names
+    lora, weights = load_file(folder / "lora.safetensors"), [i / 39 for i in range(40)]
+    base, out = folder / "base.safetensors", tmp_path / "out.safetensors"
+    merge_files(base, [(folder / "lora.safetensors", 0.5)], out, block_weights=weights)
+    found, full = load_file(out), loop(state, lora, 0.5)
+    for i in range(40):
+        key = f"blocks.{i}.attn2.kv_proj.weight"
+        torch.testing.assert_close(found[key], torch.lerp(state[key], full[key], i / 39), atol=1e-6, rtol=0)
+    key = "pooler.q_proj.weight"
+    torch.testing.assert_close(found[key], full[key], atol=1e-6, rtol=0)
+    with pytest.raises(ConfigError, match="3 block weights for a model with 40 blocks"):
+        merge_files(base, [(folder / "lora.safetensors", 0.5)], out, block_weights="1, 2, 3")
+    each = [BlockWeights.parse(0), BlockWeights.parse("only-late")]
+    merge_files(base, [(folder / "lora.safetensors", 0.5)] * 2, out, block_weights=each)
+    found = load_file(out)
+    assert torch.equal(found["blocks.19.attn1.Wqkv.weight"], state["blocks.19.attn1.Wqkv.weight"])
+    key = "blocks.20.attn1.Wqkv.weight"
+    torch.testing.assert_close(found[key], full[key], atol=1e-6, rtol=0)
+
+
+def test_several_are_rounded_once(full_names, tmp_path: Path) -> None:
+    """In 16 bits, two LoRAs that undo each other leave every bit as it was."""
+    folder, _ = full_names
+    half, out = tmp_path / "half.safetensors", tmp_path / "out.safetensors"
+    convert(folder / "base.safetensors", half, layout="tencent", dtype=torch.float16)
+    lora = folder / "lora.safetensors"
+    merge_files(half, [(lora, 1.0), (lora, -1.0)], out)
+    before, after = load_file(half), load_file(out)
+    assert all(torch.equal(before[key], value) for key, value in after.items())
+    # Into a wider dtype, the change is not rounded to the base's first.
+    merge_files(half, [(lora, 1.0)], out, dtype=torch.float32)
+    exact = loop({key: value.float() for key, value in before.items()}, load_file(lora), 1.0)
+    assert all((exact[key] - value).abs().max() < 1e-6 for key, value in load_file(out).items())
+
+
+def whole_adapter(path: Path) -> Adapter:
+    """A random LoRA of DiT, BERT and mT5 of an all-in-one file."""
+    found, generator, modules = bundle(path), torch.Generator().manual_seed(5), {}
+    for part, source in (("dit", found.dit), ("bert", found.bert), ("t5", found.mt5)):
+        assert source is not None
+        for key in source:
+            if any(name in key for name in ("Wqkv.weight", "query.weight", "Attention.q.weight")):
+                out, columns = source.shape(key)
+                down = torch.randn(2, columns, generator=generator) / 8
+                up = torch.randn(out, 2, generator=generator) / 8
+                modules[f"{part}.{key[:-7]}"] = [Patch("lora", {"down": down, "up": up})]
+    return Adapter(modules, "whole", metadata={"hydit.trigger": "icn"})
+
+
+def test_text_encoders_of_an_all_in_one_file(tiny_model_file: Path, tmp_path: Path) -> None:
+    adapter, out = whole_adapter(tiny_model_file), tmp_path / "out.safetensors"
+    assert adapter.parts() == {"dit", "bert", "t5"}
+    done = merge_files(tiny_model_file, [(adapter, 0.5)], out)
+    assert done.layout == "comfy" and not done.matches[0].unmatched
+    before, after = load_file(tiny_model_file), load_file(out)
+    assert before.keys() == after.keys()
+    altered = {key for key in before if not torch.equal(before[key], after[key])}
+    assert len(altered) == len(adapter.modules)
+    bert, t5 = bundle(out).bert, bundle(out).mt5
+    assert bert is not None and t5 is not None
+    for part, source, prefix in (
+        ("bert", bert, "text_encoders.hydit_clip.transformer.bert."),
+        ("t5", t5, "text_encoders.mt5xl.transformer."),
+    ):
+        for module, (patch,) in adapter.part(part).items():
+            expected = before[f"{prefix}{module}.weight"] + 0.5 * patch.delta()
+            torch.testing.assert_close(source.get(f"{module}.weight"), expected, atol=1e-6, rtol=0)
+    # The DiT alone has no text encoders: said, not silent.
+    alone = merge_files(tiny_model_file, [(adapter, 0.5)], tmp_path / "dit.safetensors", layout="tencent")
+    assert {name.partition(".")[0] for name in alone.matches[0].unmatched} == {"bert", "t5"}
+    assert any("not bert." in note for note in alone.notes)
+
+
+def test_the_file_says_what_went_in(full_names, tmp_path: Path) -> None:
+    folder, state = full_names
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    lora = folder / "lora.safetensors"
+    steps: list[tuple[int, int]] = []
+    merge_files(folder / "base.safetensors", [(lora, 0.25)], one, progress=lambda *step: steps.append(step))
+    named = Adapter(formats.read(lora).modules, "mine", metadata={"hydit.trigger": "icn"})
+    done = merge_files(one, [(named, -1.0)], two, block_weights="decay(0.9)")
+    merged = bundle(two, only=("dit",)).metadata
+    first = {"lora": "lora", "strength": 0.25, "modules": 201}
+    second = {"lora": "mine", "strength": -1.0, "modules": 201, "block_weights": "decay(0.9)"}
+    assert json.loads(merged["hydit.merged"]) == [first, second]
+    assert merged["modelspec.merged_from"] == "one.safetensors, mine"
+    assert merged["modelspec.trigger_phrase"] == "icn"
+    assert done.notes[0] == "mine: 201 of 201 modules"
+    size = sum(value.nbytes for value in state.values())
+    assert steps[-1] == (size, size) and len(steps) == len(state)
+
+
+def test_errors_leave_everything_as_it_was(full_names, tmp_path: Path) -> None:
+    folder, _ = full_names
+    base, lora = folder / "base.safetensors", folder / "lora.safetensors"
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"older")
+    half = tmp_path / "half.safetensors"
+    convert(base, half, layout="tencent", dtype=torch.float16)
+    with pytest.raises(LoraError, match=r"would reach from .* which fp16 does not hold"):
+        merge_files(half, [(lora, 1e8)], out)
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    save_file({"lora_unet_blocks_77_mlp_fc1.lora_down.weight": torch.ones(1, 4),
+               "lora_unet_blocks_77_mlp_fc1.lora_up.weight": torch.ones(4, 1)}, elsewhere)  # fmt: skip
+    with pytest.raises(LoraError, match=r"has nothing for .*half\.safetensors"):
+        merge_files(half, [(elsewhere, 1.0)], out)
+    with pytest.raises(WeightsError, match="is a HunyuanDiT LoRA"):
+        merge_files(lora, [(lora, 1.0)], out)
+    wide = low_rank({"blocks.0.mlp.fc1": (8, 8)})
+    save_file(wide, tmp_path / "wide.safetensors")
+    with pytest.raises(LoraError, match="other dimensions"):
+        merge_files(half, [(tmp_path / "wide.safetensors", 1.0)], out)
+    assert out.read_bytes() == b"older"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    copied = tmp_path / "copied.safetensors"
+    copied.write_bytes(lora.read_bytes())
+    with pytest.raises(LoraError, match="is one of the LoRAs"):
+        merge_files(half, [(copied, 1.0)], copied)
+    with pytest.raises(WeightsError, match="is the input itself"):
+        merge_files(half, [(lora, 1.0)], half)
+
+    model = randomize(DiT(TINY), 1).half()
+    before = copy.deepcopy(model.state_dict())
+    save_file(low_rank(targets(before)), tmp_path / "tiny.safetensors")
+    with pytest.raises(LoraError, match="which fp16 does not hold"):
+        apply(formats.read(tmp_path / "tiny.safetensors"), model, 1e8)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_biases(tmp_path: Path) -> None:
+    model = randomize(DiT(TINY), 1)
+    before = copy.deepcopy(model.state_dict())
+    bias, part = torch.randn(TINY.mlp_hidden), torch.randn(TINY.hidden_size)
+    patches = {
+        "dit.blocks.0.mlp.fc1": [Patch("diff", {}, bias=bias)],
+        "dit.blocks.1.attn2.kv_proj": [Patch("diff", {}, rows=(0, TINY.hidden_size), bias=part)],
+    }
+    apply(Adapter(patches), model, 0.5)
+    after = model.state_dict()
+    torch.testing.assert_close(after["blocks.0.mlp.fc1.bias"], before["blocks.0.mlp.fc1.bias"] + bias / 2)
+    key = "blocks.1.attn2.kv_proj.bias"
+    expected = before[key] + torch.cat([part / 2, torch.zeros_like(part)])
+    torch.testing.assert_close(after[key], expected)
+    assert sum(not torch.equal(before[key], value) for key, value in after.items()) == 2
+    wrong = Adapter({"dit.blocks.0.mlp.fc1": [Patch("diff", {}, bias=part)]})
+    with pytest.raises(LoraError, match=r"numbers for dit\.blocks\.0\.mlp\.fc1\.bias, which has 128"):
+        apply(wrong, model)
+
+
+# -- the command lines ------------------------------------------------------------------------------------
+
+
+def lora_cli(*arguments: object) -> int:
+    from hydit_core.lora.__main__ import main
+
+    return main([str(argument) for argument in arguments])
+
+
+def test_merge_on_the_command_line(full_names, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, state = full_names
+    lora, out = folder / "lora.safetensors", tmp_path / "out.safetensors"
+    base = folder / "base.safetensors"
+    assert lora_cli("merge", base, f"{lora}:0.5", lora, out, "--block-weights", "0.5", "--dtype", "bf16") == 0
+    said = capsys.readouterr().out
+    assert "lora: 201 of 201 modules" in said and "in layout tencent" in said
+    found, expected = load_file(out), loop(state, load_file(lora), 0.75)
+    key = "blocks.7.attn1.Wqkv.weight"
+    assert found[key].dtype == torch.bfloat16
+    torch.testing.assert_close(found[key], expected[key].bfloat16())
+    assert lora_cli("merge", base, lora, lora, lora, out, "--block-weights", "1", "--block-weights", "1") == 2
+    assert "given 2 times for 3 LoRAs" in capsys.readouterr().err
+    assert lora_cli("merge", base, tmp_path / "none.safetensors", out) == 2
+    assert "none.safetensors does not exist" in capsys.readouterr().err
+
+
+@pytest.fixture
+def draw(tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def draw(*options: object, model: Path = tiny_model_file) -> tuple[int, str, Path]:
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
+        base = ["--model", model, "--prompt", "cat", "--steps", "2", "--device", "cpu", "--out", out]
+        code = generate.main([str(option) for option in (*base, *options)])
+        return code, capsys.readouterr().err, out
+
+    return draw
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_generate_with_a_lora(draw, tiny_model_file: Path, tmp_path: Path) -> None:
+    adapter, file = whole_adapter(tiny_model_file), tmp_path / "style.safetensors"
+    formats.write(adapter, file)
+    code, said, path = draw("--lora", f"{file}:0.5", "--lora-block-weights", "decay(0.9)")
+    assert code == 0 and f"LoRA style.safetensors: {len(adapter.modules)} of" in said
+    assert "trigger words: icn" in said
+    fact = {"lora": "style.safetensors", "strength": 0.5, "block_weights": "decay(0.9)"}
+    assert read_parameters(path)["loras"] == [fact]
+    # As the merged file draws it.
+    merged = tmp_path / "merged.safetensors"
+    merge_files(tiny_model_file, [(adapter, 0.5)], merged, block_weights="decay(0.9)")
+    plain = draw()[2]
+    assert (pixels(path) == pixels(draw(model=merged)[2])).all()
+    assert (pixels(path) != pixels(plain)).any()
+    assert (pixels(draw("--lora", f"{file}:0")[2]) == pixels(plain)).all()
+    assert "loras" not in read_parameters(plain)
+    # The graph in the picture has a node for each, MODEL and CLIP through both.
+    two = draw("--lora", f"{file}:0.5", "--lora", f"{file}:-2")[2]
+    prompt = json.loads(Image.open(two).text["prompt"])  # type: ignore[attr-defined]
+    nodes = {n: node for n, node in prompt.items() if node["class_type"] == "HyDiTLoraLoader"}
+    (first, one), (second, other) = nodes.items()
+    assert one["inputs"]["strength_model"] == one["inputs"]["strength_clip"] == 0.5
+    assert other["inputs"] == {
+        "model": [first, 0], "clip": [first, 1], "lora_name": "style.safetensors",
+        "strength_model": -2.0, "strength_clip": -2.0, "block_weights": "uniform(1)",
+    }  # fmt: skip
+    users = [
+        node["inputs"]
+        for node in prompt.values()
+        if node["class_type"] in ("HyDiTTextEncode", "HyDiTKSampler")
+    ]
+    assert {tuple(u.get("clip") or u.get("model")) for u in users} == {(second, 0), (second, 1)}
+
+
+def test_generate_says_what_is_wrong_with_a_lora(draw, tiny_model_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    formats.write(whole_adapter(tiny_model_file), file)
+    for options, message in (
+        (["--lora-block-weights", "1"], "--lora-block-weights needs --lora"),
+        (["--lora", f"{file}:11"], "strength 11: use -10 to 10"),
+        (["--lora", f"{file}:nan"], "strength nan: use -10 to 10"),
+        (["--lora", file, "--lora-block-weights", "1, 2"], "2 block weights for a model with 4 blocks"),
+        (["--lora", tmp_path / "none.safetensors"], "none.safetensors does not exist"),
+    ):
+        code, said, path = draw(*options)
+        assert code == 2 and message in said and not path.exists()
