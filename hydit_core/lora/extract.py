@@ -327,7 +327,7 @@ def _pairs(ours: Parts, theirs: Parts) -> list[tuple[str, TensorSource, TensorSo
         if other:
             key = other[0]
             raise LoraError(
-                f"{ours.path} is no tuned {theirs.path}: {len(other)} tensors of the {part} have other shapes"
+                f"{ours.path} is no tuned {theirs.path}: {len(other)} tensors of {part} have other shapes"
                 f" or are missing, such as {key}: {one.get(key, 'absent')} and {two.get(key, 'absent')}"
             )
     return found

@@ -242,12 +242,13 @@ def merge_files(
     adapters = [lora if isinstance(lora, Adapter) else read(lora) for lora, _ in loras]
     strengths = [strength for _, strength in loras]
     weights = _weights(block_weights, len(loras))
-    matches, changes = [], {}
+    matches: list[Match] = []
+    changes: dict[str, list[Change]] = {}
     for adapter, strength, share in zip(adapters, strengths, weights, strict=True):
         match, own = plan(adapter, shapes, strength, share, base=str(base))
         matches.append(match)
-        for name, change in own.items():
-            changes.setdefault(name, []).append(change)
+        for name, one in own.items():
+            changes.setdefault(name, []).append(one)
     extra = _record(source, adapters, strengths, weights, matches)
     notes = _notes(source, dtype, adapters, matches)
     del source
