@@ -50,7 +50,7 @@ def find_targets(parts: Mapping[str, nn.Module], config: LoraSection) -> dict[st
     (``dit.blocks.3.*``) or, after ``re:``, a regular expression.
 
     Raises:
-        ConfigError: a pattern that fits no linear layer.
+        ConfigError: a pattern that fits no linear layer, or a part that none of them fits.
     """
     linear = {
         f"{part}.{name}": module
@@ -79,6 +79,12 @@ def find_targets(parts: Mapping[str, nn.Module], config: LoraSection) -> dict[st
             f"lora.targets: no linear layer fits {', '.join(map(repr, idle))}; names look like: {some}"
         )
     chosen = {name for names in found.values() for name in names}
+    for part in parts:
+        if not any(name.startswith(f"{part}.") for name in chosen):
+            raise ConfigError(
+                f"lora.targets: none of the patterns fits a layer of {part}; add one, or set "
+                f"lora.train_{part} = false"
+            )
     return {name: layer for name, layer in linear.items() if name in chosen}
 
 

@@ -130,6 +130,8 @@ def test_attention_is_what_published_loras_change() -> None:
     assert "dit.blocks.0.attn1.Wqkv" not in own
     with pytest.raises(ConfigError, match=r"no linear layer fits 'to_q'; names look like: dit\."):
         find_targets({"dit": dit}, LoraSection(targets=("Wqkv", "to_q")))
+    with pytest.raises(ConfigError, match=r"fits a layer of bert; .* lora\.train_bert = false"):
+        find_targets({"dit": dit, "bert": nn.Sequential(nn.Linear(1, 1))}, LoraSection(targets=("Wqkv",)))
 
 
 def test_both_exports_hold_what_was_trained(finished: Path, tiny_model_file: Path) -> None:
