@@ -43,7 +43,9 @@ KINDS: dict[str, Kind] = {
     "HyDiTTextEncode": Kind(
         (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (430, 420)
     ),
-    "HyDiTLoraLoader": Kind(_PARTS[:2], (*_PARTS[:2], ("report", "STRING")), (430, 300)),
+    "HyDiTLoraLoader": Kind(
+        (("model", "MODEL"), ("clip", "CLIP")), (*_PARTS[:2], ("report", "STRING")), (430, 300)
+    ),
     "HyDiTControlNetLoader": Kind((), (("CONTROL_NET", "CONTROL_NET"),), (430, 190)),
     "HyDiTControlNetApply": Kind(
         (

@@ -14,6 +14,7 @@ from key_lists import key_list
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import TINY, randomize
+from workflow_files import backward, linked, overlaps
 
 from hydit_core import generate
 from hydit_core.config import DiTConfig, ModelInfo
@@ -362,6 +363,12 @@ def test_generate_with_a_lora(draw, tiny_model_file: Path, tmp_path: Path) -> No
         if node["class_type"] in ("HyDiTTextEncode", "HyDiTKSampler")
     ]
     assert {tuple(u.get("clip") or u.get("model")) for u in users} == {(second, 0), (second, 1)}
+    # And on ComfyUI's page: the same links, nothing covered.
+    workflow = json.loads(Image.open(two).text["workflow"])  # type: ignore[attr-defined]
+    for number, node in linked(workflow).items():
+        given = prompt[number]["inputs"]
+        assert node["inputs"] == {name: link for name, link in given.items() if isinstance(link, list)}
+    assert overlaps(workflow) == [] == backward(workflow)
 
 
 def test_generate_says_what_is_wrong_with_a_lora(draw, tiny_model_file: Path, tmp_path: Path) -> None:
