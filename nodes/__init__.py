@@ -8,6 +8,7 @@ from .control import HyDiTControlNetApply, HyDiTControlNetLoader, HyDiTLayerWeig
 from .host.templates import serve_workflows
 from .latent import HyDiTEmptyLatent
 from .loaders import HyDiTCheckpointLoader, HyDiTDiTLoader, HyDiTTextEncoderLoader
+from .lora import HyDiTLoraLoader, HyDiTLoraMerge, HyDiTLoraSave
 from .sampling import HyDiTKSampler, HyDiTSampler, HyDiTScheduler
 from .save import HyDiTModelSave
 from .text import HyDiTTextEncode
@@ -24,6 +25,9 @@ NODES: list[type[io.ComfyNode]] = [
     HyDiTControlNetLoader,
     HyDiTLayerWeights,
     HyDiTControlNetApply,
+    HyDiTLoraLoader,
+    HyDiTLoraMerge,
+    HyDiTLoraSave,
     HyDiTModelSave,
 ]
 

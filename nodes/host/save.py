@@ -35,11 +35,12 @@ _BERT_WEIGHTS, _MT5_WEIGHTS = f"{BERT}.transformer.bert.", f"{MT5}.transformer."
 _FIXED = ("norm_num_groups", "act_fn")
 
 
-def save_path(filename_prefix: str) -> Path:
+def save_path(filename_prefix: str, suffix: str = ".safetensors") -> Path:
     """The next free name below ComfyUI's output folder, as its own nodes choose it.
 
     Args:
         filename_prefix: may have sub-folders and ``%year%``, ``%month%``, ``%day%`` ...
+        suffix: the end of the name; empty for a folder.
 
     Raises:
         ConfigError: it leads out of the output folder, or the place cannot be used.
@@ -59,7 +60,7 @@ def save_path(filename_prefix: str) -> Path:
             f"filename_prefix {filename_prefix!r} cannot be used in {output}: {reason}"
         ) from error
     # ComfyUI compares names by their case; some file systems do not.
-    while os.path.exists(path := Path(folder, f"{name}_{counter:05}_.safetensors")):
+    while os.path.exists(path := Path(folder, f"{name}_{counter:05}_{suffix}")):
         counter += 1
     return path
 
@@ -103,7 +104,7 @@ def save_model(
     if vae is not None:
         info = replace(info, vae={key: value for key, value in info.vae.items() if key not in _FIXED})
         _check_vae(vae, config)
-    graph = {} if args.disable_metadata else _graph(prompt, extra_pnginfo)
+    graph = {} if args.disable_metadata else graph_texts(prompt, extra_pnginfo)
     with atomic_path(path) as temporary:
         try:
             comfy.sd.save_checkpoint(
@@ -194,7 +195,7 @@ def _check_vae(vae: Any, config: DiTConfig) -> None:
     )
 
 
-def _graph(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
+def graph_texts(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, str]:
     """The graph in metadata, as ComfyUI's own nodes write it."""
     texts = {key: json.dumps(value) for key, value in (extra_pnginfo or {}).items()}
     return {"prompt": "" if prompt is None else json.dumps(prompt), **texts}

@@ -1,0 +1,179 @@
+"""LORA_MODELs: several LoRAs in one, as the dictionary that ComfyUI's own nodes pass; and files of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from comfy.cli_args import args
+from torch import Tensor
+
+from ...hydit_core.errors import ConfigError, LoraError
+from ...hydit_core.lora.adapter import Adapter, Patch
+from ...hydit_core.lora.blocks import BlockWeights, depth_of
+from ...hydit_core.lora.extract import COMBINED_KEY, combine
+from ...hydit_core.lora.formats import from_tensors, to_tensors, write
+from .lora import apply_lora, report
+from .save import graph_texts, output_name, save_path
+
+log = logging.getLogger(__name__)
+
+_TRIGGERS = ("hydit.trigger", "modelspec.trigger_phrase")
+
+
+class LoraModel(dict[str, Tensor]):
+    """A LORA_MODEL: tensors by ComfyUI's names, strengths worked in. ``metadata`` is that of its files."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+
+
+def merge_lora(
+    adapter: Adapter,
+    strength: float,
+    block_weights: str,
+    *,
+    lora: Any = None,
+    model: Any = None,
+    clip: Any = None,
+) -> tuple[LoraModel, Any, Any, str]:
+    """One more LoRA with its strength in a LORA_MODEL, and all of it on MODEL and CLIP.
+
+    Args:
+        lora: a LORA_MODEL, ours or of ComfyUI's own nodes; None: none yet.
+        model, clip: without what is in ``lora``. They are not changed; None stays None.
+
+    Returns:
+        The LORA_MODEL, MODEL, CLIP, and what is to be said.
+
+    Raises:
+        LoraError: a DoRA among several, or at another strength than 1; or what :func:`apply_lora` raises.
+        ConfigError: there are not as many weights as blocks.
+    """
+    own = _weighted(adapter, strength, BlockWeights.parse(block_weights), model)
+    merged = own if lora is None else _together(adapter_of(lora), own)
+    value = LoraModel(to_tensors(merged, "comfy"), merged.metadata)
+    said = report(adapter)
+    if model is not None or clip is not None:
+        model, clip, said = apply_lora(merged, model, clip)
+    files = [f"{entry['lora']} at {entry['strength']:g}" for entry in _recipe(merged)]
+    return value, model, clip, "\n".join([said, "merged: " + ", ".join(files)])
+
+
+def adapter_of(lora: Any) -> Adapter:
+    """A LORA_MODEL as an adapter. Raises :class:`LoraError` if it is another model's."""
+    return from_tensors(lora, metadata=getattr(lora, "metadata", {}), name="the LORA_MODEL")
+
+
+def _weighted(adapter: Adapter, strength: float, weights: BlockWeights, model: Any) -> Adapter:
+    """The LoRA with its strengths worked in."""
+    blocks = depth_of(adapter.modules)
+    if model is not None:
+        depth = len(model.model.diffusion_model.blocks)
+    elif weights.weights.curve in ("", "uniform"):
+        depth = len(weights.weights.values) or blocks
+    else:
+        raise ConfigError(f"block_weights {weights}: connect model, whose number of blocks the curve needs")
+    if blocks > depth:
+        raise ConfigError(
+            f"{depth} blocks to weight, but {adapter.name} is for a model with {blocks} or more"
+        )
+    modules = {
+        module: [_scaled(patch, strength * weights.of(module, depth), adapter.name) for patch in patches]
+        for module, patches in adapter.modules.items()
+    }
+    entry = {"lora": adapter.name, "strength": strength}
+    if weights != BlockWeights():
+        entry["block_weights"] = str(weights)
+    metadata = {**adapter.metadata, COMBINED_KEY: json.dumps([entry], ensure_ascii=False)}
+    return replace(adapter, modules=modules, metadata=metadata)
+
+
+def _scaled(patch: Patch, factor: float, name: str) -> Patch:
+    if factor == 1:
+        return patch
+    if patch.magnitude is not None:
+        raise LoraError(
+            f"{name} is a DoRA, into which no strength but 1 can be worked: leave it at 1 here, and set it "
+            "where the LoRA is loaded"
+        )
+    return replace(
+        patch, scale=patch.scale * factor, bias=None if patch.bias is None else patch.bias * factor
+    )
+
+
+def _together(before: Adapter, own: Adapter) -> Adapter:
+    """The changes of both."""
+    modules = {
+        key: [*before.modules.get(key, ()), *own.modules.get(key, ())]
+        for key in (*before.modules, *own.modules)
+    }
+    for module, patches in modules.items():
+        if len(patches) > 1 and any(patch.magnitude is not None for patch in patches):
+            raise LoraError(
+                f"a DoRA ({module}) cannot be one LoRA with others: chain HyDiTLoraLoader instead, and write "
+                "the model with HyDiTModelSave"
+            )
+    metadata = {key: value for key, value in before.metadata.items() if own.metadata.get(key) == value}
+    metadata[COMBINED_KEY] = json.dumps([*_recipe(before), *_recipe(own)], ensure_ascii=False)
+    if words := dict.fromkeys(word for word in (before.trigger(), own.trigger()) if word):
+        metadata |= dict.fromkeys(_TRIGGERS, ", ".join(words))
+    return Adapter(modules, f"{before.name} + {own.name}", own.format, metadata)
+
+
+def _recipe(adapter: Adapter) -> list[dict[str, Any]]:
+    """What went into a LoRA."""
+    try:
+        return list(json.loads(adapter.metadata[COMBINED_KEY]))
+    except (KeyError, TypeError, ValueError):
+        return [{"lora": adapter.name, "strength": 1.0}]
+
+
+def save_lora(
+    lora: Any,
+    filename_prefix: str,
+    format: str,
+    rank: int = 0,
+    *,
+    prompt: Any = None,
+    extra_pnginfo: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Write a LORA_MODEL below ComfyUI's output folder; it appears when it is complete.
+
+    Args:
+        format: ``comfy`` or ``kohya``, one file; ``peft``, a folder.
+        rank: 0: as it is; else the most that a module may have.
+        prompt, extra_pnginfo: the graph, for the metadata.
+
+    Returns:
+        Its name, and what the user should know, one line each.
+
+    Raises:
+        ConfigError: the name cannot be used.
+        LoraError: the LORA_MODEL is another model's, or cannot be written so.
+    """
+    path = save_path(filename_prefix, suffix="" if format == "peft" else ".safetensors")
+    adapter, notes = adapter_of(lora), []
+    metadata = dict(adapter.metadata)
+    if rank:
+        cut = combine([(adapter, 1.0)], rank)
+        adapter = cut.adapter
+        notes.append(f"rank {rank}: {cut.energy:.2%} of the change is kept")
+    if format != "peft" and _dora_on_outputs(adapter):
+        notes.append(
+            "a DoRA along the output axis: ComfyUI's own loader computes it by another formula; load it with "
+            "HyDiTLoraLoader"
+        )
+    graph = {} if args.disable_metadata else graph_texts(prompt, extra_pnginfo)
+    write(adapter, path, format=format, metadata={**metadata, **graph})
+    log.info("hydit: saved %s", path)
+    return [output_name(path) + ("/" if format == "peft" else ""), *notes]
+
+
+def _dora_on_outputs(adapter: Adapter) -> bool:
+    patches = (patch for patches in adapter.modules.values() for patch in patches)
+    return any(patch.magnitude is not None and patch.magnitude_axis == 0 for patch in patches)
