@@ -93,8 +93,8 @@ class HyDiTLayerWeights(io.ComfyNode):
             node_id="HyDiTLayerWeights",
             display_name="HunyuanDiT Layer Weights",
             category=_CATEGORY,
-            description="How strongly each layer of a ControlNet acts: numbers, or the name of a curve. "
-            "Early layers shape the picture coarsely, late ones finely.",
+            description="How strongly each layer of a ControlNet acts: drag the bars, or write numbers or "
+            "the name of a curve. Early layers shape the picture coarsely, late ones finely.",
             search_aliases=["hydit", "hunyuan", "controlnet weights", "per layer"],
             inputs=[
                 io.String.Input("weights", default="uniform(1)", tooltip=_WEIGHTS),

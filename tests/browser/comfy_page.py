@@ -64,19 +64,24 @@ class ComfyPage:
         self.server, self.nodes2, self.locale = server, nodes2, locale
         self.console: list[str] = []
         self.errors: list[str] = []
-        settings = {
-            "Comfy.VueNodes.Enabled": nodes2,
-            "Comfy.Locale": locale,
-            "Comfy.TutorialCompleted": True,
-            "Comfy.Workflow.Persist": False,
-            "Comfy.Minimap.Visible": False,
-        }
-        server.post("/settings", settings).raise_for_status()
         self.context = browser.new_context(viewport={"width": 1600, "height": 1000}, locale=locale)
         self.page: Page = self.context.new_page()
         self.page.on("console", self._hear)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.goto(server.url, timeout=READY_MS)
+        self.reload()
+
+    def reload(self, **settings: Any) -> None:
+        """Open the page, also once more; all pages share the server's settings, so they are set anew."""
+        settings = {
+            "Comfy.VueNodes.Enabled": self.nodes2,
+            "Comfy.Locale": self.locale,
+            "Comfy.TutorialCompleted": True,
+            "Comfy.Workflow.Persist": False,
+            "Comfy.Minimap.Visible": False,
+            "Comfy.ColorPalette": "dark",
+        } | settings
+        self.server.post("/settings", settings).raise_for_status()
+        self.page.goto(self.server.url, timeout=READY_MS)
         self.page.wait_for_function("window.app?.graph && window.app?.canvas", timeout=READY_MS)
         self.page.wait_for_selector("#graph-canvas, canvas.graph-canvas", timeout=READY_MS)
         self.page.wait_for_timeout(500)
