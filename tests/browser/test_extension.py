@@ -446,8 +446,9 @@ OVERLAPS = """() => {
   const hit = (a, b) =>
     a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
   const wrong = [];
-  const widgets = app.graph.nodes.flatMap((n) => (n.widgets ?? []).filter((w) => w.name.startsWith("hydit_")));
-  if (rows.length !== widgets.length) wrong.push(`${rows.length} of ${widgets.length} rows`);
+  const widgets = app.graph.nodes.flatMap((n) => n.widgets ?? []);
+  const wanted = widgets.filter((w) => w.name.startsWith("hydit_")).length;
+  if (rows.length !== wanted) wrong.push(`${rows.length} of ${wanted} rows`);
   for (const a of rows) {
     if (fields.some((b) => hit(a, b))) wrong.push("over a text field");
     const [x, y] = app.canvas.convertEventToCanvasOffset({ clientX: a.left, clientY: a.bottom });
