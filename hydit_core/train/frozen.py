@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,8 +105,12 @@ def _quantizer(precision: str) -> Any:
 
         return to_dtype
     try:
-        from torchao.dtypes.nf4tensor import to_nf4
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        try:
+            from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+        except ImportError:  # before torchao 0.18
+            from torchao.dtypes.nf4tensor import to_nf4
     except ImportError as error:
         raise ConfigError(
             f"lora.base_precision = {precision!r} needs torchao: pip install torchao, or take fp8"
@@ -115,7 +120,9 @@ def _quantizer(precision: str) -> Any:
         module.weight.data = module.weight.data.to(torch.bfloat16)
         if precision == "int8":
             quantize_(module, Int8WeightOnlyConfig())
-        else:
-            module.weight = nn.Parameter(to_nf4(module.weight.data), requires_grad=False)
+        elif module.weight.numel() % 64 == 0:  # values share a scale by 64, scales by up to 256
+            together = math.gcd(module.weight.numel() // 64, 256)
+            packed = to_nf4(module.weight.data, 64, together)
+            module.weight = nn.Parameter(packed, requires_grad=False)
 
     return to_torchao
