@@ -192,6 +192,12 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
             np.abs(np.hstack([uniform, decay, early, late]) - strip).max() <= 1,
         ],
         "hydit_controlnet_v1.2": lambda a: [_color(a) == "red"],
+        "hydit_lora_strengths": lambda none, half, one, more, strip: [
+            _blue(none) < _blue(half) < _blue(one),
+            _blue(more) > 0.9,
+            np.abs(np.hstack([none, half, one, more]) - strip).max() <= 1,
+        ],
+        "hydit_lora_merge": lambda merged, without: [_blue(without) < 0.5 < _blue(merged)],
         "hydit_two_controlnets": lambda star, heart, a: [
             _same_outline(star[:, :64], a[:, :64]) > 0.7,
             _same_outline(heart[:, 64:], a[:, 64:]) > 0.7,
@@ -211,6 +217,12 @@ def _same_outline(a: np.ndarray, b: np.ndarray) -> float:
     """How much of what either covers is covered by both, 0 to 1."""
     p, q = (picture.min(axis=-1) < 200 for picture in (a, b))
     return float((p & q).sum() / (p | q).sum())
+
+
+def _blue(picture: np.ndarray) -> float:
+    """The share of what is not white that is blue more than anything."""
+    inked = picture[picture.min(axis=-1) < 200]
+    return float((inked[:, 2] > inked[:, :2].max(axis=-1) + 10).mean())
 
 
 def _color(picture: np.ndarray) -> str:

@@ -84,7 +84,7 @@ def test_a_chain_is_the_sum(host, ours):
         g = Graph()
         model = host.give(g, ours)
         node = merged(g, *files, model=model)
-        stock = g.add("LoraModelLoader", model=model, lora=node.out(0), strength_model=1.0)
+        stock = g.add("LoraModelLoader", _defaults=True, model=model, lora=node.out(0), strength_model=1.0)
         value, direct, through = host.values(g, node.out(0), node.out(1), stock)
         assert isinstance(value, dict) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
         assert off(patched(direct), total(*files)) <= 1e-6, files

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 from workflow_files import MODEL_FOLDERS, WORKFLOWS, api, check_pictures, shrink, unmuted, write_models
 
-from hydit_core.embedded import embedded_controlnets, embedded_model
+from hydit_core.embedded import embedded_controlnets, embedded_loras, embedded_model
 from hydit_core.generate import main
 
 
@@ -83,6 +83,11 @@ CASES = {
         *("--cfg", "5", "--size", "160x96", "--negative", "a red heart"),
     ],
     "no multiple of 16": ["--prompt", "a cat", "--size", "136x120", "--steps", "6"],
+    "LoRAs": [
+        *("--prompt", "a cat", "--steps", "6", "--lora", f"{embedded_loras()[0]}:0.5"),
+        *("--lora", str(embedded_loras()[0]), "--lora-block-weights", "1"),
+        *("--lora-block-weights", "0, 1, 0, 1, 0, 1"),
+    ],
     "no guidance": ["--prompt", "a cat", "--cfg", "1", "--sampler", "euler", "--steps", "6"],
     "one file": ["--prompt", "a cat", "--model", "{models}/checkpoints/hunyuan_dit_1.2.safetensors"],
     "split": [
