@@ -95,8 +95,8 @@ def describe(adapter: Adapter, base: str | os.PathLike[str] | None = None) -> st
     Raises:
         LoraError: if it has nothing for ``base`` or is of other dimensions.
     """
-    lines = [f"{label:10}{text}" for label, text in _rows(adapter)]
-    lines += [f"{label:10}{text}" for label, text in _fit_rows(adapter, base)]
+    lines = [f"{label:13} {text}" for label, text in _rows(adapter)]
+    lines += [f"{label:13} {text}" for label, text in _fit_rows(adapter, base)]
     return "\n".join([*lines, "", *_targets(adapter), "", *_table(norms(adapter))])
 
 
