@@ -1,0 +1,198 @@
+"""LoRA files of every layout: what is read is what the numbers in the file say, and is written back exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from key_lists import key_list
+from safetensors.torch import save_file
+from tiny import TINY
+from torch import Tensor
+
+from hydit_core.errors import HyditError, LoraError
+from hydit_core.lora.__main__ import main
+from hydit_core.lora.adapter import changed, module_shapes
+from hydit_core.lora.formats import FORMATS, from_tensors, read, to_tensors, write
+from hydit_core.model.dit import DiT
+
+WIDTH = TINY.hidden_size
+WQKV, FC1 = "blocks.0.attn1.Wqkv", "blocks.1.mlp.fc1"
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def pair(name: str, up: str, down: str, rank: int = 4, rows: int = 3 * WIDTH) -> dict[str, Tensor]:
+    return {f"{name}.{down}": rand(rank, WIDTH), f"{name}.{up}": rand(rows, rank)}
+
+
+def product(tensors: dict[str, Tensor], scale: float) -> Tensor:
+    down, up = tensors.values()
+    return (scale * up.double() @ down.double()).float()
+
+
+def only(adapter, module: str) -> Tensor:
+    assert set(adapter.modules) == {f"dit.{module}"}
+    rows = 3 * WIDTH
+    return changed(torch.zeros(rows, WIDTH), adapter.modules[f"dit.{module}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "up", "down"),
+    [
+        (f"base_model.model.{WQKV}", "lora_B.weight", "lora_A.weight"),
+        (f"base_model.model.{WQKV}", "lora_B.default.weight", "lora_A.default.weight"),
+        (WQKV, "lora_B.weight", "lora_A.weight"),
+        (f"diffusion_model.{WQKV}", "lora_up.weight", "lora_down.weight"),
+        ("lora_unet_" + WQKV.replace(".", "_"), "lora_up.weight", "lora_down.weight"),
+    ],
+)
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_spellings_and_alpha(name: str, up: str, down: str, alpha: float | None) -> None:
+    tensors = pair(name, up, down)
+    expected = product(tensors, 1.0 if alpha is None else alpha / 4)
+    if alpha is not None:
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    torch.testing.assert_close(only(from_tensors(tensors), WQKV), expected)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1 / math.sqrt(4)), (2.0, 0.5)])
+def test_tencents_interface(alpha: float | None, scale: float) -> None:
+    """Underscores are dots there, and without an alpha its strength is 1 / sqrt(rank)."""
+    name = "unet." + WQKV.replace("_", ".")
+    tensors = pair(name, "lora.up.weight", "lora.down.weight")
+    expected = product(tensors, scale)
+    if alpha is not None:
+        tensors[f"{name}.weight.alpha"] = torch.tensor(alpha)
+    adapter = from_tensors(tensors)
+    torch.testing.assert_close(only(adapter, WQKV), expected)
+    assert adapter.format == "tencent-gui"
+
+
+def test_names_of_diffusers_are_rows_of_the_fused_projection() -> None:
+    tensors, expected = {}, torch.zeros(3 * WIDTH, WIDTH)
+    for i, part in enumerate("qv"):
+        name = f"transformer.blocks.0.attn1.to_{part}"
+        one = pair(name, "lora_B.weight", "lora_A.weight", rank=2 + i, rows=WIDTH)
+        first = {"q": 0, "v": 2 * WIDTH}[part]
+        expected[first : first + WIDTH] = product(one, 1.0)
+        tensors |= one
+    torch.testing.assert_close(only(from_tensors(tensors), WQKV), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"r": 4, "lora_alpha": 12}, 3.0),
+        ({"r": 4, "lora_alpha": 12, "use_rslora": True}, 6.0),
+        ({"r": 8, "lora_alpha": 8, "rank_pattern": {"Wqkv": 4}, "alpha_pattern": {"Wqkv": 2}}, 0.5),
+    ],
+)
+def test_the_strength_of_a_peft_folder(tmp_path: Path, config: dict, scale: float) -> None:
+    tensors = pair(f"base_model.model.{WQKV}", "lora_B.weight", "lora_A.weight")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        torch.testing.assert_close(only(read(path), WQKV), product(tensors, scale))
+
+
+def test_hadamard_and_kronecker_products() -> None:
+    name = f"diffusion_model.{WQKV}"
+    rows = 3 * WIDTH
+    loha = {"hada_w1_a": rand(rows, 2), "hada_w1_b": rand(2, WIDTH), "hada_w2_a": rand(rows, 2)}
+    loha["hada_w2_b"] = rand(2, WIDTH) + 1
+    first, second = (loha[f"hada_w{i}_a"].double() @ loha[f"hada_w{i}_b"].double() for i in (1, 2))
+    found = from_tensors({f"{name}.{k}": v for k, v in loha.items()} | {f"{name}.alpha": torch.tensor(1.0)})
+    torch.testing.assert_close(only(found, WQKV), (first * second / 2).float(), atol=1e-5, rtol=1e-5)
+
+    lokr = {"lokr_w1": rand(3, 2), "lokr_w2_a": rand(WIDTH, 2), "lokr_w2_b": rand(2, WIDTH // 2)}
+    inner = lokr["lokr_w2_a"].double() @ lokr["lokr_w2_b"].double()
+    expected = torch.kron(lokr["lokr_w1"].double(), inner) / 2
+    found = from_tensors({f"{name}.{k}": v for k, v in lokr.items()} | {f"{name}.alpha": torch.tensor(1.0)})
+    torch.testing.assert_close(only(found, WQKV), expected.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dora_scales_to_its_magnitude(axis: int) -> None:
+    """m * (W + delta) / ||W + delta||, over the axis that the magnitude's shape tells."""
+    weight, name = rand(3 * WIDTH, WIDTH), f"diffusion_model.{WQKV}"
+    tensors = pair(name, "lora_up.weight", "lora_down.weight")
+    magnitude = rand(3 * WIDTH, 1).abs() if axis == 0 else rand(1, WIDTH).abs()
+    whole = weight + product(tensors, 1.0)
+    expected = magnitude * whole / whole.norm(dim=1 - axis, keepdim=True)
+    adapter = from_tensors({**tensors, f"{name}.dora_scale": magnitude})
+    found = changed(weight, adapter.modules[f"dit.{WQKV}"])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_written_files_read_back_exactly(tmp_path: Path, format: str) -> None:
+    tensors = pair(f"diffusion_model.{WQKV}", "lora_up.weight", "lora_down.weight")
+    tensors |= pair(f"diffusion_model.{FC1}", "lora_up.weight", "lora_down.weight", rank=3)
+    tensors[f"diffusion_model.{WQKV}.alpha"] = torch.tensor(2.0)
+    adapter = from_tensors(tensors)
+    path = tmp_path / ("folder" if format == "peft" else "file.safetensors")
+    write(adapter, path, format=format, metadata={"modelspec.title": "a style"})
+    back = read(path)
+    assert set(back.modules) == set(adapter.modules) and back.format == format
+    for module, (patch,) in adapter.modules.items():
+        (found,) = back.modules[module]
+        assert found.scale == patch.scale
+        assert all(torch.equal(found.tensors[name], patch.tensors[name]) for name in ("up", "down"))
+
+
+def test_two_matrices_in_one_state_dict_survive() -> None:
+    tensors = pair(f"diffusion_model.{WQKV}", "lora_up.weight", "lora_down.weight")
+    assert set(from_tensors(to_tensors(from_tensors(tensors), format="comfy")).modules) == {f"dit.{WQKV}"}
+
+
+def test_all_402_tensors_of_the_published_size_match() -> None:
+    """Their shapes alone: every tensor is one zero, repeated."""
+    shapes = key_list("g2_v12")
+    ends = ("Wqkv.weight", "q_proj.weight", "kv_proj.weight", "out_proj.weight")
+    tensors = {}
+    for key, shape in shapes.items():
+        if key.endswith(ends):
+            name = f"base_model.model.{key.removesuffix('.weight')}"
+            tensors[f"{name}.lora_A.weight"] = torch.zeros(1).expand(64, shape[1])
+            tensors[f"{name}.lora_B.weight"] = torch.zeros(1).expand(shape[0], 64)
+    assert len(tensors) == 402
+    assert sum(tensor.numel() for tensor in tensors.values()) == 46_137_344
+    match = from_tensors(tensors).require(module_shapes(shapes), base="HunyuanDiT-g/2 v1.2")
+    assert len(match.matched) == 201 and not match.unmatched
+
+
+def test_another_width_is_refused() -> None:
+    tensors = pair(f"base_model.model.{WQKV}", "lora_B.weight", "lora_A.weight")
+    with pytest.raises(LoraError, match="HunyuanDiT-g/2"):
+        from_tensors(tensors).require(module_shapes(key_list("g2_v12")), base="HunyuanDiT-g/2")
+
+
+def test_no_match_is_refused() -> None:
+    tensors = pair("diffusion_model.blocks.77.attn1.Wqkv", "lora_up.weight", "lora_down.weight")
+    shapes = module_shapes({key: tuple(t.shape) for key, t in DiT(TINY, device="meta").state_dict().items()})
+    with pytest.raises(LoraError):
+        from_tensors(tensors).require(shapes, base="the model")
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        ([f"lora_unet_down_blocks_1_attentions_0_proj_in.lora_{n}.weight" for n in ("up", "down")], "SDXL"),
+        (["ip_adapter_img_norm_cond.weight", "blocks.0.attn2.kv_proj_ip_adapter.weight"], "IP-Adapter"),
+        (["something.weight"], "something.weight"),
+    ],
+)
+def test_other_files_are_refused_by_name(tmp_path: Path, capsys, keys: list[str], what: str) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(4, 4) for key in keys}, path)
+    with pytest.raises(HyditError, match=what):
+        read(path)
+    assert main(["inspect", str(path)]) != 0
+    said = capsys.readouterr()
+    assert "other.safetensors" in said.err and what in said.err and "Traceback" not in said.err
