@@ -1,4 +1,4 @@
-"""LoRA files of every layout: what is read is what the numbers in the file say, and is written back exactly."""
+"""LoRA files of every layout: read as the numbers in the file say, and written back exactly."""
 
 from __future__ import annotations
 
