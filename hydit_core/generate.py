@@ -85,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("outputs"), help="folder, or a .png (default: outputs)"
     )
+    parser.add_argument(
+        "--captions",
+        action="store_true",
+        help="also write each picture's prompt beside it, as .txt: pictures to train with",
+    )
     return parser
 
 
@@ -160,6 +165,9 @@ def _run(args: argparse.Namespace) -> None:
             info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
             with atomic_path(path) as temporary:
                 picture.image.save(temporary, format="PNG", pnginfo=info)
+            if args.captions:
+                with atomic_path(path.with_suffix(".txt")) as temporary:
+                    temporary.write_text(picture.prompt + "\n", encoding="utf-8")
             bar.clear()
             print(path, flush=True)
 

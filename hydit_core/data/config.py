@@ -14,6 +14,7 @@ Size = tuple[int, int]
 SIZE_MULTIPLE = 8
 """The VAE makes one latent of 8 x 8 pixels, so both sides of every trained size divide by it."""
 
+_SOURCE_PATHS = ("path", "root", "control_dir", "mask_dir")
 _SIZE = re.compile(r"(\d+)\s*[xX×]\s*(\d+)")
 
 
@@ -57,10 +58,18 @@ class SourceConfig(_Model):
     """Column with the path of a control picture."""
     control_dir: Path | None = None
     """Folder only: where the control pictures lie, named like the pictures; default: its ``control``."""
+    mask_field: str | None = None
+    """Column with the path of a mask; empty in a row: all of that picture counts."""
+    mask_dir: Path | None = None
+    """Folder only: where the masks lie, named like the pictures; default: its ``mask``, if there is one."""
     caption_lines: bool = False
     """Folder only: every line of a ``.txt`` is one alternative caption, not the whole file one caption."""
+    caption: str | None = None
+    """The caption of this source's pictures that have none of their own."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """How many times an epoch shows each of this source's pictures."""
+    prior: bool = False
+    """The pictures show what the base knows already and shall not forget, see :class:`PriorConfig`."""
 
 
 class BucketConfig(_Model):
@@ -130,6 +139,31 @@ class ControlConfig(_Model):
         return self
 
 
+class PriorConfig(_Model):
+    """How pictures of sources with ``prior = true`` are mixed with the others (Ruiz et al. 2023, DreamBooth).
+
+    However many there are, they make up ``share`` of every epoch, all of them equally often: where there are
+    more than that, an epoch goes on where the one before stopped. They are never held out for validation.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """What the loss of such a picture counts."""
+
+
+class MaskConfig(_Model):
+    """Which part of a picture the loss looks at.
+
+    ``files`` reads grayscale masks, white where the picture counts, from a source's ``mask_dir`` or
+    ``mask_field``; pictures of sources without either count whole. ``alpha`` takes the pictures' own
+    transparency. The loss is the mean over what counts, so a small part counts as much as a large one.
+    """
+
+    kind: Literal["files", "alpha"]
+    outside: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What the rest of the picture counts."""
+
+
 class DataConfig(_Model):
     """Everything about the pictures and captions of a training run."""
 
@@ -152,6 +186,8 @@ class DataConfig(_Model):
     validation: int | float = 0
     """A count (int) or a fraction below 1 (float) of the pictures, held out by a hash of their names."""
     control: ControlConfig | None = None
+    mask: MaskConfig | None = None
+    prior: PriorConfig = PriorConfig()
     posterior: Literal["sample", "mode"] = "sample"
     """Whether each step samples the VAE's posterior, as Tencent does, or takes its mean."""
     cache: CacheConfig = CacheConfig()
@@ -190,6 +226,14 @@ class DataConfig(_Model):
             raise ValueError(
                 "cached latents have a fixed crop: remove crop = 'random', or set cache.latents = false"
             )
+        for source in self.sources:
+            if (source.mask_dir or source.mask_field) and (self.mask is None or self.mask.kind != "files"):
+                raise ValueError("mask_dir and mask_field belong to a table data.mask with kind = 'files'")
+        priors = [source.prior for source in self.sources]
+        if all(priors):
+            raise ValueError("every source has prior = true: one must show what is to be learned")
+        if self.prior != PriorConfig() and not any(priors):
+            raise ValueError("the table data.prior needs a source with prior = true")
         return self
 
     @property
@@ -209,8 +253,7 @@ class DataConfig(_Model):
             return None if path is None else base / path.expanduser()
 
         sources = tuple(
-            s.model_copy(update={n: absolute(getattr(s, n)) for n in ("path", "root", "control_dir")})
-            for s in self.sources
+            s.model_copy(update={n: absolute(getattr(s, n)) for n in _SOURCE_PATHS}) for s in self.sources
         )
         cache = self.cache.model_copy(update={"dir": absolute(self.cache.dir)})
         control = self.control and self.control.model_copy(update={"model": absolute(self.control.model)})

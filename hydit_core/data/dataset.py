@@ -16,7 +16,9 @@ from .config import DataConfig, Size
 from .control_images import ControlImages
 from .images import Geometry, load_picture, to_tensor
 from .manifest import Findings, Manifest, gather, validation_rows
+from .mask_images import MaskImages
 from .order import BatchOrder, hash_int, uniform
+from .prior import Samples
 from .summary import DataSummary, summarize
 
 
@@ -31,8 +33,10 @@ class Batch:
     ``original_sizes`` and ``crops`` are (B, 2) integers: width, height of the picture before
     resizing, and left, top of the crop after it; the size condition of v1.1 is made of them.
     ``positions`` (B,) are the samples' places in the global batch, for random draws that do not
-    depend on the rank (:func:`sample_generator`). ``weights`` (B,) is 1, or 0 for a sample that only
-    fills a validation batch. ``skipped`` names pictures that could not be decoded and were replaced.
+    depend on the rank (:func:`sample_generator`). ``weights`` (B,) is what each sample's loss counts: 1,
+    what is configured for a prior sample, 0 for one that only fills a validation batch. ``mask``
+    (B, 1, H/8, W/8), where masks are configured, is what each place of a sample counts. ``skipped``
+    names pictures that could not be decoded and were replaced.
     """
 
     step: int
@@ -46,6 +50,7 @@ class Batch:
     pixels: torch.Tensor | None = None
     moments: torch.Tensor | None = None
     control: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -62,14 +67,22 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class _Values:
+    """A picture as pixels or moments, and in the same form its control picture; its mask."""
+
+    picture: torch.Tensor
+    control: torch.Tensor | None
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class _Sample:
     """One prepared sample of a batch."""
 
     key: str
     caption: str
     geometry: Geometry
-    values: torch.Tensor
-    control: torch.Tensor | None
+    values: _Values
     skipped: tuple[str, ...] = ()
 
 
@@ -111,13 +124,22 @@ class TrainData:
         self.rank = rank
         self.sizes = bucket_sizes(config)
         self.bucket_of_row = assign_buckets(manifest.widths, manifest.heights, self.sizes)
-        held_out = validation_rows(manifest, config.validation)
+        prior = np.array([source.prior for source in config.sources])[manifest.sources]
+        if prior.all():
+            raise DataError("all pictures that are left are prior ones: none shows what is to be learned")
+        held_out = validation_rows(manifest, config.validation, ~prior)
         repeats = np.array([source.repeats for source in config.sources])[manifest.sources]
-        train = np.flatnonzero(~held_out)
-        self.row_of_sample = np.repeat(train, repeats[train])
+        own, others = (np.flatnonzero(~held_out & which) for which in (~prior, prior))
+        self.train_rows = np.concatenate([own, others])
+        self.samples = Samples(
+            np.repeat(own, repeats[own]),
+            np.repeat(others, repeats[others]),
+            self.bucket_of_row,
+            config.prior.share,
+        )
         self.validation = np.flatnonzero(held_out)
         self.order = BatchOrder(
-            self.bucket_of_row[self.row_of_sample],
+            self.samples.buckets,
             batch_size,
             world_size,
             seed,
@@ -126,6 +148,7 @@ class TrainData:
         self.control = (
             None if config.control is None else ControlImages(config.control, alpha_color=config.alpha_color)
         )
+        self.masks = None if config.mask is None else MaskImages(config.mask)
         self._latents: LatentCache | None = None
 
     @property
@@ -140,7 +163,10 @@ class TrainData:
             total = hash_int(total, self.control.recipe)
         for record, bucket in zip(self.manifest, self.bucket_of_row, strict=True):
             total = hash_int(total, record.key, *record.captions, int(bucket))
-        return f"{hash_int(total, *np.bincount(self.row_of_sample)):016x}"
+        total = hash_int(total, *np.bincount(self.samples.rows))
+        if len(self.samples) > len(self.samples.rows):
+            total = hash_int(total, len(self.samples), *self.samples.prior_rows())
+        return f"{total:016x}"
 
     def use_latents(self, cache: LatentCache) -> None:
         """Take latents from a complete cache from now on, in place of pictures.
@@ -170,8 +196,11 @@ class TrainData:
         indices = self.order.samples(step)
         size = self.sizes[self.order.bucket(step)]
         positions = self.order.positions(self.rank)
-        samples = [self._training_sample(step, p, int(indices[p]), size) for p in positions]
-        return self._collate(step, samples, size, positions, [1.0] * len(samples))
+        epochs = self.order.passes(step)
+        samples = [self._training_sample(step, p, int(indices[p]), int(epochs[p]), size) for p in positions]
+        prior = self.config.prior.weight
+        weights = [prior if self.samples.is_prior(int(indices[p])) else 1.0 for p in positions]
+        return self._collate(step, samples, size, positions, weights)
 
     def loader(self, start_step: int, end_step: int, workers: int | None = None) -> Iterator[Batch]:
         """Batches of the steps from ``start_step`` up to, not including, ``end_step``, in order.
@@ -213,18 +242,20 @@ class TrainData:
             weights = [0.0 if s.skipped else w for s, w in zip(samples, weights, strict=True)]
             yield self._collate(-1, samples, size, places, weights)
 
-    def _training_sample(self, step: int, position: int, index: int, size: Size) -> _Sample:
+    def _training_sample(self, step: int, position: int, index: int, epoch: int, size: Size) -> _Sample:
         draw = (self.seed, step, position)
         fraction = uniform(*draw, "crop") if self.config.random_crop else 0.5
         flip = uniform(*draw, "flip") < self.config.flip
         caption = uniform(*draw, "caption")
-        return self._first_readable(self._training_rows(index), size, fraction, flip, caption)
+        return self._first_readable(self._training_rows(index, epoch), size, fraction, flip, caption)
 
-    def _training_rows(self, index: int) -> Iterator[int]:
-        """The row of a sample, then, as stand-ins, those of the samples after it in its bucket."""
+    def _training_rows(self, index: int, epoch: int) -> Iterator[int]:
+        """The row of a sample, then, as stand-ins, those of its kind that follow in its bucket."""
         members = self.order.bucket_members(index)
         start = int(np.searchsorted(members, index))
-        return (int(self.row_of_sample[members[(start + i) % len(members)]]) for i in range(len(members)))
+        kind = self.samples.is_prior(index)
+        after = (int(members[(start + i) % len(members)]) for i in range(len(members)))
+        return (self.samples.row(one, epoch) for one in after if self.samples.is_prior(one) == kind)
 
     def _validation_sample(self, row: int, size: Size) -> _Sample:
         return self._first_readable(self._validation_rows(row), size, 0.5, False, 0.0)
@@ -242,39 +273,43 @@ class TrainData:
         for row in rows:
             key = self.manifest.keys[row]
             try:
-                geometry, values, control = self._picture(row, size, fraction, flip)
+                geometry, values = self._picture(row, size, fraction, flip)
             except DataError:
                 if self.config.on_unreadable == "error":
                     raise
                 skipped.append(key)
                 continue
             which = int(caption * self.manifest.caption_count(row))
-            return _Sample(key, self.manifest.caption(row, which), geometry, values, control, tuple(skipped))
+            return _Sample(key, self.manifest.caption(row, which), geometry, values, tuple(skipped))
         raise DataError(f"none of the {len(skipped)} pictures for size {size[0]}x{size[1]} can be read")
 
-    def _picture(
-        self, row: int, size: Size, fraction: float, flip: bool
-    ) -> tuple[Geometry, torch.Tensor, torch.Tensor | None]:
-        """How a picture is cropped, and it and its control picture as pixels or moments."""
+    def _picture(self, row: int, size: Size, fraction: float, flip: bool) -> tuple[Geometry, _Values]:
+        """How a picture is cropped, and what becomes of it and of what lies beside it."""
         cache, maker = self._latents, self.control
         if cache is not None:
             geometry = Geometry.cover(self.manifest.size(row), size, flip=flip)
+            moments = cache.get(row, flip)
             control_moments = None if maker is None else cache.get(row, flip, control=True)
-            return geometry, cache.get(row, flip), control_moments
+            return geometry, _Values(moments, control_moments, self._mask(row, geometry))
         file = self.manifest.picture(row)
-        picture = load_picture(file.read(), self.config.alpha_color, name=str(file))
+        content = file.read()
+        picture = load_picture(content, self.config.alpha_color, name=str(file))
         geometry = Geometry.cover(picture.size, size, fraction=fraction, flip=flip)
         picture = geometry.apply(picture)
-        if maker is None:
-            return geometry, to_tensor(picture), None
-        control = maker.make(picture, geometry, maker.file(self.manifest, row))
-        return geometry, to_tensor(picture), to_tensor(control)
+        control = None
+        if maker is not None:
+            control = to_tensor(maker.make(picture, geometry, maker.file(self.manifest, row)))
+        return geometry, _Values(to_tensor(picture), control, self._mask(row, geometry, content))
+
+    def _mask(self, row: int, geometry: Geometry, content: bytes | None = None) -> torch.Tensor | None:
+        return None if self.masks is None else self.masks.make(self.manifest, row, geometry, content)
 
     def _collate(
         self, step: int, samples: list[_Sample], size: Size, positions: Any, weights: list[float]
     ) -> Batch:
-        values = torch.stack([s.values for s in samples])
-        controls = [s.control for s in samples if s.control is not None]
+        values = torch.stack([s.values.picture for s in samples])
+        controls = [s.values.control for s in samples if s.values.control is not None]
+        masks = [s.values.mask for s in samples if s.values.mask is not None]
         return Batch(
             step=step,
             keys=[s.key for s in samples],
@@ -287,6 +322,7 @@ class TrainData:
             pixels=values if self._latents is None else None,
             moments=values if self._latents is not None else None,
             control=torch.stack(controls) if controls else None,
+            mask=torch.stack(masks) if masks else None,
             skipped=tuple(key for s in samples for key in s.skipped),
         )
 

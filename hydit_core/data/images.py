@@ -38,6 +38,20 @@ def load_picture(source: Path | bytes, alpha_color: str = "white", *, name: str 
         raise DataError(f"cannot read picture {shown}: {_reason(error)}") from error
 
 
+def load_alpha(source: bytes, *, name: str) -> Image.Image | None:
+    """How opaque each pixel of a picture file is, 8-bit gray as a viewer would show it; None: all of it.
+
+    Raises :class:`DataError` as :func:`load_picture` does.
+    """
+    try:
+        with Image.open(io.BytesIO(source)) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            picture.load()
+        return picture.convert("RGBA").getchannel("A") if _is_transparent(picture) else None
+    except _UNREADABLE as error:
+        raise DataError(f"cannot read picture {name}: {_reason(error)}") from error
+
+
 def probe_size(source: Path | bytes, *, name: str | None = None) -> Size:
     """(width, height) as :func:`load_picture` would return it, from the file's header.
 
@@ -64,6 +78,10 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def _is_transparent(picture: Image.Image) -> bool:
+    return "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info
+
+
 def _to_rgb(picture: Image.Image, alpha_color: str) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit gray, which Pillow opens as "I;16..." or "I"
         values = np.asarray(picture).astype(np.int64)
@@ -72,7 +90,7 @@ def _to_rgb(picture: Image.Image, alpha_color: str) -> Image.Image:
         picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif picture.mode == "F":
         raise ValueError("floating-point pictures have no defined white; save it with 8 or 16 bits")
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+    if _is_transparent(picture):
         rgba = picture.convert("RGBA")
         background = Image.new("RGBA", rgba.size, (*ImageColor.getrgb(alpha_color)[:3], 255))
         picture = Image.alpha_composite(background, rgba)

@@ -44,6 +44,7 @@ class Findings:
     unreadable: int = 0
     unreadable_shown: list[str] = field(default_factory=list)
     too_small: int = 0
+    masks: int = 0
 
 
 class Manifest:
@@ -78,14 +79,13 @@ class Manifest:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Record:
-        extra = self._extras[index]
         return Record(
             key=self.keys[index],
             picture=self.picture(index),
             captions=tuple(self.caption(index, i) for i in range(self.caption_count(index))),
             width=self._widths[index],
             height=self._heights[index],
-            extra=json.loads(extra) if extra else {},
+            extra=self.extra(index),
         )
 
     def __iter__(self) -> Iterator[Record]:
@@ -95,6 +95,11 @@ class Manifest:
         """Where the encoded picture is."""
         column = self._columns.get(self._sources[index], "")
         return PictureFile(Path(self._paths[index]), self._rows[index], column)
+
+    def extra(self, index: int) -> dict[str, str]:
+        """Paths of what lies beside the picture: ``control``, ``mask``."""
+        extra = self._extras[index]
+        return json.loads(extra) if extra else {}
 
     def size(self, index: int) -> Size:
         """(width, height) in pixels, as the picture is shown."""
@@ -130,13 +135,22 @@ def gather(config: DataConfig) -> tuple[Manifest, Findings]:
     manifest, findings = Manifest(), Findings()
     with ThreadPoolExecutor(max_workers=8) as pool:
         for number, source in enumerate(config.sources):
-            name = source_name(source)
+            name, masks = source_name(source), findings.masks
             if config.control is not None and config.control.kind == "files":
                 source = _with_control(source)
+            if config.mask is not None and config.mask.kind == "files":
+                source = _with_mask(source)
             for chunk in _chunks(read_source(source), 1024):
                 for entry, size in zip(chunk, _sizes(pool, chunk), strict=True):
                     _add(manifest, findings, config, entry, f"{name}/{entry.key}", size, number)
+            if source.mask_field and findings.masks == masks:
+                raise DataError(f"data source {source.path}: no row has a mask in {source.mask_field!r}")
     _raise_findings(config, findings)
+    if config.mask is not None and config.mask.kind == "files" and not findings.masks:
+        raise DataError(
+            "data.mask.kind = 'files', but no picture has a mask: put them into a folder `mask` in the "
+            "pictures' folder, under the same names, or name mask_dir or mask_field"
+        )
     if len(manifest) == 0:
         raise DataError("no usable picture is left: " + ", ".join(str(s.path) for s in config.sources))
     return manifest, findings
@@ -160,30 +174,44 @@ def _with_control(source: SourceConfig) -> SourceConfig:
     return source
 
 
+def _with_mask(source: SourceConfig) -> SourceConfig:
+    """The source with its place for masks, if it has one; DataError if it names one that is not there."""
+    if source_kind(source) != "folder":
+        return source
+    place = source.mask_dir or source.path / "mask"
+    if source.mask_dir is not None and not place.is_dir():
+        raise DataError(f"data source {source.path}: its mask_dir {place} is no folder")
+    return source.model_copy(update={"mask_dir": place}) if place.is_dir() else source
+
+
 def source_name(source: SourceConfig) -> str:
     """What a source's keys begin with: its folder's or file's own name, not where that lies."""
     return source.path.resolve().stem if source.path.is_file() else source.path.resolve().name
 
 
-def validation_rows(manifest: Manifest, validation: int | float) -> np.ndarray:
-    """Rows held out for validation: (n,) booleans.
+def validation_rows(
+    manifest: Manifest, validation: int | float, eligible: np.ndarray | None = None
+) -> np.ndarray:
+    """Rows held out for validation, of those that are ``eligible`` (n,), by default all: (n,) booleans.
 
     They depend on the pictures' names alone. With a fraction, adding pictures moves none of the
     others; with a count, the pictures with the lowest hashes are taken. Rows of one picture stay together.
     """
     if not validation:
         return np.zeros(len(manifest), dtype=bool)
-    hashes = np.array([hash_int("validation", key) for key in _strings(manifest.keys)], dtype=np.uint64)
+    names = _strings(manifest.keys)
+    hashes = np.array([hash_int("validation", key) for key in names], dtype=np.uint64)
+    considered = np.ones(len(hashes), dtype=bool) if eligible is None else eligible
     if isinstance(validation, float):
-        held_out = hashes < np.uint64(int(validation * 2**64))
+        held_out = considered & (hashes < np.uint64(int(validation * 2**64)))
     else:
-        distinct = np.unique(hashes)
+        distinct = np.unique(hashes[considered])
         if validation >= len(distinct):
             raise DataError(f"validation = {validation}, but there are {len(distinct)} pictures in all")
-        held_out = hashes < distinct[validation]
-    if held_out.all():
+        held_out = considered & (hashes < distinct[validation])
+    if held_out.sum() == considered.sum():
         raise DataError(
-            f"validation = {validation} holds out all {len(manifest)} pictures, none is left to train"
+            f"validation = {validation} holds out all {considered.sum()} pictures, none is left to train"
         )
     return held_out
 
@@ -206,8 +234,8 @@ def _sizes(pool: ThreadPoolExecutor, entries: list[Entry]) -> Iterator[Size | Da
 
 def _probe(entry: Entry) -> Size | DataError:
     try:
-        if control := entry.extra.get("control"):
-            probe_size(Path(control))
+        for beside in entry.extra.values():
+            probe_size(Path(beside))
         if entry.width and entry.height:
             return entry.width, entry.height
         picture = entry.picture
@@ -225,11 +253,15 @@ def _add(
     size: Size | DataError,
     source: int,
 ) -> None:
+    own = config.sources[source].caption
+    if not entry.captions and own is not None:
+        entry = replace(entry, captions=(own,))
     if not entry.captions:
         findings.missing_captions += 1
         if len(findings.missing_shown) < _SHOWN:
             findings.missing_shown.append(f"{entry.picture}" + (f" ({entry.hint})" if entry.hint else ""))
         entry = replace(entry, captions=(config.empty_caption,))
+    findings.masks += "mask" in entry.extra
     if isinstance(size, DataError):
         findings.unreadable += 1
         if len(findings.unreadable_shown) < _SHOWN:
@@ -249,8 +281,8 @@ def _raise_findings(config: DataConfig, findings: Findings) -> None:
         raise DataError(
             f"pictures without a caption: {findings.missing_captions}"
             + listed(findings.missing_shown, findings.missing_captions)
-            + "\nGive each a caption, or set data.allow_missing_captions = true to train them with "
-            "data.empty_caption"
+            + "\nGive each a caption, or its source one for all (caption = ...), or set "
+            "data.allow_missing_captions = true to train them with data.empty_caption"
         )
     if findings.unreadable and config.on_unreadable == "error":
         raise DataError(

@@ -118,6 +118,11 @@ class BatchOrder:
             taken += len(piece)
         return self.members[slot][np.concatenate(found)]
 
+    def passes(self, step: int) -> np.ndarray:
+        """How often its bucket had been gone through before each sample of ``step``: (batch,) integers."""
+        slot, batch = self._locate(step)
+        return (batch * self.global_batch + np.arange(self.global_batch)) // len(self.members[slot])
+
     def bucket_members(self, sample: int) -> np.ndarray:
         """All samples, ascending, of the bucket that ``sample`` belongs to."""
         return self.members[int(np.searchsorted(self.buckets, self._bucket_of_sample[sample]))]

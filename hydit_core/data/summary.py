@@ -18,6 +18,9 @@ class DataSummary:
     pictures: int
     train: int
     samples_per_epoch: int
+    prior: int
+    """Samples per epoch that show prior pictures."""
+    masks: int
     validation: int
     sources: dict[str, int]
     buckets: dict[str, int]
@@ -43,6 +46,8 @@ class DataSummary:
             f"pictures: {self.pictures} ({self.train} to train, {self.validation} for validation)",
             *(f"  from {name}: {count}" for name, count in self.sources.items()),
             f"samples per epoch: {self.samples_per_epoch}, in {self.steps_per_epoch} batches",
+            *([f"  of prior pictures: {self.prior}"] if self.prior else []),
+            *([f"masks: {self.masks}"] if self.masks else []),
             f"captions: {self.captions}, of {short} to {long} bytes (median {middle})",
             "sizes:",
             *(f"  {size}: {count}" for size, count in self.buckets.items()),
@@ -65,14 +70,16 @@ def summarize(data: TrainData) -> DataSummary:
     """Count what a dataset holds."""
     manifest, findings, config = data.manifest, data.findings, data.config
     lengths = manifest.captions.lengths()
-    train = np.unique(data.row_of_sample)
+    train = data.train_rows
     counts = np.bincount(data.bucket_of_row[train], minlength=len(data.sizes))
     targets = np.array(data.sizes)[data.bucket_of_row]
     per_source = np.bincount(manifest.sources, minlength=len(config.sources))
     return DataSummary(
         pictures=len(manifest),
         train=len(train),
-        samples_per_epoch=len(data.row_of_sample),
+        samples_per_epoch=len(data.samples),
+        prior=len(data.samples) - len(data.samples.rows),
+        masks=findings.masks,
         validation=len(data.validation),
         sources={str(s.path): int(n) for s, n in zip(config.sources, per_source, strict=True)},
         buckets={f"{w}x{h}": int(n) for (w, h), n in zip(data.sizes, counts, strict=True) if n},

@@ -40,6 +40,7 @@ def diffusion_loss(
     weighting: str = "constant",
     snr_gamma: float = 5.0,
     vlb: bool = True,
+    mask: Tensor | None = None,
 ) -> LossTerms:
     """Loss of a network's output (B, 2C, H, W) at ``schedule.add_noise(x0, noise, t)``; x0 (B, C, H, W).
 
@@ -49,7 +50,7 @@ def diffusion_loss(
     """
     channels = x0.shape[1]
     predicted = model_output[:, :channels].float()
-    mse = mse_loss(predicted, training_target(x0, noise, t, schedule))
+    mse = mse_loss(predicted, training_target(x0, noise, t, schedule), mask)
     weighted = mse * loss_weight(t, schedule, weighting, snr_gamma)
     if not vlb:
         return LossTerms(weighted, mse, torch.zeros_like(mse))
@@ -58,7 +59,7 @@ def diffusion_loss(
             f"the model has {model_output.shape[1]} output channels, the variational bound needs "
             f"{2 * channels} (prediction and variance): train with vlb off"
         )
-    bound = vlb_loss(predicted, model_output[:, channels:].float(), x0, noise, t, schedule)
+    bound = vlb_loss(predicted, model_output[:, channels:].float(), x0, noise, t, schedule, mask)
     return LossTerms(weighted + bound, mse, bound)
 
 
@@ -74,9 +75,16 @@ def v_target(x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule) -> Tensor
     return prediction_target(x0.float(), noise.float(), alpha, sigma, "v")
 
 
-def mse_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Squared error averaged over all but the batch: (B, ...) -> (B,)."""
-    return (predicted - target).square().flatten(1).mean(1)
+def mse_loss(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Squared error averaged over all but the batch: (B, ...) -> (B,); weighted with ``mask``, if given."""
+    return _mean((predicted - target).square(), mask)
+
+
+def _mean(elements: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return elements.flatten(1).mean(1)
+    weights = mask.to(elements).expand_as(elements).flatten(1)
+    return (elements.flatten(1) * weights).sum(1) / weights.sum(1).clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def loss_weight(t: Tensor, schedule: Schedule, weighting: str, snr_gamma: float = 5.0) -> Tensor:
@@ -95,7 +103,13 @@ def loss_weight(t: Tensor, schedule: Schedule, weighting: str, snr_gamma: float 
 
 
 def vlb_loss(
-    predicted: Tensor, variance_logits: Tensor, x0: Tensor, noise: Tensor, t: Tensor, schedule: Schedule
+    predicted: Tensor,
+    variance_logits: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The term of the variational bound at t in bits per element (B,); it trains the variance only.
 
@@ -121,7 +135,7 @@ def vlb_loss(
     # At t = 0 the posterior mean is x0 itself (c = 1, d = 0), and that of the model x0_hat.
     nll = _discretized_nll(x0, x0_hat, 0.5 * log_variance)
     bits = torch.where((t == 0).to(x0.device).view(-1, 1, 1, 1), nll, kl)
-    return bits.flatten(1).mean(1) / math.log(2)
+    return _mean(bits, mask) / math.log(2)
 
 
 def _gaussian_kl(mean_difference: Tensor, log_var_q: Tensor, log_var_p: Tensor) -> Tensor:

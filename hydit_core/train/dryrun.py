@@ -69,7 +69,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
     yield f"  trained: {_count(trained.values()):,} parameters in {len(groups)} groups"
     yield "Run"
     samples = run.steps * run.batch_size * run.grad_accumulation
-    epochs = samples / max(1, len(data.row_of_sample))
+    epochs = samples / max(1, len(data.samples))
     yield (
         f"  {run.steps} steps of {run.batch_size} x {run.grad_accumulation} samples: {epochs:.1f} epochs "
         "in one process"

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..control import CONTROL_KEY
 from ..data import Batch
@@ -78,11 +79,18 @@ class DiffusionModule(nn.Module):
         return self
 
     def forward(
-        self, latents: Tensor, noise: Tensor, t: Tensor, text: Any, image_meta_size: Tensor | None = None
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        text: Any,
+        image_meta_size: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> LossTerms:
         """Losses (B,) of clean latents (B, C, h, w), their noise and timesteps t (B,).
 
-        ``text`` is tokens if the text encoders are trained, else features.
+        ``text`` is tokens if the text encoders are trained, else features; ``mask`` (B, 1, h, w) says what
+        each latent counts.
         """
         features = text if self.text is None else self.text(text)
         bert, t5 = (_to_compute_dtype(f) for f in (features.bert, features.t5))
@@ -90,7 +98,7 @@ class DiffusionModule(nn.Module):
             bert, features.bert_mask, t5, features.t5_mask, image_meta_size=image_meta_size
         )
         output = self.dit(self.schedule.add_noise(latents, noise, t), t, context)
-        return _losses(output, latents, noise, t, self.schedule, self.config)
+        return _losses(output, latents, noise, t, self.schedule, self.config, mask)
 
 
 class ControlModule(nn.Module):
@@ -119,6 +127,7 @@ class ControlModule(nn.Module):
         text: TextFeatures,
         hint: Tensor,
         image_meta_size: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> LossTerms:
         """Losses (B,) of clean latents and hint latents, both (B, C, h, w), noise and timesteps t (B,).
 
@@ -132,11 +141,17 @@ class ControlModule(nn.Module):
             )
         x_t = self.schedule.add_noise(latents, noise, t)
         output = self.dit(x_t, t, base, self.controlnet(x_t, t, own, hint))
-        return _losses(output, latents, noise, t, self.schedule, self.config)
+        return _losses(output, latents, noise, t, self.schedule, self.config, mask)
 
 
 def _losses(
-    output: Tensor, latents: Tensor, noise: Tensor, t: Tensor, schedule: Schedule, config: ObjectiveSection
+    output: Tensor,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    config: ObjectiveSection,
+    mask: Tensor | None,
 ) -> LossTerms:
     with torch.autocast(latents.device.type, enabled=False):
         return diffusion_loss(
@@ -148,6 +163,7 @@ def _losses(
             weighting=config.weighting,
             snr_gamma=config.snr_gamma,
             vlb=config.vlb,
+            mask=mask,
         )
 
 
@@ -199,14 +215,18 @@ class DiffusionObjective:
     def inputs(self, batch: Batch, draws: Draws) -> dict[str, Any]:
         bert = ["" if drop else c for c, drop in zip(batch.captions, draws.drop_bert, strict=True)]
         t5 = ["" if drop else c for c, drop in zip(batch.captions, draws.drop_t5, strict=True)]
+        latents = self._latents(batch, draws.posterior_noise)
         inputs = {
-            "latents": self._latents(batch, draws.posterior_noise),
+            "latents": latents,
             "noise": draws.noise.to(self.device, non_blocking=True),
             "t": draws.t.to(self.device, non_blocking=True),
             "text": self.text(bert, t5),
         }
         if self.parts.dit.config.size_cond:
             inputs["image_meta_size"] = _sizes(batch).to(self.device, non_blocking=True)
+        if batch.mask is not None:
+            mask, size = batch.mask.to(self.device, non_blocking=True), latents.shape[-2:]
+            inputs["mask"] = functional.interpolate(mask, size=tuple(size), mode="area")
         return inputs
 
     def _latents(self, batch: Batch, posterior_noise: Tensor) -> Tensor:

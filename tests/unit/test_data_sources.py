@@ -207,8 +207,8 @@ def test_repeats_and_several_sources(pictures: Path, tmp_path: Path) -> None:
 def test_validation_split_depends_on_names_alone(pictures: Path) -> None:
     def held_out(**options: object) -> set[str]:
         data = open_data(pictures, **options)
-        assert not set(data.validation) & set(data.row_of_sample)
-        assert len(data.validation) + len(set(data.row_of_sample)) == len(data.manifest)
+        assert not set(data.validation) & set(data.samples.rows)
+        assert len(data.validation) + len(set(data.samples.rows)) == len(data.manifest)
         return {data.manifest.keys[row] for row in data.validation}
 
     three = held_out(validation=3)

@@ -203,3 +203,15 @@ def test_as_a_module_in_a_fresh_process(tiny_model_file, tmp_path):
     )  # fmt: skip
     assert done.stdout.splitlines() == [str(tmp_path / "a.png")]
     assert json.loads(Image.open(tmp_path / "a.png").text["hydit"])["prompt"] == "红苹果"
+
+
+def test_captions_beside_the_pictures_are_what_training_reads(generate):
+    from hydit_core.data import DataConfig, open_dataset
+
+    code, paths, err = generate(
+        "--prompt", "红苹果", "a red apple!", "--batch", 2, "--steps", 1, "--out", "dogs", "--captions"
+    )
+    assert code == 0 and len(paths) == 4, err
+    config = DataConfig(sources=[{"path": Path("dogs")}], resolution=64)
+    data = open_dataset(config, seed=0, batch_size=1)
+    assert [record.captions[0] for record in data.manifest] == ["红苹果"] * 2 + ["a red apple!"] * 2

@@ -20,7 +20,7 @@ import numpy as np
 from ...errors import ConfigError, DataError
 from ..config import SourceConfig
 from .entry import Entry
-from .table import IMAGE_FIELDS, row_captions, row_control, row_entry, row_side
+from .table import IMAGE_FIELDS, row_captions, row_entry, row_extra, row_side
 
 _OPEN_FILES = 64
 _ROWS_AT_ONCE = 1024
@@ -104,7 +104,7 @@ def _entries(source: SourceConfig, path: Path, rows: np.ndarray | None = None) -
             captions, hint = row_captions(row, source, where)
             key = f"{path.name}#{number}"
             width, height = row_side(row, "width", where), row_side(row, "height", where)
-            extra = row_control(row, source, where)
+            extra = row_extra(row, source, where)
             yield Entry(
                 key, path, captions, width, height, extra=extra, hint=hint, row=number, column=image_field
             )

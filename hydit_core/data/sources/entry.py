@@ -39,6 +39,7 @@ class Entry:
 
     ``key`` names the picture within its source, the same wherever the source lies. Width and height
     are 0 unless the source itself tells them. ``hint`` says where a missing caption may be.
+    ``extra`` are paths of a control picture (``control``) and of a mask (``mask``) that belong to it.
     A picture inside a table has the table's path, and its row and column there.
     """
 
@@ -58,5 +59,5 @@ class Entry:
 
     @property
     def complete(self) -> bool:
-        """Whether no picture has to be opened: the size is told, and there is no control picture."""
+        """Whether no picture has to be opened: the size is told, and nothing lies beside it."""
         return bool(self.width and self.height and not self.extra)

@@ -25,26 +25,28 @@ def read_folder(source: SourceConfig) -> Iterator[Entry]:
     root = source.path
     if not root.is_dir():
         raise DataError(f"data source {root} is not a folder")
-    control = source.control_dir
+    beside = {"control": source.control_dir, "mask": source.mask_dir}
+    folders = {kind: folder for kind, folder in beside.items() if folder is not None}
     found = False
     for folder, names in _walk(root):
-        if control is not None and folder.is_relative_to(control):
+        if any(folder.is_relative_to(other) for other in folders.values()):
             continue
         present = set(names)
-        for name in names:
-            if Path(name).suffix.lower() not in PICTURE_SUFFIXES:
+        for file_name in names:
+            if Path(file_name).suffix.lower() not in PICTURE_SUFFIXES:
                 continue
             found = True
-            path = folder / name
-            captions, hint = _captions(folder, Path(name).stem, present, source.caption_lines)
-            extra = {} if control is None else {"control": str(_control(control, path.relative_to(root)))}
-            yield Entry(path.relative_to(root).as_posix(), path, captions, extra=extra, hint=hint)
+            path = folder / file_name
+            captions, hint = _captions(folder, path.stem, present, source.caption_lines)
+            name = path.relative_to(root)
+            extra = {kind: str(_namesake(other, name)) for kind, other in folders.items()}
+            yield Entry(name.as_posix(), path, captions, extra=extra, hint=hint)
     if not found:
         raise DataError(f"data source {root}: no pictures found ({', '.join(sorted(PICTURE_SUFFIXES))})")
 
 
-def _control(folder: Path, picture: Path) -> Path:
-    """The control picture of ``picture``: of the same relative name, with any suffix of a picture."""
+def _namesake(folder: Path, picture: Path) -> Path:
+    """What belongs to ``picture`` in ``folder``: of the same relative name, with any suffix of a picture."""
     same = folder / picture
     others = (same.with_suffix(suffix) for suffix in sorted(PICTURE_SUFFIXES))
     return next((path for path in (same, *others) if path.is_file()), same)

@@ -31,7 +31,7 @@ def row_entry(row: Mapping[str, Any], source: SourceConfig, where: str) -> Entry
         captions=captions,
         width=row_side(row, "width", where),
         height=row_side(row, "height", where),
-        extra=row_control(row, source, where),
+        extra=row_extra(row, source, where),
         hint=hint,
     )
 
@@ -55,14 +55,20 @@ def row_captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tu
     return tuple(found), "" if found else f"no text in {', '.join(fields)}"
 
 
-def row_control(row: Mapping[str, Any], source: SourceConfig, where: str) -> dict[str, str]:
-    """The path of a row's control picture, where the source has a column for it."""
-    if not source.control_field:
-        return {}
-    control = row.get(source.control_field)
-    if not isinstance(control, str) or not control.strip():
-        raise DataError(f"{where}: no control picture in {source.control_field!r}")
-    return {"control": str((source.root or source.path.parent) / control.strip())}
+def row_extra(row: Mapping[str, Any], source: SourceConfig, where: str) -> dict[str, str]:
+    """The paths of a row's control picture and mask, where the source has columns for them."""
+    extra, root = {}, source.root or source.path.parent
+    if source.control_field:
+        control = row.get(source.control_field)
+        if not isinstance(control, str) or not control.strip():
+            raise DataError(f"{where}: no control picture in {source.control_field!r}")
+        extra["control"] = str(root / control.strip())
+    mask = row.get(source.mask_field) if source.mask_field else None
+    if not isinstance(mask, (str, type(None))):
+        raise DataError(f"{where}: {source.mask_field} holds {type(mask).__name__}, expected a path")
+    if mask and mask.strip():
+        extra["mask"] = str(root / mask.strip())
+    return extra
 
 
 def row_side(row: Mapping[str, Any], name: str, where: str) -> int:
