@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .cache import cache_folder
 from .config import DataConfig
 from .fingerprints import Progress, module_hash
@@ -50,12 +51,17 @@ class TextCache:
         return [content_key(self._recipe, part, text) for part in _PARTS]
 
     def __call__(self, text: str) -> TextFeatures:
-        """Features of one text, batch dimension 1, on the CPU; encoded now if they are not on disk."""
+        """Features of one text, batch dimension 1, on the CPU; encoded now if they are not on disk.
+
+        Raises :class:`DataError` if the encoders, whose weights have been given back, would be needed for it.
+        """
         from ..text import TextFeatures
 
         keys = self.keys(text)
         if self.store.contains(keys).all():
             return TextFeatures(*(self.store.get(key)[None] for key in keys))
+        if self.encoders.device.type == "meta":
+            raise DataError(f"the text cache {self.store.folder} has no features of {text!r}")
         return self.encoders.encode(text).to("cpu")
 
     def add(self, text: str) -> None:
@@ -65,15 +71,20 @@ class TextCache:
 
 
 def build_text_cache(
-    data: TrainData, encoders: TextEncoders, progress: Progress | None = None, *, folder: Path | None = None
-) -> None:
-    """Encode all captions of a dataset, and the empty one, that are not on disk yet.
+    data: TrainData,
+    encoders: TextEncoders,
+    progress: Progress | None = None,
+    *,
+    folder: Path | None = None,
+    others: Iterable[str] = (),
+) -> TextCache:
+    """Encode all captions of a dataset, the empty one and ``others`` that are not on disk yet.
 
     Each text is encoded alone, as in training, so that its features do not depend on its neighbors.
-    With several ranks each does its share. Resumable like the latent cache.
+    With several ranks each does its share. Resumable like the latent cache, and gives the cache.
     """
     cache = TextCache(data.config, encoders, folder)
-    texts = sorted({"", *data.captions()})[data.rank :: data.order.world_size]
+    texts = sorted({"", *data.captions(), *others})[data.rank :: data.order.world_size]
     todo = [text for text in texts if not cache.store.contains(cache.keys(text)).all()]
     cache.store.clean()
     try:
@@ -84,3 +95,4 @@ def build_text_cache(
                     progress(done, len(todo))
     finally:
         cache.store.flush()
+    return cache

@@ -305,6 +305,11 @@ class TrainConfig(Section):
         return self.objective.train_text_encoders or self.lora.trains_text
 
     @property
+    def exports_text(self) -> bool:
+        """Whether the file that is written holds the text encoders."""
+        return self.objective.kind == "full" and self.checkpoint.export_all_in_one
+
+    @property
     def base_precision(self) -> str:
         """What the matrices of a frozen DiT are stored in."""
         return self.lora.base_precision or self.run.precision

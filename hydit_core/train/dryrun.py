@@ -75,7 +75,8 @@ def describe(config: TrainConfig) -> Iterator[str]:
         "in one process"
     )
     yield f"  precision {run.precision}, output to {run.output_dir} (nothing has been written)"
-    frozen = 0 if config.objective.train_text_encoders else _bytes(text, run.precision)
+    dropped = config.data.cache.text and not config.exports_text
+    frozen = 0 if config.objective.train_text_encoders or dropped else _bytes(text, run.precision)
     if kind == "controlnet":
         frozen += _bytes(dit, run.precision)
     elif kind == "lora":

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data import LatentCache, TrainData, build_latent_cache, open_dataset, require_outside_sources
 from ..data.cache import cache_folder
-from ..data.text_cache import TextCache, build_text_cache
+from ..data.text_cache import build_text_cache
 from ..errors import ConfigError
 from . import checkpoint as checkpoints
 from . import distributed
@@ -24,6 +24,7 @@ from .loop import Trainer, find_checkpoint
 from .lora import LoraObjective
 from .objectives import ControlNetObjective, FullObjective, Objective
 from .parts import ModelParts, build
+from .samples import sample_texts
 
 EXPORTS = (FullObjective.export_name, LoraObjective.export_name)
 
@@ -49,8 +50,7 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
             _warn_of_cut_captions(data, parts)
             _warn_of_trigger(config, data)
         prepare_data(config, data, parts, processes)
-        stored = TextCache(config.data, parts.text) if config.data.cache.text else None
-        objective = make_objective(config, parts, processes.device, stored)
+        objective = make_objective(config, parts, processes.device)
         objective.use_checkpointing(float(run.gradient_checkpointing))
         trainer = Trainer(config, objective, data, processes)
         if resume is not None:
@@ -60,19 +60,17 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         processes.close()
 
 
-def make_objective(
-    config: TrainConfig, parts: ModelParts, device: torch.device, stored_text: TextCache | None = None
-) -> Objective:
+def make_objective(config: TrainConfig, parts: ModelParts, device: torch.device) -> Objective:
     """What ``objective.kind`` asks for."""
     if config.objective.kind == "lora":
-        return LoraObjective(parts, config, device, stored_text=stored_text)
+        return LoraObjective(parts, config, device)
     if config.data.control is None:
-        return FullObjective(parts, config.objective, device, stored_text=stored_text)
+        return FullObjective(parts, config.objective, device)
     made = config.data.control
     control: dict[str, object] = {"kind": made.label or made.kind}
     if made.kind == "canny":
         control |= {"low": made.low, "high": made.high}
-    return ControlNetObjective(parts, config.objective, device, control=control, stored_text=stored_text)
+    return ControlNetObjective(parts, config.objective, device, control=control)
 
 
 def open_data(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainData:
@@ -82,20 +80,26 @@ def open_data(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainData:
 
 
 def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, processes: Processes) -> None:
-    """Encode what the configured caches lack; latents come from their cache from then on."""
+    """Encode what the configured caches lack; latents and texts come from their caches from then on.
+
+    Text encoders that nothing else needs give their memory back.
+    """
     cache = config.data.cache
     if cache.latents:
         parts.vae.to(processes.device)
         with _progress("encoding pictures", processes) as progress:
             build_latent_cache(data, parts.vae, progress)
         processes.barrier()
+        parts.vae.to("cpu")
         data.use_latents(LatentCache(data, parts.vae, cache_folder(config.data)))
     if cache.text:
         parts.text.to(processes.device)
         with _progress("encoding captions", processes) as progress:
-            build_text_cache(data, parts.text, progress)
+            stored = build_text_cache(data, parts.text, progress, others=sample_texts(config.samples, parts))
         processes.barrier()
-        parts.text.to("cpu")
+        stored.store.refresh()  # what other processes encoded
+        parts.stored_text = stored
+        parts.text.to("cpu" if config.exports_text else "meta")
 
 
 def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..lora import formats
-from ..text import TextFeatures
 from ..weights.modelspec import file_metadata
 from .adapters import (
     adapted_layers,
@@ -48,8 +47,6 @@ class LoraObjective(DiffusionObjective):
         parts: ModelParts,
         config: TrainConfig,
         device: torch.device,
-        *,
-        stored_text: Callable[[str], TextFeatures] | None = None,
     ) -> None:
         self.lora = config.lora
         self.networks = adapted_parts(self.lora, parts.dit, parts.text)
@@ -62,9 +59,7 @@ class LoraObjective(DiffusionObjective):
         parts.dit.requires_grad_(False)
         store(parts.dit, config.base_precision)
         parts.dit.random_blocks = self.lora.dropout > 0
-        super().__init__(
-            parts, config.objective, device, stored_text=stored_text, trains_text=self.lora.trains_text
-        )
+        super().__init__(parts, config.objective, device, trains_text=self.lora.trains_text)
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -185,7 +184,6 @@ class DiffusionObjective:
         config: ObjectiveSection,
         device: torch.device,
         *,
-        stored_text: Callable[[str], TextFeatures] | None = None,
         trains_text: bool | None = None,
     ) -> None:
         self.parts = parts
@@ -194,9 +192,9 @@ class DiffusionObjective:
         self.module = self._module(config).to(device)
         self.module.train()
         trained = config.train_text_encoders if trains_text is None else trains_text
-        if not trained and stored_text is None:
+        if not trained and parts.stored_text is None:
             parts.text.to(device)
-        self.text = TextSource(parts.text, device, trained=trained, stored=stored_text)
+        self.text = TextSource(parts.text, device, trained=trained, stored=parts.stored_text)
 
     def _module(self, config: ObjectiveSection) -> nn.Module:
         raise NotImplementedError
@@ -276,13 +274,12 @@ class ControlNetObjective(DiffusionObjective):
         device: torch.device,
         *,
         control: dict[str, Any],
-        stored_text: Callable[[str], TextFeatures] | None = None,
     ) -> None:
         if parts.controlnet is None:
             raise ValueError("the parts hold no ControlNet")
         self.controlnet = parts.controlnet
         self.control = control
-        super().__init__(parts, config, device, stored_text=stored_text)
+        super().__init__(parts, config, device)
         self.module.requires_grad_(False)
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..data import hash_int
 from ..errors import ConfigError
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
-from ..text import TextEncoders, load_text_encoders
+from ..text import TextEncoders, TextFeatures, load_text_encoders
 from ..vae import VAE, load_vae
 from ..weights.load import load_controlnet, load_dit
 from ..weights.save import save_checkpoint
@@ -29,13 +30,17 @@ _VAE_OPTIONS = ("scaling_factor", "shift_factor", "norm_num_groups", "preview_rg
 
 @dataclass
 class ModelParts:
-    """What is trained and what it needs; ``info`` describes the file that comes out."""
+    """What is trained and what it needs; ``info`` describes the file that comes out.
+
+    With ``stored_text``, which gives one text's features from disk, the encoders may be without weights.
+    """
 
     dit: DiT
     text: TextEncoders
     vae: VAE
     info: ModelInfo
     controlnet: ControlNet | None = None
+    stored_text: Callable[[str], TextFeatures] | None = None
 
     def save(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
         """Write the DiT, or everything in one file."""

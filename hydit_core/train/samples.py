@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ..control import ControlInput
 from ..pipeline import Pipeline
+from ..presets import choose_settings
+from ..text import TextFeatures
 from .config import SamplesSection
 
 if TYPE_CHECKING:
     from ..data import ControlImages
     from .parts import ModelParts
+
+
+class _StoredText:
+    """In the place of text encoders: their features, from disk."""
+
+    def __init__(self, stored: Callable[[str], TextFeatures]) -> None:
+        self.stored = stored
+
+    def encode(self, prompts: Sequence[str]) -> TextFeatures:
+        return TextFeatures.cat([self.stored(prompt) for prompt in prompts])
+
+
+def sample_texts(settings: SamplesSection, parts: ModelParts) -> set[str]:
+    """All texts that :func:`draw_samples` needs features of."""
+    if not settings.every:
+        return set()
+    chosen = choose_settings(parts.info.defaults, None, **_given(settings))
+    return {*settings.prompts, *([chosen.negative] if chosen.cfg > 1 else [])}
+
+
+def _given(settings: SamplesSection) -> dict[str, Any]:
+    return settings.model_dump(exclude={"every", "prompts", "seed", "control_images"})
 
 
 def draw_samples(
@@ -27,18 +53,21 @@ def draw_samples(
 ) -> Path:
     """Draw every prompt with the weights as they are now; returns the sheet ``step_00001000.png``.
 
-    With ``control``, each picture has its control picture to its left.
+    With ``control``, each picture has its control picture to its left. The VAE and the text encoders, which
+    cached data do without, are on ``device`` for as long as they are needed.
     """
-    parts.vae.to(device)
-    parts.text.to(device)
+    text: Any = parts.text if parts.stored_text is None else _StoredText(parts.stored_text)
+    borrowed = [net for net in (parts.vae, text) if isinstance(net, nn.Module)]
+    homes = [next(net.parameters()).device for net in borrowed]
+    for net in borrowed:
+        net.to(device)
     networks = [net for net in (parts.dit, parts.controlnet) if net is not None]
     training = [net.training for net in networks]
     for net in networks:
         net.eval()
     try:
-        pipeline = Pipeline(parts.dit, parts.text, parts.vae, parts.info)
-        given = settings.model_dump(exclude={"every", "prompts", "seed", "control_images"})
-        chosen = pipeline.settings(**given)
+        pipeline = Pipeline(parts.dit, text, parts.vae, parts.info)
+        chosen = pipeline.settings(**_given(settings))
         if parts.controlnet is None or control is None:
             images = [p.image for p in pipeline.pictures(settings.prompts, chosen, seed=settings.seed)]
         else:
@@ -52,6 +81,8 @@ def draw_samples(
     finally:
         for net, mode in zip(networks, training, strict=True):
             net.train(mode)
+        for net, home in zip(borrowed, homes, strict=True):
+            net.to(home)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.png"
     contact_sheet(images).save(path)

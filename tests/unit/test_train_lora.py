@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +15,17 @@ from tiny import TINY, TINY_V11, write_tiny_model
 from torch import nn
 from train_setup import command_line, records, run_training, write_run
 
-from hydit_core.errors import ConfigError
+from hydit_core.errors import ConfigError, DataError
 from hydit_core.lora import formats
 from hydit_core.lora.adapter import changed
 from hydit_core.model.dit import DiT
+from hydit_core.train import distributed
 from hydit_core.train.adapters import adapter_parameters, find_targets
 from hydit_core.train.config import LoraSection, load_config
 from hydit_core.train.draws import TrainingDraws
 from hydit_core.train.frozen import OPERATIONS, FrozenLinear, store, stored_bytes
-from hydit_core.train.launch import make_objective, open_data
+from hydit_core.train.launch import make_objective, open_data, prepare_data
+from hydit_core.train.loop import Trainer
 from hydit_core.train.parts import build
 
 
@@ -201,6 +204,39 @@ def test_nothing_is_changed_at_first_and_only_adapters_learn(config: Path) -> No
         assert all(p.grad is None and not p.requires_grad for p in module.parameters() if id(p) not in ours)
     assert any(name.startswith("t5.encoder.block.0.layer.0.SelfAttention.q.") for name in trained)
     assert not any(name.startswith("bert.") for name in trained)
+
+
+def test_with_cached_captions_no_text_encoder_is_in_memory(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses, validation and sample pictures are those of a run with its encoders; prompts are cached too."""
+    seen: list[str] = []
+    original = Trainer.run
+
+    def run(self: Trainer, **options: Any) -> bool:
+        seen.append({p.device.type for p in self.objective.parts.text.parameters()}.pop())
+        return original(self, **options)
+
+    monkeypatch.setattr(Trainer, "run", run)
+    more = ["run.steps=2", "validation.every=2", "samples.every=2", 'samples.prompts=["no caption", "小鸟"]']
+    more += ["samples.steps=2", "samples.cfg=3", 'samples.negative="blurry"']
+    for name in ("true", "false"):
+        folder = tmp_path / name
+        cache = [f"data.cache.text={name}", f"data.cache.dir={tmp_path / 'cache'}"]
+        assert run_training(config, *more, *cache, f"run.output_dir={folder}")
+    assert seen == ["meta", "cpu"]
+    cached, plain = tmp_path / "true", tmp_path / "false"
+    assert records(cached) == records(plain)
+    sheet = "samples/step_00000002.png"
+    assert (cached / sheet).read_bytes() == (plain / sheet).read_bytes()
+    assert (cached / "lora.safetensors").stat().st_size == (plain / "lora.safetensors").stat().st_size
+
+    settings = load_config(config, [*more, "data.cache.text=true", f"data.cache.dir={tmp_path / 'cache'}"])
+    parts = build(settings)
+    prepare_data(settings, open_data(settings), parts, distributed.start("cpu"))
+    assert parts.stored_text is not None
+    with pytest.raises(DataError, match=r"the text cache .* has no features of 'another text'"):
+        parts.stored_text("another text")
 
 
 def test_first_values_are_those_of_the_seed(config: Path) -> None:
