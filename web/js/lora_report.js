@@ -4,12 +4,16 @@ import { app } from "../../../scripts/app.js";
 import { idOf } from "./nodes.js";
 import { showTold } from "./told.js";
 
-const NODES = ["HyDiTLoraLoader", "HyDiTLoraMerge"];
+// What the report depends on.
+const NODES = {
+  HyDiTLoraLoader: ["lora_name"],
+  HyDiTLoraMerge: ["lora_name", "strength", "block_weights"],
+};
 
 app.registerExtension({
   name: "hydit.loraReport",
   nodeCreated(node) {
-    if (!NODES.includes(idOf(node))) return;
-    showTold(node, { name: "hydit_lora", words: "lora", inputs: ["lora_name"], drop: true, lines: 6 });
+    const inputs = NODES[idOf(node)];
+    if (inputs) showTold(node, { name: "hydit_lora", words: "lora", inputs, drop: ["lora_name"], lines: 6 });
   },
 });

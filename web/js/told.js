@@ -3,7 +3,7 @@
 import { api } from "../../../scripts/api.js";
 import { text } from "./locale.js";
 import { fingerprint, forget, recall, remember } from "./memory.js";
-import { after, widgetOf } from "./nodes.js";
+import { after, idOf, widgetOf } from "./nodes.js";
 import { addRow, addStyle } from "./rows.js";
 
 const LINE = 16;
@@ -14,7 +14,7 @@ const CSS = `
 .hydit-old > div { opacity: 0.5; }
 `;
 
-/** All that was said since the page was opened, by name and by what it was said of. */
+/** All that was said since the page was opened, by name and by what the node was then (`signature`). */
 const said = new Map();
 /** For each row of a node that is in a graph: look there. */
 const lookups = new Set();
@@ -29,12 +29,12 @@ api.addEventListener("execution_success", () => {
  *
  * @param {string} name in the run's message, in the node's properties, and of the row.
  * @param {string} words where the row's texts are in the translations: label, none, old.
- * @param {string[]} inputs the widgets that it depends on. When one of them changes, the text is grayed; with
- *   `drop` it goes.
+ * @param {string[]} inputs the widgets that it depends on. When one of them changes, the text is grayed.
+ * @param {string[]} drop those of them at whose change it goes instead.
  * @param {number} lines beyond which the row scrolls.
  * @param {(text: string) => string} translate to the page's language.
  */
-export function showTold(node, { name, words, inputs, drop = false, lines, translate = (line) => line }) {
+export function showTold(node, { name, words, inputs, drop = [], lines, translate = (line) => line }) {
   addStyle("hydit-told-style", CSS);
   const frame = document.createElement("div");
   const body = document.createElement("div");
@@ -54,18 +54,19 @@ export function showTold(node, { name, words, inputs, drop = false, lines, trans
     frame.title = old ? text(`${words}.old`) : "";
     node.setDirtyCanvas?.(true, true);
   };
-  const check = () => {
-    if (drop && recall(node, name) && recall(node, name).of !== now()) forget(node, name);
+  const check = (...changed) => {
+    const drops = drop.some((input) => changed.includes(input));
+    if (drops && recall(node, name) && recall(node, name).of !== now()) forget(node, name);
     show();
   };
 
   const take = (told) => {
-    said.set(`${name} ${now()}`, told);
+    said.set(`${name} ${signature(node)}`, told);
     remember(node, name, told, now());
     show();
   };
   const lookUp = () => {
-    const told = said.get(`${name} ${now()}`);
+    const told = said.get(`${name} ${signature(node)}`);
     if (told !== undefined && recall(node, name)?.of !== now()) take(told);
   };
 
@@ -75,10 +76,23 @@ export function showTold(node, { name, words, inputs, drop = false, lines, trans
   });
   after(node, "onAdded", () => lookups.add(lookUp));
   after(node, "onRemoved", () => lookups.delete(lookUp));
-  after(node, "onConfigure", check);
+  after(node, "onConfigure", () => check(...inputs));
   for (const input of inputs) {
     const widget = widgetOf(node, input);
-    if (widget) after(widget, "callback", check);
+    if (widget) after(widget, "callback", () => check(input));
   }
   show();
+}
+
+/** What a node and all before it are set to: two nodes of which this is the same are told the same. */
+function signature(node, known = new Map()) {
+  if (!known.has(node)) {
+    const values = node.widgets?.filter(({ value }) => typeof value !== "object").map(({ value }) => value);
+    const before = node.inputs?.map((_, slot) => {
+      const from = node.getInputNode?.(slot);
+      return from ? [signature(from, known), node.getInputLink?.(slot)?.origin_slot] : null;
+    });
+    known.set(node, fingerprint(JSON.stringify([idOf(node), values, before])));
+  }
+  return known.get(node);
 }

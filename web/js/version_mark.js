@@ -15,6 +15,6 @@ app.registerExtension({
   name: "hydit.versionMark",
   nodeCreated(node) {
     const inputs = FILES[idOf(node)];
-    if (inputs) showTold(node, { name: "hydit_version", words: "version", inputs, drop: true, lines: 3 });
+    if (inputs) showTold(node, { name: "hydit_version", words: "version", inputs, drop: inputs, lines: 3 });
   },
 });
