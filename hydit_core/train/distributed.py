@@ -53,9 +53,15 @@ class Processes:
         return [name for part in found for name in part]
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """``module`` with gradients averaged over the processes."""
+        """``module`` with gradients averaged over the processes.
+
+        What is frozen is the same in all of them, from one file or one seed, and is not exchanged: what is
+        stored in 8 bits or fewer could not be.
+        """
         if self.world == 1:
             return module
+        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 

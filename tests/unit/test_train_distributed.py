@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_train_lora import write_lora_run
 from train_setup import environment, records, run_training, write_run
 
 from hydit_core.errors import ConfigError
@@ -52,8 +53,13 @@ def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch
         start("cuda")
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
-@pytest.mark.skipif(os.name == "nt", reason="gloo over TCP is not tested on Windows")
+several_processes = pytest.mark.skipif(
+    os.name == "nt" or not torch.distributed.is_available(),
+    reason="this torch has no distributed package, or gloo over TCP is not tested on this system",
+)
+
+
+@several_processes
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     assert run_training(config, *STEPS, f"run.output_dir={tmp_path / 'one'}", "run.batch_size=4")
@@ -69,5 +75,18 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
         one, other = (load_file(tmp_path / run / file) for run in ("one", "two"))
         for name, tensor in one.items():
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=2e-5)
+    for mine, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-3, abs=2e-4)
+
+
+@several_processes
+def test_two_processes_share_a_base_in_few_bits(tmp_path: Path, tiny_model_file: Path) -> None:
+    """gloo cannot send what is stored in 8 bits, and need not: it is frozen."""
+    config = write_lora_run(tmp_path, tiny_model_file)
+    common = ["run.steps=2", "validation.every=2", "lora.base_precision=fp8"]
+    one, two = (f"run.output_dir={tmp_path / name}" for name in ("one", "two"))
+    assert run_training(config, *common, one, "run.batch_size=4")
+    finished = run_two(config, [*common, two, "run.batch_size=2"])
+    assert [code for code, _ in finished] == [0, 0], finished
     for mine, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         assert theirs == pytest.approx(mine, rel=1e-3, abs=2e-4)
