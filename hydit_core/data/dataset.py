@@ -251,11 +251,12 @@ class TrainData:
 
     def _training_rows(self, index: int, epoch: int) -> Iterator[int]:
         """The row of a sample, then, as stand-ins, those of its kind that follow in its bucket."""
+        if self.samples.is_prior(index):
+            return self.samples.prior_from(index, epoch)
         members = self.order.bucket_members(index)
         start = int(np.searchsorted(members, index))
-        kind = self.samples.is_prior(index)
         after = (int(members[(start + i) % len(members)]) for i in range(len(members)))
-        return (self.samples.row(one, epoch) for one in after if self.samples.is_prior(one) == kind)
+        return (self.samples.row(one, epoch) for one in after if not self.samples.is_prior(one))
 
     def _validation_sample(self, row: int, size: Size) -> _Sample:
         return self._first_readable(self._validation_rows(row), size, 0.5, False, 0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 
@@ -39,11 +41,14 @@ class Samples:
 
     def row(self, sample: int, epoch: int) -> int:
         """The row that ``sample`` shows when its bucket is gone through for the ``epoch``-th time, from 0."""
-        if sample < len(self.rows):
-            return int(self.rows[sample])
+        return next(self.prior_from(sample, epoch)) if self.is_prior(sample) else int(self.rows[sample])
+
+    def prior_from(self, sample: int, epoch: int) -> Iterator[int]:
+        """The row that a prior place shows, then all others of its bucket in their order, as stand-ins."""
         bucket = int(self.buckets[sample])
         own = self._prior[bucket]
-        return int(own[(epoch * self._counts[bucket] + sample - self._firsts[bucket]) % len(own)])
+        start = epoch * self._counts[bucket] + sample - self._firsts[bucket]
+        return (int(own[(start + i) % len(own)]) for i in range(len(own)))
 
     def prior_rows(self) -> np.ndarray:
         """All rows that the places show in turn, of one bucket after the other."""

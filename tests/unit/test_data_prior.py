@@ -106,6 +106,18 @@ def test_a_picture_that_cannot_be_read_is_replaced_by_one_of_its_kind(tmp_path: 
     assert sum(n for key, n in counts.items() if key.startswith("dogs/")) == 24
 
 
+def test_a_stand_in_may_be_any_prior_picture_of_the_size(tmp_path: Path) -> None:
+    """Not only those that this epoch has places for: here one, and that one is broken."""
+    data = open_data(tmp_path, 1, 5, prior={"share": 0.25}, on_unreadable="skip")
+    assert data.summary().prior == 1
+    for name in ("01.png", "02.png"):
+        broken = tmp_path / "dogs" / name
+        broken.write_bytes(broken.read_bytes()[:-200])
+    counts = shown(data, 5)
+    assert {counts[f"dogs/{i:02}.png"] for i in (1, 2)} == {0}
+    assert sum(n for key, n in counts.items() if key.startswith("dogs/")) == 5
+
+
 def test_workers_and_ranks_see_the_same(tmp_path: Path) -> None:
     data = open_data(tmp_path, 4, 10)
     alone = [data.batch(step).keys for step in range(8)]
