@@ -2,7 +2,7 @@
 
     python examples/lora/delft.py --data examples/embedded/work/data --out examples/lora/work/data
 
-Every sixth of the plain icons and shapes of examples/embedded is taken, one picture a thing, with its
+Every second of the plain icons and shapes of examples/embedded is taken, one picture a thing, with its
 captions. They do not name the style: with the LoRA everything is drawn in it.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="what examples/embedded/prepare.py wrote")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--every", type=int, default=6)
+    parser.add_argument("--every", type=int, default=2)
     args = parser.parse_args()
 
     (args.out / "pictures").mkdir(parents=True, exist_ok=True)

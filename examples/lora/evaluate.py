@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
 
     things = list(plain_pictures(args.data))
-    trained = [Image.open(path) for path, _ in things[::6]]
+    trained = [Image.open(path) for path, _ in things[::2]]
     plain, style = patches(trained), patches([delft(picture) for picture in trained])
     unseen = [thing for i, thing in enumerate(things) if i % 6 == 3]
     prompts = [captions[0] for _, captions in unseen[:: max(1, len(unseen) // args.count)][: args.count]]
