@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import ConfigError
 from ..model.layer_weights import LayerWeights
@@ -53,3 +54,13 @@ class BlockWeights:
 def depth_of(names: Iterable[str]) -> int:
     """How many blocks the DiT has whose modules or tensors are named so (``dit.blocks.39.norm1`` ...)."""
     return max((int(match.group(1)) + 1 for name in names if (match := _BLOCK.match(name))), default=0)
+
+
+def each_weights(block_weights: Any, count: int) -> list[BlockWeights]:
+    """The weights of each of ``count`` LoRAs: from a list of :class:`BlockWeights`, or one for all.
+
+    Raises :class:`ConfigError` when :meth:`BlockWeights.parse` does.
+    """
+    if isinstance(block_weights, list) and any(isinstance(one, BlockWeights) for one in block_weights):
+        return block_weights
+    return [BlockWeights.parse(block_weights)] * count

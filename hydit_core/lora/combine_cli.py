@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..model.layer_weights import split_weight
-from . import output_cli
+from . import output_cli, weights_cli
 from .extract import combine
 from .formats import read
 
@@ -25,11 +25,19 @@ def add(commands: Any) -> None:
         type=int,
         help="cut modules of a higher rank to this one, with the least error (default: exact, ranks add up)",
     )
+    weights_cli.add_arguments(parser)
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        metavar="N",
+        help="of the model, for curves (default: those of the known model that a LoRA fits; DiT-g/2 has 40)",
+    )
     output_cli.add_arguments(parser, dtype=None)
     parser.set_defaults(run=_combine)
 
 
 def _combine(args: argparse.Namespace) -> None:
+    weights = weights_cli.weights(args)
     adapters = [(read(path), strength) for path, strength in (split_weight(text) for text in args.loras)]
     with tqdm(unit="module", disable=None) as bar:
 
@@ -37,7 +45,7 @@ def _combine(args: argparse.Namespace) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        done = combine(adapters, args.rank, progress=progress)
+        done = combine(adapters, args.rank, block_weights=weights, depth=args.blocks, progress=progress)
     output_cli.save(done.adapter, args)
     if args.rank is None:
         print("exact: the ranks are added up")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from ..weights.modelspec import file_metadata
 from ..weights.parts import Parts, bundle, open_model
 from ..weights.source import TensorSource
 from .adapter import Adapter, Patch
+from .blocks import each_weights
+from .weighted import COMBINED_KEY, factors, recipe_entry
 
-COMBINED_KEY = "hydit.combined"
 EXTRACTED_KEY = "hydit.extracted"
 
 # Matrices that no LoRA format has: tables that are looked up.
@@ -74,24 +75,38 @@ class _Energy:
 
 
 def combine(
-    adapters: Sequence[tuple[Adapter, float]], rank: int | None = None, *, progress: Progress | None = None
+    adapters: Sequence[tuple[Adapter, float]],
+    rank: int | None = None,
+    *,
+    block_weights: Any = None,
+    depth: int | None = None,
+    progress: Progress | None = None,
 ) -> Combined:
     """Several LoRAs with their strengths as one that does at strength 1 what they do together.
 
     Args:
         rank: None: concatenate the factors, exactly; the ranks add up. Else the rank to cut modules to that
             have more.
+        block_weights: what :meth:`BlockWeights.parse` takes, for all; or a list of :class:`BlockWeights`,
+            one for each LoRA. What they take to 0 is left out.
+        depth: how many blocks the model has; default: see :func:`~.weighted.factors`.
 
     Raises:
-        LoraError: for DoRA, whose change depends on the weights below it; without a rank also for kinds
-            that are no product of two factors (LoHa, LoKr, full differences).
+        ConfigError: if the block weights do not fit the number of blocks, or it is not known.
+        LoraError: if all strengths are 0; for DoRA, whose change depends on the weights below it; without a
+            rank also for kinds that are no product of two factors (LoHa, LoKr, full differences).
     """
     if rank is not None and rank < 1:
         raise LoraError(f"rank {rank}: use 1 or more")
-    groups: dict[str, list[tuple[Patch, float, str]]] = {}
-    for adapter, strength in adapters:
-        for module, patches in adapter.modules.items():
-            groups.setdefault(module, []).extend((patch, strength, adapter.name) for patch in patches)
+    weights = each_weights(block_weights, len(adapters))
+    groups: dict[str, Given] = {}
+    for (adapter, strength), share in zip(adapters, weights, strict=True):
+        for module, factor in factors(adapter, strength, share, depth).items():
+            if factor:
+                own = [(patch, factor, adapter.name) for patch in adapter.modules[module]]
+                groups.setdefault(module, []).extend(own)
+    if not groups:
+        raise LoraError("all strengths are 0: nothing is left to combine")
     energy, modules = _Energy(), {}
     for number, (module, given) in enumerate(groups.items(), 1):
         modules[module] = [
@@ -99,7 +114,7 @@ def combine(
         ]
         if progress is not None:
             progress(number, len(groups))
-    recipe = [{"lora": adapter.name, "strength": strength} for adapter, strength in adapters]
+    recipe = [recipe_entry(*given, share) for given, share in zip(adapters, weights, strict=True)]
     metadata = _common([adapter.metadata for adapter, _ in adapters])
     metadata[COMBINED_KEY] = json.dumps(recipe, ensure_ascii=False)
     triggers = dict.fromkeys(adapter.trigger() for adapter, _ in adapters if adapter.trigger())

@@ -22,7 +22,7 @@ from ..weights.parts import bundle, open_model
 from ..weights.source import FP8_DTYPES, TensorSource, cast
 from ..weights.writer import Progress
 from .adapter import Adapter, Match, Patch, changed, changed_bias
-from .blocks import BlockWeights, depth_of
+from .blocks import BlockWeights, depth_of, each_weights
 from .formats import read
 
 MERGED_KEY = "hydit.merged"
@@ -241,7 +241,7 @@ def merge_files(
     _check_out(out, loras)
     adapters = [lora if isinstance(lora, Adapter) else read(lora) for lora, _ in loras]
     strengths = [strength for _, strength in loras]
-    weights = _weights(block_weights, len(loras))
+    weights = each_weights(block_weights, len(loras))
     matches: list[Match] = []
     changes: dict[str, list[Change]] = {}
     for adapter, strength, share in zip(adapters, strengths, weights, strict=True):
@@ -291,12 +291,6 @@ def _check_out(out: Path, loras: Sequence[tuple[Any, float]]) -> None:
     for lora, _ in loras:
         if not isinstance(lora, Adapter) and out.exists() and Path(lora).exists() and out.samefile(lora):
             raise LoraError(f"{out} is one of the LoRAs; choose another name for the output")
-
-
-def _weights(block_weights: Any, count: int) -> list[BlockWeights]:
-    if isinstance(block_weights, list) and any(isinstance(one, BlockWeights) for one in block_weights):
-        return block_weights
-    return [BlockWeights.parse(block_weights)] * count
 
 
 def _name(key: str) -> str:

@@ -7,14 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import ConfigError
-from ..model.layer_weights import CURVES, read_weights, split_weight
+from ..model.layer_weights import split_weight
 from ..weights.dtypes import DTYPES
 from ..weights.layouts import LAYOUTS
-from .blocks import BlockWeights
+from . import weights_cli
 from .merge import merge_files
-
-_WEIGHTS = "--block-weights"
 
 
 def add(commands: Any) -> None:
@@ -35,14 +32,7 @@ def add(commands: Any) -> None:
         choices=tuple(DTYPES),
         help="of the DiT (default: as it is); fp8: matrices of the blocks only, the rest keeps 16 bits",
     )
-    parser.add_argument(
-        _WEIGHTS,
-        action="append",
-        default=[],
-        metavar="WEIGHTS",
-        help="over the strength, for each block: a number, numbers with commas (40 for DiT-g/2), a JSON file "
-        f"with a list, or a curve: {', '.join(CURVES)}; once for all, or for each LoRA in their order",
-    )
+    weights_cli.add_arguments(parser)
     parser.add_argument(
         "--load-key", help="which weights of a torch file that holds several: ema, module ..."
     )
@@ -50,10 +40,7 @@ def add(commands: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    given, count = args.block_weights, len(args.loras)
-    if len(given) not in {0, 1, count}:
-        raise ConfigError(f"{_WEIGHTS} is given {len(given)} times for {count} LoRAs: give 1 or {count}")
-    weights = [BlockWeights.parse(read_weights(text, _WEIGHTS)) for text in given] or [BlockWeights()]
+    weights = weights_cli.weights(args)
     # None: no bar where stderr is not a terminal.
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
 
@@ -67,7 +54,7 @@ def _merge(args: argparse.Namespace) -> None:
             args.out,
             layout=args.layout,
             dtype=DTYPES[args.dtype] if args.dtype else None,
-            block_weights=weights if len(weights) == count else weights[0],
+            block_weights=weights,
             load_key=args.load_key,
             progress=progress,
         )

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..model import DiT
 from ..weights.dtypes import dtype_name
 from ..weights.parts import bundle
 from .adapter import Adapter, Match, module_shapes
+from .blocks import depth_of
 
 _BLOCK = re.compile(r"^(dit\.blocks|bert\.encoder\.layer|t5\.encoder\.block)\.(\d+)\.(.+)$")
 _OTHER = "outside"
@@ -64,6 +65,17 @@ def base_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
 
 def fitting(adapter: Adapter) -> tuple[str, Match] | None:
     """The known DiT that it fits, the one that comes with hydit or a published one, and how."""
+    best = _fitting(adapter)
+    return best and best[:2]
+
+
+def known_depth(adapter: Adapter) -> int | None:
+    """How many blocks the known DiT has that it fits; None if it fits none."""
+    best = _fitting(adapter)
+    return best and depth_of(best[2])
+
+
+def _fitting(adapter: Adapter) -> tuple[str, Match, Mapping[str, Sequence[int]]] | None:
     dits: list[tuple[str, Any]] = [
         ("HunyuanDiT-g/2 v1.2", DIT_G2_V12),
         ("HunyuanDiT-g/2 v1.0 or v1.1", DIT_G2_V11),
@@ -71,11 +83,11 @@ def fitting(adapter: Adapter) -> tuple[str, Match] | None:
         (f"the embedded {embedded_model().stem}", embedded_model()),
     ]
     own = Adapter({key: value for key, value in adapter.modules.items() if key.startswith("dit.")})
-    found: list[tuple[str, Match]] = []
+    found: list[tuple[str, Match, Mapping[str, Sequence[int]]]] = []
     for name, base in dits:
         shapes = _published(base) if isinstance(base, DiTConfig) else base_shapes(base)
         try:
-            found.append((name, own.require(shapes, base=name)))
+            found.append((name, own.require(shapes, base=name), shapes))
         except LoraError:
             continue
     return max(found, key=lambda item: len(item[1].matched), default=None)

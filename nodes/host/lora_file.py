@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from comfy.cli_args import args
 from torch import Tensor
 
 from ...hydit_core.errors import ConfigError, LoraError
-from ...hydit_core.lora.adapter import Adapter, Patch
-from ...hydit_core.lora.blocks import BlockWeights, depth_of
-from ...hydit_core.lora.extract import COMBINED_KEY, combine
+from ...hydit_core.lora.adapter import Adapter
+from ...hydit_core.lora.blocks import BlockWeights
+from ...hydit_core.lora.extract import combine
 from ...hydit_core.lora.formats import from_tensors, to_tensors, write
+from ...hydit_core.lora.weighted import COMBINED_KEY, told_depth, weighted
 from .lora import apply_lora, report
 from .save import graph_texts, output_name, save_path
 
@@ -54,7 +54,8 @@ def merge_lora(
         LoraError: a DoRA among several, or at another strength than 1; or what :func:`apply_lora` raises.
         ConfigError: there are not as many weights as blocks.
     """
-    own = _weighted(adapter, strength, BlockWeights.parse(block_weights), model)
+    weights = BlockWeights.parse(block_weights)
+    own = weighted(adapter, strength, weights, _depth(adapter, weights, model))
     merged = own if lora is None else _together(adapter_of(lora), own)
     value = LoraModel(to_tensors(merged, "comfy"), merged.metadata)
     said = report(adapter)
@@ -69,41 +70,14 @@ def adapter_of(lora: Any) -> Adapter:
     return from_tensors(lora, metadata=getattr(lora, "metadata", {}), name="the LORA_MODEL")
 
 
-def _weighted(adapter: Adapter, strength: float, weights: BlockWeights, model: Any) -> Adapter:
-    """The LoRA with its strengths worked in."""
-    blocks = depth_of(adapter.modules)
+def _depth(adapter: Adapter, weights: BlockWeights, model: Any) -> int:
+    """How many blocks there are to weight."""
     if model is not None:
-        depth = len(model.model.diffusion_model.blocks)
-    elif weights.weights.curve in ("", "uniform"):
-        depth = len(weights.weights.values) or blocks
-    else:
+        return len(model.model.diffusion_model.blocks)
+    depth = told_depth(adapter, weights)
+    if depth is None:
         raise ConfigError(f"block_weights {weights}: connect model, whose number of blocks the curve needs")
-    if blocks > depth:
-        raise ConfigError(
-            f"{depth} blocks to weight, but {adapter.name} is for a model with {blocks} or more"
-        )
-    modules = {
-        module: [_scaled(patch, strength * weights.of(module, depth), adapter.name) for patch in patches]
-        for module, patches in adapter.modules.items()
-    }
-    entry = {"lora": adapter.name, "strength": strength}
-    if weights != BlockWeights():
-        entry["block_weights"] = str(weights)
-    metadata = {**adapter.metadata, COMBINED_KEY: json.dumps([entry], ensure_ascii=False)}
-    return replace(adapter, modules=modules, metadata=metadata)
-
-
-def _scaled(patch: Patch, factor: float, name: str) -> Patch:
-    if factor == 1:
-        return patch
-    if patch.magnitude is not None:
-        raise LoraError(
-            f"{name} is a DoRA, into which no strength but 1 can be worked: leave it at 1 here, and set it "
-            "where the LoRA is loaded"
-        )
-    return replace(
-        patch, scale=patch.scale * factor, bias=None if patch.bias is None else patch.bias * factor
-    )
+    return depth
 
 
 def _together(before: Adapter, own: Adapter) -> Adapter:

@@ -12,13 +12,17 @@ from safetensors.torch import load_file
 from tiny import TINY, randomize
 
 from hydit_core.config import DiTConfig, ModelInfo
-from hydit_core.errors import LoraError, WeightsError
+from hydit_core.embedded import ASSETS
+from hydit_core.errors import ConfigError, LoraError, WeightsError
 from hydit_core.lora import formats
 from hydit_core.lora.__main__ import main
 from hydit_core.lora.adapter import Adapter, Patch
+from hydit_core.lora.blocks import BlockWeights
 from hydit_core.lora.extract import combine, cut, extract
 from hydit_core.lora.merge import apply, merge_files
+from hydit_core.lora.weighted import weighted
 from hydit_core.model.dit import DiT
+from hydit_core.model.layer_weights import LayerWeights
 from hydit_core.weights.convert import convert
 from hydit_core.weights.load import save_checkpoint
 
@@ -257,3 +261,71 @@ def test_command_lines(pair, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     close(patch.delta(), 0.75 * expected.adapter.modules[f"dit.{key[:-7]}"][0].delta())
     assert main(["extract", str(base), str(base), str(out), "--rank", "5"]) == 2
     assert "nothing that a LoRA could hold" in capsys.readouterr().err
+
+
+def test_combining_with_block_weights_is_merging_with_them(pair, tmp_path: Path) -> None:
+    """The combined file merged at 1, against both files merged with the weights."""
+    base, _ = pair
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    formats.write(lora(3, 1, 0.1), one)
+    formats.write(lora(2, 2, 0.2), two)
+    numbers = ", ".join(["0.5", "0", *["1"] * (TINY.depth - 2)])
+    given = ["--block-weights", "decay(0.5)", "--block-weights", numbers]
+    files = [f"{one}:0.5", f"{two}:-2"]
+    done, expected = tmp_path / "done.safetensors", tmp_path / "expected.safetensors"
+    assert main(["combine", *files, str(done), *given, "--blocks", str(TINY.depth)]) == 0
+    assert main(["merge", str(base), *files, str(expected), *given]) == 0
+    merge_files(base, [(done, 1.0)], tmp_path / "found.safetensors")
+    before, found = load_file(base), load_file(tmp_path / "found.safetensors")
+    for key, value in load_file(expected).items():
+        close(found[key], value)
+    changed = {key for key in before if not torch.equal(before[key], found[key])}
+    assert changed == {f"{name.removeprefix('dit.')}.weight" for name in SHAPES}
+    adapter = formats.read(done)
+    assert adapter.modules["dit.blocks.1.mlp.fc2"][0].rank == 3  # what weighs 0 is left out
+    assert json.loads(adapter.metadata["hydit.combined"]) == [
+        {"lora": "one", "strength": 0.5, "block_weights": "decay(0.5)"},
+        {"lora": "two", "strength": -2.0, "block_weights": numbers},
+    ]
+    whole = combine([(formats.read(one), 0.5)], block_weights="0.5").adapter
+    for name in SHAPES:
+        share = 0.25 if "blocks" in name else 0.5
+        close(whole.modules[name][0].delta(), total(name, (formats.read(one), share)))
+
+
+def test_block_weights_that_cannot_be_combined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"lora1 fits no known model, .*\(--blocks\)"):
+        combine([(lora(1, 1), 1.0)], block_weights="only-late")
+    with pytest.raises(ConfigError, match="1 blocks to weight, but lora1 is for a model with 2 or more"):
+        combine([(lora(1, 1), 1.0)], block_weights="only-late", depth=1)
+    with pytest.raises(ConfigError, match="3 block weights for a model with 4 blocks"):
+        combine([(lora(1, 1), 1.0)], block_weights="1, 2, 3", depth=4)
+    with pytest.raises(LoraError, match="all strengths are 0"):
+        combine([(lora(1, 1), 0.0)])
+    down, up = torch.ones(1, 32), torch.ones(32, 1)
+    patch = Patch("lora", {"down": down, "up": up}, magnitude=torch.ones(32))
+    dora = Adapter({"dit.pooler.q_proj": [patch]}, "d")
+    with pytest.raises(LoraError, match=r"d is a DoRA \(dit.pooler.q_proj\)"):
+        combine([(dora, 1.0)], block_weights="0.5")
+    with pytest.raises(LoraError, match="no strength but 1"):
+        weighted(dora, 0.5, BlockWeights())
+    assert weighted(dora, 1.0, BlockWeights.parse("decay")).modules == dora.modules
+    formats.write(lora(1, 1), tmp_path / "one.safetensors")
+    twice = ["combine", *[str(tmp_path / "one.safetensors")] * 3, str(tmp_path / "out.safetensors")]
+    assert main([*twice, "--block-weights", "1", "--block-weights", "1"]) == 2
+    assert "--block-weights is given 2 times for 3 LoRAs" in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_depth_of_known_models() -> None:
+    """Curves need none to be given where the dimensions are a known model's."""
+    style = formats.read(next((ASSETS / "lora").glob("*.safetensors")))
+    done = combine([(style, 1.0)], block_weights="only-late").adapter
+    assert {name.split(".")[2] for name in done.modules if ".blocks." in name} == {"3", "4", "5"}
+    down, up = torch.ones(1, 1408), torch.ones(1408, 1)
+    patch, places = Patch("lora", {"down": down, "up": up}), (3, 7)
+    early = Adapter({f"dit.blocks.{i}.attn1.out_proj": [patch] for i in places})
+    found = weighted(early, 1.0, BlockWeights.parse("linear"))
+    expected = LayerWeights.parse("linear").resolve(40)
+    for i in places:
+        assert found.modules[f"dit.blocks.{i}.attn1.out_proj"][0].scale == expected[i]

@@ -1,0 +1,92 @@
+"""Strengths and block weights worked into a LoRA, where no model is at hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from ..errors import ConfigError, LoraError
+from .adapter import Adapter, Patch
+from .blocks import BlockWeights, depth_of
+from .summary import known_depth
+
+COMBINED_KEY = "hydit.combined"
+"""Metadata of a LoRA made of others: a JSON list of what went in."""
+
+
+def weighted(adapter: Adapter, strength: float, weights: BlockWeights, depth: int | None = None) -> Adapter:
+    """A LoRA that does at strength 1 what this one does with a strength and block weights.
+
+    Args:
+        depth: see :func:`factors`.
+
+    Raises:
+        LoraError: a DoRA at another strength than 1.
+        ConfigError: see :func:`factors`.
+    """
+    shares = factors(adapter, strength, weights, depth)
+    modules = {
+        module: [_scaled(patch, shares[module], adapter.name) for patch in patches]
+        for module, patches in adapter.modules.items()
+    }
+    recipe = json.dumps([recipe_entry(adapter, strength, weights)], ensure_ascii=False)
+    return replace(adapter, modules=modules, metadata={**adapter.metadata, COMBINED_KEY: recipe})
+
+
+def factors(
+    adapter: Adapter, strength: float, weights: BlockWeights, depth: int | None = None
+) -> dict[str, float]:
+    """By module: the strength times the weight of its block.
+
+    Args:
+        depth: how many blocks the model has. Default: as many as a list has numbers, or as the known model
+            has whose dimensions these are. Only curves need it.
+
+    Raises:
+        ConfigError: the weights are not for so many blocks, the LoRA is for more, or a curve has no depth.
+    """
+    if depth is None:
+        depth = told_depth(adapter, weights)
+    if depth is None:
+        raise ConfigError(
+            f"block weights {weights}: {adapter.name} fits no known model, so give the number of blocks of "
+            "yours (--blocks), or a number for each block"
+        )
+    blocks = depth_of(adapter.modules)
+    if blocks > depth:
+        raise ConfigError(
+            f"{depth} blocks to weight, but {adapter.name} is for a model with {blocks} or more"
+        )
+    return {module: strength * weights.of(module, depth) for module in adapter.modules}
+
+
+def told_depth(adapter: Adapter, weights: BlockWeights) -> int | None:
+    """How many blocks there are to weight, as far as the weights and the LoRA tell; None if they do not."""
+    blocks = depth_of(adapter.modules)
+    if blocks and weights.weights.values:
+        return len(weights.weights.values)
+    if not blocks or weights.weights.curve == "uniform":
+        return blocks
+    return known_depth(adapter)
+
+
+def recipe_entry(adapter: Adapter, strength: float, weights: BlockWeights) -> dict[str, Any]:
+    """What the metadata of a combined LoRA say about one that went in."""
+    entry = {"lora": adapter.name, "strength": strength}
+    if weights != BlockWeights():
+        entry["block_weights"] = str(weights)
+    return entry
+
+
+def _scaled(patch: Patch, factor: float, name: str) -> Patch:
+    if factor == 1:
+        return patch
+    if patch.magnitude is not None:
+        raise LoraError(
+            f"{name} is a DoRA, into which no strength but 1 can be worked: leave it at 1 here, and set it "
+            "where the LoRA is loaded"
+        )
+    return replace(
+        patch, scale=patch.scale * factor, bias=None if patch.bias is None else patch.bias * factor
+    )
