@@ -153,7 +153,7 @@ class TrainData:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps until every picture has been shown (as often as its source is repeated)."""
+        """Steps until every picture to be learned has been shown (as often as its source is repeated)."""
         return self.order.steps_per_epoch
 
     def fingerprint(self) -> str:

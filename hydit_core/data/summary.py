@@ -20,6 +20,8 @@ class DataSummary:
     samples_per_epoch: int
     prior: int
     """Samples per epoch that show prior pictures."""
+    prior_left_out: int
+    """Prior pictures of sizes that got no place in an epoch."""
     masks: int
     validation: int
     sources: dict[str, int]
@@ -54,6 +56,8 @@ class DataSummary:
         ]
         if self.enlarged:
             lines.append(f"smaller than their training size, so enlarged: {self.enlarged}")
+        if self.prior_left_out:
+            lines.append(f"left out, prior pictures of sizes too rare for the share: {self.prior_left_out}")
         if self.too_small:
             lines.append(f"left out, below min_side: {self.too_small}")
         if self.skipped:
@@ -71,6 +75,7 @@ def summarize(data: TrainData) -> DataSummary:
     manifest, findings, config = data.manifest, data.findings, data.config
     lengths = manifest.captions.lengths()
     train = data.train_rows
+    shown = np.concatenate([data.samples.rows, data.samples.prior_rows()])
     counts = np.bincount(data.bucket_of_row[train], minlength=len(data.sizes))
     targets = np.array(data.sizes)[data.bucket_of_row]
     per_source = np.bincount(manifest.sources, minlength=len(config.sources))
@@ -79,6 +84,7 @@ def summarize(data: TrainData) -> DataSummary:
         train=len(train),
         samples_per_epoch=len(data.samples),
         prior=len(data.samples) - len(data.samples.rows),
+        prior_left_out=len(np.setdiff1d(train, shown)),
         masks=findings.masks,
         validation=len(data.validation),
         sources={str(s.path): int(n) for s, n in zip(config.sources, per_source, strict=True)},

@@ -78,6 +78,16 @@ def test_each_size_has_its_own(tmp_path: Path) -> None:
     assert counts == {f"dogs/{i:02}.png": 4 for i in range(9)}  # 3 epochs of 8 + 4 places
 
 
+def test_sizes_too_rare_for_a_place_are_told(tmp_path: Path) -> None:
+    wide, tall = (64, 32), (32, 64)
+    sizes = {"enabled": True, "sizes": ["64x32", "32x64"]}
+    data = open_data(tmp_path, [wide], [wide] * 9 + [tall], resolution=48, buckets=sizes)
+    assert data.summary().prior == 3 and data.summary().prior_left_out == 1
+    assert "left out, prior pictures of sizes too rare for the share: 1" in data.summary().lines()
+    data = open_data(tmp_path, [wide], [wide] * 10, resolution=48, buckets=sizes)
+    assert data.summary().prior_left_out == 0
+
+
 def test_weights_and_captions(tmp_path: Path) -> None:
     data = open_data(tmp_path, 4, 6, prior={"weight": 0.25})
     for step in range(6):
