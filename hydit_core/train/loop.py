@@ -328,20 +328,24 @@ class Trainer:
 
         Raises :class:`ConfigError` if the checkpoint does not belong to such a model.
         """
-        where = found.path or "the checkpoint"
+        where, start = found.path or "the checkpoint", self.objective.start_key
         optimizer = self.config.optimizer.name
         before = found.config.get("optimizer", {}).get("name", optimizer)
         if before != optimizer:
             raise ConfigError(
                 f"{where}: was trained with optimizer.name = {before!r}, the configuration says "
-                f"{optimizer!r}; keep it, or start a new run from the weights with model.init_from"
+                f"{optimizer!r}; keep it, or start a new run from the weights by {start}"
             )
-        _copy_into(self.objective.parameters(), found.tensors.get("weights", {}), f"{where}: weights")
+        try:
+            self.objective.check_resumable(found.config)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        _copy_into(self.objective.parameters(), found.tensors.get("weights", {}), f"{where}: weights", start)
         self.optimizer.load(found.tensors.get("optimizer", {}))
         self.progress = found.progress
         self._window.load(found.progress.window, self.processes.device)
         if self.ema is not None and "ema" in found.tensors:
-            _copy_into(self.ema.average, found.tensors["ema"], f"{where}: ema")
+            _copy_into(self.ema.average, found.tensors["ema"], f"{where}: ema", start)
             self.ema.updates = found.progress.ema_updates
         elif self.ema is not None:
             self.ema = Ema(self.trained, self.config.ema)
@@ -370,15 +374,15 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def _copy_into(targets: dict[str, Any], tensors: dict[str, Tensor], where: str) -> None:
+def _copy_into(targets: dict[str, Any], tensors: dict[str, Tensor], where: str, start: str) -> None:
+    """Raises :class:`ConfigError`; ``start`` is the key by which a new run takes these weights."""
     missing = sorted(set(targets) - set(tensors))
     foreign = sorted(set(tensors) - set(targets))
     if missing or foreign:
         names = ", ".join((missing or foreign)[:3])
         raise ConfigError(
             f"{where} do not fit this configuration: {len(missing)} missing, {len(foreign)} unknown "
-            f"({names}); "
-            "to start a new run from these weights use model.init_from"
+            f"({names}); to start a new run from these weights use {start}"
         )
     with torch.no_grad():
         for name, target in targets.items():

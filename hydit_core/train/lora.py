@@ -7,10 +7,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..lora import formats
 from ..weights.modelspec import file_metadata
 from .adapters import (
@@ -19,9 +21,10 @@ from .adapters import (
     adapter_parameters,
     inject,
     load_adapter,
+    scale_of,
     to_adapter,
 )
-from .config import ObjectiveSection, TrainConfig
+from .config import LoraSection, ObjectiveSection, TrainConfig
 from .frozen import store
 from .objectives import DiffusionModule, DiffusionObjective
 from .parts import ModelParts
@@ -41,6 +44,7 @@ class LoraObjective(DiffusionObjective):
     """Adapters of the DiT and, if configured, of the text encoders. Everything else is frozen."""
 
     export_name = "lora.safetensors"
+    start_key = "lora.init_from"
 
     def __init__(
         self,
@@ -69,6 +73,17 @@ class LoraObjective(DiffusionObjective):
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return adapter_parameters(self.networks)
+
+    def check_resumable(self, before: dict[str, Any]) -> None:
+        if before["objective"]["kind"] != "lora":
+            return  # the weights will not fit
+        strength = {key: before["lora"][key] for key in ("rank", "alpha", "rslora")}
+        was, now = scale_of(LoraSection.model_validate(strength)), scale_of(self.lora)
+        if was != now:
+            raise ConfigError(
+                f"was trained with a strength (alpha / rank) {was:g}, the configuration says {now:g}; keep "
+                f"rank, alpha and rslora, or start a new run from the LoRA by {self.start_key}"
+            )
 
     def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
         """``lora.safetensors`` as ComfyUI reads it, and beside it ``lora/`` as peft reads it."""

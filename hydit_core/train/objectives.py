@@ -36,6 +36,8 @@ class Objective(Protocol):
     schedule: Schedule
     export_name: str
     """The file that :meth:`export` writes, in the run's folder."""
+    start_key: str
+    """The key of the configuration that starts a new run from such a file."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that may be trained, by name; the names are those of the checkpoints."""
@@ -51,6 +53,13 @@ class Objective(Protocol):
 
     def use_checkpointing(self, fraction: float) -> None:
         """Compute the activations of this fraction of the blocks again in the backward pass."""
+        ...
+
+    def check_resumable(self, before: dict[str, Any]) -> None:
+        """Raise ConfigError if a run with the configuration ``before`` cannot be continued with this one.
+
+        Weights and optimizer are compared elsewhere: this is about what gives them another meaning.
+        """
         ...
 
     def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
@@ -177,6 +186,7 @@ class DiffusionObjective:
 
     module: nn.Module
     export_name = "model.safetensors"
+    start_key = "model.init_from"
 
     def __init__(
         self,
@@ -201,6 +211,9 @@ class DiffusionObjective:
 
     def use_checkpointing(self, fraction: float) -> None:
         self.parts.dit.gradient_checkpointing = fraction
+
+    def check_resumable(self, before: dict[str, Any]) -> None:
+        pass
 
     def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
         if batch.moments is not None:
@@ -266,6 +279,8 @@ class ControlNetObjective(DiffusionObjective):
 
     ``control`` says how the control pictures are made, for the metadata of the file.
     """
+
+    start_key = "objective.controlnet"
 
     def __init__(
         self,

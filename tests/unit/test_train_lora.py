@@ -259,6 +259,24 @@ def test_resuming_gives_the_same_lora(config: Path, tmp_path: Path, options: lis
         assert a and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lora.alpha=12", r"strength \(alpha / rank\) 2, the configuration says 4; .* by lora\.init_from"),
+        ("lora.rslora=true", r"strength \(alpha / rank\) 2, the configuration says 3\.46"),
+        ("lora.rank=2", r"strength \(alpha / rank\) 2, the configuration says 3"),
+        ("lora.targets=all-linear", r"unknown .*to start a new run from these weights use lora\.init_from"),
+    ],
+)
+def test_another_lora_is_not_resumed(config: Path, tmp_path: Path, change: str, message: str) -> None:
+    """With another strength what was learned would count differently all at once."""
+    output = f"run.output_dir={tmp_path / 'run'}"
+    run_training(config, output, "run.steps=1")
+    with pytest.raises(ConfigError, match=message):
+        run_training(config, output, change, resume="auto")
+    assert run_training(config, output, "lora.alpha=6.0", "run.steps=2", resume="auto")
+
+
 def test_checkpointing_computes_the_same_dropout_again(config: Path) -> None:
     gradients = []
     for fraction in (0.0, 1.0):
