@@ -21,7 +21,9 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
+from hydit_core.lora.adapter import Adapter, Patch
 from hydit_core.text.features import PromptReport, TokenReport
 
 ROOT = Path(__file__).parents[2]
@@ -245,7 +247,8 @@ def test_no_text_is_taken_for_syntax(language, name):
 
 def test_both_languages_have_the_same_words():
     words = {language: load(language, "main") for language in LANGUAGES}
-    words["zh"]["hydit"]["report"].pop("rules")
+    for name in ("report", "lora"):
+        words["zh"]["hydit"][name].pop("rules")
     paths = {language: {path for path, _ in texts(value)} for language, value in words.items()}
     assert paths["en"] == paths["zh"]
     for path, english in texts(words["en"]):
@@ -264,6 +267,43 @@ def test_the_page_asks_for_words_that_exist():
         assert asked <= known, f"{path.name} asks for {asked - known}"
 
 
+def translated(said: str, rules: Any) -> str:
+    """A report as web/js/locale.js translates it."""
+    lines = []
+    for i, line in enumerate(said.split("\n")):
+        for pattern, to in rules["lines" if i else "first"].items():
+            line = re.sub(pattern, re.sub(r"\$(\d)", r"\\\1", to), line)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def test_reports_of_loras_are_translated_but_for_what_they_quote():
+    rules = load("zh", "main")["hydit"]["lora"]["rules"]
+    factors = {"up": torch.ones(4, 2), "down": torch.ones(2, 4)}
+    lora, dora = Patch("lora", factors), Patch("lora", factors, magnitude=torch.ones(4))
+    bias, diff = Patch("diff", {}, bias=torch.ones(4)), Patch("diff", {"diff": torch.ones(4, 4)})
+    for modules, expected in (
+        ({"dit.a": [lora], "dit.b": [lora]}, "comfy 格式，LoRA，秩 2，DiT 2 个模块"),
+        (
+            {"dit.a": [dora], "bert.b": [diff], "t5.c": [diff]},
+            "comfy 格式，完整差值+LoRA+DoRA，秩 2，DiT 1 个模块，BERT 1 个模块，mT5 1 个模块",
+        ),
+        ({"dit.a": [bias]}, "comfy 格式，偏置，DiT 1 个模块"),
+    ):
+        assert translated(Adapter(modules, format="comfy").describe(), rules) == expected
+    for line, expected in (
+        ("trigger words: the model has no lora, 3 of dit", "触发词：the model has no lora, 3 of dit"),
+        (
+            "BERT: 12 modules left out; connect clip to use them",
+            "BERT：12 个模块未使用，连接 CLIP 后才会生效",
+        ),
+        ("the model has no blocks.7.mlp.fc1", "模型中没有 blocks.7.mlp.fc1"),
+        ("mT5 has no a, b, c, d and 3 more", "mT5 中没有 a, b, c, d 等，另有 3 个"),
+        ("merged: my lora at 0.5, x at 1", "已合并（at 后为强度）：my lora at 0.5, x at 1"),
+    ):
+        assert translated("x\n" + line, rules) == "x\n" + expected
+
+
 def test_reports_are_translated_but_for_what_they_quote():
     rules = load("zh", "main")["hydit"]["report"]["rules"]
     quoted = "a cat, BERT 9 of 77 tokens"
@@ -275,12 +315,7 @@ def test_reports_are_translated_but_for_what_they_quote():
         PromptReport(TokenReport("BERT", 90, 77, chunks=2), TokenReport("mT5", 12, 256)),
     ]
     for case in cases:
-        lines = []
-        for i, line in enumerate(str(case).split("\n")):
-            for pattern, to in rules["lines" if i else "counts"].items():
-                line = re.sub(pattern, re.sub(r"\$(\d)", r"\\\1", to), line)
-            lines.append(line)
-        said = "\n".join(lines)
+        said = translated(str(case), rules)
         assert quoted in said or not case.bert.cut
         left = re.sub(r"BERT|mT5|dog", "", said.replace(quoted, ""))
         assert not re.search(r"[A-Za-z]", left), said

@@ -31,15 +31,18 @@ export function text(key, values = {}) {
   return found.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 
-/** A token report, which Python writes in English, in the language of the page as far as its words are known. */
-export function translateReport(said) {
-  const rules = translations[language()]?.hydit?.report?.rules ?? { counts: {}, lines: {} };
+/**
+ * A report, which Python writes in English, in the language of the page as far as its words are known: by the
+ * patterns that `words` has below "hydit" in main.json.
+ */
+export function translateReport(said, words) {
+  const rules = translations[language()]?.hydit?.[words]?.rules ?? { first: {}, lines: {} };
   const apply = (line, patterns) =>
     Object.entries(patterns).reduce((so, [from, to]) => so.replace(new RegExp(from, "g"), to), line);
-  // The first line counts; the others quote the prompt, of which nothing may be changed.
+  // The first line counts; the others quote prompts, names and trigger words, of which nothing may be changed.
   return said
     .split("\n")
-    .map((line, i) => apply(line, i ? rules.lines : rules.counts))
+    .map((line, i) => apply(line, i ? rules.lines : rules.first))
     .join("\n");
 }
 

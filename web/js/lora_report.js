@@ -1,6 +1,7 @@
 // The LoRA nodes: what the last run found in the chosen file, and what of it fits the model.
 
 import { app } from "../../../scripts/app.js";
+import { translateReport } from "./locale.js";
 import { idOf } from "./nodes.js";
 import { showTold } from "./told.js";
 
@@ -14,6 +15,14 @@ app.registerExtension({
   name: "hydit.loraReport",
   nodeCreated(node) {
     const inputs = NODES[idOf(node)];
-    if (inputs) showTold(node, { name: "hydit_lora", words: "lora", inputs, drop: ["lora_name"], lines: 6 });
+    if (!inputs) return;
+    showTold(node, {
+      name: "hydit_lora",
+      words: "lora",
+      inputs,
+      drop: ["lora_name"],
+      lines: 6,
+      translate: (said) => translateReport(said, "lora"),
+    });
   },
 });

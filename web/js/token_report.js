@@ -18,7 +18,7 @@ app.registerExtension({
       words: "report",
       inputs: ["text", "text_mt5", "mode"],
       lines: 8,
-      translate: translateReport,
+      translate: (said) => translateReport(said, "report"),
     });
   },
 });
