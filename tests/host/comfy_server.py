@@ -41,8 +41,13 @@ class ComfyServer:
         copy: bool = False,
         flags: tuple[str, ...] = (),
         files: tuple[str, ...] = (),
+        nodes: str = "",
     ) -> None:
-        """`pack` is the folder's name in custom_nodes; `files` in the base directory are made, empty."""
+        """Start it.
+
+        `pack` is the folder's name in custom_nodes, `nodes` the source of one more pack there; `files` in
+        the base directory are made, empty.
+        """
         found = find_host()
         assert found is not None
         self.comfy, self.version = found, host_version(found)
@@ -53,6 +58,8 @@ class ComfyServer:
             self.base / folder for folder in ("models", "input", "output")
         )
         install_pack(self.base / "custom_nodes" / pack, copy=copy)
+        if nodes:
+            (self.base / "custom_nodes" / "test_nodes.py").write_text(nodes, encoding="utf-8")
         for file in files:
             (self.base / file).parent.mkdir(parents=True, exist_ok=True)
             (self.base / file).touch()

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from full_size_files import random_file
 from graphs import Graph
 from key_lists import key_list
-from test_full_size import random_file
 from torch import Tensor
 
 pytestmark = pytest.mark.slow

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-import torch
 from comfy_server import ComfyServer
+from full_size_files import random_file
 from graphs import Graph
-from key_lists import key_list, sparse_safetensors
+from key_lists import key_list
 from memory import STATUS, Peak
 from text_models import grown_spiece, write_published
 
@@ -25,21 +24,6 @@ def server() -> Iterator[ComfyServer]:
     running = ComfyServer(name="server-full-size")
     yield running
     running.close()
-
-
-def random_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
-    """Float16 values of the size that trained weights have, with nothing of it in memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sparse_safetensors(path, shapes)
-    values = torch.randn(2**23, generator=torch.Generator().manual_seed(0)) * 0.02
-    block = memoryview(values.half().numpy()).cast("B")
-    with path.open("r+b") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        file.seek(begin)
-        left = path.stat().st_size - begin
-        while left:
-            left -= file.write(block[:left])
-    return path
 
 
 def load(server: ComfyServer, size: int, kind: str, **names: str) -> tuple[str, float]:
