@@ -238,3 +238,6 @@ def test_an_sdxl_lora_is_called_one(either_page):
         details.first.click()
     page.page.get_by_text("is a LoRA for SDXL, not for HunyuanDiT").first.wait_for(timeout=10_000)
     page.screenshot("lora-sdxl")
+    panel = page.page.locator("[data-testid=properties-panel] button[aria-pressed=true]")
+    if panel.count():
+        panel.first.click()
