@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,12 @@ class BlockWeights:
 def depth_of(names: Iterable[str]) -> int:
     """How many blocks the DiT has whose modules or tensors are named so (``dit.blocks.39.norm1`` ...)."""
     return max((int(match.group(1)) + 1 for name in names if (match := _BLOCK.match(name))), default=0)
+
+
+def check_strength(strength: float, name: str) -> None:
+    """Raises :class:`ConfigError` when a LoRA's strength is not finite."""
+    if not math.isfinite(strength):
+        raise ConfigError(f"strength {strength} of {name}: use a finite number, such as 0.8")
 
 
 def each_weights(block_weights: Any, count: int) -> list[BlockWeights]:

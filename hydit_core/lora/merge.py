@@ -22,7 +22,7 @@ from ..weights.parts import bundle, open_model
 from ..weights.source import FP8_DTYPES, TensorSource, cast
 from ..weights.writer import Progress
 from .adapter import Adapter, Match, Patch, changed, changed_bias
-from .blocks import BlockWeights, depth_of, each_weights
+from .blocks import BlockWeights, check_strength, depth_of, each_weights
 from .formats import read
 
 MERGED_KEY = "hydit.merged"
@@ -71,8 +71,9 @@ def plan(
 
     Raises:
         LoraError: if no module matches or one has another size.
-        ConfigError: if the block weights do not fit the number of blocks.
+        ConfigError: if the strength is not finite or the block weights do not fit the number of blocks.
     """
+    check_strength(strength, adapter.name)
     modules = {name.removesuffix(".weight"): name for name in shapes if not name.endswith(".bias")}
     match = adapter.require({module: shapes[name] for module, name in modules.items()}, base=base)
     weights, depth = BlockWeights.parse(block_weights), depth_of(shapes)

@@ -203,9 +203,11 @@ def plot(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     columns = max((int(p.split()[1]) for p in table if p.split()[1].isdigit()), default=0) + 1
     top = max((value for row in table.values() for value in row.values()), default=0.0) or 1.0
     cell, left, head = 20, 8 + 7 * max(map(len, kinds)), 40
-    image = Image.new("RGB", (left + columns * cell + 10, head + len(kinds) * cell + 24), "white")
+    title = f"{adapter.name}: norm of the change by block, white 0, black {top:.3g}"
+    wide = int(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(title)) + 16
+    image = Image.new("RGB", (max(left + columns * cell + 10, wide), head + len(kinds) * cell + 24), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((8, 8), f"{adapter.name}: norm of the change by block, white 0, black {top:.3g}", fill="black")
+    draw.text((8, 8), title, fill="black")
     for y, kind in enumerate(kinds):
         draw.text((4, head + y * cell + 4), kind, fill="black")
     for column in range(0, columns, 5):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError, LoraError
 from .adapter import Adapter, Patch
-from .blocks import BlockWeights, depth_of
+from .blocks import BlockWeights, check_strength, depth_of
 from .summary import known_depth
 
 COMBINED_KEY = "hydit.combined"
@@ -44,8 +44,10 @@ def factors(
             has whose dimensions these are. Only curves need it.
 
     Raises:
-        ConfigError: the weights are not for so many blocks, the LoRA is for more, or a curve has no depth.
+        ConfigError: the strength is not finite, the weights are not for so many blocks, the LoRA
+            is for more, or a curve has no depth.
     """
+    check_strength(strength, adapter.name)
     if depth is None:
         depth = told_depth(adapter, weights)
     if depth is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import TINY, randomize
 
@@ -20,6 +21,7 @@ from hydit_core.lora.adapter import Adapter, Patch
 from hydit_core.lora.blocks import BlockWeights
 from hydit_core.lora.extract import combine, cut, extract
 from hydit_core.lora.merge import apply, merge_files
+from hydit_core.lora.summary import plot
 from hydit_core.lora.weighted import weighted
 from hydit_core.model.dit import DiT
 from hydit_core.model.layer_weights import LayerWeights
@@ -329,3 +331,23 @@ def test_the_depth_of_known_models() -> None:
     expected = LayerWeights.parse("linear").resolve(40)
     for i in places:
         assert found.modules[f"dit.blocks.{i}.attn1.out_proj"][0].scale == expected[i]
+
+
+@pytest.mark.parametrize("strength", ["nan", "inf"])
+def test_a_strength_is_finite(pair, tmp_path: Path, capsys, strength: str) -> None:
+    base, _ = pair
+    one, out = tmp_path / "one.safetensors", tmp_path / "out.safetensors"
+    formats.write(lora(1, 1), one)
+    for command in (["combine"], ["merge", str(base)]):
+        assert main([*command, f"{one}:{strength}", str(out)]) == 2
+        assert f"strength {strength} of one: use a finite number" in capsys.readouterr().err
+        assert not out.exists()
+
+
+def test_the_title_of_a_plot_is_not_cut(tmp_path: Path) -> None:
+    adapter = lora(1, 1)
+    adapter.name = "a long name " * 5
+    plot(adapter, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        strip = image.convert("L").crop((0, 0, image.width, 30))
+    assert strip.point(lambda value: 255 * (value < 128)).getbbox()[2] < strip.width - 4
