@@ -390,9 +390,18 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: {name} is not a table")
         table = child
+    table[last] = _from_here(value, parents, last)
+
+
+def _from_here(value: Any, parents: Sequence[str], last: str) -> Any:
+    """``value`` with all paths in it, in tables and lists too, made to start at the current folder."""
+    if isinstance(value, dict):
+        return {key: _from_here(inner, [*parents, last], key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_from_here(inner, parents, last) for inner in value]
     if isinstance(value, str) and _is_path(parents, last):
-        value = str(Path.cwd() / Path(value).expanduser())
-    table[last] = value
+        return str(Path.cwd() / Path(value).expanduser())
+    return value
 
 
 def _explain(error: Any) -> str:

@@ -82,6 +82,25 @@ def test_a_byte_order_mark_is_no_fault(config_file: Path) -> None:
     assert load_config(config_file).run.steps == 20
 
 
+def test_paths_inside_an_override_start_at_the_current_folder_too(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    overrides = [
+        'data.sources=[{path="more", mask_dir="masks", image_field="more"}, {path="/dogs", prior=true}]',
+        'data.mask={kind = "files"}',
+        'data.cache={dir = "kept"}',
+        'samples.prompts=["more"]',
+    ]
+    config = load_config(config_file, overrides)
+    first, second = config.data.sources
+    assert (first.path, first.mask_dir, first.image_field) == (folder / "more", folder / "masks", "more")
+    assert second.path == Path("/dogs") and config.data.cache.dir == folder / "kept"
+    assert config.samples.prompts == ("more",)
+
+
 def test_override_values_are_toml_or_text(config_file: Path) -> None:
     config = load_config(
         config_file, ["run.steps=7", "schedule.warmup_steps=0", "run.device=cuda", "optimizer.lr=2e-5"]

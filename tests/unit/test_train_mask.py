@@ -22,8 +22,9 @@ FLAT = ["schedule.kind=constant", "schedule.warmup_steps=0", "objective.train_te
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run in whose pictures the drawn circle counts; three more pictures have no captions, nor masks."""
+    monkeypatch.chdir(tmp_path)  # where the paths of PRIOR start
     path = write_run(tmp_path)
     (tmp_path / "pictures" / "mask").mkdir()
     (tmp_path / "known").mkdir()
