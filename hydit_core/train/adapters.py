@@ -187,15 +187,28 @@ def load_adapter(parts: Mapping[str, nn.Module], config: LoraSection, adapter: A
     """Continue from ``adapter``. Layers that it lacks start afresh.
 
     Raises:
-        ConfigError: it changes layers that this run does not train, or is of another kind or rank.
+        ConfigError: as :func:`starting_values` does.
     """
     parameters = adapter_parameters(parts)
+    for name, value in starting_values(parameters, config, adapter, where).items():
+        parameters[name].copy_(value)
+
+
+def starting_values(
+    parameters: Mapping[str, Tensor], config: LoraSection, adapter: Adapter, where: str
+) -> dict[str, Tensor]:
+    """What ``parameters``, those of :func:`adapter_parameters`, start from to continue ``adapter``; by name.
+
+    Raises:
+        ConfigError: it changes layers that this run does not train, or is of another kind or rank.
+    """
     foreign = [name for name in adapter.modules if f"{name}.lora_A" not in parameters]
     if foreign:
         raise ConfigError(
             f"lora.init_from: {where} changes {len(foreign)} layers that this run does not train "
             f"({', '.join(foreign[:3])}): widen lora.targets, lora.train_bert or lora.train_t5"
         )
+    values: dict[str, Tensor] = {}
     for name, patches in adapter.modules.items():
         patch = patches[0]
         plain = len(patches) == 1 and patch.kind == "lora" and patch.rows is None and patch.bias is None
@@ -208,17 +221,15 @@ def load_adapter(parts: Mapping[str, nn.Module], config: LoraSection, adapter: A
                 f"lora.init_from: {where} is {'a' if patch.magnitude is not None else 'no'} DoRA: "
                 f"set lora.dora = {str(not config.dora).lower()}"
             )
-        values = {
-            "lora_A": patch.tensors["down"],
-            "lora_B": patch.tensors["up"].float() * (patch.scale / scale_of(config)),
-        }
+        values[f"{name}.lora_A"] = patch.tensors["down"]
+        values[f"{name}.lora_B"] = patch.tensors["up"].float() * (patch.scale / scale_of(config))
         if patch.magnitude is not None:
-            values["magnitude"] = patch.magnitude.flatten()
-        for key, value in values.items():
-            target = parameters[f"{name}.{key}"]
-            if target.shape != value.shape:
-                raise ConfigError(
-                    f"lora.init_from: {where}: {name}.{key} is {tuple(value.shape)}, this run trains "
-                    f"{tuple(target.shape)}; its rank is {patch.tensors['down'].shape[0]}"
-                )
-            target.copy_(value)
+            values[f"{name}.magnitude"] = patch.magnitude.flatten()
+    for name, value in values.items():
+        if parameters[name].shape != value.shape:
+            rank = values[f"{name.rpartition('.')[0]}.lora_A"].shape[0]
+            raise ConfigError(
+                f"lora.init_from: {where}: {name} is {tuple(value.shape)}, this run trains "
+                f"{tuple(parameters[name].shape)}; its rank is {rank}"
+            )
+    return values

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import torch
 
 from ..config import DiTConfig
+from ..data import require_outside_sources
+from ..lora import formats
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..weights.load import load_dit
-from .adapters import adapted_parts, find_targets, parameter_shapes, scale_of
+from .adapters import adapted_parts, find_targets, parameter_shapes, scale_of, starting_values
 from .conditioning import caption_fits
 from .config import TrainConfig
-from .frozen import stored_bytes
-from .launch import open_data
+from .frozen import quantizer, stored_bytes
+from .launch import held_run, open_data
 from .memory import estimate, largest
 from .objectives import control_parameters
 from .optim import parameter_groups
@@ -42,6 +44,9 @@ def describe(config: TrainConfig) -> Iterator[str]:
     elif kind == "lora":
         parts = adapted_parts(config.lora, dit, text)
         everything = parameter_shapes(find_targets(parts, config.lora), config.lora)
+        quantizer(config.base_precision)
+        if (before := config.lora.init_from) is not None:
+            starting_values(everything, config.lora, formats.read(before), str(before))
     else:
         everything = {f"dit.{name}": p for name, p in dit.named_parameters()}
     if config.objective.train_text_encoders:
@@ -63,6 +68,8 @@ def describe(config: TrainConfig) -> Iterator[str]:
             f"  LoRA of rank {config.lora.rank} on {sum(n.endswith('.lora_A') for n in everything)} layers, "
             f"strength {scale_of(config.lora):g}; the DiT's matrices are stored in {config.base_precision}"
         )
+        if config.lora.init_from is not None:
+            yield f"  it starts from {config.lora.init_from}"
     if kind == "controlnet":
         start = config.objective.controlnet or "the first half of the DiT, which is frozen"
         yield f"  ControlNet from {start}"
@@ -75,6 +82,9 @@ def describe(config: TrainConfig) -> Iterator[str]:
         "in one process"
     )
     yield f"  precision {run.precision}, output to {run.output_dir} (nothing has been written)"
+    require_outside_sources(run.output_dir, config.data, "the run")
+    if held := held_run(run.output_dir):
+        yield f"  that folder holds a run already ({held}): it can be continued, not begun anew"
     dropped = config.data.cache.text and not config.exports_text
     frozen = 0 if config.objective.train_text_encoders or dropped else _bytes(text, run.precision)
     if kind == "controlnet":

@@ -66,9 +66,9 @@ def store(dit: DiT, precision: str) -> None:
     matrices would reach every token, so they keep 16.
 
     Raises:
-        ConfigError: int8 and nf4 without torchao.
+        ConfigError: as :func:`quantizer` does.
     """
-    quantize = _quantizer(precision)
+    quantize = quantizer(precision)
     for name, module in dit.named_modules():
         if isinstance(module, FrozenLinear):
             module.weight.requires_grad_(False)
@@ -97,7 +97,12 @@ def stored_bytes(dit: DiT, precision: str) -> int:
     return total
 
 
-def _quantizer(precision: str) -> Any:
+def quantizer(precision: str) -> Any:
+    """What stores the weight of one layer in ``precision``.
+
+    Raises:
+        ConfigError: int8 and nf4 without torchao.
+    """
     if precision in DTYPES:
 
         def to_dtype(module: nn.Linear) -> None:

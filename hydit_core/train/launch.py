@@ -114,7 +114,7 @@ def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:
 
 def _warn_of_trigger(config: TrainConfig, data: TrainData) -> None:
     trigger = config.lora.trigger
-    if trigger and not any(trigger in caption for caption in islice(data.captions(), 10_000)):
+    if trigger and not any(trigger in caption for caption in data.captions()):
         _say(f"warning: no caption holds lora.trigger = {trigger!r}, so the LoRA will not learn to hear it")
 
 
@@ -149,19 +149,25 @@ def build_caches(config: TrainConfig) -> None:
         _say(f"the caches of {len(data.manifest)} pictures are complete, in {cache_folder(config.data)}")
 
 
+def held_run(folder: Path) -> str | None:
+    """The name of what an earlier run left in ``folder``: its newest checkpoint, or else its export."""
+    found = [path.name for path in checkpoints.listing(folder / "checkpoints")]
+    return next(iter(found or [name for name in EXPORTS if (folder / name).exists()]), None)
+
+
 def _check_output(config: TrainConfig, resume: str | None) -> None:
     folder = config.run.output_dir
     require_outside_sources(folder, config.data, "the run")
-    found = [path.name for path in checkpoints.listing(folder / "checkpoints")]
+    held = held_run(folder)
+    continuable = held is not None and held not in EXPORTS
     if resume is None or resume == "auto":
-        own = resume == "auto" and bool(found)
+        own = resume == "auto" and continuable
     else:
         own = Path(resume).resolve().is_relative_to(folder.resolve())
-    exported = [name for name in EXPORTS if (folder / name).exists()]
-    if not own and (found or exported):
+    if not own and held:
         raise ConfigError(
-            f"{folder} already holds a run ({(found or exported)[0]}): "
-            + ("continue it with --resume auto, or " if found else "")
+            f"{folder} already holds a run ({held}): "
+            + ("continue it with --resume auto, or " if continuable else "")
             + "choose another run.output_dir"
         )
     try:

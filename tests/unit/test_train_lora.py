@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny import TINY, TINY_V11, write_tiny_model
 from torch import nn
 from train_setup import command_line, records, run_training, write_run
 
-from hydit_core.errors import ConfigError, DataError
+from hydit_core.errors import ConfigError, DataError, HyditError
 from hydit_core.lora import formats
 from hydit_core.lora.adapter import changed
 from hydit_core.model.dit import DiT
@@ -23,6 +24,7 @@ from hydit_core.train import distributed
 from hydit_core.train.adapters import adapter_parameters, find_targets
 from hydit_core.train.config import LoraSection, load_config
 from hydit_core.train.draws import TrainingDraws
+from hydit_core.train.dryrun import describe
 from hydit_core.train.frozen import OPERATIONS, FrozenLinear, store, stored_bytes
 from hydit_core.train.launch import make_objective, open_data, prepare_data
 from hydit_core.train.loop import Trainer
@@ -387,6 +389,26 @@ def test_a_dry_run_counts_adapters_and_a_base_in_few_bits(config: Path) -> None:
     assert f"LoRA of rank 3 on {5 * TINY.depth + 1} layers, strength 2; " in lines
     assert "the DiT's matrices are stored in fp8" in lines
     assert not (config.parent / "run").exists()
+
+
+def test_a_dry_run_refuses_what_training_would(config: Path, finished: Path, tmp_path: Path) -> None:
+    """Also what is only found with the LoRA to continue at hand, and without a package."""
+    wrong = {
+        f"lora.init_from={tmp_path / 'none'}": "none does not exist",
+        f"lora.init_from={finished / 'lora'}": "layers that this run does not train",
+        f"run.output_dir={config.parent / 'pictures' / 'run'}": "inside the picture folder",
+    }
+    if importlib.util.find_spec("torchao") is None:
+        wrong["lora.base_precision=nf4"] = "needs torchao"
+    for change, message in wrong.items():
+        with pytest.raises(HyditError, match=message):
+            list(describe(load_config(config, [change])))
+    same = ["lora.train_bert=true", "lora.train_t5=true", f"run.output_dir={finished}"]
+    lines = "\n".join(describe(load_config(config, [*same, f"lora.init_from={finished / 'lora'}"])))
+    assert f"it starts from {finished / 'lora'}" in lines
+    assert "that folder holds a run already (step_00000003)" in lines
+    with pytest.raises(ConfigError, match=r"lora_A is \(3, \d+\), this run trains .* its rank is 3"):
+        list(describe(load_config(config, [*same, f"lora.init_from={finished / 'lora'}", "lora.rank=4"])))
 
 
 def test_the_estimate_is_what_is_stored() -> None:
