@@ -83,6 +83,17 @@ def test_a_mask_is_cropped_and_flipped_as_its_picture(tmp_path: Path) -> None:
         torch.testing.assert_close(batch.mask, expected, atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("mask", [None, {"kind": "alpha"}])
+def test_masks_that_are_not_used_are_no_pictures(pictures: Path, mask: dict[str, str] | None) -> None:
+    """Where a source has a caption for all of its pictures, nothing else would tell them from pictures."""
+    paint(pictures / "mask" / "carnival.png", 1, (32, 32))
+    paint(pictures / "mask" / "2.png", 1, (32, 32)).with_suffix(".txt").write_text("a mask", encoding="utf-8")
+    paint(pictures / "more" / "5.png", 1, (32, 32))
+    left_half(pictures / "mask" / "more" / "5.png", (16, 16))
+    keys = [record.key.partition("/")[2] for record in open_data(pictures, mask=mask).manifest]
+    assert keys == ["0.png", "1.png", "2.png", "3.png", "mask/2.png", "mask/carnival.png", "more/5.png"]
+
+
 def test_outside_counts_what_is_configured(pictures: Path) -> None:
     data = open_data(pictures, crop="center", mask={"kind": "files", "outside": 0.25})
     assert masks(data, 1).popitem()[1][0][0].tolist() == pytest.approx([1, 1, 0.25, 0.25], abs=0.02)

@@ -17,7 +17,8 @@ _CAPTION_LIKE = (".caption", ".captions", ".txt", ".text", ".json", ".md", ".cap
 
 
 def read_folder(source: SourceConfig) -> Iterator[Entry]:
-    """Pictures in the order of their relative paths. Hidden files and folders are left out.
+    """Pictures in the order of their relative paths. Hidden files and folders are left out, and masks and
+    control pictures that this run does not use.
 
     The whole ``.txt`` is one caption, its line breaks turned to spaces; with ``caption_lines`` each
     line is one alternative.
@@ -39,10 +40,17 @@ def read_folder(source: SourceConfig) -> Iterator[Entry]:
             path = folder / file_name
             captions, hint = _captions(folder, path.stem, present, source.caption_lines)
             name = path.relative_to(root)
+            if not captions and _lies_beside(root, name):
+                continue
             extra = {kind: str(_namesake(other, name)) for kind, other in folders.items()}
             yield Entry(name.as_posix(), path, captions, extra=extra, hint=hint)
     if not found:
         raise DataError(f"data source {root}: no pictures found ({', '.join(sorted(PICTURE_SUFFIXES))})")
+
+
+def _lies_beside(root: Path, name: Path) -> bool:
+    """Whether a picture without caption is a mask or control picture: in their folder, and of another's name."""
+    return name.parts[0] in ("control", "mask") and _namesake(root, Path(*name.parts[1:])).is_file()
 
 
 def _namesake(folder: Path, picture: Path) -> Path:
