@@ -53,6 +53,22 @@ def write_arrow(path: Path, numbers: range, *, stream: bool = False) -> None:
         out.write_table(table, max_chunksize=2)
 
 
+@pytest.mark.parametrize("field", ["mask_field", "control_field"])
+def test_columns_beside_the_picture_hold_paths(tmp_path: Path, field: str) -> None:
+    path = tmp_path / "data.parquet"
+    cells = [{"bytes": encoded(i), "path": f"{i}.png"} for i in range(2)]
+    pq.write_table(pa.table({"image": cells, "text": ["a", "b"], "where": cells}), path)
+    kind = field.removesuffix("_field")
+    with pytest.raises(
+        DataError, match=rf"{field} = 'where' holds pictures, expected paths to picture files"
+    ):
+        open_dataset(
+            DataConfig(sources=[{"path": path, field: "where"}], resolution=32, **{kind: {"kind": "files"}}),
+            seed=1,
+            batch_size=1,
+        )
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Tencent's tree: dataset/porcelain/{arrows,jsons}, paths relative to the folder above."""

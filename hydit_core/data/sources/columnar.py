@@ -91,6 +91,10 @@ def _entries(source: SourceConfig, path: Path, rows: np.ndarray | None = None) -
     if image_field not in names:
         wanted = source.image_field or "one of " + ", ".join(IMAGE_FIELDS)
         raise DataError(f"{path}: no column for pictures; expected {wanted}, found {', '.join(names)}")
+    for field in ("control_field", "mask_field"):
+        beside = getattr(source, field)
+        if beside in names and table.holds_pictures(beside):
+            raise DataError(f"{path}: {field} = {beside!r} holds pictures, expected paths to picture files")
     embedded = table.holds_pictures(image_field)
     columns = [name for name in names if table.is_plain(name) and not (embedded and name == image_field)]
     wanted_rows = np.arange(len(table)) if rows is None else rows
