@@ -49,7 +49,7 @@ def read_folder(source: SourceConfig) -> Iterator[Entry]:
 
 
 def _lies_beside(root: Path, name: Path) -> bool:
-    """Whether a picture without caption is a mask or control picture: of a picture's name, in their folder."""
+    """Whether a picture without caption is a mask or control picture: in their folder, named like another."""
     return name.parts[0] in ("control", "mask") and _namesake(root, Path(*name.parts[1:])).is_file()
 
 
