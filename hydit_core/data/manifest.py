@@ -45,6 +45,7 @@ class Findings:
     unreadable_shown: list[str] = field(default_factory=list)
     too_small: int = 0
     masks: int = 0
+    """Also of pictures that are left out."""
 
 
 class Manifest:

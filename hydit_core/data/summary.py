@@ -23,6 +23,7 @@ class DataSummary:
     prior_left_out: int
     """Prior pictures of sizes that got no place in an epoch."""
     masks: int
+    """Pictures with a mask of their own, in a file."""
     validation: int
     sources: dict[str, int]
     buckets: dict[str, int]
@@ -85,7 +86,7 @@ def summarize(data: TrainData) -> DataSummary:
         samples_per_epoch=len(data.samples),
         prior=len(data.samples) - len(data.samples.rows),
         prior_left_out=len(np.setdiff1d(train, shown)),
-        masks=findings.masks,
+        masks=sum("mask" in manifest.extra(row) for row in range(len(manifest))),
         validation=len(data.validation),
         sources={str(s.path): int(n) for s, n in zip(config.sources, per_source, strict=True)},
         buckets={f"{w}x{h}": int(n) for (w, h), n in zip(data.sizes, counts, strict=True) if n},

@@ -83,6 +83,10 @@ def test_a_mask_is_cropped_and_flipped_as_its_picture(tmp_path: Path) -> None:
         torch.testing.assert_close(batch.mask, expected, atol=0.01, rtol=0)
 
 
+def test_masks_of_pictures_that_are_left_out_are_not_counted(pictures: Path) -> None:
+    assert open_data(pictures, min_side=48).summary().masks == 1
+
+
 @pytest.mark.parametrize("mask", [None, {"kind": "alpha"}])
 def test_masks_that_are_not_used_are_no_pictures(pictures: Path, mask: dict[str, str] | None) -> None:
     """Where a source has a caption for all of its pictures, nothing else would tell them from pictures."""
