@@ -12,10 +12,25 @@ from torch import Tensor
 from ..errors import LoraError
 from ..weights.source import cast
 
-__all__ = ["PARTS", "Adapter", "LoraError", "Match", "Patch", "changed", "changed_bias", "module_shapes"]
+__all__ = [
+    "PARTS",
+    "PART_NAMES",
+    "Adapter",
+    "LoraError",
+    "Match",
+    "Patch",
+    "changed",
+    "changed_bias",
+    "module_shapes",
+]
 
 PARTS = ("dit", "bert", "t5")
 """What can be adapted; the first word of a module's key."""
+
+PART_NAMES = {"dit": "the DiT", "bert": "BERT", "t5": "mT5"}
+"""Those, for people."""
+
+_KIND_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "diff": "full difference"}
 
 
 @dataclass(frozen=True)
@@ -145,13 +160,18 @@ class Adapter:
 
     def describe(self) -> str:
         """One line that says what this is."""
-        counts = {part: len(self.part(part)) for part in PARTS}
-        kinds = sorted({p.kind for patches in self.modules.values() for p in patches if p.tensors})
-        if any(patch.magnitude is not None for patches in self.modules.values() for patch in patches):
+        counts = [(len(self.part(part)), name) for part, name in PART_NAMES.items()]
+        patches = [patch for own in self.modules.values() for patch in own]
+        kinds = sorted({_KIND_NAMES[patch.kind] for patch in patches if patch.tensors})
+        if any(patch.magnitude is not None for patch in patches):
             kinds.append("DoRA")
-        where = ", ".join(f"{count} of {part}" for part, count in counts.items() if count)
+        where = [f"{count} of {name}" for count, name in counts if count]
+        if where:
+            word = "module" if where[0].startswith("1 ") else "modules"
+            where[0] = where[0].replace(" ", f" {word} ", 1)
         ranks = ", ".join(map(str, self.ranks()))
-        return f"{self.format} {'+'.join(kinds) or 'bias'}{f' of rank {ranks}' if ranks else ''}, {where}"
+        kind = f"{'+'.join(kinds) or 'bias'}{f' of rank {ranks}' if ranks else ''}"
+        return f"{self.format} {kind}: {', '.join(where)}"
 
     def matched(self, shapes: Mapping[str, Sequence[int]]) -> Match:
         """Which modules are among ``shapes`` (see :func:`module_shapes`), whether they fit or not."""

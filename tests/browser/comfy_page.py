@@ -217,4 +217,3 @@ class ComfyPage:
 
     def close(self) -> None:
         self.context.close()
-

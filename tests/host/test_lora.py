@@ -204,7 +204,7 @@ def text(host: Any, model: Any, name: str, **widgets: Any) -> str:
 
 def test_the_report(host, ours, loras):
     lines = text(host, ours, lora_name("kohya")).split("\n")
-    assert "kohya" in lines[0] and "rank 4" in lines[0] and "3 of dit" in lines[0]
+    assert "kohya" in lines[0] and "rank 4" in lines[0] and "3 modules of the DiT" in lines[0]
     assert lines[1:] == ["trigger words: pixel icon"]
     more = dict(FORMS["comfy"].tensors)
     for block in range(4, 10):

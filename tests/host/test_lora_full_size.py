@@ -153,7 +153,7 @@ def check(
     apart = off(made.latents, own.latents), off(made.latents, plain.latents)
     print(f"{apart[0]:.1e} of the standard deviation from ComfyUI's own, {apart[1]:.1e} from no LoRA")
     assert apart[0] < 1e-4 and apart[1] > 0.01
-    assert "201 of dit" in made.said and "has no" not in made.said
+    assert "201 modules of the DiT" in made.said and "has no" not in made.said
     assert made.peak <= 1.1 * own.peak + merged
     # ComfyUI keeps what it patches
     patched = sum(2 * up.shape[0] * down.shape[1] for down, up in factors.values())
@@ -170,7 +170,7 @@ def test_loader(factors, stock):
 
     with running(factors) as server:
         made = draw(server, load)
-    assert made.said.startswith("peft lora of rank 64")
+    assert made.said.startswith("peft LoRA of rank 64")
     check(made, stock, factors)
 
 
@@ -188,7 +188,7 @@ def test_merged_and_saved(factors, stock):
         made = draw(server, merge)
         (path,) = (server.output_dir / "loras").glob("*.safetensors")
         saved = load_file(path)
-    assert "peft lora of rank 64" in made.said and made.said.endswith("merged: kohya at 0.5, peft at 0.3")
+    assert "peft LoRA of rank 64" in made.said and made.said.endswith("merged: kohya at 0.5, peft at 0.3")
     both = sum(2 * 4 * factor.numel() for pair in factors.values() for factor in pair)  # float32
     check(made, stock, factors, merged=both)
     assert len(saved) == 3 * 201

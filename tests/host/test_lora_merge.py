@@ -115,7 +115,7 @@ def test_what_is_said(host, ours):
     g = Graph()
     node = merged(g, ("kohya", 0.5), ("comfy", 1.0))
     (text,) = host.run(_captured(g, node)).check().outputs[node.id]["hydit_lora"]
-    assert "comfy lora of rank 4" in text and text.endswith("merged: kohya at 0.5, comfy at 1")
+    assert "comfy LoRA of rank 4" in text and text.endswith("merged: kohya at 0.5, comfy at 1")
     for files, strength in (
         ((("kohya", 1.0), ("dora-0", 1.0)), "one LoRA with others"),
         ((("dora-0", 0.5),), "strength"),

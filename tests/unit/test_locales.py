@@ -286,13 +286,13 @@ def test_reports_of_loras_are_translated_but_for_what_they_quote():
         ({"dit.a": [lora], "dit.b": [lora]}, "comfy 格式，LoRA，秩 2，DiT 2 个模块"),
         (
             {"dit.a": [dora], "bert.b": [diff], "t5.c": [diff]},
-            "comfy 格式，完整差值+LoRA+DoRA，秩 2，DiT 1 个模块，BERT 1 个模块，mT5 1 个模块",
+            "comfy 格式，LoRA+完整差值+DoRA，秩 2，DiT 1 个模块，BERT 1 个模块，mT5 1 个模块",
         ),
         ({"dit.a": [bias]}, "comfy 格式，偏置，DiT 1 个模块"),
     ):
         assert translated(Adapter(modules, format="comfy").describe(), rules) == expected
     for line, expected in (
-        ("trigger words: the model has no lora, 3 of dit", "触发词：the model has no lora, 3 of dit"),
+        ("trigger words: the model has no LoRA, 3 of BERT", "触发词：the model has no LoRA, 3 of BERT"),
         (
             "BERT: 12 modules left out; connect clip to use them",
             "BERT：12 个模块未使用，连接 CLIP 后才会生效",
