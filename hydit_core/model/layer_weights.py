@@ -121,11 +121,16 @@ class LayerWeights:
 
 
 def split_weight(text: str) -> tuple[Path, float]:
-    """``FILE:0.7`` -> the path and 0.7; a colon that no number follows belongs to the path."""
+    """``FILE:0.7`` -> the path and 0.7; a colon that no number follows belongs to the path.
+
+    Raises :class:`ConfigError` if that is no path, and one without it.
+    """
     path, colon, number = text.rpartition(":")
     try:
         return (Path(path), float(number)) if colon and path else (Path(text), 1.0)
     except ValueError:
+        if Path(path).expanduser().exists() and not Path(text).expanduser().exists():
+            raise ConfigError(f"{text}: {number!r} after the colon is no number, as in {path}:0.8") from None
         return Path(text), 1.0
 
 

@@ -13,6 +13,7 @@ from tiny import TINY, randomize
 from hydit_core.config import ModelInfo
 from hydit_core.data.control_images import canny
 from hydit_core.data.images import Geometry, load_picture
+from hydit_core.errors import ConfigError
 from hydit_core.generate import main
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.layer_weights import LayerWeights, split_weight
@@ -203,6 +204,15 @@ def test_a_colon_may_belong_to_the_path() -> None:
     assert split_weight("C:\\models\\net.safetensors") == (Path("C:\\models\\net.safetensors"), 1.0)
     assert split_weight("C:\\net.safetensors:0.5") == (Path("C:\\net.safetensors"), 0.5)
     assert split_weight("net.safetensors") == (Path("net.safetensors"), 1.0)
+
+
+def test_a_weight_that_is_no_number(tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    file.touch()
+    with pytest.raises(ConfigError, match="'strong' after the colon is no number"):
+        split_weight(f"{file}:strong")
+    (tmp_path / "net.safetensors:strong").touch()
+    assert split_weight(f"{file}:strong") == (tmp_path / "net.safetensors:strong", 1.0)
 
 
 def test_weights_from_json_are_numbers_or_text(draw, folder: Path) -> None:
