@@ -169,6 +169,25 @@ class ComfyPage:
         self.page.wait_for_timeout(200)
         return result
 
+    def press(self, keys: str) -> None:
+        """Press keys, and wait until the page, which may load a graph then, draws again without delay.
+
+        It drops what is pressed while it loads.
+        """
+        self.page.keyboard.press(keys)
+        self.page.wait_for_timeout(800)
+        self.page.evaluate(
+            """() => new Promise((done) => {
+                let last = performance.now(), smooth = 0;
+                const step = (now) => {
+                    smooth = now - last < 250 ? smooth + 1 : 0;
+                    last = now;
+                    smooth < 5 ? requestAnimationFrame(step) : done();
+                };
+                requestAnimationFrame(step);
+            })"""
+        )
+
     def widgets(self, node_type: str) -> dict[str, Any]:
         """Widget values of the first node of a type, by name."""
         return self.evaluate(

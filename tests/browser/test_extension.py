@@ -96,11 +96,6 @@ def click_canvas(page: Any) -> None:
     page.page.mouse.click(1200, 800)
 
 
-def press(page: Any, keys: str) -> None:
-    page.page.keyboard.press(keys)
-    page.page.wait_for_timeout(800)
-
-
 def run(page: Any) -> None:
     """Run what is on the page, until the loader has run too (ComfyUI forgets results when it gets to it)."""
     for _ in range(5):
@@ -197,9 +192,9 @@ def test_a_run_is_no_step_of_the_undo_history(ready):
     ready.queue().check()
     wait_text(ready, "hydit_report", "of 24 tokens")
     click_canvas(ready)
-    press(ready, "Control+z")
+    ready.press("Control+z")
     assert ready.widgets("HyDiTEmptyLatent")["batch_size"] == 1
-    press(ready, "Control+y")
+    ready.press("Control+y")
     assert ready.widgets("HyDiTEmptyLatent")["batch_size"] == 3
     assert "hydit_report" in properties(ready, "HyDiTTextEncode")
     wait_text(ready, "hydit_report", "of 24 tokens")
@@ -227,7 +222,7 @@ def test_sizes_are_a_click_away(ready):
     ready.set_widget("HyDiTEmptyLatent", "width", 1024)
     assert pressed(ready) == []
     button(ready, 768, 1024).focus()
-    press(ready, "Enter")
+    ready.press("Enter")
     assert size(ready) == (768, 1024)
 
 
@@ -236,7 +231,7 @@ def test_a_size_is_one_step_of_the_undo_history(ready):
         pytest.skip("this frontend's Nodes 2.0 shows no HTML widgets")
     button(ready, 768, 1280).click()
     click_canvas(ready)
-    press(ready, "Control+z")
+    ready.press("Control+z")
     assert size(ready) == (1280, 960) and pressed(ready) == ["1280×960"]
     # The buttons are those of the node that is there now.
     button(ready, 1024, 1024).click()

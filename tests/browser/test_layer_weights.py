@@ -106,8 +106,7 @@ def drag(page: Any, *points: tuple[float, float], drop: bool = True, steps: int 
 
 
 def undo(page: Any, keys: str = "Control+z") -> None:
-    page.page.keyboard.press(keys)
-    page.page.wait_for_timeout(1000)
+    page.press(keys)
     page.page.mouse.move(*point(page, 1, 1))  # the page places its HTML when it draws
 
 
