@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -322,12 +322,6 @@ def test_the_base_is_stored_in_few_bits(
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_quantized_bases(config: Path, precision: str) -> None:
-    try:
-        import torchao  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match="needs torchao: pip install torchao"):
-            objective_of(config, f"lora.base_precision={precision}")
-        return
     objective = objective_of(config, f"lora.base_precision={precision}")
     shake(objective)
     whole = objective_of(config)
@@ -336,6 +330,16 @@ def test_quantized_bases(config: Path, precision: str) -> None:
     assert torch.allclose(loss, losses(whole, config), rtol=0.2)
     loss.mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in objective.parameters().values())
+
+
+def test_quantized_bases_ask_for_torchao(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    for start in (
+        lambda: objective_of(config, "lora.base_precision=int8"),
+        lambda: list(describe(load_config(config, ["lora.base_precision=nf4"]))),
+    ):
+        with pytest.raises(ConfigError, match="needs torchao: pip install torchao"):
+            start()
 
 
 def test_frozen_layers_pass_gradients_on() -> None:
@@ -398,8 +402,6 @@ def test_a_dry_run_refuses_what_training_would(config: Path, finished: Path, tmp
         f"lora.init_from={finished / 'lora'}": "layers that this run does not train",
         f"run.output_dir={config.parent / 'pictures' / 'run'}": "inside the picture folder",
     }
-    if importlib.util.find_spec("torchao") is None:
-        wrong["lora.base_precision=nf4"] = "needs torchao"
     for change, message in wrong.items():
         with pytest.raises(HyditError, match=message):
             list(describe(load_config(config, [change])))
