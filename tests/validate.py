@@ -45,6 +45,7 @@ EXPLAINED = [
     (r"high-entropy literal", r""),  # docstrings and formulas
     (r"suspicious identifier '_\w*'", r""),
     (r"typosquat: `pyarrow`", r""),  # it is Apache Arrow's own package
+    (r"typosquat: `torchao`", r""),  # it is PyTorch's own package
 ]
 
 #: Where the files are that a prompt names, by the input that names them.
