@@ -17,7 +17,7 @@ from .control import CONTROL_KEY, ControlInput, check_fit
 from .data.control_images import CANNY_THRESHOLDS, canny
 from .data.images import Geometry, load_picture
 from .errors import ConfigError
-from .model.layer_weights import CURVES, LayerWeights, read_weights, split_weight
+from .model.layer_weights import CURVES, LayerWeights, read_each, split_weight
 from .weights.writer import atomic_path
 
 if TYPE_CHECKING:
@@ -77,22 +77,22 @@ def check(args: argparse.Namespace) -> None:
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} needs --controlnet")
         return
-    for option, values in (
-        ("--control-image", args.control_image),
-        (_WEIGHTS, args.control_weights),
-    ):
-        least = 1 if option == "--control-image" else 0
-        if len(values) not in {least, 1, count}:
-            raise ConfigError(
-                f"{option} is given {len(values)} times for {count} --controlnet: give 1 or {count}"
-            )
+    images = len(args.control_image)
+    if images not in {1, count}:
+        raise ConfigError(
+            f"--control-image is given {images} times for {count} --controlnet: give 1 or {count}"
+        )
+    _weights(args)
     if not 0 <= args.control_start <= args.control_end <= 1:
         raise ConfigError(
             f"--control-start {args.control_start:g} and --control-end {args.control_end:g}: use 0 <= start "
             "<= end <= 1"
         )
-    for text in args.control_weights:
-        read_weights(text, _WEIGHTS)
+
+
+def _weights(args: argparse.Namespace) -> list[LayerWeights]:
+    count = len(args.controlnet)
+    return read_each(args.control_weights, _WEIGHTS, count, "--controlnet") or [LayerWeights()] * count
 
 
 def read(
@@ -108,7 +108,7 @@ def read(
     from .weights.parts import open_controlnet
 
     controls, facts = [], []
-    for index, text in enumerate(args.controlnet):
+    for index, (text, chosen) in enumerate(zip(args.controlnet, _weights(args), strict=True)):
         path, scale = split_weight(text)
         thresholds = _thresholds(open_controlnet(path).metadata)
         net, _ = load_controlnet(path, dtype=pipe.dit.dtype, device=pipe.device)
@@ -118,8 +118,6 @@ def read(
         size = (settings.width, settings.height)
         picture = Geometry.cover(picture.size, size).apply(picture)
         hint = canny(picture, thresholds) if args.control_preprocess == "canny" else picture
-        given = args.control_weights
-        chosen = read_weights(_one(given, index), _WEIGHTS) if given else LayerWeights()
         values = [scale * value for value in chosen.resolve(net.config.num_controls)]
         controls.append(_control(args, net, hint, LayerWeights.parse(values)))
         if not 0 <= scale <= MAX_STRENGTH:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError
-from .model.layer_weights import CURVES, read_weights, split_weight
+from .model.layer_weights import CURVES, LayerWeights, read_each, split_weight
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -40,17 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot be drawn, before anything is loaded. Raises :class:`ConfigError`."""
-    given, count = len(args.lora_block_weights), len(args.lora)
-    if given and not count:
+    if args.lora_block_weights and not args.lora:
         raise ConfigError(f"{_WEIGHTS} needs --lora")
-    if given not in {0, 1, count}:
-        raise ConfigError(f"{_WEIGHTS} is given {given} times for {count} --lora: give 1 or {count}")
-    for text in args.lora_block_weights:
-        read_weights(text, _WEIGHTS)
+    _weights(args)
     for text in args.lora:
         strength = split_weight(text)[1]
         if not abs(strength) <= MAX_STRENGTH:
             raise ConfigError(f"--lora {text}: strength {strength:g}: use -{MAX_STRENGTH} to {MAX_STRENGTH}")
+
+
+def _weights(args: argparse.Namespace) -> list[LayerWeights]:
+    read = read_each(args.lora_block_weights, _WEIGHTS, len(args.lora), "--lora")
+    return read or [LayerWeights.parse("uniform")] * len(args.lora)
 
 
 def files(args: argparse.Namespace) -> list[Path]:
@@ -70,10 +71,8 @@ def load(args: argparse.Namespace, pipe: Pipeline, *, quiet: bool = False) -> li
     from .lora.formats import read
 
     facts = []
-    for index, (path, text) in enumerate(zip(files(args), args.lora, strict=True)):
+    for path, text, weights in zip(files(args), args.lora, _weights(args), strict=True):
         strength = split_weight(text)[1]
-        given = args.lora_block_weights
-        weights = read_weights(given[index % len(given)] if given else "uniform", _WEIGHTS)
         adapter = read(path)
         match = pipe.load_lora(adapter, strength, weights)
         words = f"; trigger words: {adapter.trigger()}" if adapter.trigger() else ""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..errors import ConfigError
-from ..model.layer_weights import CURVES, read_weights
+from ..model.layer_weights import CURVES, read_each
 from .blocks import BlockWeights
 
 _WEIGHTS = "--block-weights"
@@ -29,8 +28,6 @@ def weights(args: argparse.Namespace) -> list[BlockWeights]:
     Raises:
         ConfigError: if they cannot be read, or are neither one for all nor one for each.
     """
-    given, count = args.block_weights, len(args.loras)
-    if len(given) not in {0, 1, count}:
-        raise ConfigError(f"{_WEIGHTS} is given {len(given)} times for {count} LoRAs: give 1 or {count}")
-    read = [BlockWeights.parse(read_weights(text, _WEIGHTS)) for text in given] or [BlockWeights()]
-    return read if len(read) == count else read * count
+    count = len(args.loras)
+    read = read_each(args.block_weights, _WEIGHTS, count, "LoRAs")
+    return [BlockWeights.parse(one) for one in read] or [BlockWeights()] * count

@@ -134,6 +134,17 @@ def split_weight(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def read_each(texts: Sequence[str], option: str, count: int, of: str) -> list[LayerWeights]:
+    """Layer weights for each of ``count`` things: of as many texts, or of one for all; none of no text.
+
+    Raises :class:`ConfigError` for another number of texts, or what cannot be read; ``of`` names the things.
+    """
+    if len(texts) not in {0, 1, count}:
+        raise ConfigError(f"{option} is given {len(texts)} times for {count} {of}: give 1 or {count}")
+    read = [read_weights(text, option) for text in texts]
+    return read * count if len(read) == 1 else read
+
+
 def read_weights(text: str, option: str) -> LayerWeights:
     """Layer weights as a command line has them: text, or the name of a JSON file with a list or text.
 
