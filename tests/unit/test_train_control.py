@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import TINY, TINY_V11, write_tiny_model
-from train_setup import records, run_training, write_run
+from train_setup import SHORT_RUN, records, run_training, write_run
 
 from hydit_core.data import DataConfig, canny, open_dataset
 from hydit_core.diffusion.losses import diffusion_loss
@@ -46,18 +46,7 @@ kind = "controlnet"
 timesteps = "stratified"
 [optimizer]
 lr = 1e-3
-[run]
-output_dir = "run"
-steps = 3
-batch_size = 2
-threads = 1
-device = "cpu"
-[ema]
-enabled = false
-[metrics]
-every = 1
-tensorboard = false
-[checkpoint]
+{SHORT_RUN}[checkpoint]
 export_dtype = "fp32"
 metadata = {{ "modelspec.title" = "edges" }}
 """,

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import TINY, TINY_V11, write_tiny_model
 from torch import nn
-from train_setup import command_line, records, run_training, write_run
+from train_setup import SHORT_RUN, command_line, records, run_training, write_run
 
 from hydit_core.errors import ConfigError, DataError, HyditError
 from hydit_core.lora import formats
@@ -51,18 +51,7 @@ rank = 3
 alpha = 6
 [optimizer]
 lr = 1e-2
-[run]
-output_dir = "run"
-steps = 3
-batch_size = 2
-threads = 1
-device = "cpu"
-[ema]
-enabled = false
-[metrics]
-every = 1
-tensorboard = false
-[checkpoint]
+{SHORT_RUN}[checkpoint]
 export_dtype = "fp32"
 metadata = {{ "modelspec.title" = "a style" }}
 """,

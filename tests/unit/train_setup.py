@@ -92,6 +92,21 @@ every = 1
 tensorboard = false
 """
 
+SHORT_RUN = """
+[run]
+output_dir = "run"
+steps = 3
+batch_size = 2
+threads = 1
+device = "cpu"
+[ema]
+enabled = false
+[metrics]
+every = 1
+tensorboard = false
+"""
+"""The tables of a run of three steps that have nothing to do with what is trained."""
+
 
 def write_run(folder: Path) -> Path:
     """Fill ``folder`` and return the configuration. Six pictures train (1.5 steps an epoch), two do not."""
