@@ -69,7 +69,7 @@ def measure(who: str, folder: Path, out: Path) -> dict[str, float]:
         if who == "copy":
             save_safetensors(out, open_tensors(base))
         elif who == "ours":
-            merge_files(base, [(lora, STRENGTH)], out)
+            merge_files(base, [(lora, STRENGTH)], out, overwrite=True)
         else:
             model, _ = load_dit(base)
             adapted = PeftModel.from_pretrained(model, lora)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -132,12 +133,16 @@ class Adapter:
 
     Names: ``dit.blocks.0.attn1.Wqkv`` (Tencent's), ``bert.encoder.layer.0.attention.self.query`` and
     ``t5.encoder.block.0.layer.0.SelfAttention.q`` (transformers').
+
+    Attributes:
+        files: the files and folders that it was made from, which no output replaces.
     """
 
     modules: dict[str, list[Patch]]
     name: str = "LoRA"
     format: str = "peft"
     metadata: dict[str, str] = field(default_factory=dict)
+    files: tuple[Path, ...] = ()
 
     def parts(self) -> set[str]:
         """The parts it changes: ``dit``, ``bert``, ``t5``."""

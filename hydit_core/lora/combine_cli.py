@@ -1,4 +1,4 @@
-"""``python -m hydit_core.lora combine LORA[:strength] ... OUT``."""
+"""``python -m hydit_core.lora combine LORA[:strength] ... -o OUT``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..model.layer_weights import split_weight
+from ..weights import output
 from . import output_cli, weights_cli
 from .extract import combine
 from .formats import read
@@ -19,7 +20,6 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "loras", metavar="LORA[:STRENGTH]", nargs="+", help="a LoRA of any format, strength 1 if not given"
     )
-    parser.add_argument("out", metavar="OUT", help="a .safetensors file, or a folder for --format peft")
     parser.add_argument(
         "--rank",
         type=int,
@@ -32,13 +32,16 @@ def add(commands: Any) -> None:
         metavar="N",
         help="of the model, for curves (default: those of the known model that a LoRA fits; DiT-g/2 has 40)",
     )
-    output_cli.add_arguments(parser, dtype=None)
+    output_cli.add_arguments(parser, dtype=None, positional=False)
     parser.set_defaults(run=_combine)
 
 
 def _combine(args: argparse.Namespace) -> None:
+    out = output.take_output(args, args.loras)
     weights = weights_cli.weights(args)
-    adapters = [(read(path), strength) for path, strength in (split_weight(text) for text in args.loras)]
+    given = [split_weight(text) for text in args.loras]
+    target = output_cli.target(args, out, [path for path, _ in given])
+    adapters = [(read(path), strength) for path, strength in given]
     with tqdm(unit="module", disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -46,7 +49,7 @@ def _combine(args: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         done = combine(adapters, args.rank, block_weights=weights, depth=args.blocks, progress=progress)
-    output_cli.save(done.adapter, args)
+    output_cli.save(done.adapter, target)
     if args.rank is None:
         print("exact: the ranks are added up")
     else:

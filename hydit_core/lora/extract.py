@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +122,8 @@ def combine(
     if triggers:
         metadata["hydit.trigger"] = metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
     name = " + ".join(adapter.name for adapter, _ in adapters)
-    return Combined(Adapter(modules, name, "peft", metadata), energy.share, energy.modules)
+    files = tuple(file for adapter, _ in adapters for file in adapter.files)
+    return Combined(Adapter(modules, name, "peft", metadata, files), energy.share, energy.modules)
 
 
 def _common(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -319,7 +321,8 @@ def extract(
     metadata = file_metadata(
         config, theirs.info, role="lora", extra={EXTRACTED_KEY: json.dumps(recipe, ensure_ascii=False)}
     )
-    adapter = Adapter(modules, f"{ours.path.stem} - {theirs.path.stem}", "peft", metadata)
+    name, files = f"{ours.path.stem} - {theirs.path.stem}", (Path(tuned), Path(base))
+    adapter = Adapter(modules, name, "peft", metadata, files)
     return Extracted(adapter, energy.share, energy.modules, left_out)
 
 

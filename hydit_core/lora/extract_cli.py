@@ -1,4 +1,4 @@
-"""``python -m hydit_core.lora extract TUNED BASE OUT --rank R``."""
+"""``python -m hydit_core.lora extract TUNED BASE --rank R -o OUT``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..weights import output
 from . import output_cli
 from .extract import extract
 
@@ -18,7 +19,6 @@ def add(commands: Any) -> None:
         "tuned", metavar="TUNED", help="the trained checkpoint, a file or folder of any layout"
     )
     parser.add_argument("base", metavar="BASE", help="what it was trained from")
-    parser.add_argument("out", metavar="OUT", help="a .safetensors file, or a folder for --format peft")
     parser.add_argument("--rank", type=int, required=True, help="of each module")
     parser.add_argument(
         "--load-key", help="which weights of a torch file that holds several: ema, module ..."
@@ -28,6 +28,7 @@ def add(commands: Any) -> None:
 
 
 def _extract(args: argparse.Namespace) -> None:
+    target = output_cli.target(args, output.take_output(args), (args.tuned, args.base))
     with tqdm(unit="tensor", disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -35,7 +36,7 @@ def _extract(args: argparse.Namespace) -> None:
             bar.update(done - bar.n)
 
         done = extract(args.tuned, args.base, args.rank, load_key=args.load_key, progress=progress)
-    output_cli.save(done.adapter, args)
+    output_cli.save(done.adapter, target)
     print(f"energy kept at rank {args.rank}: {done.energy:.4%}; least: {output_cli.lowest(done.modules)}")
     if done.left_out:
         largest = sorted(done.left_out, key=lambda name: -done.left_out[name])[:3]

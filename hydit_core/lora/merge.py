@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from ..weights.convert import convert
 from ..weights.detect import BERT_PREFIXES, MT5_PREFIXES, FileKind, expect
 from ..weights.dtypes import dtype_name
 from ..weights.layouts import PART_PREFIXES, Layout
+from ..weights.output import check_output
 from ..weights.parts import bundle, open_model
 from ..weights.source import FP8_DTYPES, TensorSource, cast
 from ..weights.writer import Progress
@@ -211,6 +213,7 @@ def merge_files(
     dtype: torch.dtype | None = None,
     block_weights: Any = None,
     load_key: str | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
     """Write a checkpoint with LoRAs merged into it, one tensor at a time and atomically.
@@ -226,12 +229,13 @@ def merge_files(
         block_weights: what :meth:`BlockWeights.parse` takes, for all; or a list of :class:`BlockWeights`,
             one for each LoRA.
         load_key: which weights of a torch file that holds several.
+        overwrite: an existing ``out`` may be replaced, if it is a file and no input.
         progress: is called with bytes written and bytes in all.
 
     Raises:
         LoraError: if a LoRA cannot be read or does not fit, or a weight leaves its dtype's range.
-        WeightsError: if the base is something else, or the output cannot be written. Nothing half-written
-            is left, and an older output stays.
+        WeightsError: if the base is something else, or the output cannot be written or is there. Nothing
+            half-written is left, and an older output stays.
         ConfigError: if the block weights do not fit the number of blocks.
     """
     base, out = Path(base), Path(out)
@@ -239,7 +243,10 @@ def merge_files(
     kind = expect(source, "dit")
     layout = layout or _default_layout(kind, out)
     shapes = _shapes(base, layout, load_key)
-    _check_out(out, loras)
+    given = [lora.files if isinstance(lora, Adapter) else (lora,) for lora, _ in loras]
+    inputs = [base, *itertools.chain.from_iterable(given)]
+    form = f"the layout {layout}"
+    check_output(out, inputs, overwrite=overwrite, folder=layout == "diffusers", form=form)
     adapters = [lora if isinstance(lora, Adapter) else read(lora) for lora, _ in loras]
     strengths = [strength for _, strength in loras]
     weights = each_weights(block_weights, len(loras))
@@ -265,6 +272,8 @@ def merge_files(
         load_key=load_key,
         change=change,
         extra=extra,
+        inputs=inputs,
+        overwrite=overwrite,
         progress=progress,
     )
     return Merged(out, done.kind, layout, tuple(matches), (*notes, *done.notes))
@@ -286,12 +295,6 @@ def _shapes(base: Path, layout: Layout, load_key: str | None) -> dict[str, tuple
         if source is not None and part in only
         for key in source
     }
-
-
-def _check_out(out: Path, loras: Sequence[tuple[Any, float]]) -> None:
-    for lora, _ in loras:
-        if not isinstance(lora, Adapter) and out.exists() and Path(lora).exists() and out.samefile(lora):
-            raise LoraError(f"{out} is one of the LoRAs; choose another name for the output")
 
 
 def _name(key: str) -> str:

@@ -1,4 +1,4 @@
-"""``python -m hydit_core.lora merge BASE LORA[:strength] ... OUT``."""
+"""``python -m hydit_core.lora merge BASE LORA[:strength] ... -o OUT``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..model.layer_weights import split_weight
+from ..weights import output
 from ..weights.dtypes import DTYPES
 from ..weights.layouts import LAYOUTS
 from . import weights_cli
@@ -21,7 +22,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "loras", metavar="LORA[:STRENGTH]", nargs="+", help="a LoRA of any format, strength 1 if not given"
     )
-    parser.add_argument("out", metavar="OUT", help="a .safetensors file; a folder for --layout diffusers")
+    output.add_arguments(parser, "a .safetensors file; a folder for --layout diffusers", positional=False)
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
@@ -40,6 +41,7 @@ def add(commands: Any) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    out = output.take_output(args, args.loras)
     weights = weights_cli.weights(args)
     # None: no bar where stderr is not a terminal.
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None) as bar:
@@ -51,11 +53,12 @@ def _merge(args: argparse.Namespace) -> None:
         done = merge_files(
             args.base,
             [split_weight(text) for text in args.loras],
-            args.out,
+            out,
             layout=args.layout,
             dtype=DTYPES[args.dtype] if args.dtype else None,
             block_weights=weights,
             load_key=args.load_key,
+            overwrite=args.overwrite,
             progress=progress,
         )
     for note in done.notes:

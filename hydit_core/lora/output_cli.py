@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+
+from ..weights import output
 from ..weights.dtypes import DTYPES
 from .adapter import Adapter
 from .formats import FORMATS, write
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, dtype: str | None) -> None:
-    """``--format`` and ``--dtype``, whose default is ``dtype``."""
+class Target(NamedTuple):
+    """Where a command writes, and how; see :func:`~.formats.write`."""
+
+    path: Path
+    format: str
+    dtype: torch.dtype | None
+    overwrite: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, dtype: str | None, positional: bool = True) -> None:
+    """``-o``, ``--overwrite``, ``--format``, and ``--dtype``, whose default is ``dtype``.
+
+    ``positional``: see :func:`~..weights.output.add_arguments`.
+    """
+    output.add_arguments(parser, "a .safetensors file; a folder for --format peft", positional=positional)
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -24,14 +41,23 @@ def add_arguments(parser: argparse.ArgumentParser, *, dtype: str | None) -> None
     )
 
 
-def save(adapter: Adapter, args: argparse.Namespace) -> None:
-    """Write to ``args.out`` and say what was written."""
-    out = Path(args.out)
+def target(args: argparse.Namespace, out: Path, inputs: Iterable[str | Path]) -> Target:
+    """The output of a command line, checked before anything is read.
+
+    Raises :class:`HyditError` if it must not be written to; an input is never replaced.
+    """
     format = args.format or ("comfy" if out.suffix == ".safetensors" else "peft")
-    notes = write(adapter, out, format=format, dtype=DTYPES[args.dtype] if args.dtype else None)
+    form = f"the format {format}"
+    output.check_output(out, inputs, overwrite=args.overwrite, folder=format == "peft", form=form)
+    return Target(out, format, DTYPES[args.dtype] if args.dtype else None, args.overwrite)
+
+
+def save(adapter: Adapter, to: Target) -> None:
+    """Write it and say what was written."""
+    notes = write(adapter, to.path, format=to.format, dtype=to.dtype, overwrite=to.overwrite)
     for note in notes:
         print(note)
-    print(f"{out}: {adapter.describe()}, written as {format}")
+    print(f"{to.path}: {adapter.describe()}, written as {to.format}")
 
 
 def lowest(energies: Mapping[str, float], count: int = 3) -> str:

@@ -135,7 +135,8 @@ def read(path: str | os.PathLike[str]) -> Adapter:
             adapters += [_read_one(folder, folder.name) for folder in folders]
     first = adapters[0]
     modules = {key: patches for adapter in adapters for key, patches in adapter.modules.items()}
-    return Adapter(modules, path.stem if path.is_file() else path.name, first.format, first.metadata)
+    name = path.stem if path.is_file() else path.name
+    return Adapter(modules, name, first.format, first.metadata, (path,))
 
 
 def from_tensors(

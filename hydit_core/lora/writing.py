@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
+from ..weights.output import check_output
 from ..weights.source import cast
 from ..weights.writer import atomic_path, save_safetensors
 from .adapter import PARTS, Adapter, Patch
@@ -41,6 +42,7 @@ def write(
     format: str = "comfy",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> tuple[str, ...]:
     """Write an adapter, atomically.
 
@@ -52,25 +54,26 @@ def write(
     Slices of a fused projection become one change of the whole.
 
     Args:
-        path: an existing file is replaced, an existing folder that is not empty is not.
+        path: the file to write or, for ``peft``, the folder, new or empty.
         dtype: of matrices; default: as they are. Alphas are always exact.
         metadata: goes over the adapter's own.
+        overwrite: an existing file may be replaced, if the adapter was not made from it.
 
     Returns:
         What a user should know about the file, one line each.
 
     Raises:
         LoraError: if the format cannot hold the adapter.
-        WeightsError: if it cannot be written.
+        WeightsError: if it cannot be written, or is there.
     """
     path = Path(path)
+    form, folder = f"the format {format}", format == "peft"
+    check_output(path, adapter.files, overwrite=overwrite, folder=folder, form=form)
     patches = _whole(adapter, format)
     texts = {**adapter.metadata, **(metadata or {})}
     if format == "peft":
         _write_folder(path, patches, dtype, texts)
         return ()
-    if path.suffix != ".safetensors":
-        raise LoraError(f"{path}: the format {format} is one .safetensors file; give it that suffix")
     save_safetensors(path, _tensors(patches, format, dtype), texts)
     return _notes(patches, format)
 
@@ -174,10 +177,6 @@ def _notes(patches: Mapping[str, Patch], format: str) -> tuple[str, ...]:
 def _write_folder(
     path: Path, patches: Mapping[str, Patch], dtype: torch.dtype | None, metadata: Mapping[str, str]
 ) -> None:
-    if path.is_file() or path.suffix == ".safetensors":
-        raise LoraError(f"{path}: the format peft is a folder; give a name without .safetensors")
-    if path.is_dir() and any(path.iterdir()):
-        raise LoraError(f"{path} exists and is not empty; choose another name for the folder")
     for module, patch in patches.items():
         plain = patch.kind == "lora" and patch.bias is None
         if not plain or (patch.magnitude is not None and patch.magnitude_axis):

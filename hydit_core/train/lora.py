@@ -101,7 +101,7 @@ class LoraObjective(DiffusionObjective):
             metadata |= {"hydit.trigger": lora.trigger, "modelspec.trigger_phrase": lora.trigger}
         metadata = file_metadata(self.parts.dit.config, info, role="lora", extra={**metadata, **extra})
         adapter = to_adapter(self.networks, lora, metadata)
-        formats.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata)
+        formats.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata, overwrite=True)
         with _replacing(path.with_suffix("")) as folder:
             formats.write(adapter, folder, format="peft", dtype=dtype, metadata=metadata)
 

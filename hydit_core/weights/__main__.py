@@ -1,4 +1,4 @@
-"""``python -m hydit_core.weights inspect FILE`` and ``... convert IN OUT --layout LAYOUT``."""
+"""``python -m hydit_core.weights inspect FILE`` and ``... convert IN --layout LAYOUT -o OUT``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import cli_main
+from . import output
 from .convert import convert
 from .describe import describe
 from .dtypes import DTYPES
@@ -27,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
 
     change = commands.add_parser("convert", help="write a DiT or ControlNet in another layout or dtype")
     change.add_argument("input", metavar="IN", help="a weights file, or a folder of diffusers' or Tencent's")
-    change.add_argument("output", metavar="OUT", help="a .safetensors file; a folder for --layout diffusers")
+    output.add_arguments(change, "a .safetensors file; a folder for --layout diffusers", positional=True)
     change.add_argument(
         "--layout",
         choices=LAYOUTS,
@@ -50,7 +51,14 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.dtype] if args.dtype else None
-    done = convert(args.input, args.output, layout=args.layout, dtype=dtype, load_key=args.load_key)
+    done = convert(
+        args.input,
+        output.take_output(args),
+        layout=args.layout,
+        dtype=dtype,
+        load_key=args.load_key,
+        overwrite=args.overwrite,
+    )
     for note in done.notes:
         print(note)
     print(f"{done.path}: {done.kind.name.removeprefix('a ')} in layout {args.layout}")

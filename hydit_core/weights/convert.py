@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .detect import FileKind, expect, tencent_view
 from .diffusers_config import controlnet_config, scheduler_config, transformer_config
 from .layouts import Layout, belongs_to_model, from_tencent
 from .modelspec import file_metadata
+from .output import check_output
 from .parts import model_info, open_model
 from .save import dtypes_for
 from .source import CastSource, MergedSource, TensorSource
@@ -57,6 +58,8 @@ def convert(
     load_key: str | None = None,
     change: Callable[[TensorSource], TensorSource] = lambda source: source,
     extra: Mapping[str, str] | None = None,
+    inputs: Iterable[str | os.PathLike[str]] = (),
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
     """Write a DiT or ControlNet in another layout or dtype, one tensor at a time and atomically.
@@ -67,23 +70,26 @@ def convert(
     * ``diffusers``: a folder, ``transformer/`` and ``scheduler/`` (a ControlNet: the folder itself).
 
     Args:
-        out: the file or folder to write; an existing file is replaced, a folder that is not empty is not.
+        out: the file to write or, for the layout diffusers, the folder, new or empty.
         dtype: for the DiT or ControlNet; default: as it is. Other parts keep theirs.
         load_key: which weights of a torch file that holds several.
         change: puts another source of the same names in place of one that is written: of the DiT under
             Tencent's names, before it is cast, and of the other parts under those of an all-in-one file.
         extra: metadata over what the file gets by itself.
+        inputs: what else is read for it, and so is never written over.
+        overwrite: an existing file may be replaced, if it is no input.
 
     Raises:
         WeightsError: if the input is something else or does not fit the layout, or the output cannot be
-            written. Nothing half-written is left.
+            written or is there. Nothing half-written is left.
     """
     path, out = Path(path), Path(out)
+    form = f"the layout {layout}"
+    check_output(out, (path, *inputs), overwrite=overwrite, folder=layout == "diffusers", form=form)
     source = open_model(path, load_key=load_key)
     kind = expect(source, "dit", "controlnet")
     if kind.config is None:
         raise WeightsError(f"{path} is {kind.name}, without dimensions")
-    _check_out(source, path, out, layout)
     model = change(tencent_view(source, kind))
     if dtype is not None:
         model = CastSource(model, dtypes_for(model, dtype))
@@ -101,22 +107,6 @@ def convert(
     metadata = {**_metadata(source, kind, beside.complete(info)), **(extra or {})}
     save_safetensors(out, whole, metadata, progress=progress)
     return Converted(out, kind, _put_in(others, beside))
-
-
-def _check_out(source: TensorSource, path: Path, out: Path, layout: Layout) -> None:
-    if out.exists() and any(given.exists() and out.samefile(given) for given in (path, source.path)):
-        raise WeightsError(f"{out} is the input itself; choose another name for the output")
-    if layout == "diffusers":
-        if out.is_file():
-            raise WeightsError(f"{out} is a file; the layout diffusers is written as a folder")
-        if out.suffix == ".safetensors":
-            raise WeightsError(f"{out}: the layout diffusers is written as a folder; leave out .safetensors")
-        if out.is_dir() and any(out.iterdir()):
-            raise WeightsError(f"{out} exists and is not empty; choose another name for the folder")
-    elif out.is_dir():
-        raise WeightsError(f"{out} is a folder; the layout {layout} is written as one .safetensors file")
-    elif out.suffix != ".safetensors":
-        raise WeightsError(f"{out}: the layout {layout} is written as .safetensors; give it that suffix")
 
 
 def _metadata(source: TensorSource, kind: FileKind, info: ModelInfo) -> dict[str, str]:

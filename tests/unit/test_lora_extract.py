@@ -243,7 +243,7 @@ def test_what_cannot_be_extracted(pair, tmp_path: Path) -> None:
 def test_command_lines(pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned = pair
     out = tmp_path / "out.safetensors"
-    assert main(["extract", str(tuned), str(base), str(out), "--rank", "5", "--dtype", "fp32"]) == 0
+    assert main(["extract", str(tuned), str(base), "-o", str(out), "--rank", "5", "--dtype", "fp32"]) == 0
     said, expected = capsys.readouterr().out, extract(tuned, base, 5)
     assert f"energy kept at rank 5: {expected.energy:.4%}" in said and "left out: " in said
     model, state = randomize(DiT(TINY), 1), load_file(tuned)
@@ -254,14 +254,15 @@ def test_command_lines(pair, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     )
     assert not torch.equal(model.state_dict()[key], state[key])
     folder = tmp_path / "folder"
-    assert main(["combine", f"{out}:0.5", f"{out}:0.25", str(folder), "--rank", "4"]) == 0
+    assert main(["combine", f"{out}:0.5", f"{out}:0.25", "-o", str(folder), "--rank", "4"]) == 0
     assert "energy kept at rank 4: " in capsys.readouterr().out
     assert (folder / "adapter_config.json").is_file() and formats.read(folder).ranks() == [4]
-    assert main(["combine", f"{out}:0.5", f"{out}:0.25", str(out)]) == 0
+    both = tmp_path / "both.safetensors"
+    assert main(["combine", f"{out}:0.5", f"{out}:0.25", "-o", str(both)]) == 0
     assert "exact" in capsys.readouterr().out
-    (patch,) = formats.read(out).modules[f"dit.{key[:-7]}"]
+    (patch,) = formats.read(both).modules[f"dit.{key[:-7]}"]
     close(patch.delta(), 0.75 * expected.adapter.modules[f"dit.{key[:-7]}"][0].delta())
-    assert main(["extract", str(base), str(base), str(out), "--rank", "5"]) == 2
+    assert main(["extract", str(base), str(base), "-o", str(out), "--overwrite", "--rank", "5"]) == 2
     assert "nothing that a LoRA could hold" in capsys.readouterr().err
 
 
@@ -275,8 +276,8 @@ def test_combining_with_block_weights_is_merging_with_them(pair, tmp_path: Path)
     given = ["--block-weights", "decay(0.5)", "--block-weights", numbers]
     files = [f"{one}:0.5", f"{two}:-2"]
     done, expected = tmp_path / "done.safetensors", tmp_path / "expected.safetensors"
-    assert main(["combine", *files, str(done), *given, "--blocks", str(TINY.depth)]) == 0
-    assert main(["merge", str(base), *files, str(expected), *given]) == 0
+    assert main(["combine", *files, "-o", str(done), *given, "--blocks", str(TINY.depth)]) == 0
+    assert main(["merge", str(base), *files, "-o", str(expected), *given]) == 0
     merge_files(base, [(done, 1.0)], tmp_path / "found.safetensors")
     before, found = load_file(base), load_file(tmp_path / "found.safetensors")
     for key, value in load_file(expected).items():
@@ -313,7 +314,7 @@ def test_block_weights_that_cannot_be_combined(tmp_path: Path, capsys: pytest.Ca
         weighted(dora, 0.5, BlockWeights())
     assert weighted(dora, 1.0, BlockWeights.parse("decay")).modules == dora.modules
     formats.write(lora(1, 1), tmp_path / "one.safetensors")
-    twice = ["combine", *[str(tmp_path / "one.safetensors")] * 3, str(tmp_path / "out.safetensors")]
+    twice = ["combine", *[str(tmp_path / "one.safetensors")] * 3, "-o", str(tmp_path / "out.safetensors")]
     assert main([*twice, "--block-weights", "1", "--block-weights", "1"]) == 2
     assert "--block-weights is given 2 times for 3 LoRAs" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
@@ -339,7 +340,7 @@ def test_a_strength_is_finite(pair, tmp_path: Path, capsys, strength: str) -> No
     one, out = tmp_path / "one.safetensors", tmp_path / "out.safetensors"
     formats.write(lora(1, 1), one)
     for command in (["combine"], ["merge", str(base)]):
-        assert main([*command, f"{one}:{strength}", str(out)]) == 2
+        assert main([*command, f"{one}:{strength}", "-o", str(out)]) == 2
         assert f"strength {strength} of one: use a finite number" in capsys.readouterr().err
         assert not out.exists()
 

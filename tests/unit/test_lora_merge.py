@@ -152,9 +152,9 @@ def test_block_weights(full_names, tmp_path: Path) -> None:
     key = "pooler.q_proj.weight"
     torch.testing.assert_close(found[key], full[key], atol=1e-6, rtol=0)
     with pytest.raises(ConfigError, match="3 block weights for a model with 40 blocks"):
-        merge_files(base, [(folder / "lora.safetensors", 0.5)], out, block_weights="1, 2, 3")
+        merge_files(base, [(folder / "lora.safetensors", 0.5)], out, block_weights="1, 2, 3", overwrite=True)
     each = [BlockWeights.parse(0), BlockWeights.parse("only-late")]
-    merge_files(base, [(folder / "lora.safetensors", 0.5)] * 2, out, block_weights=each)
+    merge_files(base, [(folder / "lora.safetensors", 0.5)] * 2, out, block_weights=each, overwrite=True)
     found = load_file(out)
     assert torch.equal(found["blocks.19.attn1.Wqkv.weight"], state["blocks.19.attn1.Wqkv.weight"])
     key = "blocks.20.attn1.Wqkv.weight"
@@ -171,7 +171,7 @@ def test_several_are_rounded_once(full_names, tmp_path: Path) -> None:
     before, after = load_file(half), load_file(out)
     assert all(torch.equal(before[key], value) for key, value in after.items())
     # Into a wider dtype, the change is not rounded to the base's first.
-    merge_files(half, [(lora, 1.0)], out, dtype=torch.float32)
+    merge_files(half, [(lora, 1.0)], out, dtype=torch.float32, overwrite=True)
     exact = loop({key: value.float() for key, value in before.items()}, load_file(lora), 1.0)
     assert all((exact[key] - value).abs().max() < 1e-6 for key, value in load_file(out).items())
 
@@ -241,26 +241,25 @@ def test_errors_leave_everything_as_it_was(full_names, tmp_path: Path) -> None:
     half = tmp_path / "half.safetensors"
     convert(base, half, layout="tencent", dtype=torch.float16)
     with pytest.raises(LoraError, match=r"would reach from .* which fp16 does not hold"):
-        merge_files(half, [(lora, 1e8)], out)
+        merge_files(half, [(lora, 1e8)], out, overwrite=True)
     elsewhere = tmp_path / "elsewhere.safetensors"
     save_file({"lora_unet_blocks_77_mlp_fc1.lora_down.weight": torch.ones(1, 4),
                "lora_unet_blocks_77_mlp_fc1.lora_up.weight": torch.ones(4, 1)}, elsewhere)  # fmt: skip
     with pytest.raises(LoraError, match=r"has nothing for .*half\.safetensors"):
-        merge_files(half, [(elsewhere, 1.0)], out)
+        merge_files(half, [(elsewhere, 1.0)], out, overwrite=True)
     with pytest.raises(WeightsError, match="is a HunyuanDiT LoRA"):
-        merge_files(lora, [(lora, 1.0)], out)
+        merge_files(lora, [(lora, 1.0)], out, overwrite=True)
     wide = low_rank({"blocks.0.mlp.fc1": (8, 8)})
     save_file(wide, tmp_path / "wide.safetensors")
     with pytest.raises(LoraError, match="other dimensions"):
-        merge_files(half, [(tmp_path / "wide.safetensors", 1.0)], out)
+        merge_files(half, [(tmp_path / "wide.safetensors", 1.0)], out, overwrite=True)
     assert out.read_bytes() == b"older"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     copied = tmp_path / "copied.safetensors"
     copied.write_bytes(lora.read_bytes())
-    with pytest.raises(LoraError, match="is one of the LoRAs"):
-        merge_files(half, [(copied, 1.0)], copied)
-    with pytest.raises(WeightsError, match="is the input itself"):
-        merge_files(half, [(lora, 1.0)], half)
+    for target in (copied, half):
+        with pytest.raises(WeightsError, match="is the input itself"):
+            merge_files(half, [(copied, 1.0)], target, overwrite=True)
 
     model = randomize(DiT(TINY), 1).half()
     before = copy.deepcopy(model.state_dict())
@@ -303,16 +302,17 @@ def test_merge_on_the_command_line(full_names, tmp_path: Path, capsys: pytest.Ca
     folder, state = full_names
     lora, out = folder / "lora.safetensors", tmp_path / "out.safetensors"
     base = folder / "base.safetensors"
-    assert lora_cli("merge", base, f"{lora}:0.5", lora, out, "--block-weights", "0.5", "--dtype", "bf16") == 0
+    options = ("-o", out, "--block-weights", "0.5", "--dtype", "bf16")
+    assert lora_cli("merge", base, f"{lora}:0.5", lora, *options) == 0
     said = capsys.readouterr().out
     assert "lora: 201 of 201 modules" in said and "in layout tencent" in said
     found, expected = load_file(out), loop(state, load_file(lora), 0.75)
     key = "blocks.7.attn1.Wqkv.weight"
     assert found[key].dtype == torch.bfloat16
     torch.testing.assert_close(found[key], expected[key].bfloat16())
-    assert lora_cli("merge", base, lora, lora, lora, out, "--block-weights", "1", "--block-weights", "1") == 2
+    assert lora_cli("merge", base, *[lora] * 3, "-o", out, *["--block-weights", "1"] * 2) == 2
     assert "given 2 times for 3 LoRAs" in capsys.readouterr().err
-    assert lora_cli("merge", base, tmp_path / "none.safetensors", out) == 2
+    assert lora_cli("merge", base, tmp_path / "none.safetensors", "-o", out, "--overwrite") == 2
     assert "none.safetensors does not exist" in capsys.readouterr().err
 
 

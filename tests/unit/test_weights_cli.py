@@ -141,7 +141,7 @@ def test_every_layout_in_a_circle_gives_the_same_file_and_metadata(dit, tmp_path
         (folder, comfy, "comfy"),
         (comfy, back, "tencent"),
     ):
-        code, out, err = run(capsys, "convert", source, target, "--layout", layout)
+        code, out, err = run(capsys, "convert", source, "-o", target, "--layout", layout)
         assert code == 0, err
         assert str(target) in out and layout in out
     assert same_tensors(dit, back)
@@ -158,7 +158,7 @@ def test_every_layout_in_a_circle_gives_the_same_file_and_metadata(dit, tmp_path
 
 
 def test_a_folder_is_in_diffusers_own_terms(dit, tmp_path, capsys):
-    run(capsys, "convert", dit, tmp_path / "folder", "--layout", "diffusers")
+    run(capsys, "convert", dit, "-o", tmp_path / "folder", "--layout", "diffusers")
     config = json.loads((tmp_path / "folder" / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "HunyuanDiT2DModel"
     assert config["use_style_cond_and_image_meta_size"] is True
@@ -170,7 +170,7 @@ def test_a_folder_is_in_diffusers_own_terms(dit, tmp_path, capsys):
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp8"])
 def test_dtypes(dit, tmp_path, capsys, dtype):
     out = tmp_path / "out.safetensors"
-    code, _, _ = run(capsys, "convert", dit, out, "--layout", "tencent", "--dtype", dtype)
+    code, _, _ = run(capsys, "convert", dit, "-o", out, "--layout", "tencent", "--dtype", dtype)
     assert code == 0
     before, after = open_tensors(dit), open_tensors(out)
     matrix, norm, embedder = "blocks.0.mlp.fc1.weight", "blocks.0.norm1.weight", "x_embedder.proj.weight"
@@ -188,7 +188,7 @@ def test_dtypes(dit, tmp_path, capsys, dtype):
 
 def test_an_all_in_one_keeps_its_parts_in_layout_comfy_only(all_in_one, tmp_path, capsys):
     half, alone = tmp_path / "half.safetensors", tmp_path / "alone.safetensors"
-    code, out, _ = run(capsys, "convert", all_in_one, half, "--layout", "comfy", "--dtype", "fp16")
+    code, out, _ = run(capsys, "convert", all_in_one, "-o", half, "--layout", "comfy", "--dtype", "fp16")
     assert code == 0 and "kept as they are" in out
     before, after = open_tensors(all_in_one), open_tensors(half)
     assert sorted(before) == sorted(after)
@@ -200,7 +200,7 @@ def test_an_all_in_one_keeps_its_parts_in_layout_comfy_only(all_in_one, tmp_path
     )
     assert parts(half).bert_vocab == bert_vocab()
 
-    code, out, _ = run(capsys, "convert", all_in_one, alone, "--layout", "tencent")
+    code, out, _ = run(capsys, "convert", all_in_one, "-o", alone, "--layout", "tencent")
     assert code == 0 and "left out: BERT, mT5, the VAE (the layout comfy keeps them)" in out
     assert not any(key.startswith(("text_encoders.", "vae.")) for key in open_tensors(alone))
 
@@ -238,7 +238,7 @@ def test_a_pipelines_folder_becomes_an_all_in_one_that_loads(tmp_path, capsys):
     path.parent.mkdir()
     torch.save(model.state_dict(), path)
 
-    code, printed, err = run(capsys, "convert", folder, out, "--layout", "comfy")
+    code, printed, err = run(capsys, "convert", folder, "-o", out, "--layout", "comfy")
     assert code == 0, err
     assert "put in from the folder: BERT, mT5, VAE, BERT's vocabulary, mT5's tokenizer" in printed
     found = parts(out)
@@ -298,7 +298,7 @@ def test_a_controlnet_has_no_prefix_in_any_file(tmp_path, capsys):
     randomize(net, seed=23)
     save_checkpoint(tmp_path / "net.safetensors", dit=net.state_dict(), info=ModelInfo.published("v1.2"))
     code, _, _ = run(
-        capsys, "convert", tmp_path / "net.safetensors", tmp_path / "o.safetensors", "--layout", "comfy"
+        capsys, "convert", tmp_path / "net.safetensors", "-o", tmp_path / "o.safetensors", "--layout", "comfy"
     )
     assert code == 0 and same_tensors(tmp_path / "net.safetensors", tmp_path / "o.safetensors")
     assert open_tensors(tmp_path / "o.safetensors").metadata["modelspec.architecture"].endswith("/controlnet")
@@ -317,16 +317,19 @@ def refused(capsys, *args: object) -> str:
 
 def test_output_that_makes_no_sense_is_refused(dit, tmp_path, capsys):
     to = ("--layout", "tencent")
-    assert "is the input itself; choose another name" in refused(capsys, "convert", dit, dit, *to)
-    assert "give it that suffix" in refused(capsys, "convert", dit, tmp_path / "out.pt", *to)
-    assert "is a folder; the layout tencent" in refused(capsys, "convert", dit, tmp_path, *to)
-    assert "cannot write" in refused(capsys, "convert", dit, dit / "out.safetensors", *to)
+    assert "is the input itself; choose another name" in refused(capsys, "convert", dit, "-o", dit, *to)
+    assert "give it that suffix" in refused(capsys, "convert", dit, "-o", tmp_path / "out.pt", *to)
+    assert "holds the input" in refused(capsys, "convert", dit, "-o", tmp_path, *to)
+    (tmp_path / "other").mkdir()
+    assert "is a folder; the layout tencent" in refused(capsys, "convert", dit, "-o", tmp_path / "other", *to)
+    assert "cannot write" in refused(capsys, "convert", dit, "-o", dit / "out.safetensors", *to)
     to = ("--layout", "diffusers")
-    assert "exists and is not empty" in refused(capsys, "convert", dit, tmp_path, *to)
-    (tmp_path / "taken").write_text("")
-    assert "is a file" in refused(capsys, "convert", dit, tmp_path / "taken", *to)
-    assert "leave out .safetensors" in refused(capsys, "convert", dit, tmp_path / "o.safetensors", *to)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dit.safetensors", "taken"]
+    taken = tmp_path / "other" / "taken"
+    taken.write_text("")
+    assert "exists and is not empty" in refused(capsys, "convert", dit, "-o", taken.parent, *to)
+    assert "is a file" in refused(capsys, "convert", dit, "-o", taken, *to)
+    assert "leave out .safetensors" in refused(capsys, "convert", dit, "-o", tmp_path / "o.safetensors", *to)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dit.safetensors", "other"]
 
 
 def test_a_model_that_diffusers_cannot_hold_is_refused(tmp_path, capsys):
@@ -334,7 +337,8 @@ def test_a_model_that_diffusers_cannot_hold_is_refused(tmp_path, capsys):
                        t5_len=5, t5_hidden=40, pooled_dim=8, pooler_heads=2)  # fmt: skip
     info = ModelInfo(version="v1.2", pooler_heads=2)
     save_checkpoint(tmp_path / "odd.safetensors", dit=DiT(config).state_dict(), info=info)
-    line = refused(capsys, "convert", tmp_path / "odd.safetensors", tmp_path / "out", "--layout", "diffusers")
+    odd, out = tmp_path / "odd.safetensors", tmp_path / "out"
+    line = refused(capsys, "convert", odd, "-o", out, "--layout", "diffusers")
     assert "mT5 projection is not 4 times as wide" in line and "pooler has not 8 heads" in line
     assert "odd.safetensors: " in line and "use the layout tencent or comfy" in line
     assert not (tmp_path / "out").exists()
@@ -372,11 +376,11 @@ def bad_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
 
 def test_bad_input_is_refused_in_one_line_and_the_next_run_succeeds(dit, tmp_path, capsys):
     for path, message in bad_files(tmp_path, dit).values():
-        line = refused(capsys, "convert", path, tmp_path / "out.safetensors", "--layout", "comfy")
+        line = refused(capsys, "convert", path, "-o", tmp_path / "out.safetensors", "--layout", "comfy")
         assert message in line and str(path) in line
         assert not (tmp_path / "out.safetensors").exists()
     assert not (tmp_path / "ran").exists()
-    code, _, _ = run(capsys, "convert", dit, tmp_path / "out.safetensors", "--layout", "comfy")
+    code, _, _ = run(capsys, "convert", dit, "-o", tmp_path / "out.safetensors", "--layout", "comfy")
     assert code == 0
     model, info = load_dit(tmp_path / "out.safetensors")
     assert info.version == "v1.0" and model.config == tiny(old=True)
@@ -397,7 +401,7 @@ def test_the_real_command_line(dit, tmp_path):
 
 
 def test_usage_is_an_error(dit, capsys):
-    for line in (["convert", str(dit)], ["convert", str(dit), "out", "--layout", "flux"], ["melt"]):
+    for line in (["convert", str(dit)], ["convert", str(dit), "-o", "out", "--layout", "flux"], ["melt"]):
         with pytest.raises(SystemExit) as stop:
             main(line)
         assert stop.value.code == 2
