@@ -25,7 +25,7 @@ from hydit_core.train.adapters import adapter_parameters, find_targets
 from hydit_core.train.config import LoraSection, load_config
 from hydit_core.train.draws import TrainingDraws
 from hydit_core.train.dryrun import describe
-from hydit_core.train.frozen import OPERATIONS, FrozenLinear, store, stored_bytes
+from hydit_core.train.frozen import OPERATIONS, FrozenLinear, dense, store, stored_bytes
 from hydit_core.train.launch import make_objective, open_data, prepare_data
 from hydit_core.train.loop import Trainer
 from hydit_core.train.parts import build
@@ -180,11 +180,27 @@ def test_the_file_does_what_the_trained_model_does(config: Path, tmp_path: Path,
     assert torch.allclose(losses(base, config), after, rtol=1e-5)
 
 
-def test_nothing_is_changed_at_first_and_only_adapters_learn(config: Path) -> None:
+@pytest.mark.parametrize("texts", [[], ["lora.train_bert=true", "lora.train_t5=true"]], ids=["dit", "all"])
+@pytest.mark.parametrize("kind", ["lora.rslora=false", "lora.rslora=true", "lora.dora=true"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_fresh_adapter_changes_nothing(config: Path, kind: str, texts: list[str], precision: str) -> None:
+    """Of any kind, over any base; DoRA over a base in few bits keeps the rows as long as they were."""
+    options = [kind, *texts, "lora.targets=attention+mlp"]
+    objective = objective_of(config, *options, f"lora.base_precision={precision}")
+    assert any(name.startswith("t5.") for name in objective.parameters()) == bool(texts)
+    plain = objective_of(config)
+    plain.module.dit = build(load_config(config)).dit.float()
+    if precision == "fp32":
+        assert torch.allclose(losses(objective, config), losses(plain, config), rtol=1e-5)
+        return
+    assert torch.allclose(losses(objective, config), losses(plain, config), rtol=0.02)
+    if "dora" not in kind:
+        bare = objective_of(config, "lora.base_precision=int8")
+        assert torch.equal(losses(objective, config), losses(bare, config))
+
+
+def test_only_adapters_learn(config: Path) -> None:
     objective = objective_of(config, "lora.train_t5=true")
-    base = objective_of(config)
-    base.module.dit = build(load_config(config)).dit.float()
-    assert torch.allclose(losses(objective, config), losses(base, config), rtol=1e-6)
     shake(objective)
     losses(objective, config).mean().backward()
     trained = objective.parameters()
@@ -309,14 +325,28 @@ def test_the_base_is_stored_in_few_bits(
     assert all(torch.isfinite(p.grad).all() for p in small.parameters().values())
 
 
-@pytest.mark.parametrize("precision", ["int8", "nf4"])
-def test_quantized_bases(config: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "levels", "error"), [("int8", 255, 0.02), ("nf4", 16, 0.2)])
+def test_quantized_bases(config: Path, precision: str, levels: int, error: float) -> None:
+    """The matrices of the blocks really are stored so, with the errors that so many levels make."""
     objective = objective_of(config, f"lora.base_precision={precision}")
     shake(objective)
     whole = objective_of(config)
     shake(whole)
-    loss = losses(objective, config)
-    assert torch.allclose(loss, losses(whole, config), rtol=0.2)
+    originals = dict(whole.parts.dit.named_modules())
+    for name, layer in objective.parts.dit.named_modules():
+        if not isinstance(layer, FrozenLinear):
+            continue
+        exact = originals[name].weight.float()
+        if not name.startswith("blocks."):
+            assert type(layer.weight.data) is torch.Tensor and layer.weight.dtype == torch.bfloat16, name
+            continue
+        assert type(layer.weight.data).__module__.startswith("torchao"), name
+        stored = dense(layer.weight, torch.float32)
+        blocks = stored if precision == "int8" else stored.reshape(-1, 64)  # what shares a scale
+        assert max(len(block.unique()) for block in blocks) <= levels, name
+        assert error / 20 < (stored - exact).std() / exact.std() < error, name
+    loss, exact = losses(objective, config), losses(whole, config)
+    assert torch.allclose(loss, exact, rtol=error) and not torch.equal(loss, exact)
     loss.mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in objective.parameters().values())
 
