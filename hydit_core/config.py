@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from .errors import ConfigError, WeightsError
+from .untrusted import parse_json
 
 METADATA_KEY = "hydit.config"
 METADATA_FORMAT = 1
@@ -234,11 +235,8 @@ class ModelInfo:
         text = metadata.get(METADATA_KEY)
         if text is None:
             return cls.published(version)
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise WeightsError(f"metadata {METADATA_KEY!r} is not JSON: {error}") from error
-        if not isinstance(values, dict) or not isinstance(values.get("format"), int):
+        values = parse_json(text, f"metadata {METADATA_KEY!r}")
+        if not isinstance(values.get("format"), int):
             raise WeightsError(f"metadata {METADATA_KEY!r} is not an object with a format number")
         if values["format"] > METADATA_FORMAT:
             raise WeightsError(

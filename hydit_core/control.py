@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .config import DiTConfig
-from .errors import ConfigError
+from .errors import ConfigError, WeightsError
 from .model.controlnet import ControlNet, combine_controls
 from .model.layer_weights import LayerWeights
 from .model.trunk import Context
+from .untrusted import parse_json
+
+if TYPE_CHECKING:
+    from .weights.source import TensorSource
 
 CONTROL_KEY = "hydit.control"
 """Metadata key of a ControlNet's file: JSON of how its control pictures are made (``kind``, thresholds)."""
@@ -44,6 +49,24 @@ class ControlInput:
             raise ConfigError(
                 f"control start {self.start:g} and end {self.end:g}: use 0 <= start <= end <= 1"
             )
+
+
+def picture_facts(source: TensorSource) -> dict[str, Any]:
+    """How a ControlNet's control pictures are made, if its file says so: ``kind``, canny's ``low``, ``high``.
+
+    Raises :class:`WeightsError` when what it says cannot be meant.
+    """
+    text = source.metadata.get(CONTROL_KEY)
+    if text is None:
+        return {}
+    where = f"{source.path}: metadata {CONTROL_KEY!r}"
+    facts: dict[str, Any] = parse_json(text, where)
+    for name in facts.keys() & {"low", "high"}:
+        if type(facts[name]) is not int or not 0 <= facts[name] <= 255:
+            raise WeightsError(f"{where}: {name} is {facts[name]!r}; a threshold of canny is 0 to 255")
+    if not isinstance(facts.get("kind", ""), str):
+        raise WeightsError(f"{where}: kind is {facts['kind']!r}; expected a text such as 'canny'")
+    return facts
 
 
 _SHARED = ("hidden_size", "depth", "in_channels", "patch_size", "text_len", "t5_len", "text_dim", "t5_dim")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from .config import SamplingDefaults
-from .control import CONTROL_KEY, ControlInput, check_fit
+from .control import ControlInput, check_fit, picture_facts
 from .data.control_images import CANNY_THRESHOLDS, canny
 from .data.images import Geometry, load_picture
 from .errors import ConfigError
@@ -22,6 +21,7 @@ from .weights.writer import atomic_path
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
+    from .weights.source import TensorSource
 
 _WEIGHTS = "--control-weights"
 MAX_STRENGTH = 10
@@ -110,7 +110,7 @@ def read(
     controls, facts = [], []
     for index, (text, chosen) in enumerate(zip(args.controlnet, _weights(args), strict=True)):
         path, scale = split_weight(text)
-        thresholds = _thresholds(open_controlnet(path).metadata)
+        thresholds = _thresholds(open_controlnet(path))
         net, _ = load_controlnet(path, dtype=pipe.dit.dtype, device=pipe.device)
         check_fit(net.config, pipe.dit.config, str(path))
         picture_path = _one(args.control_image, index)
@@ -158,13 +158,10 @@ def _write(picture: Image.Image, folder: Path, stem: str) -> Path:
     return path
 
 
-def _thresholds(metadata: Any) -> tuple[int, int]:
+def _thresholds(source: TensorSource) -> tuple[int, int]:
     """Of canny: those that the ControlNet was trained with, if its file says so."""
-    try:
-        made = json.loads(metadata[CONTROL_KEY])
-        return int(made["low"]), int(made["high"])
-    except (KeyError, TypeError, ValueError):
-        return CANNY_THRESHOLDS
+    made = picture_facts(source)
+    return (made["low"], made["high"]) if {"low", "high"} <= made.keys() else CANNY_THRESHOLDS
 
 
 def _one(values: Sequence[Any], index: int) -> Any:

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Categories of Unicode that a terminal obeys, or that hide or turn what stands around them.
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+# Joiners that emoji and some scripts are written with.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, with every character escaped that is not to be seen: ESC as ``\\x1b``.
+
+    Names and values of files can be anything; on a terminal or in a log they must not do anything.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _UNSEEN and character not in _JOINERS
+        else character
+        for character in text
+    )
 
 
 class HyditError(Exception):
-    """Base of every error that says what was found, what was expected and what to do."""
+    """Base of every error that says what was found, what was expected and what to do.
+
+    Each argument is one line of the text; what cannot be printed in it is escaped (:func:`printable`).
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(line)) for line in self.args)
 
 
 class WeightsError(HyditError):
@@ -27,18 +56,47 @@ class DataError(HyditError):
     """Training data that is missing, unreadable or inconsistent."""
 
 
+class PrintableOutput:
+    """A text stream in which nothing but lines, tabs and what ``kept`` names moves the cursor."""
+
+    def __init__(self, stream: Any, kept: str = "") -> None:
+        self._stream = stream
+        self._kept = "\n\t" + kept
+
+    def write(self, text: str) -> int:
+        safe = text if text.isprintable() else "".join(c if c in self._kept else printable(c) for c in text)
+        self._stream.write(safe)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _printable_streams() -> Iterator[None]:
+    """Output that escapes what a terminal would obey, and what stdout's encoding lacks (on Windows)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    stdout, stderr = sys.stdout, sys.stderr
+    sys.stdout = PrintableOutput(stdout)  # type: ignore[assignment]
+    sys.stderr = PrintableOutput(stderr, "\r")  # type: ignore[assignment] # progress bars
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = stdout, stderr
+
+
 def cli_main(run: Callable[[], int | None]) -> int:
     """Run a command line; a :class:`HyditError` becomes ``error: ...`` on stderr and exit code 2.
 
-    Where stdout's encoding lacks a character (a file name in Chinese, redirected on Windows), it is escaped.
+    Whatever it prints on the way, characters that a terminal would obey come out escaped.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        return run() or 0
-    except HyditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    with _printable_streams():
+        try:
+            return run() or 0
+        except HyditError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130

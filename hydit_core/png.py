@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import DataError
+from .untrusted import parse_json
 
 FORMAT = 1
 # Names in the `parameters` line, in its customary order.
@@ -64,10 +65,11 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         with Image.open(path) as image:
             image.load()
             text = getattr(image, "text", {}).get("hydit")
-    except OSError as error:
+    # A bomb of pixels or of compressed text is not an OSError.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: not a readable picture ({error})") from error
     if text is None:
         raise DataError(
             f"{path}: carries no `hydit` chunk; it was not written by hydit, or was re-saved without it"
         )
-    return json.loads(text)
+    return parse_json(text, f"{path}: chunk 'hydit'", error=DataError)

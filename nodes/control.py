@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..hydit_core.control import CONTROL_KEY
+from ..hydit_core.control import picture_facts
 from ..hydit_core.model.layer_weights import LayerWeights
 from ..hydit_core.weights.detect import FileKind, detect, tencent_view
 from ..hydit_core.weights.dtypes import dtype_name
@@ -78,10 +77,7 @@ def _text(source: TensorSource, kind: FileKind) -> str:
 
 def _picture_kind(source: TensorSource) -> str:
     """What its control pictures are, if the file says so."""
-    try:
-        return str(json.loads(source.metadata[CONTROL_KEY])["kind"])
-    except (KeyError, TypeError, ValueError):
-        return ""
+    return str(picture_facts(source).get("kind", ""))
 
 
 class HyDiTLayerWeights(io.ComfyNode):

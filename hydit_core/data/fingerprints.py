@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import DataError
+from ..untrusted import parse_json
 from .sources import PictureFile
 
 Progress = Callable[[int, int], None]
@@ -58,8 +59,8 @@ class PictureHashes:
         for path in sorted(folder.glob("pictures-*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    name, size, changed, digest = json.loads(line)
-                except ValueError:  # the last line of a process that was killed
+                    name, size, changed, digest = parse_json(line, str(path), kind=list, error=DataError)
+                except (DataError, ValueError):  # the last line of a process that was killed
                     continue
                 self._known[name] = (size, changed, digest)
 

@@ -274,20 +274,20 @@ def _add(
 
 
 def _raise_findings(config: DataConfig, findings: Findings) -> None:
-    def listed(shown: list[str], count: int) -> str:
-        more = f"\n  ... and {count - len(shown)} more" if count > len(shown) else ""
-        return "".join(f"\n  {line}" for line in shown) + more
+    def listed(shown: list[str], count: int) -> list[str]:
+        more = [f"  ... and {count - len(shown)} more"] if count > len(shown) else []
+        return [*(f"  {line}" for line in shown), *more]
 
     if findings.missing_captions and not config.allow_missing_captions:
         raise DataError(
-            f"pictures without a caption: {findings.missing_captions}"
-            + listed(findings.missing_shown, findings.missing_captions)
-            + "\nGive each a caption, or its source one for all (caption = ...), or set "
-            "data.allow_missing_captions = true to train them with data.empty_caption"
+            f"pictures without a caption: {findings.missing_captions}",
+            *listed(findings.missing_shown, findings.missing_captions),
+            "Give each a caption, or its source one for all (caption = ...), or set "
+            "data.allow_missing_captions = true to train them with data.empty_caption",
         )
     if findings.unreadable and config.on_unreadable == "error":
         raise DataError(
-            f"pictures that cannot be read: {findings.unreadable}"
-            + listed(findings.unreadable_shown, findings.unreadable)
-            + "\nRepair or remove them, or set data.on_unreadable = 'skip' to leave them out"
+            f"pictures that cannot be read: {findings.unreadable}",
+            *listed(findings.unreadable_shown, findings.unreadable),
+            "Repair or remove them, or set data.on_unreadable = 'skip' to leave them out",
         )

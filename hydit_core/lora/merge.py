@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LoraError
+from ..untrusted import parse_json
 from ..weights.convert import convert
 from ..weights.detect import BERT_PREFIXES, MT5_PREFIXES, FileKind, expect
 from ..weights.dtypes import dtype_name
@@ -314,8 +315,8 @@ def _record(
 ) -> dict[str, str]:
     """Metadata that says what went in."""
     try:
-        entries = list(json.loads(source.metadata.get(MERGED_KEY, "[]")))
-    except (ValueError, TypeError):
+        entries = parse_json(source.metadata.get(MERGED_KEY, "[]"), MERGED_KEY, kind=list, error=LoraError)
+    except LoraError:
         entries = []
     for adapter, strength, share, match in zip(adapters, strengths, weights, matches, strict=True):
         entry = {"lora": adapter.name, "strength": strength, "modules": len(match.matched)}

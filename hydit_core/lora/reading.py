@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import LoraError
+from ..untrusted import read_json
 from ..weights.detect import detect
 from ..weights.files import open_tensors
 from ..weights.source import MemorySource, TensorSource
@@ -306,12 +306,7 @@ def _peft_config(path: Path) -> dict[str, Any]:
     file = (path if path.is_dir() else path.parent) / PEFT_CONFIG
     if not file.is_file():
         return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoraError(f"{file} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise LoraError(f"{file} holds no configuration of peft")
+    config: dict[str, Any] = read_json(file, error=LoraError)
     kind = config.get("peft_type", "LORA")
     if kind not in ("LORA", "LOHA", "LOKR"):
         raise LoraError(f"{file} is of peft's {kind}; LORA, LOHA and LOKR can be read")

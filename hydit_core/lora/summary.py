@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from ..config import DIT_G2_V11, DIT_G2_V12, DIT_XL2_V12, DiTConfig
 from ..embedded import embedded_model
 from ..errors import LoraError
 from ..model import DiT
+from ..untrusted import parse_json
 from ..weights.dtypes import dtype_name
 from ..weights.parts import bundle
 from .adapter import Adapter, Match, module_shapes
@@ -163,11 +163,11 @@ def _short(value: float) -> float:
 def _tags(metadata: Mapping[str, str]) -> str:
     """The words that were most often in the captions, of files by kohya's trainer."""
     try:
-        sets = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        sets = parse_json(metadata.get("ss_tag_frequency", "{}"), "ss_tag_frequency", error=LoraError)
         counts: Counter[str] = Counter()
         for tags in sets.values():
             counts.update(tags)
-    except (ValueError, AttributeError, TypeError):
+    except (LoraError, AttributeError, TypeError):
         return ""
     return ", ".join(tag.strip() for tag, _ in counts.most_common(8))
 

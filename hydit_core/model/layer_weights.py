@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..untrusted import read_json
 
 PUBLISHED_DECAY = 0.825
 """The base of Tencent's example, ``1.0 * 0.825 ** (19 - i)`` for i = 0..18: later layers weigh more."""
@@ -153,9 +153,9 @@ def read_weights(text: str, option: str) -> LayerWeights:
     if not text.lower().endswith(".json"):
         return LayerWeights.parse(text)
     try:
-        content = json.loads(Path(text).read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{option} {text}: cannot be read as JSON: {error}") from error
+        content = read_json(text, kind=object, error=ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from None
     if not isinstance(content, (str, int, float, list)) or isinstance(content, bool):
         raise ConfigError(f"{option} {text}: expected a list of numbers, a number or the name of a curve")
     return LayerWeights.parse(content)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import WeightsError
+from ..untrusted import read_json
 from ..weights.companions import vocabulary
 from ..weights.parts import Parts
 from .dimensions import LOWERCASE
@@ -113,11 +113,8 @@ def _lowercase(folder: Path) -> bool | None:
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}") from None
-    return bool(values[LOWERCASE]) if isinstance(values, dict) and LOWERCASE in values else None
+    values = read_json(file)
+    return bool(values[LOWERCASE]) if LOWERCASE in values else None
 
 
 def _in(given: Sequence[Path]) -> str:

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import HyditError
+from ..untrusted import read_json
 
 FORMAT = 1
 _WRITING = ".writing-"
@@ -167,14 +168,14 @@ def load_latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises :class:`HyditError` when it is incomplete or damaged."""
     try:
-        manifest: Mapping[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest: Mapping[str, Any] = read_json(path / "manifest.json", error=HyditError)
         for name, entry in manifest.items():
             size = (path / name).stat().st_size
             if size != entry["size"]:
                 raise HyditError(f"{path}: {name} is damaged ({size} bytes, {entry['size']} were written)")
             if _sha256(path / name) != entry["sha256"]:
                 raise HyditError(f"{path}: {name} is damaged (its content is not what was written)")
-        record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        record = read_json(path / "state.json", error=HyditError)
         if record["format"] != FORMAT:
             raise HyditError(
                 f"{path}: checkpoint format {record['format']}, this version reads {FORMAT}; update hydit"

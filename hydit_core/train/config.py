@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import json
 import re
-import sys
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,11 +33,7 @@ from pydantic.fields import FieldInfo
 from ..config import DiffusionConfig, DiTConfig, SamplingDefaults
 from ..data.config import DataConfig
 from ..errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover
-    import tomli as tomllib
+from ..untrusted import parse_toml, read_toml
 
 
 def _resolve(value: Any, info: ValidationInfo) -> Any:
@@ -359,19 +354,14 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
 
     Raises :class:`ConfigError` with every fault found, each with its dotted path.
     """
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    raw = read_toml(path)
     for override in overrides or []:
         _apply(raw, override)
     base = path.resolve().parent
     try:
         config = TrainConfig.model_validate(raw, context={"base": base})
     except ValidationError as error:
-        raise ConfigError(f"{path}:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError(f"{path}:", *map(_explain, error.errors())) from None
     return config.model_copy(update={"data": config.data.resolved(base)})
 
 
@@ -380,8 +370,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not sep or not key.strip():
         raise ConfigError(f"--set {override}: expected key=value, for example run.steps=500")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}", "--set")["value"]
+    except ConfigError:
         value = text
     *parents, last = key.strip().split(".")
     table = raw

@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Batch
+from ..errors import DataError
+from ..untrusted import parse_json
 from .distributed import Processes
 
 FILE = "metrics.jsonl"
@@ -104,8 +106,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         for line in file:
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                yield parse_json(line, str(path), error=DataError)
+            except DataError:
                 continue
 
 

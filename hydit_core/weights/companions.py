@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import ModelInfo
-from ..errors import WeightsError
+from ..untrusted import read_json
 from . import vae_layout
 from .detect import expect
 from .files import has_weights, open_tensors
@@ -126,10 +125,7 @@ def _config(folder: Path | None, *names: str, file_name: str = "config.json") ->
     file = folder / file_name if folder else None
     if file is None or not file.is_file():
         return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{file} is not valid JSON: {error}") from None
+    values = read_json(file)
     return {name: values[name] for name in names if values.get(name) is not None}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..config import DiTConfig
+from ..errors import printable
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, version_text
 from .dtypes import dtype_name
 from .parts import model_info, open_model
@@ -42,7 +43,7 @@ def describe(path: str | os.PathLike[str], *, load_key: str | None = None) -> st
     lines = [f"{name:<{width}}  {text}" for name, text in rows]
     lines += ["metadata"] if source.metadata else []
     lines += [f"  {key}: {_shorten(text)}" for key, text in sorted(source.metadata.items())]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _model_rows(source: TensorSource, kind: FileKind) -> Iterator[tuple[str, str]]:

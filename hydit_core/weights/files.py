@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import WeightsError
+from ..untrusted import parse_json, read_json
 from .dtypes import SAFETENSORS_DTYPES
 from .pickles import open_pickle
 from .source import MergedSource, TensorSource, cast
@@ -40,6 +40,7 @@ _STANDARD_NAMES = (
 _SHARD = re.compile(r"-\d{5}-of-(?!00001\.)\d{5}\.")
 _AGAIN = " download or save it again"
 _HEADER_LIMIT = 100_000_000
+_MOST_TENSORS = 1_000_000
 _FOREIGN = {
     b"<": "an HTML or XML page (a failed download?)",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (run git lfs pull)",
@@ -153,11 +154,9 @@ def _read_header(file: Any, path: Path) -> tuple[int, dict[str, Any]]:
             f"{_AGAIN}"
         )
     try:
-        header = json.loads(peek + file.read(length - 1))
-        if not isinstance(header, dict):
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise WeightsError(f"{path}: the safetensors header is damaged;{_AGAIN}") from None
+        header = parse_json(peek + file.read(length - 1), "header", max_values=10 * _MOST_TENSORS)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: the safetensors header is damaged ({error});{_AGAIN}") from None
     return 8 + length, header
 
 
@@ -250,9 +249,9 @@ def _preference(path: Path) -> tuple[bool, bool, int, str]:
 def _read_index(index: Path) -> tuple[dict[str, Any], list[str]]:
     """What an index says, and the names of its shards."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index)
         return content, sorted(set(content["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError) as error:
         raise WeightsError(f"{index} is damaged: no weight_map in it; download it again") from error
 
 

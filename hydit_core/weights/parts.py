@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -14,6 +13,7 @@ import torch
 
 from ..config import METADATA_KEY, ModelInfo
 from ..errors import WeightsError
+from ..untrusted import read_json
 from .companions import FOLDERS, Companions, bert_part, companions, mt5_part, options_beside, vae_part
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, tencent_view
 from .files import has_weights, open_tensors
@@ -69,8 +69,8 @@ def _with_scheduler(info: ModelInfo, path: Path) -> ModelInfo:
     )
     if config is None:
         return info
+    values = read_json(config)
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
         names: dict[str, Prediction] = {"v_prediction": "v", "epsilon": "epsilon", "sample": "sample"}
         diffusion = replace(
             info.diffusion,

@@ -16,6 +16,7 @@ from ...hydit_core.lora.blocks import BlockWeights
 from ...hydit_core.lora.extract import combine
 from ...hydit_core.lora.formats import from_tensors, to_tensors, write
 from ...hydit_core.lora.weighted import COMBINED_KEY, told_depth, weighted
+from ...hydit_core.untrusted import parse_json
 from .lora import apply_lora, report
 from .save import graph_texts, output_name, save_path
 
@@ -102,8 +103,8 @@ def _together(before: Adapter, own: Adapter) -> Adapter:
 def _recipe(adapter: Adapter) -> list[dict[str, Any]]:
     """What went into a LoRA."""
     try:
-        return list(json.loads(adapter.metadata[COMBINED_KEY]))
-    except (KeyError, TypeError, ValueError):
+        return list(parse_json(adapter.metadata[COMBINED_KEY], COMBINED_KEY, kind=list, error=LoraError))
+    except (KeyError, LoraError):
         return [{"lora": adapter.name, "strength": 1.0}]
 
 

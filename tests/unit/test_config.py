@@ -130,8 +130,8 @@ def test_absent_values_are_those_of_the_version_in_the_metadata():
     [
         ('{"format": 2, "version": "v1.2"}', "format 2.*update hydit"),
         ('{"version": "v1.2"}', "format number"),
-        ("[]", "not an object"),
-        ("{", "not JSON"),
+        ("[]", "holds a list; expected an object"),
+        ("{", "not valid JSON"),
         ('{"format": 1, "pooler_heads": "8"}', "pooler_heads is '8'"),
         ('{"format": 1, "diffusion": 5}', "diffusion is 5"),
     ],

@@ -138,7 +138,7 @@ def test_jsonl(pictures: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": ', "line 2 is not JSON"),
+        ('{"image": ', "line 2 is not valid JSON"),
         ("[1]", "expected an object"),
         ('{"caption": "x"}', "no picture path; expected one of image, file_name"),
         ('{"image": "pictures/00.png", "caption": 7}', "caption holds int"),

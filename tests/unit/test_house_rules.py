@@ -17,6 +17,7 @@ LAYERS = {
     "devices": 1,
     "embedded": 1,
     "finite": 1,
+    "untrusted": 1,
     "presets": 2,
     "png": 2,
     "model": 2,

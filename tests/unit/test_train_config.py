@@ -73,7 +73,7 @@ def test_files_that_are_no_toml(config_file: Path, tmp_path: Path) -> None:
     config_file.write_text("[run\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(config_file)
-    with pytest.raises(ConfigError, match=r"absent\.toml: cannot read"):
+    with pytest.raises(ConfigError, match=r"cannot read .*absent\.toml"):
         load_config(tmp_path / "absent.toml")
 
 

@@ -178,7 +178,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
 
     path = tmp_path / "odd.safetensors"
     save_file(good, path, metadata={"hydit.config": "{"})
-    expect_error(r"odd.safetensors: metadata .* is not JSON", lambda: load_vae(path))
+    expect_error(r"odd.safetensors: metadata .* is not valid JSON", lambda: load_vae(path))
     only_dit = {"x_embedder.proj.weight": torch.zeros(8, 4, 2, 2)}
     expect_error(r"dit.safetensors: no VAE found.*not a weights file of a kind", load(only_dit, "dit"))
     expect_error(r"no VAE found.*x_embedder.proj.weight", lambda: load_vae(only_dit))

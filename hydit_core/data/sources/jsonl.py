@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 from ...errors import DataError
+from ...untrusted import parse_json
 from ..config import SourceConfig
 from .entry import Entry
 from .table import row_entry
@@ -20,13 +20,7 @@ def read_jsonl(source: SourceConfig) -> Iterator[Entry]:
                 if not line.strip():
                     continue
                 where = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{where} is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: expected an object {{...}}, found {type(row).__name__}")
-                yield row_entry(row, source, where)
+                yield row_entry(parse_json(line, where, error=DataError), source, where)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from error
     except OSError as error:
