@@ -13,7 +13,8 @@ from ..hydit_core.weights.dtypes import dtype_name
 from ..hydit_core.weights.parts import open_controlnet
 from ..hydit_core.weights.source import TensorSource
 from .host import folders
-from .host.control import apply_control, load_control
+from .host.control import load_control
+from .host.control_apply import apply_control
 from .loaders import dtype_input, wrong_kind
 from .schema import make_schema
 

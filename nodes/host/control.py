@@ -1,23 +1,19 @@
-"""ControlNets of HunyuanDiT as CONTROL_NETs of ComfyUI, with a weight for each layer and a mask."""
+"""ControlNets of HunyuanDiT as CONTROL_NETs of ComfyUI."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import comfy.controlnet
-import comfy.model_base
 import comfy.model_management
 import comfy.ops
 import comfy.supported_models
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ...hydit_core.config import DiTConfig
 from ...hydit_core.errors import HyditError
 from ...hydit_core.model.controlnet import ControlNet
-from ...hydit_core.model.layer_weights import LayerWeights
 from ...hydit_core.weights.detect import FileKind, tencent_view
 from ...hydit_core.weights.load import check_names, model_config
 from ...hydit_core.weights.parts import model_info
@@ -96,106 +92,6 @@ def _sizes(x: Tensor, stated: Tensor | None) -> Tensor:
     return torch.tensor([[1024, 1024, width, height, 0, 0]], device=x.device).expand(len(x), -1)
 
 
-class WeightedControl(comfy.controlnet.ControlBase):
-    """A CONTROL_NET of HunyuanDiT whose residuals are multiplied layer by layer, and by a mask.
-
-    ``inner`` is any CONTROL_NET, with its picture and strength; it is used by nobody else. Neutral weights
-    leave its numbers as they are.
-    """
-
-    def __init__(self, inner: Any, weights: Sequence[float], mask: Tensor | None = None) -> None:
-        super().__init__()
-        self.inner, self.weights, self.mask = inner, tuple(weights), mask
-        self.extra_hooks = inner.extra_hooks
-
-    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
-        """Called before sampling. Forgets what a run left behind that was interrupted."""
-        self.cleanup()
-        _check_fit(self.inner.control_model, model)
-        super().pre_run(model, percent_to_timestep_function)
-        self.inner.pre_run(model, percent_to_timestep_function)
-
-    def get_control(self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, options: Any) -> Any:
-        previous = None
-        if self.previous_controlnet is not None:
-            previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, options)
-        control = self.inner.get_control(x_noisy, t, cond, batched_number, options)
-        if control is None:
-            return previous
-        mask = None if self.mask is None else self._token_mask(x_noisy, batched_number)
-        weighted = [
-            _multiply(residual, weight, mask)
-            for residual, weight in zip(control["output"], self.weights, strict=True)
-        ]
-        return self.control_merge({**control, "output": weighted}, previous, output_dtype=None)
-
-    def _token_mask(self, x: Tensor, batched_number: int) -> Tensor:
-        """The mask (B or 1, N, 1) for the tokens of latents ``x``: the share of each that it covers."""
-        assert self.mask is not None
-        height, width = x.shape[-2:]
-        # Cropped as the control picture is, which it may have been painted on
-        mask = comfy.utils.common_upscale(self.mask[:, None], width, height, "area", "center")
-        patch = self.inner.control_model.patch_size
-        mask = torch.nn.functional.avg_pool2d(mask, patch, ceil_mode=True).flatten(2).transpose(1, 2)
-        return comfy.controlnet.broadcast_image_to(mask.to(x.device), len(x), batched_number)
-
-    def cleanup(self) -> None:
-        super().cleanup()
-        self.inner.cleanup()
-
-    def copy(self) -> WeightedControl:
-        other = WeightedControl(self.inner.copy(), self.weights, self.mask)
-        self.copy_to(other)
-        return other
-
-    def deepclone_multigpu(self, load_device: torch.device, autoregister: bool = False) -> WeightedControl:
-        """A copy for another GPU."""
-        other = self.copy()
-        other.inner = self.inner.deepclone_multigpu(load_device)
-        if autoregister:
-            self.multigpu_clones[load_device] = other
-        return other
-
-    def get_models(self) -> list[Any]:
-        return [*super().get_models(), *self.inner.get_models()]
-
-    def inference_memory_requirements(self, dtype: torch.dtype) -> int:
-        """Bytes: mainly the residuals of both halves of guidance, which stay until the DiT has used them."""
-        network, picture = self.inner.control_model, self.inner.cond_hint_original
-        tokens = picture.shape[-1] * picture.shape[-2] // (8 * network.patch_size) ** 2
-        own = 2 * len(network.after_proj_list) * tokens * network.hidden_size * dtype.itemsize
-        others = self.inner.inference_memory_requirements(dtype) + super().inference_memory_requirements(
-            dtype
-        )
-        return int(own + others)
-
-
-def _multiply(residual: Tensor, weight: float, mask: Tensor | None) -> Tensor:
-    """``residual`` (B, N, D) * ``weight`` * ``mask``; exactly zero at 0, whatever the residual is."""
-    if weight == 0:
-        return torch.zeros_like(residual)
-    weighted = residual if weight == 1 else residual * weight
-    return weighted if mask is None else weighted * mask.to(weighted)
-
-
-def _check_fit(network: Any, model: Any) -> None:
-    if not isinstance(model, comfy.model_base.HunyuanDiT):
-        raise HyditError(
-            f"the ControlNet is HunyuanDiT's, the MODEL is {type(model).__name__}: load the model with "
-            "HyDiTCheckpointLoader, or use a ControlNet for that model"
-        )
-    base = model.diffusion_model
-    config = getattr(base, "config", None)  # ComfyUI's own class has none
-    width = base.hidden_size if config is None else config.hidden_size
-    skips = base.depth // 2 - 1 if config is None else config.num_controls
-    own = network.hidden_size, len(network.after_proj_list)
-    if own != (width, skips):
-        raise HyditError(
-            f"the ControlNet has {own[1]} layers of width {own[0]}, this MODEL takes {skips} of width "
-            f"{width}; use a ControlNet that was trained for this model"
-        )
-
-
 def load_control(source: TensorSource, kind: FileKind, *, weight_dtype: str = "default") -> Any:
     """A ControlNet of any version, size and layout as a CONTROL_NET of ComfyUI's own class.
 
@@ -226,65 +122,3 @@ def load_control(source: TensorSource, kind: FileKind, *, weight_dtype: str = "d
         load_device=device,
         extra_conds=_CONDITIONS,
     )
-
-
-def apply_control(
-    positive: list[Any],
-    negative: list[Any],
-    control: Any,
-    image: Tensor,
-    vae: Any,
-    *,
-    strength: float,
-    weights: LayerWeights,
-    start: float,
-    end: float,
-    mask: Tensor | None = None,
-) -> tuple[list[Any], list[Any]]:
-    """Both conditionings with a weighted copy of a CONTROL_NET, as ComfyUI's own node attaches one.
-
-    ``image`` (B, H, W, 3) in [0, 1]; ``mask`` (H, W) or (B, H, W) is 1 where the ControlNet acts.
-
-    Raises:
-        HyditError: it is another model's ControlNet, would act for no time, or there is no VAE.
-        ConfigError: the weights are of another number than its layers.
-    """
-    values = weights.resolve(layer_count(control))
-    if vae is None:  # as ComfyUI's checkpoint loader gives it for a file without one
-        raise HyditError("the control picture must be encoded, and vae is empty: connect the model's VAE")
-    if start > end:
-        raise HyditError(
-            f"start_percent {start:g} is after end_percent {end:g}: the ControlNet would never act"
-        )
-    if strength == 0 or not any(values):
-        return positive, negative
-    hint = image[..., :3].movedim(-1, 1)
-    if mask is not None:
-        mask = mask.reshape(-1, *mask.shape[-2:])
-    # One control for both prompts, so that they run as one batch
-    controls: dict[Any, WeightedControl] = {}
-
-    def attach(conditioning: list[Any]) -> list[Any]:
-        out = []
-        for features, options in conditioning:
-            previous = options.get("control")
-            if previous not in controls:
-                inner = control.copy().set_cond_hint(hint, strength, (start, end), vae=vae)
-                controls[previous] = WeightedControl(inner, values, mask).set_previous_controlnet(previous)
-            given = {"control": controls[previous], "control_apply_to_uncond": False}
-            out.append([features, {**options, **given}])
-        return out
-
-    return attach(positive), attach(negative)
-
-
-def layer_count(control: Any) -> int:
-    """How many residuals a CONTROL_NET gives; HyditError unless it is HunyuanDiT's, ours or ComfyUI's."""
-    network = getattr(control, "control_model", None)
-    projections = getattr(network, "after_proj_list", None)
-    if projections is None:
-        found = type(control).__name__ if network is None else type(network).__name__
-        raise HyditError(
-            f"the CONTROL_NET is {found}, not a ControlNet of HunyuanDiT; load one with HyDiTControlNetLoader"
-        )
-    return len(projections)

@@ -1,14 +1,8 @@
-"""Crossings with ComfyUI-Advanced-ControlNet, where it can be had.
-
-It is looked for in ADVANCED_CONTROLNET_PATH and in the host's own custom_nodes.
-"""
+"""Crossings with ComfyUI-Advanced-ControlNet, where it can be had."""
 
 from __future__ import annotations
 
-import asyncio
-import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +21,7 @@ from control_models import (
 )
 from graphs import Graph
 from model_runs import error, ksampler, network_calls
+from packs import load_pack
 from sampling_models import our_model
 from torch import Tensor
 
@@ -36,17 +31,7 @@ NAME = "ComfyUI-Advanced-ControlNet"
 
 @pytest.fixture(scope="module", autouse=True)
 def pack(host):
-    """The pack, loaded into the running host."""
-    given = os.environ.get("ADVANCED_CONTROLNET_PATH")
-    places = [Path(given)] if given else [host.comfy / "custom_nodes" / name for name in (NAME, NAME.lower())]
-    folder = next((place for place in places if (place / "__init__.py").is_file()), None)
-    if folder is None:
-        pytest.skip(f"{NAME} is not there: clone it and name the folder in ADVANCED_CONTROLNET_PATH")
-    if ADVANCED not in host.nodes.NODE_CLASS_MAPPINGS:
-        asyncio.run(host.nodes.load_custom_node(str(folder)))
-    if ADVANCED not in host.nodes.NODE_CLASS_MAPPINGS:
-        pytest.skip(f"{folder} does not load in ComfyUI {host.version}")
-    return folder
+    return load_pack(host, NAME, ADVANCED)
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +118,19 @@ def test_our_apply_node_weights_its_controlnets(host, model):
     options = {"layer_weights": "0.5, 0, 2", "end_percent": 0.6}
     found = steered(host, model, given, APPLY, **options)
     assert torch.equal(found, steered(host, model, native, **options))
+
+
+def test_it_takes_what_our_apply_node_attached(host, model, control):
+    """As AnimateDiff has it done with all controls of a prompt: weights and mask stay."""
+    name = next(name for name in sys.modules if name.endswith("adv_control.control"))
+    given = {"layer_weights": "0.5, 0, 2", "mask": torch.arange(96).lt(40).float().expand(1, 64, 96)}
+    g = Graph()
+    applied = add_apply(host, g, control, **given)
+    for conditioning in host.values(g, Out(applied, 0)):
+        attached = conditioning[0][1]["control"]
+        converted = sys.modules[name].convert_to_advanced(attached)
+        assert type(converted).__name__ == "ControlNetAdvanced"
+    both = [[conditioning[0][0], {**conditioning[0][1], "control": converted}]]
+    found = ksampler(host, model, positive=both)
+    plain = [[conditioning[0][0], {**conditioning[0][1], "control": attached}]]
+    assert torch.equal(found, ksampler(host, model, positive=plain))

@@ -166,7 +166,8 @@ def test_prompts_with_controls_of_their_own(host, model, control):
     positive, negative = host.values(g, Out(after, 0), Out(after, 1))
     first, second = (options["control"] for _, options in positive)
     assert first is not second and second is negative[0][1]["control"]
-    assert second.previous_controlnet is None and first.previous_controlnet.weights == (0, 0, 1)
+    assert second.previous_controlnet is None
+    assert first.previous_controlnet.control_model.weights == (0, 0, 1)
     assert torch.isfinite(host.values(g, add_steered(host, g, model, after))[0]["samples"]).all()
 
 
@@ -187,8 +188,8 @@ def test_an_interrupted_run_changes_nothing(host, model, control, native):
         long.set(short, **given)
         again = host.values(long, short, keep_cache=True)[0]["samples"]
         (conditioning,) = host.values(long, Out(applied, 0), keep_cache=True)
-        inner = conditioning[0][1]["control"].inner
-        assert inner.cond_hint is None and inner.model_sampling_current is None
+        used = conditioning[0][1]["control"]
+        assert used.cond_hint is None and used.model_sampling_current is None
         assert torch.equal(host.values(long, short)[0]["samples"], again)
 
 
@@ -207,22 +208,21 @@ def test_nothing_given_is_altered(host, model, control, native):
 
 
 def test_copies_are_independent_and_models_are_counted_once(host, model, control):
-    g = Graph()
-    applied = add_apply(host, g, control, after=add_apply(host, g, control, STOCK))
-    (conditioning,) = host.values(g, Out(applied, 0))
-    weighted = conditioning[0][1]["control"]
-    assert weighted.get_models() == [control.control_model_wrapped] * 2
-    copied = weighted.copy()
-    assert copied.inner is not weighted.inner and copied.previous_controlnet is None
-    assert copied.get_models() == [control.control_model_wrapped]
-    assert (copied.weights, copied.inner.strength) == (weighted.weights, weighted.inner.strength)
-    copied.inner.cond_hint = torch.zeros(1)
-    assert weighted.inner.cond_hint is None
-    copied.cleanup()
-    assert copied.inner.cond_hint is None
-    # Two halves of 24 tokens of width 64, three layers, 4 bytes; the stock one before it counts nothing
-    assert weighted.inference_memory_requirements(torch.float32) == 2 * 24 * 64 * 3 * 4
-    assert weighted.inference_memory_requirements(torch.float16) == 2 * 24 * 64 * 3 * 2
+    for given in ({}, {"layer_weights": "1, 0, 2", "mask": torch.ones(64, 96)}):
+        g = Graph()
+        applied = add_apply(host, g, control, after=add_apply(host, g, control, STOCK), **given)
+        (conditioning,) = host.values(g, Out(applied, 0))
+        attached = conditioning[0][1]["control"]
+        assert type(attached) is type(control)
+        assert attached.get_models() == [control.control_model_wrapped] * 2
+        copied = attached.copy()
+        assert copied.previous_controlnet is None and copied.get_models() == [control.control_model_wrapped]
+        for name in ("control_model", "cond_hint_original", "strength", "vae", "latent_format"):
+            assert getattr(copied, name) is getattr(attached, name), name
+        copied.cond_hint = torch.zeros(1)
+        assert attached.cond_hint is None
+        copied.cleanup()
+        assert copied.cond_hint is None
 
 
 def test_a_copy_for_another_gpu(host, model, control, neutral):
@@ -233,11 +233,11 @@ def test_a_copy_for_another_gpu(host, model, control, neutral):
     (conditioning,) = host.values(g, Out(add_apply(host, g, control, layer_weights="1, 0, 2"), 0))
     weighted, device = conditioning[0][1]["control"], torch.device("cpu")
     other = weighted.deepclone_multigpu(device, autoregister=True)
-    assert weighted.get_instance_for_device(device) is other and other.weights == (1, 0, 2)
-    mine, theirs = control.control_model.state_dict(), other.inner.control_model.state_dict()
-    assert other.inner.control_model is not control.control_model
+    assert weighted.get_instance_for_device(device) is other and other.control_model.weights == (1, 0, 2)
+    mine, theirs = control.control_model.state_dict(), other.control_model.network.state_dict()
+    assert other.control_model.network is not control.control_model
     assert all(torch.equal(mine[key], value) for key, value in theirs.items())
-    assert weighted.get_models() == [other.inner.control_model_wrapped, control.control_model_wrapped]
+    assert weighted.get_models() == [other.control_model_wrapped, control.control_model_wrapped]
 
 
 def test_hooks_of_a_control_net_are_kept(host, control):
