@@ -195,7 +195,8 @@ class ModelInfo:
 
     ``version`` is "v1.0", "v1.1" or "v1.2"; ``variant`` is "", "ema", "module" or "distill"; ``bert``, ``t5``
     and ``vae`` hold what those parts' shapes do not tell (attention heads, maximum relative distance, norm
-    groups, latent scale, preview colors); ``base`` names the weights that training started from.
+    groups, latent scale, preview colors); ``base`` names the weights that training started from;
+    ``posterior`` is "sample" or "mode", the kind of the VAE's latents that the DiT was trained on, or "".
     """
 
     version: str
@@ -208,6 +209,7 @@ class ModelInfo:
     t5: dict[str, Any] = field(default_factory=dict)
     vae: dict[str, Any] = field(default_factory=dict)
     base: str = ""
+    posterior: Literal["", "sample", "mode"] = ""
 
     @classmethod
     def published(cls, version: str) -> ModelInfo:

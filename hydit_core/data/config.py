@@ -188,8 +188,9 @@ class DataConfig(_Model):
     control: ControlConfig | None = None
     mask: MaskConfig | None = None
     prior: PriorConfig = PriorConfig()
-    posterior: Literal["sample", "mode"] = "sample"
-    """Whether each step samples the VAE's posterior, as Tencent does, or takes its mean."""
+    posterior: Literal["auto", "sample", "mode"] = "auto"
+    """Whether each step samples the VAE's posterior or takes its mean; ``auto`` does what the base was
+    trained with."""
     cache: CacheConfig = CacheConfig()
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that prepare batches ahead; the batches do not depend on their number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -190,6 +190,27 @@ class TrainData:
     def summary(self) -> DataSummary:
         """Counts of everything found, for ``--dry-run`` and the log."""
         return summarize(self)
+
+    def some_moments(
+        self, encode: Callable[[torch.Tensor], torch.Tensor], count: int, side: int
+    ) -> Iterator[torch.Tensor]:
+        """Moments (2 C, h, w) of up to ``count`` training pictures from all over the list.
+
+        From the latent cache where there is one; else ``encode`` gets pixels (3, H, W) of at most ``side``
+        each way. Unreadable pictures are passed over. The same for every rank.
+        """
+        chosen = np.linspace(0, len(self.train_rows) - 1, min(count, len(self.train_rows)))
+        for row in self.train_rows[chosen.astype(int)]:
+            try:
+                if self._latents is not None:
+                    yield self._latents.get(int(row), False)
+                    continue
+                file = self.manifest.picture(row)
+                picture = load_picture(file.read(), self.config.alpha_color, name=str(file))
+            except DataError:
+                continue
+            width, height = (min(side, edge) for edge in self.sizes[self.bucket_of_row[row]])
+            yield encode(to_tensor(Geometry.cover(picture.size, (width, height)).apply(picture)))
 
     def batch(self, step: int) -> Batch:
         """This rank's samples of ``step``."""

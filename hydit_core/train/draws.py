@@ -90,6 +90,8 @@ def validation_draws(
     total: int,
     shape: Sequence[int],
     num_timesteps: int = 1000,
+    *,
+    sample_posterior: bool = False,
 ) -> Draws:
     """The same noise and timestep for a sample at every validation, whatever the training seed.
 
@@ -97,8 +99,12 @@ def validation_draws(
     are an even grid.
     """
     noise = torch.empty(len(keys), *shape)
+    posterior_noise = torch.zeros_like(noise)
     for row, key in enumerate(keys):
-        noise[row].normal_(generator=torch.Generator().manual_seed(hash_int("validation", key)))
+        generator = torch.Generator().manual_seed(hash_int("validation", key))
+        noise[row].normal_(generator=generator)
+        if sample_posterior:
+            posterior_noise[row].normal_(generator=generator)
     # A stride coprime to the total mixes pictures and timesteps: neighbors in the list are often alike,
     # and should not all be measured at one noise level.
     stride = max(1, round(total * 0.618))
@@ -107,4 +113,4 @@ def validation_draws(
     slots = torch.tensor([index * stride % total for index in indices])
     t = ((slots + 0.5) * num_timesteps / total).long()
     never = [False] * len(keys)
-    return Draws(t, noise, torch.zeros_like(noise), never, never, never)
+    return Draws(t, noise, posterior_noise, never, never, never)

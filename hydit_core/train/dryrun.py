@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: nothing is written, no picture is encoded."""
+"""What a run would do, without doing it: nothing is written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..config import DiTConfig
+from ..config import DiTConfig, ModelInfo
 from ..data import require_outside_sources
 from ..lora import formats
 from ..model.controlnet import ControlNet
@@ -20,7 +20,8 @@ from .launch import held_run, open_data
 from .memory import estimate, largest
 from .objectives import control_parameters
 from .optim import parameter_groups
-from .parts import load_text
+from .parts import load_text, open_vae
+from .posterior import choose
 
 
 def describe(config: TrainConfig) -> Iterator[str]:
@@ -32,7 +33,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
     data = open_data(config)
     yield "Data"
     yield from (f"  {line}" for line in data.summary().lines())
-    dit = _shapes(config)
+    dit, info = _shapes(config)
     text = load_text(config, dit.config, like_file=True)
     yield "Captions"
     for fit in caption_fits(data.captions(), text.tokenizers):
@@ -73,6 +74,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
     if kind == "controlnet":
         start = config.objective.controlnet or "the first half of the DiT, which is frozen"
         yield f"  ControlNet from {start}"
+    yield f"  {choose(config, info, data, open_vae(config)).line}"
     yield f"  trained: {_count(trained.values()):,} parameters in {len(groups)} groups"
     yield "Run"
     samples = run.steps * run.batch_size * run.grad_accumulation
@@ -97,13 +99,13 @@ def describe(config: TrainConfig) -> Iterator[str]:
     yield from estimate(config, trained, muon, frozen, shape, size).lines()
 
 
-def _shapes(config: TrainConfig) -> DiT:
-    """The DiT without its content: a fresh one on the meta device, or a mapped file."""
+def _shapes(config: TrainConfig) -> tuple[DiT, ModelInfo]:
+    """The DiT without its content: a fresh one on the meta device, or a mapped file, and what that says."""
     if config.model.from_scratch is not None:
-        return DiT(DiTConfig.from_dict(config.model.from_scratch.model_dump()), device="meta")
+        dit = DiT(DiTConfig.from_dict(config.model.from_scratch.model_dump()), device="meta")
+        return dit, ModelInfo.published(dit.config.version)
     assert config.model.init_from is not None
-    dit, _ = load_dit(config.model.init_from)
-    return dit  # type: ignore[no-any-return]
+    return load_dit(config.model.init_from)  # type: ignore[return-value]
 
 
 def _count(parameters: object) -> int:

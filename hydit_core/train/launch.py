@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from .loop import Trainer, find_checkpoint
 from .lora import LoraObjective
 from .objectives import ControlNetObjective, FullObjective, Objective
 from .parts import ModelParts, build
+from .posterior import choose
 from .samples import sample_texts
 
 EXPORTS = (FullObjective.export_name, LoraObjective.export_name)
@@ -50,6 +52,7 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
             _warn_of_cut_captions(data, parts)
             _warn_of_trigger(config, data)
         prepare_data(config, data, parts, processes)
+        config = with_posterior(config, data, parts, processes.device, say)
         objective = make_objective(config, parts, processes.device)
         objective.use_checkpointing(float(run.gradient_checkpointing))
         trainer = Trainer(config, objective, data, processes)
@@ -100,6 +103,17 @@ def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, proces
         stored.store.refresh()  # what other processes encoded
         parts.stored_text = stored
         parts.text.to("cpu" if config.exports_text else "meta")
+
+
+def with_posterior(
+    config: TrainConfig, data: TrainData, parts: ModelParts, device: torch.device, say: Callable[[str], None]
+) -> TrainConfig:
+    """``config`` with ``data.posterior`` decided, for the loop and for what the exported file says."""
+    measured = config.data.posterior == "auto" and not config.data.cache.latents
+    choice = choose(config, parts.info, data, parts.vae.to(device) if measured else parts.vae)
+    say(choice.line)
+    parts.info = dataclasses.replace(parts.info, posterior=choice.kind)
+    return config.model_copy(update={"data": config.data.model_copy(update={"posterior": choice.kind})})
 
 
 def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:

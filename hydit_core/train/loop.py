@@ -253,10 +253,10 @@ class Trainer:
         config, final = self.config, step == self.config.run.steps
         every = config.validation.every
         if every and (step % every == 0 or final):
-            values = validate(self.objective, self.data, self.processes, self._autocast)
+            values = self._validate()
             if self.ema is not None and step > 0:
                 with self.ema.swapped():
-                    averaged = validate(self.objective, self.data, self.processes, self._autocast)
+                    averaged = self._validate()
                 values.update({f"{name}_ema": value for name, value in averaged.items()})
             if values:
                 self.metrics.record(step, values)
@@ -277,6 +277,10 @@ class Trainer:
                     )
                 self.metrics.note(f"step {step}: pictures in {path}")
             self.processes.barrier()
+
+    def _validate(self) -> dict[str, float]:
+        drawn = self.draws.sample_posterior
+        return validate(self.objective, self.data, self.processes, self._autocast, sample_posterior=drawn)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.ema is None else self.ema.swapped()

@@ -81,7 +81,7 @@ def build(config: TrainConfig) -> ModelParts:
         dit, info = load_dit(model.init_from, attention=training_attention, **how)  # type: ignore[arg-type]
         info = dataclasses.replace(info, base=model.init_from.name, variant="")
     text = load_text(config, dit.config)
-    vae = load_vae(model.vae or _present(model.init_from))
+    vae = open_vae(config)
     info = _with_section(info, model.info)
     options = text.info()
     info = dataclasses.replace(info, bert=options["bert"], t5=options["t5"], vae=_vae_info(vae, info))
@@ -89,6 +89,11 @@ def build(config: TrainConfig) -> ModelParts:
     if controlnet is not None and config.run.precision == "bf16":
         dit.to(torch.bfloat16)  # frozen
     return ModelParts(dit, text, vae, info, controlnet)
+
+
+def open_vae(config: TrainConfig) -> VAE:
+    """The VAE of a run, in float32 on the CPU."""
+    return load_vae(config.model.vae or _present(config.model.init_from))
 
 
 def _controlnet(config: TrainConfig, dit: DiT) -> ControlNet:

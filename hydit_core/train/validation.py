@@ -20,10 +20,13 @@ def validate(
     data: TrainData,
     processes: Processes,
     autocast: Callable[[], AbstractContextManager[Any]],
+    *,
+    sample_posterior: bool = False,
 ) -> dict[str, float]:
     """Mean losses over the held-out pictures, each at its own fixed noise and timestep.
 
-    Every process works on its share. Empty when no picture is held out.
+    ``sample_posterior`` as in training: losses on other latents mean nothing for it. Every process works on
+    its share. Empty when no picture is held out.
     """
     total = len(data.validation)
     if total == 0:
@@ -35,7 +38,9 @@ def validate(
     try:
         for batch in data.validation_batches():
             shape = objective.latent_shape(batch)
-            draws = validation_draws(batch.keys, batch.positions.tolist(), total, shape)
+            draws = validation_draws(
+                batch.keys, batch.positions.tolist(), total, shape, sample_posterior=sample_posterior
+            )
             with autocast():
                 terms = module(**objective.inputs(batch, draws))
             weights = batch.weights.to(processes.device, torch.float64)
