@@ -13,7 +13,7 @@ from PIL import Image
 
 from .config import SamplingDefaults
 from .control import ControlInput, check_fit, picture_facts
-from .data.control_images import CANNY_THRESHOLDS, canny
+from .data.control_images import CANNY_THRESHOLDS, canny, load_control
 from .data.images import Geometry, load_picture
 from .errors import ConfigError
 from .model.layer_weights import CURVES, LayerWeights, read_each, split_weight
@@ -114,10 +114,11 @@ def read(
         net, _ = load_controlnet(path, dtype=pipe.dit.dtype, device=pipe.device)
         check_fit(net.config, pipe.dit.config, str(path))
         picture_path = _one(args.control_image, index)
-        picture = load_picture(picture_path)
+        edges = args.control_preprocess == "canny"
+        picture = load_picture(picture_path) if edges else load_control(picture_path)
         size = (settings.width, settings.height)
         picture = Geometry.cover(picture.size, size).apply(picture)
-        hint = canny(picture, thresholds) if args.control_preprocess == "canny" else picture
+        hint = canny(picture, thresholds) if edges else picture
         values = [scale * value for value in chosen.resolve(net.config.num_controls)]
         controls.append(_control(args, net, hint, LayerWeights.parse(values)))
         if not 0 <= scale <= MAX_STRENGTH:

@@ -7,10 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from . import embedded
-from .data.images import Geometry, probe_size
+from .data.images import Geometry, probe
 from .weights.parts import bundle
 from .workflow import KINDS, Graph, Output
 
@@ -196,15 +194,10 @@ def _vae_file(path: Path) -> str | None:
     return path.name if bundle(path, only=("vae",)).kind.kind == "vae" else None
 
 
-def _has_alpha(path: Path) -> bool:
-    with Image.open(path) as opened:
-        return "A" in opened.getbands() or "transparency" in opened.info
-
-
 def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
     """Load the picture and fit it to ``size`` as :class:`~.data.images.Geometry` does; gives its pixels."""
-    geometry = Geometry.cover(probe_size(path), size)
-    alpha = _has_alpha(path)
+    original, alpha = probe(path)
+    geometry = Geometry.cover(original, size)
     image, mask = graph.add(
         "LoadImage",
         (-1270 if alpha else -490, _BELOW),

@@ -20,7 +20,7 @@ import torch
 from ..errors import ConfigError, DataError
 from .config import DataConfig, Size
 from .fingerprints import PictureHashes, Progress, file_hash, module_hash
-from .images import Geometry, load_picture, to_tensor
+from .images import Geometry, to_tensor
 from .sources import source_kind
 from .store import KEY_LENGTH, TensorStore, content_key
 
@@ -235,8 +235,7 @@ def _pixels(data: TrainData, cache: LatentCache, row: int, missing: np.ndarray) 
     file, size = data.manifest.picture(row), data.sizes[data.bucket_of_row[row]]
     entries: Entries = {}
     try:
-        content = file.read()
-        picture = load_picture(content, data.config.alpha_color, name=str(file))
+        picture, content = data.manifest.load(row, data.config.alpha_color)
         for flip in (False, True):
             geometry = Geometry.cover(picture.size, size, flip=flip)
             plain, control = (_entry(flip, kind) for kind in (False, True))

@@ -12,7 +12,7 @@ from PIL import Image
 from ..errors import ConfigError, DataError
 from .config import ControlConfig, Size
 from .fingerprints import file_hash
-from .images import Geometry, load_picture
+from .images import Geometry, check_shape, load_picture
 from .manifest import Manifest
 from .sources import PictureFile
 
@@ -32,6 +32,14 @@ def canny(picture: Image.Image, thresholds: tuple[int, int] = CANNY_THRESHOLDS) 
     return Image.fromarray(cv2.Canny(np.asarray(picture.convert("RGB")), *thresholds)).convert("RGB")
 
 
+def load_control(source: Path | bytes, *, name: str | None = None) -> Image.Image:
+    """A control picture as RGB: light lines, and what is transparent is the dark ground.
+
+    Raises :class:`DataError` as :func:`load_picture` does.
+    """
+    return load_picture(source, "black", name=name)
+
+
 class ControlImages:
     """Makes the control pictures of a run, as configured. Can be pickled to worker processes."""
 
@@ -48,7 +56,7 @@ class ControlImages:
         """The file that the control picture of a row depends on."""
         if not self.from_files:
             return manifest.picture(row)
-        return PictureFile(Path(manifest[row].extra["control"]))
+        return manifest.extra(row)["control"]
 
     @cached_property
     def recipe(self) -> str:
@@ -59,7 +67,7 @@ class ControlImages:
         if config.kind == "depth":
             assert config.model is not None
             return f"depth 1: {_folder_hash(config.model)}"
-        return "files 1"
+        return "files 2: on black"
 
     def make(self, picture: Image.Image, geometry: Geometry, file: PictureFile) -> Image.Image:
         """The RGB control picture, of the size of ``picture``, which ``geometry`` has been applied to.
@@ -71,11 +79,13 @@ class ControlImages:
             return canny(picture, (config.low, config.high))
         if config.kind == "depth":
             return self._depth(picture)["depth"].convert("RGB").resize(picture.size)
-        return geometry.apply(load_picture(file.read(), self.alpha_color, name=str(file)))
+        control = load_control(file.read(), name=str(file))
+        check_shape(f"control picture {file}", control.size, geometry.original)
+        return geometry.apply(control)
 
     def from_file(self, path: Path, size: Size) -> Image.Image:
         """The control picture of ``size`` for one picture file; the file itself if such are read."""
-        picture = load_picture(path, self.alpha_color)
+        picture = load_control(path) if self.from_files else load_picture(path, self.alpha_color)
         geometry = Geometry.cover(picture.size, size)
         return self.make(geometry.apply(picture), geometry, PictureFile(path))
 

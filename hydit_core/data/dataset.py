@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from .buckets import assign_buckets, bucket_sizes
 from .cache import LatentCache
 from .config import DataConfig, Size
 from .control_images import ControlImages
-from .images import Geometry, load_picture, to_tensor
+from .images import Geometry, to_tensor
 from .manifest import Findings, Manifest, gather, validation_rows
 from .mask_images import MaskImages
 from .order import BatchOrder, hash_int, uniform
@@ -76,14 +77,31 @@ class _Values:
 
 
 @dataclass(frozen=True)
+class _Draw:
+    """The random numbers of a sample, each in [0, 1) but for ``flip``."""
+
+    crop: float = 0.5
+    flip: bool = False
+    caption: float = 0.0
+
+
+@dataclass(frozen=True)
 class _Sample:
     """One prepared sample of a batch."""
 
-    key: str
+    row: int
     caption: str
     geometry: Geometry
     values: _Values
     skipped: tuple[str, ...] = ()
+
+
+class _NoneReadable(Exception):
+    """No picture of a bucket can be read: their keys, and what was wrong with the first."""
+
+    def __init__(self, keys: list[str], reason: str) -> None:
+        super().__init__(reason)
+        self.keys = keys
 
 
 def open_dataset(
@@ -124,7 +142,7 @@ class TrainData:
         self.rank = rank
         self.sizes = bucket_sizes(config)
         self.bucket_of_row = assign_buckets(manifest.widths, manifest.heights, self.sizes)
-        prior = np.array([source.prior for source in config.sources])[manifest.sources]
+        self._prior = prior = np.array([source.prior for source in config.sources])[manifest.sources]
         if prior.all():
             raise DataError("all pictures that are left are prior ones: none shows what is to be learned")
         held_out = validation_rows(manifest, config.validation, ~prior)
@@ -205,23 +223,28 @@ class TrainData:
                 if self._latents is not None:
                     yield self._latents.get(int(row), False)
                     continue
-                file = self.manifest.picture(row)
-                picture = load_picture(file.read(), self.config.alpha_color, name=str(file))
+                picture, _ = self.manifest.load(int(row), self.config.alpha_color)
             except DataError:
                 continue
             width, height = (min(side, edge) for edge in self.sizes[self.bucket_of_row[row]])
             yield encode(to_tensor(Geometry.cover(picture.size, (width, height)).apply(picture)))
 
     def batch(self, step: int) -> Batch:
-        """This rank's samples of ``step``."""
+        """This rank's samples of ``step``.
+
+        Where no picture of its size can be read and such are to be skipped, pictures of the next size that
+        is most alike. Raises :class:`DataError` for an unreadable picture otherwise, or if none is readable.
+        """
         indices = self.order.samples(step)
-        size = self.sizes[self.order.bucket(step)]
         positions = self.order.positions(self.rank)
         epochs = self.order.passes(step)
-        samples = [self._training_sample(step, p, int(indices[p]), int(epochs[p]), size) for p in positions]
-        prior = self.config.prior.weight
-        weights = [prior if self.samples.is_prior(int(indices[p])) else 1.0 for p in positions]
-        return self._collate(step, samples, size, positions, weights)
+
+        own = slice(positions.start, positions.stop)
+        rows = partial(self._training_rows, indices[own], epochs[own])
+        draws = [self._draw(step, position) for position in positions]
+        bucket, samples = self._readable(self.order.bucket(step), rows, draws)
+        weights = [self.config.prior.weight if self._prior[s.row] else 1.0 for s in samples]
+        return self._collate(step, samples, self.sizes[bucket], positions, weights)
 
     def loader(self, start_step: int, end_step: int, workers: int | None = None) -> Iterator[Batch]:
         """Batches of the steps from ``start_step`` up to, not including, ``end_step``, in order.
@@ -233,13 +256,26 @@ class TrainData:
         if workers == 0:
             yield from (self.batch(step) for step in range(start_step, end_step))
             return
-        yield from torch.utils.data.DataLoader(
+        batches = torch.utils.data.DataLoader(
             _Steps(self),
             sampler=range(start_step, end_step),
             batch_size=None,
             num_workers=workers,
             generator=torch.Generator().manual_seed(0),
         )
+        try:
+            for batch in batches:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            said = str(error).partition("\n")[0]
+            if not said.startswith("DataLoader worker"):
+                raise
+            raise DataError(
+                f"a process that prepares pictures ended ({said}): it may have been killed for lack of "
+                "memory; continue with fewer data.workers"
+            ) from error
 
     def validation_batches(self) -> Iterator[Batch]:
         """This rank's share of the held-out pictures: no randomness, first caption, center crop.
@@ -258,65 +294,94 @@ class TrainData:
         while len(batches) % world:
             batches.append((batches[0][0], [0.0] * batch_size))
         for places, weights in batches[self.rank :: world]:
-            size = self.sizes[self.bucket_of_row[self.validation[places[0]]]]
-            samples = [self._validation_sample(int(self.validation[p]), size) for p in places]
-            weights = [0.0 if s.skipped else w for s, w in zip(samples, weights, strict=True)]
-            yield self._collate(-1, samples, size, places, weights)
+            rows = self.validation[places]
+            wanted = int(self.bucket_of_row[rows[0]])
+            bucket, samples = self._readable(
+                wanted, partial(self._validation_rows, rows), [_Draw()] * len(rows)
+            )
+            counts = [bucket == wanted and not sample.skipped for sample in samples]
+            weights = [weight * count for weight, count in zip(weights, counts, strict=True)]
+            yield self._collate(-1, samples, self.sizes[bucket], places, weights)
 
-    def _training_sample(self, step: int, position: int, index: int, epoch: int, size: Size) -> _Sample:
+    def _draw(self, step: int, position: int) -> _Draw:
         draw = (self.seed, step, position)
-        fraction = uniform(*draw, "crop") if self.config.random_crop else 0.5
-        flip = uniform(*draw, "flip") < self.config.flip
-        caption = uniform(*draw, "caption")
-        return self._first_readable(self._training_rows(index, epoch), size, fraction, flip, caption)
+        crop = uniform(*draw, "crop") if self.config.random_crop else 0.5
+        return _Draw(crop, uniform(*draw, "flip") < self.config.flip, uniform(*draw, "caption"))
 
-    def _training_rows(self, index: int, epoch: int) -> Iterator[int]:
-        """The row of a sample, then, as stand-ins, those of its kind that follow in its bucket."""
-        if self.samples.is_prior(index):
-            return self.samples.prior_from(index, epoch)
-        members = self.order.bucket_members(index)
-        start = int(np.searchsorted(members, index))
-        after = (int(members[(start + i) % len(members)]) for i in range(len(members)))
-        return (self.samples.row(one, epoch) for one in after if not self.samples.is_prior(one))
+    def _training_rows(
+        self, indices: np.ndarray, epochs: np.ndarray, number: int, bucket: int
+    ) -> Iterator[int]:
+        """The row of one of the samples, then its stand-ins: those that follow it in the bucket, its own kind
+        first. In another bucket than its own, all, beginning at a place that differs between samples.
+        """
+        index, epoch = int(indices[number]), int(epochs[number])
+        members = self.order.bucket_members(bucket)
+        own = int(self.samples.buckets[index]) == bucket
+        start = int(np.searchsorted(members, index)) if own else index
+        after = [int(members[(start + i) % len(members)]) for i in range(len(members))]
+        prior = self.samples.is_prior(index)
+        if own and prior:
+            yield from self.samples.prior_from(index, epoch)
+        for kind in (prior, not prior):
+            if not (own and prior and kind):
+                yield from (self.samples.row(i, epoch) for i in after if self.samples.is_prior(i) == kind)
 
-    def _validation_sample(self, row: int, size: Size) -> _Sample:
-        return self._first_readable(self._validation_rows(row), size, 0.5, False, 0.0)
-
-    def _validation_rows(self, row: int) -> Iterator[int]:
-        yield row
-        alike = self.validation[self.bucket_of_row[self.validation] == self.bucket_of_row[row]]
+    def _validation_rows(self, rows: np.ndarray, number: int, bucket: int) -> Iterator[int]:
+        row = int(rows[number])
+        alike = self.validation[self.bucket_of_row[self.validation] == bucket]
+        if row in alike:
+            yield row
         yield from (int(other) for other in alike if other != row)
 
-    def _first_readable(
-        self, rows: Iterable[int], size: Size, fraction: float, flip: bool, caption: float
-    ) -> _Sample:
+    def _readable(
+        self, bucket: int, rows: Callable[[int, int], Iterable[int]], draws: Sequence[_Draw]
+    ) -> tuple[int, list[_Sample]]:
+        """A sample for each of ``draws``, all of one bucket: ``bucket``, or if none in it can be read, the
+        next that is most alike. Every rank comes to the same, as every one tries all pictures.
+
+        ``rows`` gives the row of a sample and its stand-ins in a bucket, by (number, bucket).
+        """
+        lost: list[str] = []
+        reason = ""
+        shapes = np.log([width / height for width, height in self.sizes])
+        for other in np.argsort(np.abs(shapes - shapes[bucket]), kind="stable").tolist():
+            try:
+                samples = [self._first_readable(rows(i, other), other, d) for i, d in enumerate(draws)]
+            except _NoneReadable as error:
+                lost += error.keys
+                reason = reason or str(error)
+                continue
+            samples[0] = replace(samples[0], skipped=(*lost, *samples[0].skipped))
+            return other, samples
+        raise DataError(f"none of {len(lost)} pictures can be read; the first: {reason}")
+
+    def _first_readable(self, rows: Iterable[int], bucket: int, draw: _Draw) -> _Sample:
         """The first of ``rows`` that can be read; a second one is only tried if that is configured."""
         skipped: list[str] = []
+        reason = ""
         for row in rows:
-            key = self.manifest.keys[row]
             try:
-                geometry, values = self._picture(row, size, fraction, flip)
-            except DataError:
+                geometry, values = self._picture(row, self.sizes[bucket], draw)
+            except DataError as error:
                 if self.config.on_unreadable == "error":
                     raise
-                skipped.append(key)
+                skipped.append(self.manifest.keys[row])
+                reason = reason or str(error)
                 continue
-            which = int(caption * self.manifest.caption_count(row))
-            return _Sample(key, self.manifest.caption(row, which), geometry, values, tuple(skipped))
-        raise DataError(f"none of the {len(skipped)} pictures for size {size[0]}x{size[1]} can be read")
+            which = int(draw.caption * self.manifest.caption_count(row))
+            return _Sample(row, self.manifest.caption(row, which), geometry, values, tuple(skipped))
+        raise _NoneReadable(skipped, reason)
 
-    def _picture(self, row: int, size: Size, fraction: float, flip: bool) -> tuple[Geometry, _Values]:
+    def _picture(self, row: int, size: Size, draw: _Draw) -> tuple[Geometry, _Values]:
         """How a picture is cropped, and what becomes of it and of what lies beside it."""
         cache, maker = self._latents, self.control
         if cache is not None:
-            geometry = Geometry.cover(self.manifest.size(row), size, flip=flip)
-            moments = cache.get(row, flip)
-            control_moments = None if maker is None else cache.get(row, flip, control=True)
+            geometry = Geometry.cover(self.manifest.size(row), size, flip=draw.flip)
+            moments = cache.get(row, draw.flip)
+            control_moments = None if maker is None else cache.get(row, draw.flip, control=True)
             return geometry, _Values(moments, control_moments, self._mask(row, geometry))
-        file = self.manifest.picture(row)
-        content = file.read()
-        picture = load_picture(content, self.config.alpha_color, name=str(file))
-        geometry = Geometry.cover(picture.size, size, fraction=fraction, flip=flip)
+        picture, content = self.manifest.load(row, self.config.alpha_color)
+        geometry = Geometry.cover(picture.size, size, fraction=draw.crop, flip=draw.flip)
         picture = geometry.apply(picture)
         control = None
         if maker is not None:
@@ -334,7 +399,7 @@ class TrainData:
         masks = [s.values.mask for s in samples if s.values.mask is not None]
         return Batch(
             step=step,
-            keys=[s.key for s in samples],
+            keys=[self.manifest.keys[s.row] for s in samples],
             captions=[s.caption for s in samples],
             size=size,
             original_sizes=torch.tensor([s.geometry.original for s in samples]),
@@ -349,11 +414,18 @@ class TrainData:
         )
 
 
-class _Steps(torch.utils.data.Dataset[Batch]):
-    """Batches by step number, for torch's DataLoader."""
+class _Steps(torch.utils.data.Dataset["Batch | DataError"]):
+    """Batches by step number, for torch's DataLoader.
+
+    An error is handed over like a batch: raised in a worker, it would come out with its whole traceback as
+    text.
+    """
 
     def __init__(self, data: TrainData) -> None:
         self._data = data
 
-    def __getitem__(self, step: int) -> Batch:
-        return self._data.batch(step)
+    def __getitem__(self, step: int) -> Batch | DataError:
+        try:
+            return self._data.batch(step)
+        except DataError as error:
+            return error

@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, TiffImagePlugin, UnidentifiedImageError
 
 from ..errors import DataError
 from .config import Size
 
 _ORIENTATION_TAG = 0x0112
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, MemoryError)
-"""What Pillow raises for pictures that are truncated, damaged, too large or no pictures at all."""
+_WIDTH_TAG, _HEIGHT_TAG = 0x0100, 0x0101
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What shows a picture upright, by its orientation."""
+_SWAPPING = (5, 6, 7, 8)
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_HEAD = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+_LONGEST_CHUNK = 1 << 24
+
+_ASPECT = 0.02
+"""How far two aspect ratios may differ and still be one: rounding of a smaller picture's sides."""
+
+
+class Header(NamedTuple):
+    """What a picture file's header tells: ``size`` as :func:`load_picture` would return it."""
+
+    size: Size
+    transparent: bool
 
 
 def load_picture(source: Path | bytes, alpha_color: str = "white", *, name: str | None = None) -> Image.Image:
     """Decode a picture file to 8-bit RGB as a viewer would show it.
 
-    The EXIF orientation is applied; transparency (an alpha channel, or a transparent palette entry
-    or color) is laid on ``alpha_color``; CMYK, grayscale, palette and 16-bit pictures are converted;
-    of an animation the first frame is taken. Embedded color profiles are not applied.
+    The orientation that EXIF or XMP tell is applied; transparency (an alpha channel, or a transparent
+    palette entry or color) is laid on ``alpha_color``; CMYK, grayscale, palette and 16-bit pictures are
+    converted; of an animation the first frame is taken. Embedded color profiles are not applied.
 
     ``source`` is a path or the encoded file itself, for which ``name`` appears in errors.
     Raises :class:`DataError` naming the file if it is missing or cannot be decoded.
     """
-    shown = name or (str(source) if isinstance(source, Path) else "picture")
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            picture.load()
-        return _to_rgb(picture, alpha_color)
-    except _UNREADABLE as error:
-        raise DataError(f"cannot read picture {shown}: {_reason(error)}") from error
+    with _decoding(source, name), Image.open(_file(source)) as opened:
+        return _to_rgb(_upright(opened), alpha_color)
 
 
 def load_alpha(source: bytes, *, name: str) -> Image.Image | None:
@@ -43,39 +65,136 @@ def load_alpha(source: bytes, *, name: str) -> Image.Image | None:
 
     Raises :class:`DataError` as :func:`load_picture` does.
     """
-    try:
-        with Image.open(io.BytesIO(source)) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            picture.load()
+    with _decoding(source, name), Image.open(_file(source)) as opened:
+        picture = _upright(opened)
         return picture.convert("RGBA").getchannel("A") if _is_transparent(picture) else None
-    except _UNREADABLE as error:
-        raise DataError(f"cannot read picture {name}: {_reason(error)}") from error
 
 
-def probe_size(source: Path | bytes, *, name: str | None = None) -> Size:
-    """(width, height) as :func:`load_picture` would return it, from the file's header.
+def probe(source: Path | bytes, *, name: str | None = None) -> Header:
+    """What a picture file's header tells, without decoding it.
 
     Raises :class:`DataError` if it is missing or no picture. A file cut off after its header passes:
     only decoding finds that.
     """
-    shown = name or (str(source) if isinstance(source, Path) else "picture")
+    with _decoding(source, name), _head(source) as head, Image.open(head) as opened:
+        return Header(_upright_size(opened), _is_transparent(opened))
+
+
+def probe_size(source: Path | bytes, *, name: str | None = None) -> Size:
+    """(width, height) as :func:`load_picture` would return it; see :func:`probe`."""
+    return probe(source, name=name).size
+
+
+def same_shape(size: Size, other: Size) -> bool:
+    """Whether two sizes have the same proportions, but for the rounding of sides."""
+    return abs(size[0] * other[1] - size[1] * other[0]) <= _ASPECT * size[0] * other[1]
+
+
+def check_shape(what: str, size: Size, picture: Size) -> None:
+    """Raise :class:`DataError` unless ``what`` has the proportions of its picture, at whatever size."""
+    if not same_shape(size, picture):
+        raise DataError(
+            f"{what} is {size[0]}x{size[1]}, its picture {picture[0]}x{picture[1]}: "
+            "they must have the same shape"
+        )
+
+
+@contextlib.contextmanager
+def _decoding(source: Path | bytes, name: str | None) -> Iterator[None]:
+    """Turn whatever a damaged picture raises into a :class:`DataError`.
+
+    Pillow's plugins do not agree on what that is: OSError, ValueError, SyntaxError, RuntimeError (AVIF),
+    struct.error, zlib.error, KeyError and more.
+    """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            width, height = opened.size
-            # Asking a PNG without an early EXIF chunk for its EXIF would decode all of it.
-            has_exif = opened.format != "PNG" or "exif" in opened.info
-            orientation = opened.getexif().get(_ORIENTATION_TAG, 1) if has_exif else 1
-    except _UNREADABLE as error:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        shown = name or (str(source) if isinstance(source, Path) else "picture")
         raise DataError(f"cannot read picture {shown}: {_reason(error)}") from error
-    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, UnidentifiedImageError):
         return "not a picture in a known format"
-    return str(error) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    own = isinstance(error, (OSError, ValueError, SyntaxError, Image.DecompressionBombError))
+    return text if own and text else f"{type(error).__name__} {text}".strip()
+
+
+def _file(source: Path | bytes) -> Path | BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+@contextlib.contextmanager
+def _head(source: Path | bytes) -> Iterator[BinaryIO]:
+    """The file, or of a PNG what stands beside its pixels.
+
+    EXIF, XMP and texts may follow the pixels there, and Pillow would decode all of these to come to them.
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        is_png = file.read(len(_PNG)) == _PNG
+        if is_png:
+            yield io.BytesIO(_PNG + b"".join(_png_chunks(file)) + _chunk(b"IEND", b""))
+        else:
+            file.seek(0)
+            yield file
+
+
+def _png_chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The chunks of :data:`_PNG_HEAD` that follow in ``file``, up to where it breaks off."""
+    behind = False
+    while len(start := file.read(8)) == 8:
+        length, kind = int.from_bytes(start[:4], "big"), start[4:]
+        if kind not in _PNG_HEAD or length > _LONGEST_CHUNK:
+            behind |= kind == b"IDAT"
+            file.seek(length + 4, io.SEEK_CUR)
+            continue
+        content, checksum = file.read(length), file.read(4)
+        if len(checksum) < 4:
+            return
+        # Behind the pixels Pillow does not look at the checksum when it decodes.
+        yield _chunk(kind, content) if behind else start + content + checksum
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + kind + content + checksum
+
+
+def _orientation(opened: Image.Image) -> int:
+    """1 to 8, by EXIF or else XMP. A damaged EXIF block says nothing, as to a viewer."""
+    try:
+        # Not the method of PNG pictures, which decodes them.
+        found = Image.Image.getexif(opened).get(_ORIENTATION_TAG, 1)
+        return int(found) if found in _TURNS else 1
+    except Exception:
+        return 1
+
+
+def _upright_size(opened: Image.Image) -> Size:
+    """The size that :func:`_upright` will give, before anything is decoded."""
+    size = opened.size
+    if isinstance(opened, TiffImagePlugin.TiffImageFile):
+        # Newer releases of Pillow have swapped its sides already where the tag (but not where XMP) says so.
+        size = (opened.tag_v2[_WIDTH_TAG], opened.tag_v2[_HEIGHT_TAG])
+    return (size[1], size[0]) if _orientation(opened) in _SWAPPING else size
+
+
+def _upright(opened: Image.Image) -> Image.Image:
+    """The decoded picture as it is shown."""
+    opened.load()
+    # Pillow itself turns TIFF pictures when it decodes them.
+    turned = isinstance(opened, TiffImagePlugin.TiffImageFile)
+    method = None if turned else _TURNS.get(_orientation(opened))
+    return opened.copy() if method is None else opened.transpose(method)
 
 
 def _is_transparent(picture: Image.Image) -> bool:

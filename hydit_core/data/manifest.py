@@ -11,13 +11,17 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..errors import DataError
 from .columns import StringColumn
 from .config import DataConfig, Size, SourceConfig
-from .images import probe_size
+from .images import check_shape, load_picture, probe_size, same_shape
 from .order import hash_int
 from .sources import Entry, PictureFile, read_source, source_kind
+
+BESIDE = {"control": "control picture", "mask": "mask"}
+"""What errors call the pictures that lie beside a picture."""
 
 _SHOWN = 5
 """How many files an error or a summary names."""
@@ -32,7 +36,7 @@ class Record:
     captions: tuple[str, ...]
     width: int
     height: int
-    extra: dict[str, str]
+    extra: dict[str, PictureFile]
 
 
 @dataclass
@@ -65,7 +69,8 @@ class Manifest:
         """Add a row; ``source`` is the index of the configured source it came from."""
         self.keys.append(key)
         self._paths.append(str(entry.path))
-        self._extras.append(json.dumps(entry.extra) if entry.extra else "")
+        beside = {kind: (str(file.path), file.row, file.column) for kind, file in entry.extra.items()}
+        self._extras.append(json.dumps(beside) if beside else "")
         for caption in entry.captions:
             self.captions.append(caption)
         self._caption_ends.append(len(self.captions))
@@ -97,14 +102,31 @@ class Manifest:
         column = self._columns.get(self._sources[index], "")
         return PictureFile(Path(self._paths[index]), self._rows[index], column)
 
-    def extra(self, index: int) -> dict[str, str]:
-        """Paths of what lies beside the picture: ``control``, ``mask``."""
-        extra = self._extras[index]
-        return json.loads(extra) if extra else {}
+    def extra(self, index: int) -> dict[str, PictureFile]:
+        """What lies beside the picture: ``control``, ``mask``."""
+        beside = json.loads(self._extras[index] or "{}")
+        return {kind: PictureFile(Path(path), row, column) for kind, (path, row, column) in beside.items()}
 
     def size(self, index: int) -> Size:
-        """(width, height) in pixels, as the picture is shown."""
+        """(width, height) in pixels, as the picture is shown; of a row that told them, as told."""
         return self._widths[index], self._heights[index]
+
+    def load(self, index: int, alpha_color: str) -> tuple[Image.Image, bytes]:
+        """The decoded picture, and its file's content.
+
+        Raises :class:`DataError` if it cannot be read, or has another shape than it was chosen by: what a
+        row tells of its width and height is believed until then.
+        """
+        file, told = self.picture(index), self.size(index)
+        content = file.read()
+        picture = load_picture(content, alpha_color, name=str(file))
+        if not same_shape(picture.size, told):
+            raise DataError(
+                f"{file} is {picture.width}x{picture.height} as it is shown, but {told[0]}x{told[1]} was "
+                "told of it: correct the width and height in its row, or leave them out (or was it changed "
+                "meanwhile?)"
+            )
+        return picture, content
 
     def caption_count(self, index: int) -> int:
         return self._caption_ends[index + 1] - self._caption_ends[index]
@@ -235,14 +257,17 @@ def _sizes(pool: ThreadPoolExecutor, entries: list[Entry]) -> Iterator[Size | Da
 
 def _probe(entry: Entry) -> Size | DataError:
     try:
-        for beside in entry.extra.values():
-            probe_size(Path(beside))
-        if entry.width and entry.height:
-            return entry.width, entry.height
-        picture = entry.picture
-        return probe_size(entry.path) if entry.row < 0 else probe_size(picture.read(), name=str(picture))
+        told = entry.width and entry.height
+        size = (entry.width, entry.height) if told else _file_size(entry.picture)
+        for kind, beside in entry.extra.items():
+            check_shape(f"{BESIDE[kind]} {beside}", _file_size(beside), size)
+        return size
     except DataError as error:
         return error
+
+
+def _file_size(file: PictureFile) -> Size:
+    return probe_size(file.path) if file.row < 0 else probe_size(file.read(), name=str(file))
 
 
 def _add(

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import DataError
-from .config import SIZE_MULTIPLE, MaskConfig, Size
-from .images import Geometry, load_alpha, load_picture
+from .config import SIZE_MULTIPLE, MaskConfig
+from .images import Geometry, check_shape, load_alpha, load_picture
 from .manifest import Manifest
-from .sources import PictureFile
-
-_ASPECT = 0.02
-"""How far the aspect ratios of a mask and its picture may differ: rounding of a smaller mask's sides."""
 
 
 class MaskImages:
@@ -40,21 +33,12 @@ class MaskImages:
 
     def _picture(self, manifest: Manifest, row: int, content: bytes | None) -> Image.Image | None:
         if self.config.kind == "alpha":
-            file = manifest.picture(row)
-            return load_alpha(file.read() if content is None else content, name=str(file))
-        path = manifest.extra(row).get("mask")
-        if path is None:
+            own = manifest.picture(row)
+            return load_alpha(own.read() if content is None else content, name=str(own))
+        file = manifest.extra(row).get("mask")
+        if file is None:
             return None
         # What is transparent in a mask is outside, as what is black.
-        mask = load_picture(PictureFile(Path(path)).read(), "black", name=path).convert("L")
-        _check_shape(mask.size, manifest.size(row), path)
+        mask = load_picture(file.read(), "black", name=str(file)).convert("L")
+        check_shape(f"mask {file}", mask.size, manifest.size(row))
         return mask
-
-
-def _check_shape(mask: Size, picture: Size, path: str) -> None:
-    """A mask may be smaller or larger than its picture, but a stretched one is another picture's."""
-    if abs(mask[0] * picture[1] - mask[1] * picture[0]) > _ASPECT * mask[0] * picture[1]:
-        raise DataError(
-            f"mask {path} is {mask[0]}x{mask[1]}, its picture {picture[0]}x{picture[1]}: "
-            "they must have the same shape"
-        )

@@ -123,9 +123,11 @@ class BatchOrder:
         slot, batch = self._locate(step)
         return (batch * self.global_batch + np.arange(self.global_batch)) // len(self.members[slot])
 
-    def bucket_members(self, sample: int) -> np.ndarray:
-        """All samples, ascending, of the bucket that ``sample`` belongs to."""
-        return self.members[int(np.searchsorted(self.buckets, self._bucket_of_sample[sample]))]
+    def bucket_members(self, bucket: int) -> np.ndarray:
+        """All samples, ascending, of a bucket; none for one that is never shown."""
+        slot = int(np.searchsorted(self.buckets, bucket))
+        known = slot < len(self.buckets) and self.buckets[slot] == bucket
+        return self.members[slot] if known else self._bucket_of_sample[:0]
 
     def positions(self, rank: int) -> range:
         """The places in the global batch that ``rank`` works on."""

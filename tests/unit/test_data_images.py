@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from hydit_core.data import Geometry, load_picture, to_tensor
-from hydit_core.data.images import probe_size
+from hydit_core.data.images import load_alpha, probe, probe_size
 from hydit_core.errors import DataError
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -28,18 +32,121 @@ def pixel(picture: Image.Image, x: int, y: int) -> tuple[int, int, int]:
     return picture.getpixel((x, y))
 
 
-@pytest.mark.parametrize(
-    ("orientation", "size", "first"), [(3, (8, 4), BLUE), (6, (4, 8), RED), (8, (4, 8), BLUE)]
-)
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_exif_orientation(tmp_path: Path, orientation: int, size: tuple, first: tuple, suffix: str) -> None:
+# How the pixels of a picture shown as `upright` lie in a file of each orientation, as EXIF defines it.
+STORED = {
+    1: lambda upright: upright,
+    2: np.fliplr,
+    3: lambda upright: np.rot90(upright, 2),
+    4: np.flipud,
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: np.rot90(upright, 2).transpose(1, 0, 2),
+    8: lambda upright: np.rot90(upright, -1),
+}
+
+
+def xmp(orientation: int) -> bytes:
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+        'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+        f'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/></rdf:RDF></x:xmpmeta>'
+    ).encode()
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def behind_the_pixels(png: bytes, kind: bytes, content: bytes) -> bytes:
+    """The PNG with one more chunk, last before its end, where many cameras and editors put EXIF."""
+    return png[:-12] + png_chunk(kind, content) + png[-12:]
+
+
+def encoded(picture: Image.Image, form: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, form, **({"quality": 100} | options if form in ("JPEG", "WEBP", "AVIF") else options))
+    return file.getvalue()
+
+
+def exif_block(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / f"a.{suffix}"
-    halves().resize((64, 32), Image.Resampling.NEAREST).save(path, exif=exif, quality=100)
-    picture = load_picture(path)
-    assert picture.size == (size[0] * 8, size[1] * 8) == probe_size(path)
-    assert np.abs(np.subtract(pixel(picture, 2, 2), first)).max() < 12
+    return exif.tobytes()
+
+
+def with_orientation(picture: Image.Image, place: str, orientation: int) -> bytes:
+    """A file that says of itself in ``place`` that it is turned."""
+    form, _, where = place.partition(" ")
+    exif = exif_block(orientation)
+    if place == "PNG late-exif":
+        return behind_the_pixels(encoded(picture, form), b"eXIf", exif.removeprefix(b"Exif\0\0"))
+    if place == "PNG late-xmp":
+        text = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(orientation)
+        return behind_the_pixels(encoded(picture, form), b"iTXt", text)
+    if place == "PNG raw-profile":
+        info = PngInfo()
+        lines = f"\nexif\n{len(exif):8}\n{exif.hex()}\n"
+        info.add_text("Raw profile type exif", lines, zip=True)
+        return encoded(picture, form, pnginfo=info)
+    if place == "PNG xmp":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp(orientation).decode())
+        return encoded(picture, form, pnginfo=info)
+    if form == "TIFF":
+        tags = {274: orientation} if where == "tag" else {700: xmp(orientation)}
+        return encoded(picture, form, tiffinfo=tags)
+    return encoded(picture, form, **({"exif": exif} if where == "exif" else {"xmp": xmp(orientation)}))
+
+
+PLACES = (
+    "JPEG exif", "JPEG xmp", "PNG exif", "PNG late-exif", "PNG xmp", "PNG late-xmp", "PNG raw-profile",
+    "WEBP exif", "WEBP xmp", "TIFF tag", "TIFF xmp", "AVIF exif",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("place", PLACES)
+def test_a_turned_picture_is_upright(place: str, orientation: int) -> None:
+    form = place.split()[0]
+    if form in ("AVIF", "WEBP") and not features.check(form.lower()):
+        pytest.skip(f"this Pillow has no {form}")
+    upright = np.zeros((32, 64, 3), dtype=np.uint8)
+    upright[:, 32:, 0], upright[16:, :, 2] = 255, 255
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](upright)))
+    content = with_orientation(stored, place, orientation)
+    assert probe_size(content) == (64, 32)
+    shown = np.asarray(load_picture(content)).astype(int)
+    assert shown.shape == upright.shape
+    assert np.abs(shown - upright)[4::8, 4::8].max() < 40
+    transparent = load_alpha(content, name="a")
+    assert transparent is None
+
+
+def test_transparency_turns_with_its_picture(tmp_path: Path) -> None:
+    picture = halves("RGBA")
+    picture.paste((0, 0, 0, 0), (0, 0, 4, 4))
+    picture.save(tmp_path / "a.tif", tiffinfo={274: 6})
+    alpha = load_alpha((tmp_path / "a.tif").read_bytes(), name="a")
+    assert alpha is not None and alpha.size == (4, 8) and alpha.getpixel((0, 0)) == 0
+    assert probe(tmp_path / "a.tif") == ((4, 8), True)
+
+
+def test_orientations_that_mean_nothing_are_passed_over() -> None:
+    for orientation in (0, 9, 65535):
+        assert load_picture(encoded(halves(), "PNG", exif=exif_block(orientation))).size == (8, 4)
+    damaged = b"Exif\0\0MM\0*" + b"\xff" * 20
+    content = encoded(halves(), "JPEG", exif=damaged)
+    assert load_picture(content).size == probe_size(content) == (8, 4)
+
+
+def test_a_header_is_read_without_the_pixels(tmp_path: Path) -> None:
+    """A PNG of 3,000 x 3,000 pixels that are not there, with its texts behind them."""
+    size = (3000).to_bytes(4, "big") * 2
+    content = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", size + bytes([8, 6, 0, 0, 0]))
+    content += png_chunk(b"IDAT", b"nothing") * 1000 + png_chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(content)
+    assert probe(tmp_path / "a.png") == ((3000, 3000), True)
+    assert probe_size(content[:100]) == (3000, 3000)
 
 
 @pytest.mark.parametrize("color", ["white", "#00ff00"])
@@ -112,6 +219,47 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(DataError, match=r"float\.tif: floating-point"):
         load_picture(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [RuntimeError("decoder"), struct.error("unpack"), zlib.error("-3"), MemoryError(), KeyError(7),
+     SyntaxError("no"), RecursionError(), ZeroDivisionError(), Image.DecompressionBombError("too large")],
+)  # fmt: skip
+@pytest.mark.parametrize("when", ["open", "load"])
+def test_whatever_a_plugin_raises_is_told_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, when: str
+) -> None:
+    path = tmp_path / "a.png"
+    halves().save(path)
+
+    def broken(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(Image if when == "open" else PngImageFile, when, broken)
+    for read in (load_picture, lambda p: load_alpha(p.read_bytes(), name=str(p))):
+        with pytest.raises(DataError, match=r"cannot read picture .*a\.png: \S") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+    if when == "open":
+        with pytest.raises(DataError, match=r"a\.png"):
+            probe_size(path)
+
+
+def test_a_picture_too_large_to_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    halves().save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for read in (load_picture, probe_size):
+        with pytest.raises(DataError, match=r"a\.png: .*exceeds limit"):
+            read(tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_a_damaged_avif_is_no_picture(tmp_path: Path) -> None:
+    content = encoded(halves().resize((64, 32)), "AVIF")
+    for cut in (20, 100, len(content) - 40):
+        with pytest.raises(DataError, match=r"cannot read picture a\.avif"):
+            load_picture(content[:cut], name="a.avif")
 
 
 @pytest.mark.parametrize(

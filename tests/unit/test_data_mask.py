@@ -141,7 +141,12 @@ def test_a_column_of_masks(pictures: Path, tmp_path: Path) -> None:
 
 def test_errors_name_the_mask(pictures: Path, tmp_path: Path) -> None:
     left_half(pictures / "mask" / "2.png", (48, 96))
+    with pytest.raises(DataError, match=r"mask .*mask.2\.png is 48x96, its picture 96x48"):
+        open_data(pictures)
+    assert open_data(pictures, on_unreadable="skip").summary().skipped == 1
+    left_half(pictures / "mask" / "2.png", (96, 48))
     data = open_data(pictures)
+    left_half(pictures / "mask" / "2.png", (48, 96))  # after it was looked at
     with pytest.raises(DataError, match=r"mask .*mask.2\.png is 48x96, its picture 96x48"):
         masks(data)
     (pictures / "mask" / "2.png").unlink()

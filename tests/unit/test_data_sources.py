@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from hydit_core.data import DataConfig, TrainData, open_dataset
+from hydit_core.data.sources import PictureFile
 from hydit_core.errors import DataError
 
 
@@ -187,11 +188,11 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
 
 def test_control_pictures_are_looked_at_and_handed_on(pictures: Path, tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
-    file.write_text(json.dumps({"image": "pictures/00.png", "caption": "x", "pose": "pictures/03.png"}))
+    file.write_text(json.dumps({"image": "pictures/00.png", "caption": "x", "pose": "pictures/birds/04.png"}))
     data = open_data({"path": file, "control_field": "pose"})
-    assert data.manifest[0].extra == {"control": str(pictures / "03.png")}
-    (pictures / "03.png").unlink()
-    with pytest.raises(DataError, match=r"03\.png: no such file"):
+    assert data.manifest[0].extra == {"control": PictureFile(pictures / "birds" / "04.png")}
+    (pictures / "birds" / "04.png").unlink()
+    with pytest.raises(DataError, match=r"04\.png: no such file"):
         open_data({"path": file, "control_field": "pose"})
 
 

@@ -102,6 +102,20 @@ def test_the_picture_remembers(draw, folder: Path) -> None:
     assert (pixels(path.parent / plain) == np.asarray(hint)).all()
 
 
+def test_lines_on_nothing_are_lines_on_black(draw, folder: Path) -> None:
+    gray = Image.new("L", (64, 64))
+    gray.paste(255, (0, 24, 64, 32))
+    Image.merge("LA", (Image.new("L", gray.size, 255), gray)).save(folder / "lines.png")
+    _, _, path = draw("--controlnet", "@net.safetensors", "--control-image", "@lines.png")
+    used = pixels(path.with_name(read_parameters(path)["controls"][0]["picture"]))
+    assert (used[24:32] == 255).all() and used.sum() == used[24:32].sum()
+    # What edges are taken of is a picture, and shows on white
+    options = ["--control-preprocess", "canny"]
+    _, _, path = draw("--controlnet", "@net.safetensors", "--control-image", "@lines.png", *options)
+    edges = pixels(path.with_name(read_parameters(path)["controls"][0]["picture"]))
+    assert not edges.any()
+
+
 def test_a_run_writes_its_control_picture_once(draw) -> None:
     options = ["--controlnet", "@net.safetensors", "--control-image", "@hint.png", "--batch", "2"]
     _, said, path = draw(*options)

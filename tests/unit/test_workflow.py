@@ -274,6 +274,22 @@ def test_a_start_picture_is_fitted_as_the_pipeline_does(tmp_path, original, mode
     assert pixels.size == (64, 96) and apart <= (0 if mode == "RGB" else 1)
 
 
+@pytest.mark.parametrize("name", ["start.png", "start.jpg", "start.tif"])
+def test_a_turned_start_picture_is_fitted_as_it_is_shown(tmp_path, name):
+    """ComfyUI's LoadImage turns it too."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {"tiffinfo": {0x0112: 6}} if name == "start.tif" else {"exif": exif}
+    Image.effect_noise((200, 100), 80).save(tmp_path / name, **options)
+    shown = load_picture(tmp_path / name)
+    assert shown.size == (100, 200)
+    graph = redraw({**FACTS, "strength": 0.6}, init_image=tmp_path / name).prompt()
+    nodes = {node["class_type"]: node["inputs"] for node in graph.values()}
+    geometry = Geometry.cover(shown.size, (64, 96))
+    assert (nodes["ImageScale"]["width"], nodes["ImageScale"]["height"]) == geometry.resized == (64, 128)
+    assert nodes["ImageCrop"]["y"] == geometry.top
+
+
 def test_image_to_image_pictures_carry_their_start(tiny_model_file, tmp_path):
     Image.effect_noise((128, 128), 50).save(tmp_path / "start.png")
     options = ["--model", str(tiny_model_file), "--device", "cpu", "--steps", "3", "--prompt", "cat"]

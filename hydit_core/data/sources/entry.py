@@ -39,7 +39,7 @@ class Entry:
 
     ``key`` names the picture within its source, the same wherever the source lies. Width and height
     are 0 unless the source itself tells them. ``hint`` says where a missing caption may be.
-    ``extra`` are paths of a control picture (``control``) and of a mask (``mask``) that belong to it.
+    ``extra`` are a control picture (``control``) and a mask (``mask``) that belong to it.
     A picture inside a table has the table's path, and its row and column there.
     """
 
@@ -48,7 +48,7 @@ class Entry:
     captions: tuple[str, ...]
     width: int = 0
     height: int = 0
-    extra: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, PictureFile] = field(default_factory=dict)
     hint: str = ""
     row: int = -1
     column: str = ""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from ..config import SourceConfig
-from .entry import Entry
+from .entry import Entry, PictureFile
 
 PICTURE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -42,7 +42,7 @@ def read_folder(source: SourceConfig) -> Iterator[Entry]:
             name = path.relative_to(root)
             if not captions and _lies_beside(root, name):
                 continue
-            extra = {kind: str(_namesake(other, name)) for kind, other in folders.items()}
+            extra = {kind: PictureFile(_namesake(other, name)) for kind, other in folders.items()}
             yield Entry(name.as_posix(), path, captions, extra=extra, hint=hint)
     if not found:
         raise DataError(f"data source {root}: no pictures found ({', '.join(sorted(PICTURE_SUFFIXES))})")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import DataError
 from ..config import SourceConfig
-from .entry import Entry
+from .entry import Entry, PictureFile
 
 IMAGE_FIELDS = ("image", "file_name", "image_path", "img_path", "path", "file")
 CAPTION_FIELDS = ("caption", "captions", "text", "prompt", "text_zh", "text_en")
@@ -55,19 +55,20 @@ def row_captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tu
     return tuple(found), "" if found else f"no text in {', '.join(fields)}"
 
 
-def row_extra(row: Mapping[str, Any], source: SourceConfig, where: str) -> dict[str, str]:
-    """The paths of a row's control picture and mask, where the source has columns for them."""
-    extra, root = {}, source.root or source.path.parent
+def row_extra(row: Mapping[str, Any], source: SourceConfig, where: str) -> dict[str, PictureFile]:
+    """A row's control picture and mask, where the source has columns for them."""
+    extra: dict[str, PictureFile] = {}
+    root = source.root or source.path.parent
     if source.control_field:
         control = row.get(source.control_field)
         if not isinstance(control, str) or not control.strip():
             raise DataError(f"{where}: no control picture in {source.control_field!r}")
-        extra["control"] = str(root / control.strip())
+        extra["control"] = PictureFile(root / control.strip())
     mask = row.get(source.mask_field) if source.mask_field else None
     if not isinstance(mask, (str, type(None))):
         raise DataError(f"{where}: {source.mask_field} holds {type(mask).__name__}, expected a path")
     if mask and mask.strip():
-        extra["mask"] = str(root / mask.strip())
+        extra["mask"] = PictureFile(root / mask.strip())
     return extra
 
 
