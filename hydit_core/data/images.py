@@ -56,7 +56,7 @@ def load_picture(source: Path | bytes, alpha_color: str = "white", *, name: str 
     ``source`` is a path or the encoded file itself, for which ``name`` appears in errors.
     Raises :class:`DataError` naming the file if it is missing or cannot be decoded.
     """
-    with _decoding(source, name), Image.open(_file(source)) as opened:
+    with _decoding(source, name), _file(source) as file, Image.open(file) as opened:
         return _to_rgb(_upright(opened), alpha_color)
 
 
@@ -65,7 +65,7 @@ def load_alpha(source: bytes, *, name: str) -> Image.Image | None:
 
     Raises :class:`DataError` as :func:`load_picture` does.
     """
-    with _decoding(source, name), Image.open(_file(source)) as opened:
+    with _decoding(source, name), _file(source) as file, Image.open(file) as opened:
         picture = _upright(opened)
         return picture.convert("RGBA").getchannel("A") if _is_transparent(picture) else None
 
@@ -129,8 +129,9 @@ def _reason(error: Exception) -> str:
     return text if own and text else f"{type(error).__name__} {text}".strip()
 
 
-def _file(source: Path | bytes) -> Path | BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
+def _file(source: Path | bytes) -> BinaryIO:
+    # Not for Pillow to open: what it opens by name it maps, and mixes up the sides of turned TIFF pictures.
+    return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
 @contextlib.contextmanager
@@ -139,9 +140,8 @@ def _head(source: Path | bytes) -> Iterator[BinaryIO]:
 
     EXIF, XMP and texts may follow the pixels there, and Pillow would decode all of these to come to them.
     """
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-        is_png = file.read(len(_PNG)) == _PNG
-        if is_png:
+    with _file(source) as file:
+        if file.read(len(_PNG)) == _PNG:
             yield io.BytesIO(_PNG + b"".join(_png_chunks(file)) + _chunk(b"IEND", b""))
         else:
             file.seek(0)

@@ -122,6 +122,22 @@ def test_a_turned_picture_is_upright(place: str, orientation: int) -> None:
     assert transparent is None
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_turned_tiff_pictures_of_every_mode(tmp_path: Path, mode: str) -> None:
+    """Also those that Pillow would map into memory."""
+    upright = np.full((16, 32), 255, dtype=np.uint8)
+    upright[:8, :8] = 0
+    stored = np.ascontiguousarray(STORED[6](upright))
+    if mode == "I;16":
+        picture = Image.fromarray(stored.astype(np.uint16) * 257)
+    else:
+        picture = Image.fromarray(stored).convert(mode)
+    picture.save(tmp_path / "a.tif", tiffinfo={274: 6})
+    assert probe_size(tmp_path / "a.tif") == (32, 16)
+    shown = np.asarray(load_picture(tmp_path / "a.tif"))[:, :, 0]
+    assert np.array_equal(shown, upright)
+
+
 def test_transparency_turns_with_its_picture(tmp_path: Path) -> None:
     picture = halves("RGBA")
     picture.paste((0, 0, 0, 0), (0, 0, 4, 4))
