@@ -70,7 +70,7 @@ class Schedule:
 
         Whole numbers, because the model was trained on no others.
         """
-        table = self.log_sigmas.to(torch.float32).to(sigma.device)
+        table = self.log_sigmas.to(torch.float32).to(sigma.device, non_blocking=True)
         distance = (sigma.float().log().unsqueeze(-1) - table).abs()
         return distance.argmin(dim=-1).to(torch.float32)
 
@@ -128,6 +128,6 @@ class Schedule:
 
 def table_at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """``table[t]`` in float32 on the device of ``like``, shaped to broadcast over ``like`` (B, ...)."""
-    # Cast before the transfer: some devices have no float64.
-    values = table.to(torch.float32).to(like.device)[t.to(like.device)]
+    # Cast before the transfer: some devices have no float64. The host goes on meanwhile: a step has several.
+    values = table.to(torch.float32).to(like.device, non_blocking=True)[t.to(like.device)]
     return values.view(-1, *[1] * (like.ndim - 1))

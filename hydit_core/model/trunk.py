@@ -106,7 +106,7 @@ class Trunk(nn.Module):
         self._check_features(bert, bert_mask, t5, t5_mask)
         t5 = t5.to(bert.dtype)
         text = torch.cat((bert, self.mlp_t5(t5)), dim=1)  # (B, L, text_dim)
-        mask = torch.cat((bert_mask.bool(), t5_mask.bool()), dim=1)[..., None]  # (B, L, 1)
+        mask = torch.cat((bert_mask.bool(), t5_mask.bool()), dim=1)[..., None].to(text.device)  # (B, L, 1)
         text = torch.where(mask, text, self._padding(bert.shape[1], t5.shape[1]).to(text))
 
         # The pooled vector sees the raw features, the rows of padding included
@@ -115,10 +115,10 @@ class Trunk(nn.Module):
             if image_meta_size is None:
                 raise ValueError("this model (v1.1 or older) needs image_meta_size (B, 6)")
             sizes = timestep_embedding(image_meta_size.flatten()).view(len(bert), -1)
-            extra.append(sizes.to(bert.dtype))
+            extra.append(sizes.to(bert))
         if self.config.style_cond:
             rows = torch.zeros(len(bert), dtype=torch.long, device=bert.device) if style is None else style
-            extra.append(self.style_embedder(rows).to(bert.dtype))
+            extra.append(self.style_embedder(rows.to(bert.device)).to(bert.dtype))
         return Context(text, self.extra_embedder(torch.cat(extra, dim=1)))
 
     def _check_features(self, bert: Tensor, bert_mask: Tensor, t5: Tensor, t5_mask: Tensor) -> None:

@@ -162,7 +162,8 @@ class Trainer:
         with self.processes.accumulating(self.model, last):
             with self._autocast():
                 terms = self.model(**inputs)
-            terms = terms._replace(loss=terms.loss * batch.weights.to(terms.loss))
+            weights = batch.weights.to(terms.loss, non_blocking=True)
+            terms = terms._replace(loss=terms.loss * weights)
             (terms.loss.mean() / run.grad_accumulation).backward()
         self._window.add(terms, batch)
         self._replaced.update(batch.skipped)

@@ -249,7 +249,7 @@ class DiffusionObjective:
 
     @torch.no_grad()
     def _moments(self, pixels: Tensor) -> Tensor:
-        return self.parts.vae.to(self.device).encode_moments(pixels)
+        return self.parts.vae.to(self.device).encode_moments(pixels.to(self.device, non_blocking=True))
 
     @torch.no_grad()
     def _sampled(self, moments: Tensor, posterior_noise: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ class ControlNetObjective(DiffusionObjective):
         moments = batch.control if batch.moments is not None else self._moments(batch.control)
         # Mode, not a sample: what generate and the nodes do.
         hint = self._sampled(moments, torch.zeros_like(draws.posterior_noise))
-        dropped = torch.tensor(draws.drop_control, device=hint.device)
+        dropped = torch.tensor(draws.drop_control).to(hint.device, non_blocking=True)
         inputs["hint"] = hint.masked_fill(dropped[:, None, None, None], 0.0)
         return inputs
 
