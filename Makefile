@@ -4,16 +4,25 @@
 # make validate   what others' validators of ComfyUI packs say (docs/testing.md)
 # make lint    ruff and mypy
 # make bench   benchmarks/*.py, one after the other
+# make gpu     the tests and figures of a CUDA device; DEVICE=cpu tries them without one (docs/testing.md)
+# make gpu-wheels  what a machine without network may lack for it, into .whl/
 #
 # TORCH_INDEX  where pip takes torch from, for those who want the CPU or another CUDA build:
 #              make demo TORCH_INDEX=URL
 # PYTHON       the Python that .venv is made with
+# GPU_PYTHON   the Python that `make gpu` runs with; default: that of .venv
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 OUT ?= outputs/demo
 PYTEST_ARGS ?= -n 2 --dist loadfile
+DEVICE ?= cuda
+GPU_PYTHON ?=
+GPU_WHEELS := diffusers peft torchao pydantic pydantic-core annotated-types typing-inspection typing-extensions
+# of the machine that the wheels are for; pip knows no "at least"
+GPU_WHEELS_FOR ?= --python-version 3.12 --implementation cp \
+	$(foreach n,17 24 27 28,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64
 
 ifeq ($(OS),Windows_NT)
 BIN := $(VENV)/Scripts
@@ -22,7 +31,7 @@ BIN := $(VENV)/bin
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-host validate lint bench clean
+.PHONY: demo test test-host validate lint bench gpu gpu-wheels clean
 
 demo: $(VENV)/.headless
 	$(BIN)/python -m hydit_core.generate --prompt "红苹果" --prompt "a red apple" --seed 1 --out $(OUT)
@@ -44,10 +53,19 @@ lint: $(VENV)/.test
 	$(BIN)/python -m mypy $(VENV)/hydit/hydit_core $(VENV)/hydit/nodes
 
 bench: $(VENV)/.test
-	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
+		echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.test)
+	$(or $(GPU_PYTHON),$(BIN)/python) tests/run_gpu.py --device $(DEVICE)
+
+gpu-wheels:
+	rm -rf .whl
+	$(PYTHON) -m pip --disable-pip-version-check download -q --only-binary=:all: --no-deps $(GPU_WHEELS_FOR) \
+		-d .whl -c constraints.txt $(GPU_WHEELS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info .whl .gpu-site
 
 # One environment serves all; torch goes first, so that its build is chosen once and by the user.
 $(VENV)/.torch: constraints.txt
