@@ -39,6 +39,8 @@ TINTS = {
     "blue": (207, 0.9, 1.04),
     "purple": (268, 0.75, 0.92),
     "pink": (336, 0.48, 1.12),
+    "brown": (18, 0.62, 0.72),
+    "black": (210, 0.2, 0.26),
 }
 
 
@@ -85,12 +87,16 @@ class IconSet:
         self.by_codepoint = {code.lower(): name for code, name in chars.items() if name in self.icons}
 
     def svg(self, codepoint: str) -> str:
-        """The SVG of an emoji given by its code point in hexadecimal, such as ``1F34E``."""
+        """The SVG of an emoji given by its code points in hexadecimal, such as ``1F34E``."""
+        return self.named(self.name_of(codepoint))
+
+    def name_of(self, codepoint: str) -> str:
+        """The package's own name of an emoji."""
         code = codepoint.lower().replace(" ", "-")
-        name = self.by_codepoint.get(code) or self.by_codepoint.get(code + "-fe0f")
-        if name is None:
-            raise KeyError(codepoint)
-        return self.named(name)
+        for candidate in (code, code + "-fe0f", code.replace("-fe0f", "")):
+            if candidate in self.by_codepoint:
+                return self.by_codepoint[candidate]
+        raise KeyError(codepoint)
 
     def named(self, name: str) -> str:
         icon = self.icons[name]

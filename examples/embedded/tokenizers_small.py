@@ -56,7 +56,7 @@ def train_spiece(captions: list[str], path: Path) -> None:
         sentence_iterator=iter(captions),
         model_prefix=str(path.with_suffix("")),
         model_type="bpe",
-        vocab_size=len(whole) + 400,
+        vocab_size=len(whole) + 200,
         hard_vocab_limit=False,
         character_coverage=1.0,
         pad_id=0,
@@ -65,6 +65,7 @@ def train_spiece(captions: list[str], path: Path) -> None:
         bos_id=-1,
         user_defined_symbols=whole,
         required_chars="".join(LETTERS),
+        normalization_rule_name="nmt_nfkc_cf",  # capital letters mean nothing here
         minloglevel=2,
     )
     path.with_suffix(".vocab").unlink(missing_ok=True)
