@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from .errors import ConfigError, WeightsError
+from . import facts
+from .errors import ConfigError, WeightsError, printable
 from .untrusted import parse_json
 
 METADATA_KEY = "hydit.config"
@@ -52,6 +54,9 @@ class DiTConfig:
     rope_base: int = 32
 
     def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1 and not isinstance(value, bool):
+                raise ConfigError(f"{name} is {value}; expected a number from 1")
         if self.hidden_size % self.num_heads or self.head_dim % 4:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} with {self.num_heads} heads: a head's width must be a whole "
@@ -167,12 +172,19 @@ DIT_XL2_V11 = DiTConfig(hidden_size=1152, depth=28, mlp_hidden=4608, size_cond=T
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise schedule (scaled linear betas) and what the model predicts; defaults of v1.2."""
+    """The noise schedule (scaled linear betas) and what the model predicts; defaults of v1.2.
+
+    Raises :class:`ConfigError` for what is no such schedule (:mod:`.facts`).
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.018
     prediction: Literal["v", "epsilon", "sample"] = "v"
+
+    def __post_init__(self) -> None:
+        facts.check("diffusion", vars(self))
+        facts.check_betas(self.beta_start, self.beta_end, self.num_train_timesteps)
 
 
 @dataclass(frozen=True)
@@ -197,6 +209,8 @@ class ModelInfo:
     and ``vae`` hold what those parts' shapes do not tell (attention heads, maximum relative distance, norm
     groups, latent scale, preview colors); ``base`` names the weights that training started from;
     ``posterior`` is "sample" or "mode", the kind of the VAE's latents that the DiT was trained on, or "".
+
+    Raises :class:`ConfigError` for values that no model can have (:mod:`.facts`): what exists can be written.
     """
 
     version: str
@@ -211,13 +225,25 @@ class ModelInfo:
     base: str = ""
     posterior: Literal["", "sample", "mode"] = ""
 
+    def __post_init__(self) -> None:
+        facts.check("", vars(self))
+        for section in ("bert", "t5", "vae"):
+            facts.check(section, getattr(self, section))
+        facts.check("defaults", vars(self.defaults))
+        most = self.diffusion.num_train_timesteps - (self.defaults.spacing != "trailing")
+        if self.defaults.steps > most:
+            raise ConfigError(
+                f"defaults.steps is {self.defaults.steps}; the schedule has room for {most} with "
+                f"{self.defaults.spacing!r} spacing"
+            )
+
     @classmethod
     def published(cls, version: str) -> ModelInfo:
         """The values of Tencent's published weights of ``version``.
 
         v1.2 was trained with ``beta_end`` 0.018, earlier versions with 0.03 (Tencent's training scripts).
         """
-        if version not in ("v1.0", "v1.1", "v1.2"):
+        if version not in facts.VERSIONS:
             raise ConfigError(f"unknown HunyuanDiT version {version!r}; known are v1.0, v1.1 and v1.2")
         beta_end = 0.018 if version == "v1.2" else 0.03
         return cls(version=version, diffusion=DiffusionConfig(beta_end=beta_end))
@@ -230,34 +256,47 @@ class ModelInfo:
     def from_metadata(cls, metadata: Mapping[str, str], *, version: str) -> ModelInfo:
         """Read a safetensors file's metadata; ``version`` (from the shapes) is used where it says nothing.
 
-        Values that are absent are those that were published for the version.
+        Values that are absent are those that were published for the version. Names that are not known, of a
+        later release or misspelt, are warned of and passed over; a release that changes what a known name
+        means raises the format number.
 
-        Raises :class:`WeightsError` when the text is no JSON object or is in a newer format than ours.
+        Raises :class:`WeightsError` when the text is no JSON object, is in a newer format than ours, or has
+        a value that cannot be meant.
         """
         text = metadata.get(METADATA_KEY)
         if text is None:
             return cls.published(version)
-        values = parse_json(text, f"metadata {METADATA_KEY!r}")
-        if not isinstance(values.get("format"), int):
-            raise WeightsError(f"metadata {METADATA_KEY!r} is not an object with a format number")
+        where = f"metadata {METADATA_KEY!r}"
+        values = parse_json(text, where)
+        if type(values.get("format")) is not int or values["format"] < 1:
+            raise WeightsError(f"{where} is not an object with a format number")
         if values["format"] > METADATA_FORMAT:
             raise WeightsError(
-                f"metadata {METADATA_KEY!r} has format {values['format']}; this version of hydit reads up to "
+                f"{where} has format {values['format']}; this version of hydit reads up to "
                 f"{METADATA_FORMAT}: update hydit"
             )
-        start = cls.published(values.get("version", version))
-        return _merge(start, values)
+        if names := facts.unknown(values):
+            shown = printable(", ".join(names[:8]))
+            warnings.warn(f"{where}: passed over what is not known here: {shown}", stacklevel=2)
+        try:
+            facts.check("", values)
+            return _merge(cls.published(values.get("version", version)), values)
+        except ConfigError as error:
+            raise WeightsError(f"{where}: {error}") from None
 
 
-def _merge(start: Any, values: Mapping[str, Any]) -> Any:
-    """``start`` with those of its fields that ``values`` names; the format number guards their meaning."""
-    new: dict[str, Any] = {f.name: getattr(start, f.name) for f in fields(start)}
-    for name in new.keys() & values.keys():
-        value: Any = values[name]
-        old = new[name]
-        nested = isinstance(old, (DiffusionConfig, SamplingDefaults))
-        kind: Any = dict if nested else (int, float) if isinstance(old, float) else type(old)
-        if not isinstance(value, kind):
-            raise WeightsError(f"metadata {METADATA_KEY!r}: {name} is {value!r}, not like {old!r}")
-        new[name] = _merge(old, value) if nested else value
-    return type(start)(**new)
+def _merge(start: ModelInfo, values: Mapping[str, Any]) -> ModelInfo:
+    """``start`` with those of its fields that ``values`` names."""
+    changes: dict[str, Any] = {name: values[name] for name in facts.RULES[""] if name in values}
+    for section in facts.SECTIONS:
+        inner = values.get(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{section} is {inner!r}; expected an object")
+        known = getattr(start, section)
+        if isinstance(known, dict):
+            changes[section] = inner
+        else:
+            names = {f.name for f in fields(known)}
+            facts.check(section, inner)
+            changes[section] = replace(known, **{name: inner[name] for name in names & inner.keys()})
+    return replace(start, **changes)

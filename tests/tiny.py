@@ -108,7 +108,6 @@ def write_tiny_model(path: Path, config: DiTConfig = TINY, **changes: object) ->
         diffusion=DiffusionConfig(beta_end=0.03 if config.size_cond else 0.018),
         defaults=DEFAULTS,
         bert={"num_attention_heads": 2},
-        t5={"num_heads": 2},
     )
     save_checkpoint(
         path,

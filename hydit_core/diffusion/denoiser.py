@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..facts import PREDICTIONS
 from .schedule import Schedule
-
-PREDICTIONS = ("v", "epsilon", "sample")
 
 ModelFn = Callable[..., Tensor]
 """``(x_t (B, C, H, W), t (B,), **extra) -> (B, C or 2C, H, W)``; variance (the second half) is ignored."""

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..config import DiffusionConfig
 from ..errors import ConfigError
-
-SPACINGS = ("leading", "linspace", "trailing")
+from ..facts import SPACINGS
 
 
 class Schedule:

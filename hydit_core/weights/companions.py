@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .. import facts
 from ..config import ModelInfo
+from ..errors import ConfigError, WeightsError
 from ..untrusted import read_json
 from . import vae_layout
 from .detect import expect
@@ -23,12 +25,6 @@ FOLDERS = {
     "vae": ("vae", "sdxl-vae-fp16-fix"),
 }
 """Where the folders that are published keep each part, the transformer apart."""
-# Fields of their config.json that shapes do not tell, as hydit.config keeps them.
-_OPTIONS = {
-    "bert": ("num_attention_heads", "hidden_act", "layer_norm_eps"),
-    "t5": ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon"),
-    "vae": ("scaling_factor", "shift_factor", "norm_num_groups", "act_fn"),
-}
 # How such a file says what it describes.
 _MARKS = {"bert": "bert", "t5": "t5", "vae": "autoencoder"}
 _TOKENIZER = "tokenizer_config.json"
@@ -73,17 +69,17 @@ def companions(folder: Path, only: Collection[str] = tuple(FOLDERS)) -> Companio
         sources=other_parts(
             bert=bert_part(open_tensors(bert)) if bert else None,
             t5=mt5_part(open_tensors(mt5)) if mt5 else None,
-            vae=vae_part(open_tensors(vae), _config(vae, *_OPTIONS["vae"])) if vae else None,
+            vae=vae_part(open_tensors(vae), _options("vae", vae)) if vae else None,
             bert_vocab=vocab,
             spiece_model=spiece,
         ),
         found=[name for name, part in named.items() if part is not None],
         bert={
-            **_config(bert, *_OPTIONS["bert"]),
-            **(_config(root / "tokenizer", "do_lower_case", file_name=_TOKENIZER) if "bert" in only else {}),
+            **_options("bert", bert),
+            **(_options("bert", root / "tokenizer", _TOKENIZER) if "bert" in only else {}),
         },
-        t5=_config(mt5, *_OPTIONS["t5"]),
-        vae=_config(vae, *_OPTIONS["vae"]),
+        t5=_options("t5", mt5),
+        vae=_options("vae", vae),
     )
 
 
@@ -93,7 +89,7 @@ def options_beside(source: TensorSource, part: str) -> Companions:
     says = _config(folder, "model_type", "_class_name")
     if not any(_MARKS[part] in str(value).lower() for value in says.values()):
         return Companions()
-    options = {part: _config(folder, *_OPTIONS[part])}
+    options = {part: _options(part, folder)}
     return Companions(bert=options.get("bert", {}), t5=options.get("t5", {}), vae=options.get("vae", {}))
 
 
@@ -106,10 +102,13 @@ def vocabulary(folder: Path) -> bytes | None:
     if (folder / "vocab.txt").is_file():
         return (folder / "vocab.txt").read_bytes()
     # transformers 5 writes the vocabulary into tokenizer.json only.
-    model = _config(folder, "model", file_name="tokenizer.json").get("model", {})
-    if model.get("type") != "WordPiece":
+    model = _config(folder, "model", file_name="tokenizer.json").get("model")
+    if not isinstance(model, dict) or model.get("type") != "WordPiece":
         return None
-    return "\n".join(sorted(model["vocab"], key=model["vocab"].__getitem__)).encode()
+    vocab = model.get("vocab")
+    if not isinstance(vocab, dict) or not all(type(number) is int for number in vocab.values()):
+        raise WeightsError(f"{folder / 'tokenizer.json'}: its vocabulary is no object of words and numbers")
+    return "\n".join(sorted(vocab, key=vocab.__getitem__)).encode()
 
 
 def _weights_folder(root: Path, names: tuple[str, ...]) -> Path | None:
@@ -127,6 +126,17 @@ def _config(folder: Path | None, *names: str, file_name: str = "config.json") ->
         return {}
     values = read_json(file)
     return {name: values[name] for name in names if values.get(name) is not None}
+
+
+def _options(part: str, folder: Path | None, file_name: str = "config.json") -> dict[str, Any]:
+    """Those fields of a folder's config.json that shapes do not tell, as hydit.config keeps them."""
+    values = _config(folder, *facts.RULES[part], file_name=file_name)
+    try:
+        facts.check(part, values)
+    except ConfigError as error:
+        assert folder is not None  # there are values
+        raise WeightsError(f"{folder / file_name}: {error}") from None
+    return values
 
 
 def bert_part(source: TensorSource) -> TensorSource:

@@ -7,12 +7,11 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from ..config import METADATA_KEY, ModelInfo
-from ..errors import WeightsError
+from ..errors import ConfigError, WeightsError
 from ..untrusted import read_json
 from .companions import FOLDERS, Companions, bert_part, companions, mt5_part, options_beside, vae_part
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, tencent_view
@@ -22,8 +21,19 @@ from .views import rename, without_prefix
 
 # Where the folders that are published keep the transformer: diffusers' and Tencent's.
 _MODEL_FOLDERS = ("", "transformer", "model", "t2i/model", "controlnet")
-Prediction = Literal["v", "epsilon", "sample"]
 _SCHEDULER = Path("scheduler") / "scheduler_config.json"
+_PREDICTIONS = {"v_prediction": "v"}
+# What other values of these would change, and ours has not.
+_SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "thresholding": False,
+    "clip_sample": False,
+}
+_VARIANT = re.compile(r"(?<![a-z])(ema|module|distill)(?:ed)?(?![a-z])")
+_DISTILLED_STEPS = 25
+"""Tencent's model card, for the Distill weights."""
 
 
 def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
@@ -56,12 +66,22 @@ def model_info(source: TensorSource, kind: FileKind) -> ModelInfo:
     info = _with_scheduler(info, source.path)
     # A torch file's own key comes first, then Tencent's file names (pytorch_model_ema.pt).
     text = f"{source.metadata.get('hydit.load_key', '')} {source.path.name}"
-    variant = re.search(r"(?<![a-z])(ema|module|distill)(?:ed)?(?![a-z])", text.lower())
-    return replace(info, variant=variant.group(1)) if variant else info
+    variant = _VARIANT.search(text.lower())
+    name = variant.group(1) if variant else ""
+    # A pipeline says it in the name of its folder alone.
+    if not name and re.search(r"(?<![a-z])distill(ed)?(?![a-z])", "/".join(source.path.parts[-4:]).lower()):
+        name = "distill"
+    if name == "distill":
+        info = replace(info, defaults=replace(info.defaults, steps=_DISTILLED_STEPS))
+    return replace(info, variant=name)
 
 
 def _with_scheduler(info: ModelInfo, path: Path) -> ModelInfo:
-    """Take the betas and the prediction type of a diffusers pipeline's scheduler."""
+    """Take the steps, betas and prediction type of a diffusers pipeline's scheduler.
+
+    Raises:
+        WeightsError: it is no schedule that this library has.
+    """
     folder = path if path.is_dir() else path.parent
     config = next(
         (file for base in (folder, folder.parent) if (file := base / _SCHEDULER).is_file()),
@@ -70,17 +90,22 @@ def _with_scheduler(info: ModelInfo, path: Path) -> ModelInfo:
     if config is None:
         return info
     values = read_json(config)
+    for name, usual in _SCHEDULE.items():
+        if (found := values.get(name, usual)) != usual:
+            raise WeightsError(
+                f"{config}: {name} is {found!r}; this library has {usual!r} alone, so pictures would be "
+                "wrong. If the weights were trained with that after all, correct the file"
+            )
+    if "Flow" in str(values.get("_class_name")):
+        raise WeightsError(f"{config} is of {values['_class_name']}; HunyuanDiT has a schedule of betas")
+    prediction = values.get("prediction_type", "v_prediction")
+    numbers = ("num_train_timesteps", "beta_start", "beta_end")
+    changes = {name: values[name] for name in numbers if name in values}
     try:
-        names: dict[str, Prediction] = {"v_prediction": "v", "epsilon": "epsilon", "sample": "sample"}
-        diffusion = replace(
-            info.diffusion,
-            beta_start=float(values.get("beta_start", info.diffusion.beta_start)),
-            beta_end=float(values.get("beta_end", info.diffusion.beta_end)),
-            prediction=names[values.get("prediction_type", "v_prediction")],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{config} is no scheduler configuration of diffusers: {error!r}") from error
-    return replace(info, diffusion=diffusion)
+        diffusion = replace(info.diffusion, **changes, prediction=_PREDICTIONS.get(prediction, prediction))
+        return replace(info, diffusion=diffusion)
+    except (ConfigError, TypeError) as error:
+        raise WeightsError(f"{config} is no scheduler configuration of diffusers: {error}") from error
 
 
 @dataclass(frozen=True)

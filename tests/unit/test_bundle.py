@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from tiny import TINY, bert_vocab, randomize, spiece_model
 from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
+from hydit_core.config import DiffusionConfig
 from hydit_core.errors import WeightsError
 from hydit_core.model.dit import DiT
 from hydit_core.weights.convert import convert
+from hydit_core.weights.detect import FileKind
 from hydit_core.weights.files import open_tensors
-from hydit_core.weights.parts import Parts, bundle
-from hydit_core.weights.source import TensorSource
+from hydit_core.weights.parts import Parts, bundle, model_info
+from hydit_core.weights.source import MemorySource, TensorSource
 from hydit_core.weights.vae_layout import diffusers_to_ldm
 
 SPIECE = spiece_model()
@@ -121,6 +123,47 @@ def test_a_scheduler_is_read_too(pipeline: Path, tmp_path: Path) -> None:
     assert info is not None
     assert (info.diffusion.beta_end, info.diffusion.prediction) == (0.025, "epsilon")
     assert info.t5["relative_attention_max_distance"] == 77
+
+
+SCHEDULERS = {
+    "zero SNR": ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True; this library has False"),
+    "linear": ({"beta_schedule": "linear"}, "beta_schedule is 'linear'; this library has 'scaled_linear'"),
+    "own betas": ({"trained_betas": [0.1, 0.2]}, "trained_betas is"),
+    "thresholding": ({"thresholding": True}, "thresholding is True"),
+    "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is of FlowMatchEuler.*; HunyuanDiT"),
+    "prediction": ({"prediction_type": "flow"}, "diffusion.prediction is 'flow'; expected one of v, epsilon"),
+    "no name": ({"prediction_type": ["v"]}, "no scheduler configuration of diffusers"),
+    "betas": ({"beta_start": 0}, "diffusion.beta_start is 0; expected a number from"),
+    "text": ({"beta_end": "0.02"}, "diffusion.beta_end is '0.02'"),
+    "steps": ({"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000; expected"),
+}
+
+
+@pytest.mark.parametrize("values, message", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_a_scheduler_that_is_not_ours_is_refused(values: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    scheduler = tmp_path / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({"beta_schedule": "scaled_linear", **values}))
+    source = MemorySource({}, path=tmp_path)
+    with pytest.raises(WeightsError, match=message) as error:
+        model_info(source, FileKind("dit", "a DiT", version="v1.2"))
+    assert str(error.value).startswith(str(scheduler))
+
+
+def test_what_a_scheduler_says_of_steps_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "scheduler").mkdir()
+    values = {"num_train_timesteps": 500, "clip_sample": False, "trained_betas": None, "steps_offset": 1}
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(values))
+    info = model_info(MemorySource({}, path=tmp_path), FileKind("dit", "a DiT", version="v1.2"))
+    assert info.diffusion == DiffusionConfig(num_train_timesteps=500)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_distill.pt", "HunyuanDiT-Diffusers-Distilled/transformer"])
+def test_distilled_weights_recommend_25_steps(name: str, tmp_path: Path) -> None:
+    kind = FileKind("dit", "a DiT", version="v1.2")
+    info = model_info(MemorySource({}, path=tmp_path / name), kind)
+    assert (info.variant, info.defaults.steps) == ("distill", 25)
+    assert model_info(MemorySource({}, path=tmp_path / "pytorch_model_ema.pt"), kind).defaults.steps == 50
 
 
 @pytest.mark.parametrize("place", ["folder", "file"])

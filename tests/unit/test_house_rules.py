@@ -14,6 +14,7 @@ LAYERS = {
     "__version__": 0,
     "errors": 0,
     "config": 1,
+    "facts": 1,
     "devices": 1,
     "embedded": 1,
     "finite": 1,
