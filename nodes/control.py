@@ -36,6 +36,7 @@ class HyDiTControlNetLoader(io.ComfyNode):
             category=_CATEGORY,
             description="Loads a ControlNet for HunyuanDiT of any version and size: Tencent's .pt, a "
             "diffusers folder, or one that was trained with hydit.",
+            has_intermediate_output=True,  # what the node shows
             search_aliases=["hydit", "hunyuan", "混元", "load controlnet", "canny", "depth", "pose"],
             inputs=[
                 io.Combo.Input(

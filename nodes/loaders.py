@@ -45,6 +45,7 @@ class HyDiTCheckpointLoader(io.ComfyNode):
             category=_CATEGORY,
             description="Loads HunyuanDiT with its text encoders and VAE from one all-in-one file, a "
             "diffusers folder or Tencent's folder. It finds the version out itself and shows it on the node.",
+            has_intermediate_output=True,  # what the node shows
             search_aliases=["hydit", "hunyuan", "混元", "load checkpoint"],
             inputs=[
                 io.Combo.Input(
@@ -93,6 +94,7 @@ class HyDiTDiTLoader(io.ComfyNode):
             description="Loads HunyuanDiT's denoising network alone, from any of its published files: "
             "Tencent's .pt, diffusers, or out of an all-in-one file. Text encoders and VAE have loaders of "
             "their own.",
+            has_intermediate_output=True,  # what the node shows
             search_aliases=["hydit", "hunyuan", "混元", "load diffusion model", "unet loader"],
             inputs=[
                 io.Combo.Input(
@@ -136,6 +138,7 @@ class HyDiTTextEncoderLoader(io.ComfyNode):
             category=_CATEGORY,
             description="Loads HunyuanDiT's two text encoders: from one file or folder that has both, or "
             "BERT from one and mT5 from another.",
+            has_intermediate_output=True,  # what the node shows
             search_aliases=["hydit", "hunyuan", "混元", "load clip", "bert", "mt5", "dual clip loader"],
             inputs=[
                 io.Combo.Input(

@@ -52,6 +52,7 @@ class HyDiTLoraLoader(_FromFile):
             category=_CATEGORY,
             description="Loads a LoRA for HunyuanDiT of any common format at its true strength, with a "
             "weight for each block, and says what it is and what of it fits the model.",
+            has_intermediate_output=True,  # what the node shows
             search_aliases=["hydit", "hunyuan", "混元", "load lora", "dora", "loha", "lokr", "lycoris"],
             inputs=[
                 io.Model.Input("model", tooltip="A HunyuanDiT. Loaders may be chained."),
@@ -107,6 +108,7 @@ class HyDiTLoraMerge(_FromFile):
             category=_CATEGORY,
             description="Makes one LoRA of several: chain one node for each file. With model (and clip) "
             "connected to the last one, all of them are applied.",
+            has_intermediate_output=True,  # what the node shows
             search_aliases=["hydit", "hunyuan", "混元", "combine loras", "merge loras", "lora stack"],
             inputs=[
                 _name_input(),

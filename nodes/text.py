@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..hydit_core.errors import ConfigError
 from .schema import make_schema
 
-_MODES = ["exact", "weighted", "long"]
+_MODES = ["exact", "weighted", "long", "long weighted"]
 
 
 class HyDiTTextEncode(io.ComfyNode):
@@ -25,6 +25,7 @@ class HyDiTTextEncode(io.ComfyNode):
             description="Encodes a prompt, in English or Chinese, with HunyuanDiT's two text encoders, and "
             "reports how many tokens each of them saw and what was cut off. Works with the CLIP of any "
             "HunyuanDiT loader; empty prompts are allowed.",
+            has_intermediate_output=True,  # what the node shows
             search_aliases=["hydit", "hunyuan", "混元", "prompt", "clip text encode", "bert", "mt5"],
             inputs=[
                 io.Clip.Input("clip", tooltip="BERT and mT5, from a loader of HunyuanDiT."),
@@ -48,7 +49,8 @@ class HyDiTTextEncode(io.ComfyNode):
                     tooltip="exact: plain text, cut to the encoders' lengths, as the model was trained; "
                     "parentheses are parentheses. weighted: ComfyUI's (word:1.2) and embedding:name, cut to "
                     "the same lengths. long: plain text of any length in chunks of those lengths, each "
-                    "encoded alone; beyond the first chunk the model was not trained on it.",
+                    "encoded alone; beyond the first chunk the model was not trained on it. long weighted: "
+                    "the same with weights and embeddings.",
                 ),
                 io.Int.Input(
                     "width",
@@ -93,6 +95,7 @@ class HyDiTTextEncode(io.ComfyNode):
             "exact": tokens.exact_tokens,
             "weighted": tokens.weighted_tokens,
             "long": tokens.long_tokens,
+            "long weighted": tokens.long_weighted_tokens,
         }[mode]
         lists, report = tokenize(clip, text, text_mt5 if text_mt5.strip() else None)
         size = {"width": width, "height": height} if width else {}

@@ -49,6 +49,8 @@ class TokenReport:
     """What the encoder does not see; for mT5 in its normalized spelling."""
     unknown: tuple[str, ...] = ()
     """Pieces of the prompt that the vocabulary does not have: the encoder cannot tell them apart."""
+    left_out: tuple[str, ...] = ()
+    """What the prompt names and the encoder cannot be given, each with the reason."""
     chunks: int = 1
     """How many times the encoder runs on this prompt, each time on at most ``limit`` tokens."""
 
@@ -69,6 +71,8 @@ class TokenReport:
             text += f", cut off: {self.cut!r}"
         if self.unknown:
             text += f", not in its vocabulary: {' '.join(self.unknown)}"
+        if self.left_out:
+            text += f", left out: {', '.join(self.left_out)}"
         return text
 
 
@@ -85,6 +89,11 @@ class PromptReport(NamedTuple):
     def __str__(self) -> str:
         lines = [f"{self.bert.length}, {self.t5.length}"]
         lines += [f"{report.encoder} does not see: {report.cut}" for report in self if report.truncated]
+        lines += [
+            f"{report.encoder} is not given: {', '.join(report.left_out)}"
+            for report in self
+            if report.left_out
+        ]
         for report in self:
             shown = (piece.strip(" ▁") for piece in report.unknown)
             if unknown := dict.fromkeys(piece if piece.isprintable() else ascii(piece) for piece in shown):

@@ -121,6 +121,16 @@ class Tokenizers:
             TokenReport("mT5", len(t5) + 1, self.t5_len, self._t5_text(t5[self.t5_len - 1 :])),
         )
 
+    def bert_ranges(self, ids: Sequence[int | None]) -> list[tuple[int, int]]:
+        """Chunks of a prompt that others tokenized, as :meth:`report` takes it: each a (begin, end)."""
+        names = {i: name for name, i in self.bert_tokens.items()}
+        return split([i is None or not names[i].startswith("##") for i in ids], self.text_len - 2)
+
+    def t5_ranges(self, ids: Sequence[int | None]) -> list[tuple[int, int]]:
+        """As :meth:`bert_ranges`, for mT5."""
+        pieces = [_WORD_START if i is None else self._t5.id_to_piece(i) for i in ids]
+        return split(piece_starts(pieces), self.t5_len - 1)
+
     def bert_ids(self, text: str) -> list[int]:
         """The token numbers of a text of any length, without begin and end tokens."""
         return list(self._bert.encode(well_formed(text), add_special_tokens=False).ids)

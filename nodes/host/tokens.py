@@ -28,7 +28,8 @@ Token = tuple[Any, float]
 TokenLists = dict[str, list[list[Token]]]
 
 BERT, MT5 = "hydit_clip", "mt5xl"
-_EMBEDDING = re.compile(r"(^|\s)embedding:\S+")
+# As ComfyUI looks for it, in what stands between two weights
+_EMBEDDING = re.compile(r"(?:^|[ \n])embedding:(\S+)")
 
 
 class HyDiTTokenizer:
@@ -69,7 +70,44 @@ class HyDiTTokenizer:
         return tensors
 
 
-class _BertTokenizer(comfy.sd1_clip.SDTokenizer):
+class _LearnedEmbeddings(comfy.sd1_clip.SDTokenizer):
+    """Reads ComfyUI's "embedding:name"; what could not reach the encoder becomes no token."""
+
+    def _try_get_embedding(self, embedding_name: str) -> Any:
+        found = self._read(embedding_name)
+        return (None, *found[1:]) if self._misfit(found[0]) else found
+
+    def left_out(self, text: str) -> tuple[str, ...]:
+        """What of a prompt's embeddings the encoder is not given, each with the reason."""
+        names = [word for segment, _ in _segments(text) for word in _EMBEDDING.findall(segment)]
+        reasons = {name: self._problem(name) for name in names}
+        return tuple(f"embedding:{name.strip(',')} ({reason})" for name, reason in reasons.items() if reason)
+
+    def _problem(self, name: str) -> str:
+        vectors = self._read(name)[0]
+        return "not found, or not readable" if vectors is None else self._misfit(vectors)
+
+    def _read(self, name: str) -> Any:
+        """(vectors or None, ..., the text behind the name), as ComfyUI's method returns it."""
+        try:
+            return super()._try_get_embedding(name)
+        except Exception as error:  # whatever a file makes ComfyUI raise
+            raise ConfigError(
+                f"embedding:{name.strip()} in the prompt cannot be used: {type(error).__name__}: "
+                f"{' '.join(str(error).split())}; write the name of a file in ComfyUI/models/embeddings, or "
+                "take it out"
+            ) from error
+
+    def _misfit(self, vectors: Any) -> str:
+        if vectors is None:
+            return ""
+        if not isinstance(vectors, torch.Tensor) or not 1 <= vectors.ndim <= 2 or not vectors.numel():
+            return "its file holds no embedding"
+        width = vectors.shape[-1]
+        return "" if width == self.embedding_size else f"{width} wide, not {self.embedding_size}"
+
+
+class _BertTokenizer(_LearnedEmbeddings):
     def __init__(self, exact: Tokenizers, width: int, positions: int, embedding_directory: Any) -> None:
         super().__init__(
             exact,
@@ -95,7 +133,7 @@ class _BertTokenizer(comfy.sd1_clip.SDTokenizer):
         return [[*chunk, *[padding] * (longest - len(chunk))] for chunk in chunks]
 
 
-class _Mt5Tokenizer(comfy.sd1_clip.SDTokenizer):
+class _Mt5Tokenizer(_LearnedEmbeddings):
     def __init__(self, exact: Tokenizers, width: int, embedding_directory: Any) -> None:
         super().__init__(
             exact.spiece_model,
@@ -200,25 +238,64 @@ def weighted_tokens(clip: Any, text: str, text_mt5: str | None = None) -> tuple[
     A prompt that fits gives what ComfyUI's own text nodes give.
     """
     exact = tokenizers_of(clip)
+    bert, t5, report = _read_weighted(clip, text, text_mt5)
+    return {BERT: [_bert_chunk(exact, bert)], MT5: [_t5_chunk(exact, t5)]}, report
+
+
+def long_weighted_tokens(
+    clip: Any, text: str, text_mt5: str | None = None
+) -> tuple[TokenLists, PromptReport]:
+    """One prompt in ComfyUI's syntax of any length, in chunks of the lengths that the DiT was trained on."""
+    exact = tokenizers_of(clip)
+    bert, t5, report = _read_weighted(clip, text, text_mt5)
+    bert_chunks = [_bert_chunk(exact, bert[a:b]) for a, b in exact.bert_ranges(_numbers(bert))]
+    t5_chunks = [_t5_chunk(exact, t5[a:b]) for a, b in exact.t5_ranges(_numbers(t5))]
+    report = PromptReport(
+        replace(report.bert, n_tokens=len(bert) + 2 * len(bert_chunks), cut="", chunks=len(bert_chunks)),
+        replace(report.t5, n_tokens=len(t5) + len(t5_chunks), cut="", chunks=len(t5_chunks)),
+    )
+    return {BERT: bert_chunks, MT5: t5_chunks}, report
+
+
+def _read_weighted(
+    clip: Any, text: str, text_mt5: str | None
+) -> tuple[list[Token], list[Token], PromptReport]:
+    """Both encoders' tokens of a prompt of any length, without begin, end and padding, and what is cut."""
+    exact = tokenizers_of(clip)
     text = well_formed(text)
     text_mt5 = text if text_mt5 is None else well_formed(text_mt5)
     lists: TokenLists = clip.tokenize(text)
     if text_mt5 != text:
         lists[MT5] = clip.tokenize(text_mt5)[MT5]
     begin, end = [(exact.bert_begin, 1.0)], [(exact.bert_end, 1.0)]
-    t5_end = [(exact.t5_end, 1.0)]
     bert = _content(lists[BERT], begin, end, exact.bert_pad)
-    t5 = _content(lists[MT5], [], t5_end, exact.t5_pad_id)
+    t5 = _content(lists[MT5], [], [(exact.t5_end, 1.0)], exact.t5_pad_id)
     report = exact.report(_numbers(bert), _numbers(t5))
     plain = exact(_without_syntax(text), _without_syntax(text_mt5)).reports[0]
-    report = PromptReport(
-        replace(report.bert, unknown=plain.bert.unknown), replace(report.t5, unknown=plain.t5.unknown)
+    return (
+        bert,
+        t5,
+        PromptReport(
+            replace(report.bert, unknown=plain.bert.unknown, left_out=_left_out(clip, BERT, text)),
+            replace(report.t5, unknown=plain.t5.unknown, left_out=_left_out(clip, MT5, text_mt5)),
+        ),
     )
-    bert = [*begin, *bert[: exact.text_len - 2], *end]
-    t5 = [*t5[: exact.t5_len - 1], *t5_end]
-    bert += [(exact.bert_pad, 1.0)] * (exact.text_len - len(bert))
-    t5 += [(exact.t5_pad_id, 1.0)] * (exact.t5_len - len(t5))
-    return {BERT: [bert], MT5: [t5]}, report
+
+
+def _left_out(clip: Any, encoder: str, text: str) -> tuple[str, ...]:
+    """ComfyUI's own HunyuanDiT reads "embedding:name" as words: nothing is left out."""
+    tokenizer = getattr(clip.tokenizer, encoder)
+    return tokenizer.left_out(text) if isinstance(tokenizer, _LearnedEmbeddings) else ()
+
+
+def _bert_chunk(exact: Tokenizers, content: list[Token]) -> list[Token]:
+    chunk = [(exact.bert_begin, 1.0), *content[: exact.text_len - 2], (exact.bert_end, 1.0)]
+    return chunk + [(exact.bert_pad, 1.0)] * (exact.text_len - len(chunk))
+
+
+def _t5_chunk(exact: Tokenizers, content: list[Token]) -> list[Token]:
+    chunk = [*content[: exact.t5_len - 1], (exact.t5_end, 1.0)]
+    return chunk + [(exact.t5_pad_id, 1.0)] * (exact.t5_len - len(chunk))
 
 
 def _plain(rows: list[list[int]]) -> list[list[Token]]:
@@ -246,9 +323,13 @@ def _numbers(tokens: list[Token]) -> list[int | None]:
 
 
 def _without_syntax(text: str) -> str:
-    segments = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
-    plain = "".join(comfy.sd1_clip.unescape_important(segment) for segment, _ in segments)
-    return _EMBEDDING.sub(" ", plain)
+    return "".join(_EMBEDDING.sub(" ", segment) for segment, _ in _segments(text))
+
+
+def _segments(text: str) -> list[tuple[str, float]]:
+    """What stands between two weights, and its weight."""
+    weighted = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+    return [(comfy.sd1_clip.unescape_important(segment), weight) for segment, weight in weighted]
 
 
 def _lines(vocabulary: bytes) -> bytes:

@@ -313,6 +313,12 @@ def test_reports_are_translated_but_for_what_they_quote():
             TokenReport("BERT", 90, 77, cut=quoted), TokenReport("mT5", 300, 256, cut="dog", unknown=("☃",))
         ),
         PromptReport(TokenReport("BERT", 90, 77, chunks=2), TokenReport("mT5", 12, 256)),
+        PromptReport(
+            TokenReport(
+                "BERT", 9, 77, left_out=("☃ (768 wide, not 1024)", "☂ (its file holds no embedding)")
+            ),
+            TokenReport("mT5", 12, 256, left_out=("☃ (not found, or not readable)",)),
+        ),
     ]
     for case in cases:
         said = translated(str(case), rules)

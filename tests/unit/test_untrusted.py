@@ -45,7 +45,7 @@ def test_json_that_is_refused(text, message):
 
 
 def test_json_that_is_read():
-    value = {"a": [1, -(2**63), 2**64 - 1, 1e300, True, None, "[[[{{\\\"", "\U0001f34e"], "": {}}
+    value = {"a": [1, -(2**63), 2**64 - 1, 1e300, True, None, '[[[{{\\"', "\U0001f34e"], "": {}}
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), "\ufeff" + json.dumps(value)):
         assert parse_json(text, "x") == value
         assert parse_json(text.encode(), "x") == value

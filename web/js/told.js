@@ -1,9 +1,10 @@
 // A row of text on a node: what its last run said, in the run's message, under one name.
 
 import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
 import { text } from "./locale.js";
 import { fingerprint, forget, recall, remember } from "./memory.js";
-import { after, idOf, widgetOf } from "./nodes.js";
+import { after, widgetOf } from "./nodes.js";
 import { addRow, addStyle } from "./rows.js";
 
 const LINE = 16;
@@ -14,15 +15,41 @@ const CSS = `
 .hydit-old > div { opacity: 0.5; }
 `;
 
-/** All that was said since the page was opened, by name and by what the node was then (`signature`). */
-const said = new Map();
-/** For each row of a node that is in a graph: look there. */
-const lookups = new Set();
+/** The rows of nodes that are in a graph: {node, name, missing(), take(told)}. */
+const rows = new Set();
+/** Milliseconds between attempts: the history has a run shortly after its end was told. */
+const ATTEMPTS = [0, 200, 500, 1000, 2000];
 
-// A node whose result comes from the server's cache says nothing, though another one, in another workflow, did.
-api.addEventListener("execution_success", () => {
-  for (const lookUp of lookups) lookUp();
+// A node whose result comes from the server's cache says nothing, in ComfyUIs that do not know that it has something
+// to say; the history of the run holds it.
+api.addEventListener("execution_success", async ({ detail }) => {
+  const missing = [...rows].filter((row) => row.missing());
+  if (!missing.length) return;
+  const outputs = await outputsOf(detail.prompt_id);
+  for (const [id, output] of Object.entries(outputs)) {
+    const node = nodeOf(id);
+    for (const row of missing.filter((row) => row.node === node && row.missing())) row.take(output?.[row.name]);
+  }
 });
+
+/** What the nodes of a run said, by their numbers: {"3": {hydit_report: ["..."]}}. */
+async function outputsOf(promptId) {
+  for (const delay of ATTEMPTS) {
+    await new Promise((resolve) => setTimeout(resolve, delay));
+    const response = await api.fetchApi(`/history/${encodeURIComponent(promptId)}`).catch(() => undefined);
+    const run = response?.ok ? (await response.json())[promptId] : undefined;
+    if (run) return run.outputs ?? {};
+  }
+  return {};
+}
+
+/** The node of a number as the server knows it: "12:3" is node 3 in the subgraph that node 12 is. */
+function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  const path = String(id).split(":");
+  for (const number of path.slice(0, -1)) graph = graph?.getNodeById?.(number)?.subgraph;
+  return graph?.getNodeById?.(path.at(-1)) ?? undefined;
+}
 
 /**
  * Show on `node` what its runs say under `name`.
@@ -61,38 +88,20 @@ export function showTold(node, { name, words, inputs, drop = [], lines, translat
   };
 
   const take = (told) => {
-    said.set(`${name} ${signature(node)}`, told);
-    remember(node, name, told, now());
+    if (!told) return;
+    remember(node, name, [].concat(told).join("\n"), now());
     show();
   };
-  const lookUp = () => {
-    const told = said.get(`${name} ${signature(node)}`);
-    if (told !== undefined && recall(node, name)?.of !== now()) take(told);
-  };
+  const row = { node, name, take, missing: () => recall(node, name)?.of !== now() };
 
   addRow(node, name, frame, () => Math.min(Math.max(body.offsetHeight, LINE), lines * LINE));
-  after(node, "onExecuted", (output) => {
-    if (output?.[name]) take([].concat(output[name]).join("\n"));
-  });
-  after(node, "onAdded", () => lookups.add(lookUp));
-  after(node, "onRemoved", () => lookups.delete(lookUp));
+  after(node, "onExecuted", (output) => take(output?.[name]));
+  after(node, "onAdded", () => rows.add(row));
+  after(node, "onRemoved", () => rows.delete(row));
   after(node, "onConfigure", () => check(...inputs));
   for (const input of inputs) {
     const widget = widgetOf(node, input);
     if (widget) after(widget, "callback", () => check(input));
   }
   show();
-}
-
-/** What a node and all before it are set to: two nodes of which this is the same are told the same. */
-function signature(node, known = new Map()) {
-  if (!known.has(node)) {
-    const values = node.widgets?.filter(({ value }) => typeof value !== "object").map(({ value }) => value);
-    const before = node.inputs?.map((_, slot) => {
-      const from = node.getInputNode?.(slot);
-      return from ? [signature(from, known), node.getInputLink?.(slot)?.origin_slot] : null;
-    });
-    known.set(node, fingerprint(JSON.stringify([idOf(node), values, before])));
-  }
-  return known.get(node);
 }
