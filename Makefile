@@ -3,6 +3,7 @@
 # make test-host  the tests inside a ComfyUI and in its page; COMFYUI_PATH says which (docs/testing.md)
 # make validate   what others' validators of ComfyUI packs say (docs/testing.md)
 # make lint    ruff and mypy
+# make fuzz    damaged files of every kind, FUZZ_INPUTS of them (docs/testing.md)
 # make bench   benchmarks/*.py, one after the other
 # make gpu     the tests and figures of a CUDA device; DEVICE=cpu tries them without one (docs/testing.md)
 # make gpu-wheels  what a machine without network may lack for it, into .whl/
@@ -16,6 +17,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 OUT ?= outputs/demo
+FUZZ_INPUTS ?= 50000
+FUZZ_SEED ?= 1
 PYTEST_ARGS ?= -n 2 --dist loadfile
 DEVICE ?= cuda
 GPU_PYTHON ?=
@@ -31,7 +34,7 @@ BIN := $(VENV)/bin
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-host validate lint bench gpu gpu-wheels clean
+.PHONY: demo test test-host validate lint fuzz bench gpu gpu-wheels clean
 
 demo: $(VENV)/.headless
 	$(BIN)/python -m hydit_core.generate --prompt "红苹果" --prompt "a red apple" --seed 1 --out $(OUT)
@@ -51,6 +54,9 @@ lint: $(VENV)/.test
 	@# The clone's name need not be one that Python takes for a package, which to mypy this folder is.
 	ln -sfn "$(CURDIR)" $(VENV)/hydit
 	$(BIN)/python -m mypy $(VENV)/hydit/hydit_core $(VENV)/hydit/nodes
+
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 
 bench: $(VENV)/.test
 	for file in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
