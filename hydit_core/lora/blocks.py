@@ -11,7 +11,8 @@ from typing import Any
 from ..errors import ConfigError
 from ..model.layer_weights import LayerWeights
 
-_BLOCK = re.compile(r"dit\.blocks\.(\d+)\.")
+# As in names.py: what has more digits is the number of no block, and sizes nothing.
+_BLOCK = re.compile(r"dit\.blocks\.(0|[1-9][0-9]{0,3})\.")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..weights.layouts import RULES
+from ..weights.wrappers import WRAPPERS, unwrapped
 
 
 class Place(NamedTuple):
@@ -52,16 +53,36 @@ _T5_LAYER = (
 )
 _T5 = ("shared", *(f"encoder.block.{{n}}.{name}" for name in _T5_LAYER), "encoder.final_layer_norm")
 
+# Names that DiffSynth-Studio gives, and those of diffusers' older attention processors.
+_ALIASES = {
+    "blocks.{n}.attn1.to_out": "blocks.{n}.attn1.out_proj",
+    "blocks.{n}.attn2.to_out": "blocks.{n}.attn2.out_proj",
+    "blocks.{n}.mlp.0": "blocks.{n}.mlp.fc1",
+    "blocks.{n}.mlp.2": "blocks.{n}.mlp.fc2",
+    "blocks.{n}.modulation.1": "blocks.{n}.default_modulation.1",
+}
+
 # Whole words, so that the transformer_blocks of other models are not taken for blocks.
 _PREFIX = re.compile(
     r"(?:(?:base_model|diffusion_model|model|module|transformer|unet|dit|text_encoders|text_encoder|text_encoder_2"
     r"|hydit_clip|mt5xl|bert|t5)\.|(?:lora_unet|lora_transformer|lora_te1|lora_te2|lora_te|lycoris)_)"
 )
-_NUMBER = re.compile(r"^(blocks|encoder_layer|encoder_block)_(\d+)_")
+# No model has 10,000 blocks; a number with more digits, or other ones, is none of a block.
+_NUMBER = re.compile(r"^(blocks|encoder_layer|encoder_block)_(0|[1-9][0-9]{0,3})_")
+# Wrappers of modules, and an attention processor of diffusers, with underscores for dots.
+_AROUND = "|".join(name.strip("_") for name in (*sorted(WRAPPERS, key=len, reverse=True), "processor"))
+_AROUND = _AROUND.replace(
+    "_wrapped_module", "_wrapped(?:_module)?"
+)  # of which the dotted spelling lost a word
+_WRAPPED = re.compile(rf"^(?:_?(?:{_AROUND})_)+|_{{1,2}}(?:{_AROUND})(?=_)")
+_PARTS = {
+    "bert": ("lora_te1_", "lora_te_", "text_encoder.", "text_encoders.hydit_clip.", "hydit_clip.", "bert."),
+    "t5": ("lora_te2_", "text_encoder_2.", "text_encoders.mt5xl.", "mt5xl.", "t5."),
+}
 
 
 def _flat(name: str) -> str:
-    return name.replace(".", "_")
+    return _WRAPPED.sub("", name.replace(".", "_"))
 
 
 def _table(diffusers: bool) -> dict[str, Place]:
@@ -72,6 +93,7 @@ def _table(diffusers: bool) -> dict[str, Place]:
         for index, name in enumerate(names):
             place = Place(f"dit.{rule.tencent}", index, len(names), diffusers and rule.swap)
             table[_flat(name)] = place
+    table |= {_flat(name): Place(f"dit.{module}") for name, module in _ALIASES.items()}
     return table
 
 
@@ -80,6 +102,7 @@ _TENCENT, _DIFFUSERS = _table(False), _table(True)
 
 def _split(name: str) -> tuple[str, str]:
     """``lora_unet_blocks_3_mlp_fc1`` -> (``blocks_{n}_mlp_fc1``, ``3``); empty if it is not known."""
+    name = unwrapped(name)
     while True:
         flat = _flat(name)
         match = _NUMBER.match(flat)
@@ -90,6 +113,17 @@ def _split(name: str) -> tuple[str, str]:
         if prefix is None:
             return "", ""
         name = name[prefix.end() :]
+
+
+def own_name(name: str) -> str:
+    """A file's name of a module without what peft and wrappers put around it."""
+    return unwrapped(name).removeprefix("base_model.model.")
+
+
+def part_of(name: str) -> str:
+    """Which part a module is meant for whose name is not known: the DiT, unless a prefix says another."""
+    name = own_name(name)
+    return next((part for part, prefixes in _PARTS.items() if name.startswith(prefixes)), "dit")
 
 
 def is_diffusers(names: Iterable[str]) -> bool:

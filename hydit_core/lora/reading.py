@@ -8,20 +8,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..errors import LoraError
-from ..untrusted import read_json
 from ..weights.detect import detect
+from ..weights.dtypes import dtype_name
 from ..weights.files import open_tensors
 from ..weights.source import MemorySource, TensorSource
 from .adapter import Adapter, Patch
 from .fuse import swap_halves
-from .names import is_diffusers, locate
+from .names import is_diffusers, locate, own_name, part_of
+from .scaling import PEFT_CONFIG, PeftConfig, Scaling, read_peft_config
 
-PEFT_CONFIG = "adapter_config.json"
 PEFT_PARTS = ("bert", "t5")
 """Sub-folders of a PEFT folder: adapters of the text encoders."""
 
@@ -37,7 +36,9 @@ _ROLES = {
     "lora_linear_layer.up": "up",
     "alpha": "alpha",
     "dora_scale": "magnitude",
-    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector": "peft_magnitude",
+    "lora_embedding_A": "embedding.A",
+    "lora_embedding_B": "embedding.B",
     "diff": "diff",
     "w_norm": "diff",
     "diff_b": "bias",
@@ -45,6 +46,7 @@ _ROLES = {
     **{f"hada_{name}": f"loha.{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
     **{f"lokr_{name}": f"lokr.{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
 }
+_LONGEST_NAME = 1000
 _KEY = re.compile(
     r"(?P<module>.+?)[._](?P<role>" + "|".join(map(re.escape, sorted(_ROLES, key=len, reverse=True))) + ")"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?P<end>\.weight|\.bias)?"
@@ -54,8 +56,8 @@ _REFUSED = (
     (("oft_blocks", "oft_diag", ".oft_"), "OFT, which is not supported"),
     (("boft_",), "BOFT, which is not supported"),
     ((".a1.weight", ".b1.weight"), "GLoRA, which is not supported"),
-    (("lora_embedding_",), "a LoRA of embeddings, which is not supported"),
     (("set_weight", "modules_to_save"), "whole weights instead of changes, which only fit their own base"),
+    (("trainable_tokens_",), "rows of an embedding, which are not supported"),
 )
 
 
@@ -65,48 +67,6 @@ class _Module:
 
     roles: dict[str, Tensor] = field(default_factory=dict)
     up_bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Scaling:
-    """What is known of scales beside ``.alpha`` tensors."""
-
-    config: Mapping[str, Any]
-    metadata: Mapping[str, str]
-    gui: bool
-
-    def of(self, module: str, rank: int, alpha: Tensor | None) -> float:
-        if rank == 0:
-            return 1.0
-        config = self.config
-        root = math.sqrt(rank) if config.get("use_rslora") else rank
-        if alpha is not None:
-            # ComfyUI's rule for all files: what a trainer means by .alpha is alpha / rank.
-            return float(alpha.item()) / rank
-        if config:
-            default = config.get("lora_alpha", config.get("alpha", rank))
-            return _pattern(config.get("alpha_pattern"), module, float(default)) / root
-        if (value := _metadata_alpha(self.metadata)) is not None:
-            return value / rank
-        # Tencent's interface divides by the square root where no alpha is given, all others by nothing.
-        return 1 / math.sqrt(rank) if self.gui else 1.0
-
-
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """As in peft: the first key that is, as a regular expression, the name or the end of it."""
-    for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
-            return value
-    return default
-
-
-def _metadata_alpha(metadata: Mapping[str, str]) -> float | None:
-    for key in ("ss_network_alpha", "lora_alpha"):
-        try:
-            return float(metadata[key])
-        except (KeyError, ValueError):
-            continue
-    return None
 
 
 def read(path: str | os.PathLike[str]) -> Adapter:
@@ -125,18 +85,28 @@ def read(path: str | os.PathLike[str]) -> Adapter:
         WeightsError: if the file is missing or damaged.
     """
     path = Path(path)
-    if path.is_dir() and not (path / PEFT_CONFIG).exists():
-        found = [path / part for part in PEFT_PARTS if (path / part / PEFT_CONFIG).exists()]
-        adapters = [_read_one(folder, folder.name) for folder in found] or [_read_one(path)]
-    else:
-        adapters = [_read_one(path)]
-        if path.is_dir():
-            folders = [path / part for part in PEFT_PARTS if (path / part / PEFT_CONFIG).exists()]
-            adapters += [_read_one(folder, folder.name) for folder in folders]
+    folders = _peft_folders(path) if path.is_dir() else []
+    adapters = [] if folders and not (path / PEFT_CONFIG).is_file() else [_read_one(path)]
+    adapters += [_read_one(folder, folder.name if folder.name in PEFT_PARTS else "") for folder in folders]
     first = adapters[0]
     modules = {key: patches for adapter in adapters for key, patches in adapter.modules.items()}
     name = path.stem if path.is_file() else path.name
     return Adapter(modules, name, first.format, first.metadata, (path,))
+
+
+def _peft_folders(path: Path) -> list[Path]:
+    """The adapters that lie in sub-folders: those of text encoders, or the one that peft gave a name.
+
+    Raises :class:`LoraError` where it is not clear which is meant.
+    """
+    found = [path / part for part in PEFT_PARTS if (path / part / PEFT_CONFIG).is_file()]
+    if found or (path / PEFT_CONFIG).is_file():
+        return found
+    named = sorted(file.parent for file in path.glob(f"*/{PEFT_CONFIG}"))
+    if len(named) > 1:
+        names = ", ".join(folder.name for folder in named[:8])
+        raise LoraError(f"{path} holds {len(named)} adapters of peft; name one of the folders: {names}")
+    return named
 
 
 def from_tensors(
@@ -148,27 +118,27 @@ def from_tensors(
         LoraError: as :func:`read`.
     """
     source = MemorySource(tensors, path=name, metadata=metadata)
-    return replace(_from_source(source, {}), name=name)
+    return replace(_from_source(source, None), name=name)
 
 
 def _read_one(path: Path, part: str = "") -> Adapter:
-    return _from_source(open_tensors(path), _peft_config(path), part)
+    return _from_source(open_tensors(path), read_peft_config(path), part)
 
 
-def _from_source(source: TensorSource, config: Mapping[str, Any], part: str = "") -> Adapter:
+def _from_source(source: TensorSource, config: PeftConfig | None, part: str = "") -> Adapter:
     modules = _group(source)
     if not modules:
         raise LoraError(_not_a_lora(source))
     diffusers = is_diffusers(modules)
     layout = _layout(modules, source, diffusers)
-    scaling = _Scaling(config, source.metadata, layout == "tencent-gui")
+    scaling = Scaling(config, source.metadata, layout == "tencent-gui")
     result: dict[str, list[Patch]] = {}
     known = 0
     for name, module in modules.items():
         place = locate(name, diffusers=diffusers)
         patch = _patch(module, name, scaling, source)
         if place is None:
-            result.setdefault(f"{part or 'dit'}.{name}", []).append(patch)
+            result.setdefault(f"{part or part_of(name)}.{name}", []).append(patch)
             continue
         known += 1
         if place.swap:
@@ -188,6 +158,9 @@ def _on_rows(patch: Patch, index: int) -> Patch:
 
 def _group(source: TensorSource) -> dict[str, _Module]:
     """The file's tensors by module; empty if it has none that a LoRA has."""
+    for key in source:
+        if len(key) > _LONGEST_NAME:
+            raise LoraError(f"{source.path}: a tensor name of {len(key):,} characters; this is no LoRA")
     matches = {key: _KEY.fullmatch(key) for key in source}
     _refuse(source, matches)
     modules: dict[str, _Module] = {}
@@ -198,12 +171,27 @@ def _group(source: TensorSource) -> dict[str, _Module]:
         module = modules.setdefault(match["module"].removesuffix(".weight"), _Module())
         role = _ROLES[match["role"]]
         if match["end"] == ".bias" and role == "up":
-            module.up_bias = source.get(key)
+            module.up_bias = _checked(source, key, role="bias")
         elif role in module.roles:
             raise LoraError(f"{source.path}: {key} comes twice, under two spellings or for two adapters")
         else:
-            module.roles[role] = source.get(key)
+            module.roles[role] = _checked(source, key, role)
     return modules
+
+
+def _checked(source: TensorSource, key: str, role: str) -> Tensor:
+    """A tensor of a form that its role can have, by its header."""
+    shape, dtype = source.shape(key), source.dtype(key)
+    count = math.prod(shape)
+    # Differences and lengths of norms and biases are vectors; alphas need not be floating-point numbers.
+    least = {"alpha": 0, "bias": 1, "diff": 1, "magnitude": 1, "peft_magnitude": 1}.get(role, 2)
+    if len(shape) < least or (count != 1 if role == "alpha" else count == 0):
+        wanted = "one number" if role == "alpha" else f"{least} dimensions or more, and none empty"
+        raise LoraError(f"{source.path}: {key} has the shape {tuple(shape)}; expected {wanted}")
+    if dtype.is_complex or (role != "alpha" and not dtype.is_floating_point):
+        found = dtype_name(dtype)
+        raise LoraError(f"{source.path}: {key} has dtype {found}; expected floating-point numbers")
+    return source.get(key)
 
 
 def _refuse(source: TensorSource, matches: Mapping[str, re.Match[str] | None]) -> None:
@@ -221,7 +209,8 @@ def _refuse(source: TensorSource, matches: Mapping[str, re.Match[str] | None]) -
     if odd:
         raise LoraError(
             f"{source.path}: {len(odd)} of its {len(matches)} tensors are no part of a LoRA that is known"
-            f" here, such as {odd[0]} (a file with whole weights or biases only fits its own base)"
+            f" here, such as {odd[0]} (whole weights or biases, as of peft's modules_to_save and bias, only"
+            " fit their own base: merge such a LoRA with peft)"
         )
 
 
@@ -236,7 +225,7 @@ def _not_a_lora(source: TensorSource) -> str:
     return f"{source.path} is {what}; expected a LoRA for HunyuanDiT; its first tensor is {first}"
 
 
-def _layout(modules: Mapping[str, Any], source: TensorSource, diffusers: bool) -> str:
+def _layout(modules: Mapping[str, object], source: TensorSource, diffusers: bool) -> str:
     if any(name.startswith(("lora_unet_", "lora_te", "lora_transformer_", "lycoris_")) for name in modules):
         return "kohya"
     if any(
@@ -248,26 +237,25 @@ def _layout(modules: Mapping[str, Any], source: TensorSource, diffusers: bool) -
     return "diffusers" if diffusers else "peft"
 
 
-def _patch(module: _Module, name: str, scaling: _Scaling, source: TensorSource) -> Patch:
+def _patch(module: _Module, name: str, scaling: Scaling, source: TensorSource) -> Patch:
     roles = dict(module.roles)
-    alpha, magnitude, bias = (roles.pop(role, None) for role in ("alpha", "magnitude", "bias"))
+    alpha, magnitude, peft_magnitude, bias = (
+        roles.pop(role, None) for role in ("alpha", "magnitude", "peft_magnitude", "bias")
+    )
     kind, tensors = _kind(roles, name, source)
     plain = Patch(kind, tensors)
-    path = re.sub(r"^base_model\.model\.", "", name)
-    rank = plain.rank
+    path, rank = own_name(name), plain.rank
     scale = scaling.of(path, rank, alpha)
     if module.up_bias is not None:
         bias = module.up_bias.float() * scale if bias is None else bias
-    if kind == "lokr" and rank == 0 and scaling.config:
-        # peft scales these too, by the rank of its configuration.
-        config = scaling.config
-        r = _pattern(config.get("rank_pattern"), path, config.get("r") or 1)
-        scale = _pattern(config.get("alpha_pattern"), path, config.get("alpha") or r) / r
-    axis = 0
+    if kind == "lokr" and rank == 0 and scaling.config is not None:
+        scale = scaling.config.without_factors(path)
+    axis, peft = 0, magnitude is None
+    magnitude = peft_magnitude if peft else magnitude
     if magnitude is not None and plain.shape is not None:
         rows, columns = plain.shape
         count = magnitude.numel()
-        axis = 0 if magnitude.shape[0] == rows and count == rows else 1
+        axis = 0 if peft or (magnitude.shape[0] == rows and count == rows) else 1
         if count != (columns if axis else rows):
             raise LoraError(f"{source.path}: {name} has a magnitude of {count} values for {rows} x {columns}")
     return Patch(kind, tensors, scale, magnitude=magnitude, magnitude_axis=axis, bias=bias)
@@ -281,6 +269,10 @@ def _kind(roles: Mapping[str, Tensor], name: str, source: TensorSource) -> tuple
     if roles.keys() == {"down", "up"}:
         kind, tensors = "lora", dict(roles)
         good = roles["up"].ndim >= 2 and roles["up"].shape[1] == roles["down"].shape[0]
+    elif roles.keys() == {"embedding.A", "embedding.B"}:
+        # peft keeps the factors of an embedding's transpose.
+        kind, tensors = "lora", {"down": roles["embedding.B"].T, "up": roles["embedding.A"].T}
+        good = all(t.ndim == 2 for t in tensors.values()) and len(tensors["down"]) == tensors["up"].shape[1]
     elif roles.keys() == {"diff"}:
         return "diff", dict(roles)
     else:
@@ -300,16 +292,3 @@ def _factors_fit(kind: str, tensors: Mapping[str, Tensor]) -> bool:
         if whole == pair or (pair and tensors[f"{name}_a"].shape[1] != tensors[f"{name}_b"].shape[0]):
             return False
     return kind in ("loha", "lokr")
-
-
-def _peft_config(path: Path) -> dict[str, Any]:
-    file = (path if path.is_dir() else path.parent) / PEFT_CONFIG
-    if not file.is_file():
-        return {}
-    config: dict[str, Any] = read_json(file, error=LoraError)
-    kind = config.get("peft_type", "LORA")
-    if kind not in ("LORA", "LOHA", "LOKR"):
-        raise LoraError(f"{file} is of peft's {kind}; LORA, LOHA and LOKR can be read")
-    if config.get("fan_in_fan_out"):
-        raise LoraError(f"{file}: fan_in_fan_out is of transposed layers, which HunyuanDiT does not have")
-    return config

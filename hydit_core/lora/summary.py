@@ -22,7 +22,7 @@ from ..weights.parts import bundle
 from .adapter import Adapter, Match, module_shapes
 from .blocks import depth_of
 
-_BLOCK = re.compile(r"^(dit\.blocks|bert\.encoder\.layer|t5\.encoder\.block)\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"^(dit\.blocks|bert\.encoder\.layer|t5\.encoder\.block)\.(0|[1-9][0-9]{0,3})\.(.+)$")
 _OTHER = "outside"
 _BAR = 30
 _SHOWN_METADATA = ("modelspec.title", "modelspec.architecture", "hydit.version", "hydit.source")
@@ -200,21 +200,25 @@ def plot(adapter: Adapter, path: str | os.PathLike[str]) -> None:
 
     table = norms(adapter)
     kinds = list(dict.fromkeys(_kind(place, name) for place, row in table.items() for name in row))
-    columns = max((int(p.split()[1]) for p in table if p.split()[1].isdigit()), default=0) + 1
+    # Those that occur: a LoRA of two blocks is no wide picture, whatever their numbers.
+    columns = sorted({int(p.split()[1]) for p in table if p.split()[1].isdigit()}) or [0]
     top = max((value for row in table.values() for value in row.values()), default=0.0) or 1.0
     cell, left, head = 20, 8 + 7 * max(map(len, kinds)), 40
     title = f"{adapter.name}: norm of the change by block, white 0, black {top:.3g}"
     wide = int(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(title)) + 16
-    image = Image.new("RGB", (max(left + columns * cell + 10, wide), head + len(kinds) * cell + 24), "white")
+    image = Image.new(
+        "RGB", (max(left + len(columns) * cell + 10, wide), head + len(kinds) * cell + 24), "white"
+    )
     draw = ImageDraw.Draw(image)
     draw.text((8, 8), title, fill="black")
     for y, kind in enumerate(kinds):
         draw.text((4, head + y * cell + 4), kind, fill="black")
-    for column in range(0, columns, 5):
-        draw.text((left + column * cell + 4, head + len(kinds) * cell + 4), str(column), fill="black")
+    for index, block in enumerate(columns):
+        if block % 5 == 0 or (index and block != columns[index - 1] + 1):
+            draw.text((left + index * cell + 4, head + len(kinds) * cell + 4), str(block), fill="black")
     for place, row in table.items():
         number = place.split()[1]
-        x = left + (int(number) if number.isdigit() else 0) * cell
+        x = left + (columns.index(int(number)) if number.isdigit() else 0) * cell
         for name, value in row.items():
             y = head + kinds.index(_kind(place, name)) * cell
             share = value / top if math.isfinite(value) else 1.0

@@ -21,7 +21,7 @@ from ..weights.writer import atomic_path, save_safetensors
 from .adapter import PARTS, Adapter, Patch
 from .fuse import fused
 from .names import comfy_name, fused_count, kohya_name
-from .reading import PEFT_CONFIG
+from .scaling import PEFT_CONFIG
 
 FORMATS = ("comfy", "peft", "kohya")
 _FILE = "adapter_model.safetensors"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from key_lists import key_list
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import TINY
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch import Tensor
 from hydit_core.errors import HyditError, LoraError
 from hydit_core.lora.__main__ import main
 from hydit_core.lora.adapter import changed, module_shapes
+from hydit_core.lora.extract import combine
 from hydit_core.lora.formats import FORMATS, from_tensors, read, to_tensors, write
+from hydit_core.lora.summary import describe, plot
 from hydit_core.model.dit import DiT
 
 WIDTH = TINY.hidden_size
@@ -196,3 +200,104 @@ def test_other_files_are_refused_by_name(tmp_path: Path, capsys, keys: list[str]
     assert main(["inspect", str(path)]) != 0
     said = capsys.readouterr()
     assert "other.safetensors" in said.err and what in said.err and "Traceback" not in said.err
+
+
+def test_wrappers_of_modules_anywhere_in_a_name() -> None:
+    """torch.compile, FSDP, checkpointing, DataParallel: outside, inside, several, with dots and without."""
+    ends = ("lora_B.weight", "lora_A.weight")
+    for wrapper in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"):
+        for name in (
+            f"{wrapper}.base_model.model.{WQKV}",
+            f"base_model.model.{wrapper}.{WQKV}",
+            f"base_model.model.blocks.0.{wrapper}.attn1.{wrapper}.Wqkv",
+            f"{wrapper}.module.diffusion_model.{WQKV}.{wrapper}",
+            f"lora_unet_{wrapper}_blocks_0_attn1_Wqkv",
+            f"lora_unet_blocks_0_{wrapper}_attn1_Wqkv",
+            f"unet.{wrapper}.{WQKV}".replace("_", "."),
+        ):
+            tensors = pair(name, *ends)
+            torch.testing.assert_close(only(from_tensors(tensors), WQKV), product(tensors, 1.0))
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.", "transformer.", "_orig_mod."])
+def test_names_of_diffsynth(prefix: str) -> None:
+    """q, k, v as in diffusers' layout, but to_out, mlp.0, mlp.2 and modulation.1; alone and together."""
+    theirs = {
+        "attn1.to_out": "attn1.out_proj",
+        "attn2.to_out": "attn2.out_proj",
+        "mlp.0": "mlp.fc1",
+        "mlp.2": "mlp.fc2",
+        "modulation.1": "default_modulation.1",
+    }
+    ends = ("lora_B.default.weight", "lora_A.default.weight")
+    for beside in ({}, pair(f"{prefix}blocks.0.attn1.to_q", *ends, rows=WIDTH)):
+        tensors = dict(beside)
+        for name in theirs:
+            tensors |= pair(f"{prefix}blocks.3.{name}", *ends)
+        found = from_tensors(tensors).modules
+        assert set(found) == {f"dit.blocks.3.{name}" for name in theirs.values()} | (
+            {"dit.blocks.0.attn1.Wqkv"} if beside else set()
+        )
+        assert all(patch.rows is None for name, (patch,) in found.items() if ".3." in name)
+
+
+def test_older_attention_processors_of_diffusers() -> None:
+    name = "transformer.blocks.0.attn1.processor.to_out_lora"
+    tensors = pair(name, "up.weight", "down.weight")
+    torch.testing.assert_close(only(from_tensors(tensors), "blocks.0.attn1.out_proj"), product(tensors, 1.0))
+
+
+@pytest.mark.parametrize("number", ["1000000001", "10000", "007", "-1", "\u0663", "9" * 900])
+def test_nothing_is_sized_by_a_number_in_a_name(tmp_path: Path, number: str) -> None:
+    """It is no block of any model: unknown, like every other name that is not known."""
+    odd = f"diffusion_model.blocks.{number}.attn1.Wqkv"
+    tensors = pair(odd, "lora_up.weight", "lora_down.weight")
+    with pytest.raises(LoraError, match=r"without a module of HunyuanDiT|no LoRA of a kind"):
+        from_tensors(tensors)
+    tensors |= pair(f"diffusion_model.{WQKV}", "lora_up.weight", "lora_down.weight")
+    adapter = from_tensors(tensors)
+    assert len(adapter.modules) == 2
+    shapes = module_shapes({f"{WQKV}.weight": (3 * WIDTH, WIDTH)})
+    assert len(adapter.matched(shapes).unmatched) == 1
+    combine([(adapter, 1.0)], 2)
+    assert "norm of the change" in describe(adapter)
+    plot(adapter, tmp_path / "plot.png")
+
+
+def test_far_blocks_make_no_wide_picture(tmp_path: Path) -> None:
+    tensors = pair("diffusion_model.blocks.9999.mlp.fc1", "lora_up.weight", "lora_down.weight")
+    tensors |= pair(f"diffusion_model.{WQKV}", "lora_up.weight", "lora_down.weight")
+    plot(from_tensors(tensors), tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width < 2000
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"alpha": torch.ones(2)}, r"alpha has the shape \(2,\); expected one number"),
+        ({"alpha": torch.ones(0)}, "expected one number"),
+        ({"lora_down.weight": torch.tensor(1.0)}, r"the shape \(\); expected 2 dimensions"),
+        ({"lora_up.weight": torch.ones(3 * WIDTH)}, "expected 2 dimensions or more"),
+        ({"lora_down.weight": torch.ones(0, WIDTH), "lora_up.weight": torch.ones(3, 0)}, "none empty"),
+        ({"lora_up.weight": torch.ones(3, 4, dtype=torch.int8)}, "int8; expected floating-point"),
+        ({"lora_up.weight": torch.ones(3, 4, dtype=torch.complex64)}, "complex64; expected floating-point"),
+        ({"dora_scale": torch.tensor(1.0)}, "expected 1 dimensions or more"),
+        ({"diff_b": torch.tensor(1.0)}, "expected 1 dimensions or more"),
+        ({"lora_up.weight": torch.ones(3, 5)}, "do not belong together"),
+    ],
+)
+def test_tensors_of_impossible_forms(changes: dict[str, Tensor], said: str) -> None:
+    name = f"diffusion_model.{WQKV}"
+    tensors = pair(name, "lora_up.weight", "lora_down.weight")
+    with pytest.raises(LoraError, match=said) as error:
+        from_tensors(tensors | {f"{name}.{key}": value for key, value in changes.items()})
+    assert WQKV in str(error.value)
+
+
+def test_long_names_are_refused_at_once(tmp_path: Path) -> None:
+    tensors = pair("transformer." * 1_000_000 + WQKV, "lora_up.weight", "lora_down.weight")
+    begin = time.perf_counter()
+    with pytest.raises(LoraError, match=r"a tensor name of 12,\d{3},\d{3} characters") as error:
+        from_tensors(tensors)
+    assert time.perf_counter() - begin < 2 and len(str(error.value)) < 300
