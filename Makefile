@@ -5,6 +5,7 @@
 # make lint    ruff and mypy
 # make fuzz    damaged files of every kind, FUZZ_INPUTS of them (docs/testing.md)
 # make bench   benchmarks/*.py, one after the other
+# make mutants  wrong formulas on purpose, to test the tests; hours, and goes on where it stopped (docs/testing.md)
 # make gpu     the tests and figures of a CUDA device; DEVICE=cpu tries them without one (docs/testing.md)
 # make gpu-wheels  what a machine without network may lack for it, into .whl/
 #
@@ -34,7 +35,7 @@ BIN := $(VENV)/bin
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test test-host validate lint fuzz bench gpu gpu-wheels clean
+.PHONY: demo test test-host validate lint fuzz mutants bench gpu gpu-wheels clean
 
 demo: $(VENV)/.headless
 	$(BIN)/python -m hydit_core.generate --prompt "红苹果" --prompt "a red apple" --seed 1 --out $(OUT)
@@ -64,6 +65,9 @@ bench: $(VENV)/.test
 
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.test)
 	$(or $(GPU_PYTHON),$(BIN)/python) tests/run_gpu.py --device $(DEVICE)
+
+mutants: $(VENV)/.test
+	$(BIN)/python tests/mutants/run.py $(MUTANTS_ARGS)
 
 gpu-wheels:
 	rm -rf .whl
