@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="over the strength, for each block of the DiT: a number, numbers with commas, a JSON file with "
         f"a list, or a curve: {', '.join(CURVES)}; once for all, or for each --lora in their order",
     )
+    group.add_argument(
+        "--partial",
+        action="store_true",
+        help="accept a LoRA of which more than a tenth is for layers that the model does not have",
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -74,7 +79,7 @@ def load(args: argparse.Namespace, pipe: Pipeline, *, quiet: bool = False) -> li
     for path, text, weights in zip(files(args), args.lora, _weights(args), strict=True):
         strength = split_weight(text)[1]
         adapter = read(path)
-        match = pipe.load_lora(adapter, strength, weights)
+        match = pipe.load_lora(adapter, strength, weights, partial=args.partial)
         words = f"; trigger words: {adapter.trigger()}" if adapter.trigger() else ""
         if not quiet:
             print(f"LoRA {path.name}: {match}{words}", file=sys.stderr)

@@ -72,7 +72,12 @@ class Pipeline:
         return next(self.dit.parameters()).device
 
     def load_lora(
-        self, lora: str | Path | Adapter, strength: float = 1.0, block_weights: Any = None
+        self,
+        lora: str | Path | Adapter,
+        strength: float = 1.0,
+        block_weights: Any = None,
+        *,
+        partial: bool = False,
     ) -> Match:
         """Add a LoRA to the weights of the DiT and of the text encoders, as far as it changes them.
 
@@ -83,6 +88,7 @@ class Pipeline:
             strength: 1: as it was trained.
             block_weights: over the strength, one for each block of the DiT: a number, numbers, or a curve as
                 in "decay(0.9)"; what is in no block weighs 1.
+            partial: more than a tenth of it may be for layers that the model does not have.
 
         Returns:
             Which of its modules the model has.
@@ -95,7 +101,8 @@ class Pipeline:
 
         adapter = formats.read(lora) if isinstance(lora, (str, Path)) else lora
         parts = {"dit": self.dit, "bert": self.text.bert, "t5": self.text.t5}
-        return merge.apply(adapter, parts, strength, block_weights, base=self.name or "the model")
+        base = self.name or "the model"
+        return merge.apply(adapter, parts, strength, block_weights, base=base, partial=partial)
 
     # -- settings --------------------------------------------------------------------------------------------
 

@@ -29,6 +29,17 @@ def _strength_input(name: str, tooltip: str) -> io.Float.Input:
     return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=tooltip)
 
 
+def _partial_input() -> io.Boolean.Input:
+    # Workflows that were saved before this input ran so: web/js/lora_report.js and the defaults of execute.
+    return io.Boolean.Input(
+        "partial",
+        optional=True,
+        default=False,
+        tooltip="Use a LoRA of which more than a tenth is for layers that the model does not have. Off: that is "
+        "an error, because it is probably of another model.",
+    )
+
+
 class _FromFile(io.ComfyNode):
     """What nodes with ``lora_name`` have in common."""
 
@@ -65,6 +76,7 @@ class HyDiTLoraLoader(_FromFile):
                 ),
                 _strength_input("strength_clip", "The same for the text encoders, if it changes them."),
                 io.String.Input("block_weights", default="uniform(1)", tooltip=_BLOCKS),
+                _partial_input(),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The model with the LoRA; the one that came in stays."),
@@ -82,6 +94,7 @@ class HyDiTLoraLoader(_FromFile):
         strength_clip: float,
         block_weights: str,
         clip: Any = None,
+        partial: bool = True,
     ) -> io.NodeOutput:
         from .host.lora import apply_lora, open_lora
 
@@ -93,6 +106,7 @@ class HyDiTLoraLoader(_FromFile):
             strength_model=strength_model,
             strength_clip=strength_clip,
             block_weights=block_weights,
+            partial=partial,
         )
         return io.NodeOutput(model, clip, report, ui={"hydit_lora": [report]})
 
@@ -121,6 +135,7 @@ class HyDiTLoraMerge(_FromFile):
                     "model", optional=True, tooltip="Without any of these LoRAs: gets all of them."
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The same for the text encoders."),
+                _partial_input(),
             ],
             outputs=[
                 io.LoraModel.Output("LORA_MODEL", tooltip="All of them in one, strengths included."),
@@ -139,13 +154,14 @@ class HyDiTLoraMerge(_FromFile):
         lora: Any = None,
         model: Any = None,
         clip: Any = None,
+        partial: bool = True,
     ) -> io.NodeOutput:
         from .host.lora import open_lora
         from .host.lora_file import merge_lora
 
         adapter = open_lora(folders.resolve(lora_name, *folders.LORAS))
         merged, model, clip, report = merge_lora(
-            adapter, strength, block_weights, lora=lora, model=model, clip=clip
+            adapter, strength, block_weights, lora=lora, model=model, clip=clip, partial=partial
         )
         return io.NodeOutput(merged, model, clip, report, ui={"hydit_lora": [report]})
 

@@ -14,6 +14,7 @@ from ..errors import LoraError
 from ..weights.source import cast
 
 __all__ = [
+    "PARTIAL_HELP",
     "PARTS",
     "PART_NAMES",
     "Adapter",
@@ -30,6 +31,9 @@ PARTS = ("dit", "bert", "t5")
 
 PART_NAMES = {"dit": "the DiT", "bert": "BERT", "t5": "mT5"}
 """Those, for people."""
+
+PARTIAL_HELP = "accept a LoRA of which more than a tenth is for layers that the model does not have"
+"""Of the option, wherever a command has it."""
 
 _KIND_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "diff": "full difference"}
 
@@ -183,15 +187,16 @@ class Adapter:
         found = [key for key in self.modules if key in shapes]
         return Match(found, [key for key in self.modules if key not in shapes])
 
-    def require(self, shapes: Mapping[str, Sequence[int]], *, base: str) -> Match:
+    def require(self, shapes: Mapping[str, Sequence[int]], *, base: str, partial: bool = False) -> Match:
         """As :meth:`matched`, but what cannot be applied is an error.
 
         Args:
             shapes: of the weights, by module key.
             base: what the weights are, for the message.
+            partial: more than a tenth of the modules that it has for a part of the base may be missing there.
 
         Raises:
-            LoraError: if no module matches, or one has another size.
+            LoraError: if no module matches, too few do, or one has another size.
         """
         match = self.matched(shapes)
         if not match.matched:
@@ -199,6 +204,8 @@ class Adapter:
                 f"{self.name} ({self.describe()}) has nothing for {base}: none of its modules is there,"
                 f" such as {_some(match.unmatched)}"
             )
+        if not partial:
+            self._check_share(match, {key.partition(".")[0] for key in shapes}, base)
         wrong = [text for key in match.matched if (text := self._misfit(key, shapes[key]))]
         if wrong:
             raise LoraError(
@@ -206,6 +213,18 @@ class Adapter:
                 f" {len(wrong)} of {len(match.matched)} modules do not fit, such as {wrong[0]}"
             )
         return match
+
+    def _check_share(self, match: Match, parts: set[str], base: str) -> None:
+        """Raise where a part that is there lacks too much of what this changes in it."""
+        for part in PARTS:
+            missing = [key for key in match.unmatched if key.startswith(f"{part}.")]
+            addressed = len(missing) + sum(key.startswith(f"{part}.") for key in match.matched)
+            if part in parts and len(missing) * 10 > addressed:
+                raise LoraError(
+                    f"{self.name} ({self.describe()}): {len(missing)} of its {addressed} modules for "
+                    f"{PART_NAMES[part]} are not in {base}, such as {_some(missing)}; it seems to be of "
+                    "another model. To use the rest of it: --partial, or partial on the node"
+                )
 
     def _misfit(self, key: str, shape: Sequence[int]) -> str:
         out, columns = shape[0], math.prod(shape[1:])

@@ -60,6 +60,7 @@ def plan(
     block_weights: Any = None,
     *,
     base: str,
+    partial: bool = False,
 ) -> tuple[Match, dict[str, Change]]:
     """Which tensors a LoRA changes, and how.
 
@@ -67,18 +68,20 @@ def plan(
         shapes: of all tensors, named ``dit.blocks.0.attn1.Wqkv.weight``, ``bert. ...``, ``t5. ...``.
         block_weights: what :meth:`BlockWeights.parse` takes.
         base: what the tensors belong to, for messages.
+        partial: see :meth:`Adapter.require`.
 
     Returns:
         The match of modules, with biases that the base lacks among the unmatched, and the changes by tensor
         name. Tensors whose strength is 0 have none.
 
     Raises:
-        LoraError: if no module matches or one has another size.
+        LoraError: if too few modules match or one has another size.
         ConfigError: if the strength is not finite or the block weights do not fit the number of blocks.
     """
     check_strength(strength, adapter.name)
     modules = {name.removesuffix(".weight"): name for name in shapes if not name.endswith(".bias")}
-    match = adapter.require({module: shapes[name] for module, name in modules.items()}, base=base)
+    own = {module: shapes[name] for module, name in modules.items()}
+    match = adapter.require(own, base=base, partial=partial)
     weights, depth = BlockWeights.parse(block_weights), depth_of(shapes)
     changes, lost = {}, []
     for module in match.matched:
@@ -111,6 +114,7 @@ def apply(
     block_weights: Any = None,
     *,
     base: str = "the model",
+    partial: bool = False,
 ) -> Match:
     """Add a LoRA to a model's weights in place; the opposite strength takes a plain LoRA off again.
 
@@ -119,15 +123,16 @@ def apply(
     Args:
         model: a DiT, or networks by part: ``dit``, ``bert``, ``t5``.
         block_weights: see :class:`BlockWeights`.
+        partial: see :meth:`Adapter.require`.
 
     Raises:
-        LoraError: if nothing matches, a module has another size, or a weight leaves its dtype's range.
+        LoraError: if too little matches, a module has another size, or a weight leaves its dtype's range.
         ConfigError: if the block weights do not fit the number of blocks.
     """
     parts = {"dit": model} if isinstance(model, nn.Module) else model
     tensors = {f"{part}.{name}": p for part, net in parts.items() for name, p in net.named_parameters()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    match, changes = plan(adapter, shapes, strength, block_weights, base=base)
+    match, changes = plan(adapter, shapes, strength, block_weights, base=base, partial=partial)
     new = {name: _result(name, tensors[name].data, [change]) for name, change in changes.items()}
     for name, value in new.items():
         tensors[name].data = value
@@ -215,6 +220,7 @@ def merge_files(
     block_weights: Any = None,
     load_key: str | None = None,
     overwrite: bool = False,
+    partial: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
     """Write a checkpoint with LoRAs merged into it, one tensor at a time and atomically.
@@ -231,6 +237,7 @@ def merge_files(
             one for each LoRA.
         load_key: which weights of a torch file that holds several.
         overwrite: an existing ``out`` may be replaced, if it is a file and no input.
+        partial: see :meth:`Adapter.require`.
         progress: is called with bytes written and bytes in all.
 
     Raises:
@@ -254,7 +261,7 @@ def merge_files(
     matches: list[Match] = []
     changes: dict[str, list[Change]] = {}
     for adapter, strength, share in zip(adapters, strengths, weights, strict=True):
-        match, own = plan(adapter, shapes, strength, share, base=str(base))
+        match, own = plan(adapter, shapes, strength, share, base=str(base), partial=partial)
         matches.append(match)
         for name, one in own.items():
             changes.setdefault(name, []).append(one)

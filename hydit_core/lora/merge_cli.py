@@ -12,6 +12,7 @@ from ..weights import output
 from ..weights.dtypes import DTYPES
 from ..weights.layouts import LAYOUTS
 from . import weights_cli
+from .adapter import PARTIAL_HELP
 from .merge import merge_files
 
 
@@ -34,6 +35,7 @@ def add(commands: Any) -> None:
         help="of the DiT (default: as it is); fp8: matrices of the blocks only, the rest keeps 16 bits",
     )
     weights_cli.add_arguments(parser)
+    parser.add_argument("--partial", action="store_true", help=PARTIAL_HELP)
     parser.add_argument(
         "--load-key", help="which weights of a torch file that holds several: ema, module ..."
     )
@@ -59,6 +61,7 @@ def _merge(args: argparse.Namespace) -> None:
             block_weights=weights,
             load_key=args.load_key,
             overwrite=args.overwrite,
+            partial=args.partial,
             progress=progress,
         )
     for note in done.notes:

@@ -87,7 +87,7 @@ def _fitting(adapter: Adapter) -> tuple[str, Match, Mapping[str, Sequence[int]]]
     for name, base in dits:
         shapes = _published(base) if isinstance(base, DiTConfig) else base_shapes(base)
         try:
-            found.append((name, own.require(shapes, base=name), shapes))
+            found.append((name, own.require(shapes, base=name, partial=True), shapes))
         except LoraError:
             continue
     return max(found, key=lambda item: len(item[1].matched), default=None)
@@ -139,7 +139,7 @@ def _rows(adapter: Adapter) -> Iterator[tuple[str, str]]:
 
 def _fit_rows(adapter: Adapter, base: str | os.PathLike[str] | None) -> Iterator[tuple[str, str]]:
     if base is not None:
-        match = adapter.require(base_shapes(base), base=str(base))
+        match = adapter.require(base_shapes(base), base=str(base), partial=True)
         yield "base", f"{base}: {match}"
         if match.unmatched:
             yield "unmatched", ", ".join(match.unmatched)

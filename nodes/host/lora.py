@@ -98,14 +98,16 @@ def apply_lora(
     strength_model: float = 1.0,
     strength_clip: float = 1.0,
     block_weights: str | BlockWeights = "uniform(1)",
+    partial: bool = True,
 ) -> tuple[Any, Any, str]:
     """A MODEL and a CLIP with a LoRA on them, and what is to be said about it. Neither is changed.
 
     Args:
         model, clip: HunyuanDiT's, ours or ComfyUI's own; either may be None.
+        partial: more than a tenth of the LoRA may be for layers that they do not have.
 
     Raises:
-        LoraError: nothing of the LoRA is for them, or its sizes are another model's.
+        LoraError: too little of the LoRA is for them, or its sizes are another model's.
         HyditError: the MODEL is no HunyuanDiT.
         ConfigError: there are not as many weights as blocks.
     """
@@ -113,7 +115,7 @@ def apply_lora(
     keys, shapes = _targets(model, clip)
     if clip is None and adapter.parts() <= {"bert", "t5"}:
         raise LoraError(f"{adapter.name} ({adapter.describe()}) is for the text encoders alone: connect clip")
-    match = adapter.require(shapes, base=_base(model, clip))
+    match = adapter.require(shapes, base=_base(model, clip), partial=partial)
     depth = depth_of(shapes)
     strengths = {"dit": strength_model, "bert": strength_clip, "t5": strength_clip}
     rounds: dict[tuple[str, float, int], dict[Target, Any]] = defaultdict(dict)

@@ -41,12 +41,14 @@ def merge_lora(
     lora: Any = None,
     model: Any = None,
     clip: Any = None,
+    partial: bool = True,
 ) -> tuple[LoraModel, Any, Any, str]:
     """One more LoRA with its strength in a LORA_MODEL, and all of it on MODEL and CLIP.
 
     Args:
         lora: a LORA_MODEL, ours or of ComfyUI's own nodes; None: none yet.
         model, clip: without what is in ``lora``. They are not changed; None stays None.
+        partial: see :func:`apply_lora`.
 
     Returns:
         The LORA_MODEL, MODEL, CLIP, and what is to be said.
@@ -61,7 +63,7 @@ def merge_lora(
     value = LoraModel(to_tensors(merged, "comfy"), merged.metadata)
     said = report(adapter)
     if model is not None or clip is not None:
-        model, clip, said = apply_lora(merged, model, clip)
+        model, clip, said = apply_lora(merged, model, clip, partial=partial)
     files = [f"{entry['lora']} at {entry['strength']:g}" for entry in _recipe(merged)]
     return value, model, clip, "\n".join([said, "merged: " + ", ".join(files)])
 

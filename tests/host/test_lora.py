@@ -214,8 +214,15 @@ def test_the_report(host, ours, loras):
         }
     save_file(more, loras / "deep.safetensors")
     host.refresh()
-    shown = text(host, ours, "deep.safetensors")
+    shown = text(host, ours, "deep.safetensors", partial=True)
     assert "the model has no blocks.4.mlp.fc1" in shown and shown.endswith("and 2 more")
+    assert "6 of its 9 modules for the DiT are not in" in refused(host, ours, "deep.safetensors", partial=False)
+    # A graph that was saved before there was the input.
+    g = Graph()
+    widgets = {"strength_model": 1.0, "strength_clip": 1.0, "block_weights": "uniform(1)"}
+    node = g.add(LOADER, model=host.give(g, ours), lora_name="deep.safetensors", **widgets)
+    g.add("HyDiTTestCapture", value=node.out(0))
+    host.run(g).check()
 
 
 def test_what_fits_nothing_is_an_error_that_names_it(host, ours, loras):

@@ -289,6 +289,53 @@ def test_biases(tmp_path: Path) -> None:
         apply(wrong, model)
 
 
+def test_a_lora_that_is_mostly_of_another_model(
+    full_names, tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More than a tenth amiss is an error unless it is asked for; a tenth is not; encoders count if there."""
+    folder, state = full_names
+    names = list(targets(state))[:10]
+    lora = low_rank({name: tuple(state[f"{name}.weight"].shape) for name in names})
+    ninth = {key: value for key, value in lora.items() if names[0] not in key}
+    odd = low_rank({"blocks.99.attn1.Wqkv": (48, 16)})
+    text = low_rank({"query": (16, 16)})
+    text = {
+        key.replace("base_model.model", "lora_te1_encoder_layer_0_attention_self"): text[key] for key in text
+    }
+    text = {key.replace("self.query.", "self_query."): value for key, value in text.items()}
+    base, out = folder / "base.safetensors", tmp_path / "out.safetensors"
+    path = tmp_path / "lora.safetensors"
+    for tensors, missing, code in (
+        ({**lora, **text}, 0, 0),  # there are no encoders in the base
+        ({**ninth, **odd}, 1, 0),
+        ({**dict(list(ninth.items())[2:]), **odd}, 1, 2),
+    ):
+        save_file(tensors, path)
+        count = len(tensors) // 2 - (2 if text.keys() <= tensors.keys() else 0) // 2
+        assert lora_cli("merge", base, path, "-o", out, "--overwrite") == code
+        said = capsys.readouterr()
+        if code:
+            assert (
+                f"{missing} of its {count} modules for the DiT are not in {base}, such as dit.blocks.99"
+                in said.err
+            )
+            assert "--partial" in said.err and said.err.count("\n") == 1
+    with pytest.raises(LoraError, match="1 of its 9 modules"):
+        apply(formats.read(path), randomize(DiT(TINY), 1))
+    before = out.read_bytes()
+    assert lora_cli("merge", base, path, "-o", out, "--overwrite", "--partial") == 0
+    assert "8 of 9 modules, not dit.blocks.99.attn1.Wqkv" in capsys.readouterr().out
+    assert out.read_bytes() != before
+    # An encoder that is there counts by itself, however well the DiT fits.
+    modules = dict(whole_adapter(tiny_model_file).modules)
+    modules |= {
+        "bert.encoder.layer.9.attention.self.query": modules["bert.encoder.layer.0.attention.self.query"]
+    }
+    with pytest.raises(LoraError, match="1 of its 2 modules for BERT are not in"):
+        merge_files(tiny_model_file, [(Adapter(modules), 1.0)], tmp_path / "text.safetensors")
+    merge_files(tiny_model_file, [(Adapter(modules), 1.0)], tmp_path / "text.safetensors", partial=True)
+
+
 # -- the command lines ------------------------------------------------------------------------------------
 
 
@@ -383,3 +430,10 @@ def test_generate_says_what_is_wrong_with_a_lora(draw, tiny_model_file: Path, tm
     ):
         code, said, path = draw(*options)
         assert code == 2 and message in said and not path.exists()
+    odd = whole_adapter(tiny_model_file)
+    patch = odd.modules["dit.blocks.0.attn1.Wqkv"]
+    odd.modules |= {"dit.blocks.7.attn1.Wqkv": patch, "dit.other": patch}
+    formats.write(odd, tmp_path / "odd.safetensors")
+    code, said, path = draw("--lora", tmp_path / "odd.safetensors")
+    assert code == 2 and "2 of its 6 modules for the DiT are not in" in said and not path.exists()
+    assert draw("--lora", tmp_path / "odd.safetensors", "--partial")[0] == 0
