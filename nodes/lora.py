@@ -35,8 +35,8 @@ def _partial_input() -> io.Boolean.Input:
         "partial",
         optional=True,
         default=False,
-        tooltip="Use a LoRA of which more than a tenth is for layers that the model does not have. Off: that is "
-        "an error, because it is probably of another model.",
+        tooltip="Use a LoRA of which more than a tenth is for layers that the model does not have. Off: that "
+        "is an error, because it is probably of another model.",
     )
 
 

@@ -216,7 +216,8 @@ def test_the_report(host, ours, loras):
     host.refresh()
     shown = text(host, ours, "deep.safetensors", partial=True)
     assert "the model has no blocks.4.mlp.fc1" in shown and shown.endswith("and 2 more")
-    assert "6 of its 9 modules for the DiT are not in" in refused(host, ours, "deep.safetensors", partial=False)
+    said = refused(host, ours, "deep.safetensors", partial=False)
+    assert "6 of its 9 modules for the DiT are not in" in said
     # A graph that was saved before there was the input.
     g = Graph()
     widgets = {"strength_model": 1.0, "strength_clip": 1.0, "block_weights": "uniform(1)"}
