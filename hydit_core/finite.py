@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,16 +15,41 @@ DTYPE_ADVICE = (
 
 
 def is_finite(values: Any) -> bool:
-    """False for a tensor with an infinity or NaN in it, or a sequence with such a tensor."""
+    """False for a tensor with an infinity or NaN in it, or a sequence or mapping with such a tensor."""
+    if isinstance(values, Mapping):
+        values = list(values.values())
     if isinstance(values, tuple | list):
         return all(is_finite(value) for value in values)
     return not isinstance(values, Tensor) or bool(torch.isfinite(values).all())
 
 
-def first_overflow(network: nn.Module, run: Callable[[], Any]) -> str:
+def why_not_finite(step: int, x: Tensor, network: nn.Module, run: Callable[[], Any], dtype: Any) -> str:
+    """Whose fault it is that a step's denoised latents are not finite, in a sentence with what to do.
+
+    Args:
+        step: counted from 1.
+        x: the noisy latents that the step began with.
+        network: the DiT, which computes in ``dtype``.
+        run: makes the denoised latents again, from ``x``.
+    """
+    if not is_finite(x):
+        origin = "it was given" if step == 1 else "the sampler made"
+        advice = "encode the picture again" if step == 1 else "use another sampler or more steps"
+        return f"step {step} begins with latents that are not finite, which {origin}; {advice}"
+    place = first_overflow(network, run)
+    if place is None:
+        return (
+            f"step {step}: guidance made values that are not finite out of the DiT's, which are finite; "
+            "lower cfg, or take out what changes guidance (Perp-Neg divides by zero where its prompts are "
+            "equal)"
+        )
+    return f"step {step}: the DiT's values are not finite in {dtype}, {place}; {DTYPE_ADVICE}"
+
+
+def first_overflow(network: nn.Module, run: Callable[[], Any]) -> str | None:
     """Where in ``network`` values first cease to be finite while ``run()`` calls it, in words.
 
-    "in its input context", "first in blocks.3.mlp.fc2", or "outside its layers".
+    "in its input context", "first in blocks.3.mlp.fc2", "outside its layers"; None if it gives finite values.
     """
     places: list[str] = []
 
@@ -33,18 +58,21 @@ def first_overflow(network: nn.Module, run: Callable[[], Any]) -> str:
         if not places:
             places.extend(f"in its input {name}" for name, value in named.items() if not is_finite(value))
 
-    def check_output(name: str) -> Callable[..., None]:
+    def check_output(place: str) -> Callable[..., None]:
         def check(module: nn.Module, args: Any, output: Any) -> None:
             if not places and not is_finite(output):
-                places.append(f"first in {name}")
+                places.append(place)
 
         return check
 
     hooks = [network.register_forward_pre_hook(check_input, with_kwargs=True)]
-    hooks += [m.register_forward_hook(check_output(name)) for name, m in network.named_modules() if name]
+    hooks += [
+        module.register_forward_hook(check_output(f"first in {name}" if name else "outside its layers"))
+        for name, module in network.named_modules()
+    ]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    return places[0] if places else "outside its layers"
+    return places[0] if places else None

@@ -23,7 +23,7 @@ from .diffusion.samplers import SAMPLERS, draw_noise, noise_sampler_from, start_
 from .diffusion.schedule import Schedule
 from .embedded import embedded_model
 from .errors import ConfigError, HyditError, WeightsError
-from .finite import DTYPE_ADVICE, first_overflow
+from .finite import DTYPE_ADVICE, why_not_finite
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
 from .presets import check_seed, check_settings, choose_settings, size_advice
@@ -323,9 +323,11 @@ class Pipeline:
         def each_step(state: dict[str, Any]) -> None:
             if not torch.isfinite(state["denoised"]).all():
                 level = state["sigma"].to(x) * x.new_ones(len(seeds))
-                place = first_overflow(self.dit, lambda: denoiser(state["x"], level, **network))
-                where = f"step {state['i'] + 1}: the DiT's values are not finite in {self.dit.dtype}, {place}"
-                raise HyditError(f"{where}; {DTYPE_ADVICE}")
+
+                def again() -> Tensor:
+                    return denoiser(state["x"], level, **network)
+
+                raise HyditError(why_not_finite(state["i"] + 1, state["x"], self.dit, again, self.dit.dtype))
             if callback is not None:
                 callback(state["i"] + 1, len(sigmas) - 1, state["denoised"])
 

@@ -8,8 +8,8 @@ from .host import sampling
 from .schema import make_schema
 
 _SIZE = (
-    "Pixels, a multiple of 16. HunyuanDiT was trained on 1024x1024, 1280x1280, 1024x768, 1152x864, 1280x960, "
-    "768x1024, 864x1152, 960x1280, 1280x768 and 768x1280."
+    "Pixels, in steps of 16; multiples of 8 work too. HunyuanDiT was trained on 1024x1024, 1280x1280, "
+    "1024x768, 1152x864, 1280x960, 768x1024, 864x1152, 960x1280, 1280x768 and 768x1280."
 )
 
 

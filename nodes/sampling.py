@@ -19,7 +19,7 @@ _MAX_SEED = 2**64 - 1
 
 _DENOISE = (
     "1 starts from noise alone. Less starts from the latent's picture and keeps more of it, the lower it is: "
-    "only the last steps × denoise steps (rounded down) run, as in img2img of diffusers. Above 0, up to 1."
+    "only the last steps × denoise steps (rounded down) run, as in img2img of diffusers. 0 changes nothing."
 )
 _SPACING = (
     "Which of the 1000 timesteps the steps visit. leading: DDPM and DDIM of Tencent and diffusers; linspace: "
@@ -45,6 +45,7 @@ class HyDiTKSampler(io.ComfyNode):
                 "pipeline and diffusers do. Picture i of a batch is drawn with seed + i."
             ),
             search_aliases=["hunyuan", "hydit", "sampler", "text to image", "img2img", "inpaint"],
+            has_intermediate_output=True,  # what the node shows
             inputs=[
                 io.Model.Input("model", tooltip="A HunyuanDiT, from our loaders or from ComfyUI's."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
@@ -125,7 +126,7 @@ class HyDiTKSampler(io.ComfyNode):
         guidance_rescale: float,
         denoise: float,
     ) -> io.NodeOutput:
-        sampled = sampling.sample(
+        sampled, notes = sampling.sample(
             model,
             positive,
             negative,
@@ -139,7 +140,7 @@ class HyDiTKSampler(io.ComfyNode):
             cfg=_given(cfg, 0),
             guidance_rescale=None if guidance_rescale < 0 else guidance_rescale,
         )
-        return io.NodeOutput(sampled)
+        return io.NodeOutput(sampled, ui={"hydit_notes": ["\n".join(notes)]})
 
 
 class HyDiTSampler(io.ComfyNode):

@@ -24,7 +24,7 @@ from ...hydit_core.diffusion import SAMPLERS, Schedule, draw_noise, guide, noise
 from ...hydit_core.diffusion.denoiser import predict_x0, prediction_target
 from ...hydit_core.diffusion.samplers import Generators
 from ...hydit_core.errors import ConfigError, HyditError
-from ...hydit_core.finite import DTYPE_ADVICE, first_overflow, is_finite
+from ...hydit_core.finite import is_finite, why_not_finite
 from ...hydit_core.presets import check_seed, check_settings, choose_settings, size_advice
 from .model import model_info
 
@@ -89,16 +89,21 @@ def model_sigmas(model: Any, spacing: str, steps: int, denoise: float = 1.0) -> 
     """The sigmas of a run on a MODEL, descending to 0: float32 (n + 1,) on the CPU.
 
     They are the model's own sigmas (those that ModelSamplingDiscrete set, if it did) at the timesteps of
-    :meth:`Schedule.timesteps`. ``denoise`` below 1 keeps the last ``int(steps * denoise)`` steps.
+    :meth:`Schedule.timesteps`. ``denoise`` below 1 keeps the last ``int(steps * denoise)`` steps; of 0 there
+    are no sigmas, which leaves latents as they are, as ComfyUI's own schedulers have it.
 
     Raises:
         HyditError: the MODEL is no HunyuanDiT.
         ConfigError: steps, spacing or denoise are out of range.
     """
     schedule = Schedule(model_info(model).diffusion)
+    if denoise == 0:
+        return torch.zeros(0)
     if not 0 < denoise <= 1 or (steps > 0 and int(steps * denoise) < 1):
         least = math.ceil(1000 / max(steps, 1)) / 1000
-        raise ConfigError(f"denoise {denoise:g} of {steps} steps leaves no step: use {least:g} to 1")
+        raise ConfigError(
+            f"denoise {denoise:g} of {steps} steps leaves no step: use {least:g} to 1, or 0 for none"
+        )
     sampling = model.get_model_object("model_sampling")
     table = sampling.sigmas
     if len(table) != len(schedule):  # LCM's table has every 20th
@@ -262,18 +267,25 @@ def _guarded(function: Callable[..., Tensor], network: Any, generators: Generato
             # ComfyUI's own checks are in its layers, not in compiled ones, and in progress that is shown.
             comfy.model_management.throw_exception_if_processing_interrupted()
             if not is_finite(state["denoised"]):
-                levels = state["sigma"] * x.new_ones(len(x))
-                place = first_overflow(
-                    network.diffusion_model, lambda: model(state["x"], levels, **extra_args)
-                )
                 dtype = network.manual_cast_dtype or network.get_dtype()
-                where = f"step {state['i'] + 1}: the DiT's values are not finite in {dtype}, {place}"
-                raise HyditError(f"{where}; {DTYPE_ADVICE}")
+                levels = state["sigma"] * x.new_ones(len(x))
+
+                def again() -> Tensor:
+                    return model(state["x"], levels, **extra_args)
+
+                raise HyditError(
+                    why_not_finite(state["i"] + 1, state["x"], network.diffusion_model, again, dtype)
+                )
             if callback is not None:
                 callback(state)
 
         continued = noise_sampler_from(x, generators)
-        return function(model, x, sigmas, extra_args, each_step, disable, noise_sampler=continued, **options)
+        out = function(model, x, sigmas, extra_args, each_step, disable, noise_sampler=continued, **options)
+        if not is_finite(out):
+            raise HyditError(
+                "the last step's latents are not finite, which the sampler made; use another sampler"
+            )
+        return out
 
     return run
 
@@ -291,8 +303,8 @@ def sample(
     preset: str | None = None,
     denoise: float = 1.0,
     **given: Any,
-) -> dict[str, Any]:
-    """What HyDiTKSampler does: a LATENT sampled with the settings of the model or of a preset.
+) -> tuple[dict[str, Any], list[str]]:
+    """What HyDiTKSampler does: a LATENT sampled with the settings of the model or of a preset, and advice.
 
     Picture i of the batch is drawn with ``seed + i`` (``seed + batch_index[i]`` if the LATENT says which
     pictures of a batch it holds) and does not depend on the batch, as in ``hydit_core.Pipeline``. ``given``
@@ -307,11 +319,15 @@ def sample(
     height, width = (side * DOWNSCALE for side in latents.shape[2:])
     settings = replace(choose_settings(info.defaults, preset, **given), width=width, height=height)
     check_settings(settings, DOWNSCALE)
-    for note in _advice(info, settings, preset, latents, denoise):
+    notes = _advice(info, settings, preset, latents, denoise)
+    for note in notes:
         log.warning("HyDiTKSampler: %s", note)
 
     sigmas = model_sigmas(model, settings.spacing, settings.steps, denoise)
     seeds = _seeds(latent, latents, seed)
+    result = {key: value for key, value in latent.items() if key not in _DOWNSCALE_KEYS}
+    if not len(sigmas):
+        return result | {"samples": latents}, notes
     noise = draw_noise(latents.shape, _generators(seeds))
     if settings.guidance_rescale > 0 and settings.cfg != 1:
         model = with_guidance_rescale(model, settings.guidance_rescale)
@@ -329,7 +345,7 @@ def sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return {key: value for key, value in latent.items() if key not in _DOWNSCALE_KEYS} | {"samples": samples}
+    return result | {"samples": samples}, notes
 
 
 def _seeds(latent: dict[str, Any], latents: Tensor, seed: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import Graph
-from sampling_graphs import POSITIVE, custom, ksampler, latent, message, run
+from sampling_graphs import POSITIVE, custom, ksampler, latent, message, picture, prompts, run
 from sampling_models import conditioning, native_model, our_model
 
 
@@ -46,8 +46,7 @@ def test_empty_latents_of_other_models_are_made_to_fit(host, model):
 def test_settings_out_of_range_are_refused(host, model):
     for settings, expected in (
         ({"cfg": 0.5}, "cfg 0.5: use 1"),
-        ({"denoise": 0.0}, "denoise 0 of 10 steps leaves no step"),
-        ({"denoise": 0.05}, "use 0.1 to 1"),
+        ({"denoise": 0.05}, "denoise 0.05 of 10 steps leaves no step: use 0.1 to 1, or 0 for none"),
         ({"steps": 1000}, "1000 steps with 'leading' spacing: use 1 to 999"),
         ({"seed": 2**64 - 1}, "seed"),
     ):
@@ -111,6 +110,63 @@ def test_a_conditioning_that_is_not_finite_is_named(host, model):
     assert "in its input encoder_hidden_states_t5" in message(host, (g, node))
 
 
+def test_guidance_that_is_not_finite_is_not_the_networks_fault(host, model):
+    """Such as Perp-Neg with equal prompts, which divides zero by zero."""
+    perp_neg = model.clone()
+    perp_neg.set_model_sampler_cfg_function(
+        lambda args: (args["cond"] - args["cond"]) / (args["cond"] - args["cond"]).norm()
+    )
+    text = message(host, ksampler(host, perp_neg, latent()))
+    assert text.startswith("step 1: guidance made values that are not finite out of the DiT's")
+    assert "Perp-Neg" in text and "dtype" not in text
+    with broken(model, "blocks.2.mlp.fc2.weight"):  # the network first, where it is both
+        assert "the DiT's values are not finite" in message(host, ksampler(host, perp_neg, latent()))
+    sampler = "HyDiTSampler", {"sampler": "ddpm"}
+    sigmas = "HyDiTScheduler", {"steps": 4}
+    assert "guidance made" in message(host, custom(host, perp_neg, latent(), sampler, sigmas))
+
+
+def test_latents_that_are_not_finite_are_named(host, model):
+    start = picture()
+    start["samples"][0, 0, 0, 0] = float("nan")
+    text = message(host, ksampler(host, model, start, denoise=0.5))
+    assert "step 1 begins with latents that are not finite, which it was given" in text
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_sampler_that_is_not_finite_is_named(host, model, monkeypatch, last):
+    module = host.module("nodes.host.sampling")
+
+    def odd(model, x, sigmas, extra_args, callback, disable, **_):
+        for i, sigma in enumerate(sigmas[:-1]):
+            denoised = model(x, sigma * x.new_ones(len(x)), **extra_args)
+            callback({"i": i, "x": x, "sigma": sigma, "denoised": denoised})
+            x = denoised * (float("inf") if i == (len(sigmas) - 2 if last else 0) else 1)
+        return x
+
+    monkeypatch.setitem(module.SAMPLERS, "ddim", odd)
+    text = message(host, ksampler(host, model, latent(), steps=4, sampler="ddim"))
+    assert "latents" in text and "the sampler made" in text and "guidance" not in text
+    assert text.startswith("the last step's" if last else "step 2 begins with")
+
+
+# -- no denoising --------------------------------------------------------------------------------------------
+
+
+def test_denoise_of_0_gives_the_latent_back_as_the_stock_node(host, model):
+    image = picture(2)
+    found = run(host, ksampler(host, model, image, denoise=0.0))
+    assert torch.equal(found, image["samples"])
+    g = Graph()
+    stock = g.add(
+        "KSampler", **prompts(host, g, model, image), seed=1, steps=4, cfg=5.0, sampler_name="ddim",
+        scheduler="normal", denoise=0.0,
+    )  # fmt: skip
+    assert torch.equal(host.values(g, stock)[0]["samples"], found)
+    sampler, sigmas = ("HyDiTSampler", {"sampler": "ddpm"}), ("HyDiTScheduler", {"steps": 4, "denoise": 0.0})
+    assert torch.equal(run(host, custom(host, model, image, sampler, sigmas)), found)
+
+
 # -- empty latents and advice --------------------------------------------------------------------------------
 
 
@@ -140,6 +196,10 @@ def test_poor_choices_are_told_in_the_log(host, model, caplog):
     caplog.clear()
     run(host, ksampler(host, model, latent(), steps=4, denoise=0.5))
     assert "denoise 0.5 of an empty latent" in caplog.text
+    made = ksampler(host, model, latent(size=(32, 32)), steps=1)
+    made[0].add("PreviewAny", source=made[1])
+    said = host.run(made[0]).check().outputs[made[1].id]["hydit_notes"]
+    assert "32x32 is far below the size" in said[0]
     caplog.clear()
     run(host, ksampler(host, model, latent(), steps=1))
     assert not [record for record in caplog.records if "HyDiT" in record.getMessage()]

@@ -23,7 +23,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
+from hydit_core.config import SamplingDefaults
 from hydit_core.lora.adapter import Adapter, Patch
+from hydit_core.presets import size_advice
 from hydit_core.text.features import PromptReport, TokenReport
 
 ROOT = Path(__file__).parents[2]
@@ -247,7 +249,7 @@ def test_no_text_is_taken_for_syntax(language, name):
 
 def test_both_languages_have_the_same_words():
     words = {language: load(language, "main") for language in LANGUAGES}
-    for name in ("report", "lora"):
+    for name in ("report", "lora", "notes"):
         words["zh"]["hydit"][name].pop("rules")
     paths = {language: {path for path, _ in texts(value)} for language, value in words.items()}
     assert paths["en"] == paths["zh"]
@@ -302,6 +304,19 @@ def test_reports_of_loras_are_translated_but_for_what_they_quote():
         ("merged: my lora at 0.5, x at 1", "已合并（at 后为强度）：my lora at 0.5, x at 1"),
     ):
         assert translated("x\n" + line, rules) == "x\n" + expected
+
+
+def test_advice_of_the_sampler_is_translated():
+    rules = load("zh", "main")["hydit"]["notes"]["rules"]
+    sizes = [size_advice(SamplingDefaults(), side, side) or "" for side in (64, 4096)]
+    others = [
+        "preset v1.1 is meant for another release than this model (v1.2)",
+        "denoise 0.5 of an empty latent: there is no picture to start from",
+    ]
+    for first in (*sizes, *others):
+        said = translated("\n".join([first, *sizes, *others]), rules)
+        left = re.sub(r"\d+x\d+|v1\.\d|Latent", "", said)
+        assert not re.search(r"[A-Za-z]", left), said
 
 
 def test_reports_are_translated_but_for_what_they_quote():

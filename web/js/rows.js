@@ -29,7 +29,7 @@ export function addStyle(id, css) {
 /**
  * Add `element` as the last row of a node.
  *
- * @param {() => number} height of the element in pixels; asked again at every drawing.
+ * @param {() => number} height of the element in pixels; asked again at every drawing. 0: no row now.
  * @param {() => void} [onDraw] called at every drawing.
  * @returns the widget, or undefined where the page has no such widgets.
  */
@@ -47,7 +47,7 @@ export function addRow(node, name, element, height, onDraw) {
   });
   widget.serialize = false; // not in the workflow
   // A fixed height: free space belongs to the prompts. Nodes 2.0 takes the height from the element itself.
-  widget.computeSize = (width) => [width ?? 0, height() + 2 * MARGIN - GAP];
+  widget.computeSize = (width) => [width ?? 0, height() && height() + 2 * MARGIN - GAP];
   widget.computeLayoutSize = undefined;
   grow(node);
   passOn(element);
@@ -57,8 +57,8 @@ export function addRow(node, name, element, height, onDraw) {
   return widget;
 }
 
-/** A node has its first size before extensions see it: make room for the row. */
-function grow(node) {
+/** Make room for the rows of a node, which has its first size before extensions see it. */
+export function grow(node) {
   const [width, height] = node.computeSize();
   node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
 }

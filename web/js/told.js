@@ -5,7 +5,7 @@ import { app } from "../../../scripts/app.js";
 import { text } from "./locale.js";
 import { fingerprint, forget, recall, remember } from "./memory.js";
 import { after, widgetOf } from "./nodes.js";
-import { addRow, addStyle } from "./rows.js";
+import { addRow, addStyle, grow } from "./rows.js";
 
 const LINE = 16;
 
@@ -59,9 +59,10 @@ function nodeOf(id) {
  * @param {string[]} inputs the widgets that it depends on. When one of them changes, the text is grayed.
  * @param {string[]} drop those of them at whose change it goes instead.
  * @param {number} lines beyond which the row scrolls.
+ * @param {boolean} quiet there is no row while there is nothing to show.
  * @param {(text: string) => string} translate to the page's language.
  */
-export function showTold(node, { name, words, inputs, drop = [], lines, translate = (line) => line }) {
+export function showTold(node, { name, words, inputs, drop = [], lines, quiet = false, translate = (line) => line }) {
   addStyle("hydit-told-style", CSS);
   const frame = document.createElement("div");
   const body = document.createElement("div");
@@ -75,10 +76,12 @@ export function showTold(node, { name, words, inputs, drop = [], lines, translat
   const show = () => {
     const told = recall(node, name);
     const old = told !== undefined && told.of !== now();
-    body.textContent = told ? translate(told.text) : text(`${words}.none`);
+    body.textContent = told ? translate(told.text) : quiet ? "" : text(`${words}.none`);
+    frame.hidden = !body.textContent;
     body.classList.toggle("hydit-muted", !told);
     frame.classList.toggle("hydit-old", old);
     frame.title = old ? text(`${words}.old`) : "";
+    if (quiet && added) grow(node);
     node.setDirtyCanvas?.(true, true);
   };
   const check = (...changed) => {
@@ -94,7 +97,8 @@ export function showTold(node, { name, words, inputs, drop = [], lines, translat
   };
   const row = { node, name, take, missing: () => recall(node, name)?.of !== now() };
 
-  addRow(node, name, frame, () => Math.min(Math.max(body.offsetHeight, LINE), lines * LINE));
+  const height = () => (frame.hidden ? 0 : Math.min(Math.max(body.offsetHeight, LINE), lines * LINE));
+  const added = addRow(node, name, frame, height);
   after(node, "onExecuted", (output) => take(output?.[name]));
   after(node, "onAdded", () => rows.add(row));
   after(node, "onRemoved", () => rows.delete(row));
