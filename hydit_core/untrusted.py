@@ -33,6 +33,12 @@ _STRING = re.compile(r'"[^"\\]*(?:\\(?:.|\Z)[^"\\]*)*(?:"|\Z)', re.DOTALL)
 _NO_BRACKET = re.compile(r"[^\[\]{}]+")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+# The start of a Windows path in double quotes, "C:\ or "\\, whose backslash is not written twice.
+_BACKSLASH = re.compile(r'"(?:[A-Za-z]:\\(?!\\)|\\\\(?!\\)|[^"\n]*\\[^btnfre"\\uUx])')
+_ESCAPES = (
+    "; in double quotes a backslash starts an escape: write Windows paths in single quotes, "
+    r"'C:\Users\me', or with /"
+)
 _KINDS = {
     dict: "an object",
     list: "a list",
@@ -130,7 +136,8 @@ def parse_toml(text: str, what: str, *, error: type[HyditError] = ConfigError) -
     except _Refused as problem:
         raise error(f"{what}: {problem}") from None
     except ValueError as problem:
-        raise error(f"{what}: not valid TOML: {problem}") from None
+        hint = _ESCAPES if _BACKSLASH.search(text) else ""
+        raise error(f"{what}: not valid TOML: {problem}{hint}") from None
     return values
 
 

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from .section import MAX_SIDE, PlainPath, Section
 
 Size = tuple[int, int]
 """A picture's (width, height) in pixels."""
@@ -27,19 +29,16 @@ def parse_size(text: str) -> Size:
 
 
 def check_size(size: Size) -> Size:
-    """Raise ValueError unless both sides are positive multiples of 8."""
-    if any(side <= 0 or side % SIZE_MULTIPLE for side in size):
+    """Raise ValueError unless both sides are multiples of 8 from 8 to :data:`MAX_SIDE`."""
+    if any(not 0 < side <= MAX_SIDE or side % SIZE_MULTIPLE for side in size):
         raise ValueError(
-            f"size {size[0]}x{size[1]}: width and height must be positive multiples of {SIZE_MULTIPLE}"
+            f"size {size[0]}x{size[1]}: width and height must be positive multiples of {SIZE_MULTIPLE}, "
+            f"up to {MAX_SIDE}"
         )
     return size
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SourceConfig(_Model):
+class SourceConfig(Section):
     """One place that pictures and captions come from.
 
     A folder holds pictures with a same-named ``.txt`` beside each. A JSONL, CSV, Parquet or Arrow file
@@ -47,32 +46,32 @@ class SourceConfig(_Model):
     file. Parquet and Arrow may hold the pictures themselves. ``index`` is Tencent's JSON over Arrow files.
     """
 
-    path: Path
+    path: PlainPath
     kind: Literal["auto", "folder", "jsonl", "csv", "arrow", "parquet", "index"] = "auto"
-    root: Path | None = None
+    root: PlainPath | None = None
     image_field: str | None = None
     """Column that holds the picture's path; by default the first known name that a row has."""
     caption_fields: tuple[str, ...] = ()
     """Columns that hold captions; by default every known name. Several captions are alternatives."""
     control_field: str | None = None
     """Column with the path of a control picture."""
-    control_dir: Path | None = None
+    control_dir: PlainPath | None = None
     """Folder only: where the control pictures lie, named like the pictures; default: its ``control``."""
     mask_field: str | None = None
     """Column with the path of a mask; empty in a row: all of that picture counts."""
-    mask_dir: Path | None = None
+    mask_dir: PlainPath | None = None
     """Folder only: where the masks lie, named like the pictures; default: its ``mask``, if there is one."""
     caption_lines: bool = False
     """Folder only: every line of a ``.txt`` is one alternative caption, not the whole file one caption."""
     caption: str | None = None
     """The caption of this source's pictures that have none of their own."""
-    repeats: Annotated[int, Field(ge=1)] = 1
+    repeats: Annotated[int, Field(ge=1, le=100_000)] = 1
     """How many times an epoch shows each of this source's pictures."""
     prior: bool = False
     """The pictures show what the base knows already and shall not forget, see :class:`PriorConfig`."""
 
 
-class BucketConfig(_Model):
+class BucketConfig(Section):
     """Sizes for pictures of different shapes; a picture goes to the nearest aspect ratio.
 
     Without ``sizes`` the buckets are Tencent's: from the square base, one side grows and the other
@@ -80,9 +79,9 @@ class BucketConfig(_Model):
     """
 
     enabled: bool = False
-    step: Annotated[int, Field(ge=SIZE_MULTIPLE, multiple_of=SIZE_MULTIPLE)] = 64
-    min_side: Annotated[int, Field(ge=SIZE_MULTIPLE, multiple_of=SIZE_MULTIPLE)] | None = None
-    max_side: Annotated[int, Field(ge=SIZE_MULTIPLE, multiple_of=SIZE_MULTIPLE)] | None = None
+    step: Annotated[int, Field(ge=SIZE_MULTIPLE, le=MAX_SIDE, multiple_of=SIZE_MULTIPLE)] = 64
+    min_side: Annotated[int, Field(ge=SIZE_MULTIPLE, le=MAX_SIDE, multiple_of=SIZE_MULTIPLE)] | None = None
+    max_side: Annotated[int, Field(ge=SIZE_MULTIPLE, le=MAX_SIDE, multiple_of=SIZE_MULTIPLE)] | None = None
     sizes: tuple[str, ...] = ()
 
     @field_validator("sizes")
@@ -99,7 +98,7 @@ class BucketConfig(_Model):
         return self
 
 
-class CacheConfig(_Model):
+class CacheConfig(Section):
     """What is computed once and kept on disk, outside the picture folders.
 
     With ``latents`` a picture's crop is fixed (the center) and its flip is one of two stored
@@ -107,15 +106,15 @@ class CacheConfig(_Model):
     encoders' outputs and is refused when the encoders are trained.
     """
 
-    dir: Path | None = None
+    dir: PlainPath | None = None
     latents: bool = False
     text: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    ram_mb: Annotated[int, Field(ge=0)] = 4096
+    ram_mb: Annotated[int, Field(ge=0, le=2**30)] = 4096
     """Caches up to this size are read into memory whole, once; larger ones are read as they are used."""
 
 
-class ControlConfig(_Model):
+class ControlConfig(Section):
     """Where the control pictures of a ControlNet training come from.
 
     ``canny`` makes edges from the pictures, after crop and flip; ``depth`` asks a depth-estimation model of
@@ -126,7 +125,7 @@ class ControlConfig(_Model):
     low: Annotated[int, Field(ge=0, le=10000)] = 100
     high: Annotated[int, Field(ge=0, le=10000)] = 200
     """Thresholds of canny; these are the published ControlNets' own."""
-    model: Path | None = None
+    model: PlainPath | None = None
     label: str = ""
     """What the control pictures show ("pose", "depth"), for the file that is written; default: the kind."""
 
@@ -139,7 +138,7 @@ class ControlConfig(_Model):
         return self
 
 
-class PriorConfig(_Model):
+class PriorConfig(Section):
     """How pictures of sources with ``prior = true`` are mixed with the others (Ruiz et al. 2023, DreamBooth).
 
     However many there are, they make up ``share`` of every epoch, all of them equally often: where there are
@@ -147,11 +146,11 @@ class PriorConfig(_Model):
     """
 
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """What the loss of such a picture counts."""
 
 
-class MaskConfig(_Model):
+class MaskConfig(Section):
     """Which part of a picture the loss looks at.
 
     ``files`` reads grayscale masks, white where the picture counts, from a source's ``mask_dir`` or
@@ -164,7 +163,7 @@ class MaskConfig(_Model):
     """What the rest of the picture counts."""
 
 
-class DataConfig(_Model):
+class DataConfig(Section):
     """Everything about the pictures and captions of a training run."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
@@ -175,7 +174,7 @@ class DataConfig(_Model):
     """Where the longer side is cropped; unset means random, or the center when latents are cached."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability of a left-right flip."""
-    min_side: Annotated[int, Field(ge=0)] = 0
+    min_side: Annotated[int, Field(ge=0, le=MAX_SIDE)] = 0
     """Pictures whose shorter side is below this many pixels are left out, and counted."""
     alpha_color: str = "white"
     """What shows through transparent pixels: a CSS name or ``#rrggbb``."""
@@ -192,7 +191,7 @@ class DataConfig(_Model):
     """Whether each step samples the VAE's posterior or takes its mean; ``auto`` does what the base was
     trained with."""
     cache: CacheConfig = CacheConfig()
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that prepare batches ahead; the batches do not depend on their number."""
 
     @field_validator("resolution")

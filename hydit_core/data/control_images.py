@@ -25,10 +25,7 @@ def canny(picture: Image.Image, thresholds: tuple[int, int] = CANNY_THRESHOLDS) 
 
     Raises :class:`ConfigError` when OpenCV is not installed.
     """
-    try:
-        import cv2
-    except ImportError as error:
-        raise ConfigError("canny control pictures need OpenCV: pip install opencv-python-headless") from error
+    cv2 = _opencv()
     return Image.fromarray(cv2.Canny(np.asarray(picture.convert("RGB")), *thresholds)).convert("RGB")
 
 
@@ -38,6 +35,22 @@ def load_control(source: Path | bytes, *, name: str | None = None) -> Image.Imag
     Raises :class:`DataError` as :func:`load_picture` does.
     """
     return load_picture(source, "black", name=name)
+
+
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ConfigError("canny control pictures need OpenCV: pip install opencv-python-headless") from error
+    return cv2
+
+
+def require_maker(config: ControlConfig) -> None:
+    """Raise :class:`ConfigError` when what makes these control pictures is not there."""
+    if config.kind == "canny":
+        _opencv()
+    if config.model is not None and not config.model.is_dir():
+        raise ConfigError(f"data.control.model: {config.model} is no folder of a depth-estimation model")
 
 
 class ControlImages:

@@ -6,105 +6,31 @@ file's own folder; relative paths given by ``--set`` are relative to the current
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import re
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     ValidationInfo,
-    create_model,
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
-from ..config import DiffusionConfig, DiTConfig, SamplingDefaults
 from ..data.config import DataConfig
+from ..data.section import MAX_COUNT, MAX_SIDE, Section, leaves
+from ..diffusion.samplers import SAMPLERS
+from ..diffusion.schedule import SPACINGS
 from ..errors import ConfigError
 from ..untrusted import parse_toml, read_toml
+from .model_section import ConfigPath, ModelSection
 
-
-def _resolve(value: Any, info: ValidationInfo) -> Any:
-    if not isinstance(value, (str, Path)) or not str(value):
-        return value
-    base = (info.context or {}).get("base", Path.cwd())
-    return (base / Path(value).expanduser()).resolve()
-
-
-ConfigPath = Annotated[Path, BeforeValidator(_resolve)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-def _mirror(name: str, source: type) -> type[Section]:
-    """A strict pydantic section with the fields and defaults of the dataclass ``source``."""
-    hints = typing.get_type_hints(source)
-    fields: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(source)}
-    return create_model(name, __base__=Section, **fields)
-
-
-DiTSection = _mirror("DiTSection", DiTConfig)
-DiffusionSection = _mirror("DiffusionSection", DiffusionConfig)
-DefaultsSection = _mirror("DefaultsSection", SamplingDefaults)
-
-
-class TextScratch(Section):
-    """Fresh text encoders: transformers' configuration fields and the tokenizer files."""
-
-    bert: dict[str, Any]
-    t5: dict[str, Any]
-    vocab: ConfigPath
-    spiece: ConfigPath
-
-
-def _text_kind(value: Any) -> str:
-    return "table" if isinstance(value, (dict, TextScratch)) else "path"
-
-
-class InfoSection(Section):
-    """What the exported file says of itself; unset fields keep what ``init_from`` says."""
-
-    version: str | None = None
-    variant: str | None = None
-    base: str | None = None
-    diffusion: DiffusionSection | None = None  # type: ignore[valid-type]
-    defaults: DefaultsSection | None = None  # type: ignore[valid-type]
-
-
-class ModelSection(Section):
-    init_from: ConfigPath | None = Field(default=None, description="weights to start from, in any layout")
-    from_scratch: DiTSection | None = Field(default=None, description="dimensions of a fresh DiT")  # type: ignore[valid-type]
-    text_encoders: (
-        Annotated[
-            Annotated[ConfigPath, Tag("path")] | Annotated[TextScratch, Tag("table")],
-            Discriminator(_text_kind),
-        ]
-        | None
-    ) = Field(default=None, description="path, or a table for fresh ones; default: those inside init_from")
-    vae: ConfigPath | None = Field(default=None, description="default: the one inside init_from")
-    info: InfoSection = InfoSection()
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> ModelSection:
-        if (self.init_from is None) == (self.from_scratch is None):
-            raise ValueError("give exactly one of init_from (weights) and from_scratch (dimensions)")
-        if self.from_scratch is not None and (self.text_encoders is None or self.vae is None):
-            raise ValueError("from_scratch needs text_encoders (a path, or a table for fresh ones) and vae")
-        return self
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ObjectiveSection(Section):
@@ -112,9 +38,9 @@ class ObjectiveSection(Section):
     train_text_encoders: bool = False
     timesteps: Literal["uniform", "stratified", "logit_normal"] = "uniform"
     weighting: Literal["constant", "min_snr", "min_snr_v"] = "constant"
-    snr_gamma: float = Field(default=5.0, gt=0)
+    snr_gamma: float = Field(default=5.0, gt=0, le=1000)
     vlb: bool = Field(default=True, description="add the variational bound that trains the variance channels")
-    noise_offset: float = Field(default=0.0, ge=0)
+    noise_offset: float = Field(default=0.0, ge=0, le=1)
     dropout_bert: float = Field(default=0.0, ge=0, le=1, description="probability of an empty BERT text")
     dropout_t5: float = Field(default=0.0, ge=0, le=1, description="probability of an empty mT5 text")
     dropout_joint: float = Field(default=0.0, ge=0, le=1, description="probability that both are empty")
@@ -130,8 +56,8 @@ TARGETS = ("attention", "attention+mlp", "all-linear")
 
 
 class LoraSection(Section):
-    rank: int = Field(default=16, gt=0)
-    alpha: float | None = Field(default=None, gt=0, description="strength is alpha / rank; default: the rank")
+    rank: int = Field(default=16, gt=0, le=8192)
+    alpha: float | None = Field(default=None, gt=0, le=1e6, description="strength is alpha / rank, or 1")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="of what goes into the adapters")
     rslora: bool = Field(default=False, description="strength is alpha / sqrt(rank)")
     dora: bool = Field(default=False, description="train the length of each output's weights apart")
@@ -165,8 +91,8 @@ class GroupSection(Section):
     """Parameters by name: a glob (``dit.blocks.*.attn1.*``) or, after ``re:``, a regular expression."""
 
     match: str
-    lr_scale: float = Field(default=1.0, ge=0)
-    weight_decay: float | None = Field(default=None, ge=0)
+    lr_scale: float = Field(default=1.0, ge=0, le=1000)
+    weight_decay: float | None = Field(default=None, ge=0, le=10)
     freeze: bool = False
 
     @field_validator("match")
@@ -182,78 +108,114 @@ class GroupSection(Section):
 
 class OptimizerSection(Section):
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0, description="of weights with two or more dimensions")
-    muon_lr: float = Field(default=0.02, gt=0, description="Muon's rate, for the blocks' matrices")
+    lr: float = Field(default=1e-4, gt=0, le=1)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0, le=1)
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=10, description="of weights with two or more dimensions"
+    )
+    muon_lr: float = Field(default=0.02, gt=0, le=1, description="Muon's rate, for the blocks' matrices")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     groups: tuple[GroupSection, ...] = ()
 
 
 class ScheduleSection(Section):
     kind: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
     decay_start: float = Field(default=0.0, ge=0, le=1, description="fraction of the steps before decay")
     min_lr: float = Field(default=0.0, ge=0, le=1, description="final learning rate as a fraction of lr")
 
 
 class RunSection(Section):
     output_dir: ConfigPath
-    steps: int = Field(gt=0, description="optimizer steps")
-    batch_size: int = Field(gt=0, description="samples per micro-batch and per process")
-    grad_accumulation: int = Field(default=1, gt=0)
-    clip_norm: float = Field(default=1.0, ge=0, description="0 turns clipping off")
+    steps: int = Field(gt=0, le=MAX_COUNT, description="optimizer steps")
+    batch_size: int = Field(gt=0, le=65536, description="samples per micro-batch and per process")
+    grad_accumulation: int = Field(default=1, gt=0, le=65536)
+    clip_norm: float = Field(default=1.0, ge=0, le=1e6, description="0 turns clipping off")
     precision: Literal["fp32", "bf16"] = "fp32"
-    gradient_checkpointing: bool | float = Field(default=False, description="true, or the fraction of blocks")
-    seed: int = 0
-    threads: int | None = Field(default=None, gt=0, description="CPU threads; default: torch's choice")
-    device: str = Field(default="auto", description="auto, cpu, cuda")
-    max_bad_steps: int = Field(default=10, gt=0, description="stop after so many non-finite steps in a row")
+    gradient_checkpointing: bool | float = Field(default=False, description="true, or the blocks' fraction")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    threads: int | None = Field(default=None, gt=0, le=4096, description="CPU threads, or torch's choice")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1")
+    max_bad_steps: int = Field(
+        default=10, gt=0, le=MAX_COUNT, description="stop after so many non-finite steps in a row"
+    )
+
+    @field_validator("gradient_checkpointing")
+    @classmethod
+    def _fraction(cls, value: bool | float) -> bool | float:
+        if not 0 <= value <= 1:
+            raise ValueError("use true, false, or a fraction of the blocks from 0 to 1")
+        return value
 
 
 class EmaSection(Section):
     enabled: bool = True
     decay: float = Field(default=0.9999, ge=0, lt=1)
     warmup: bool = Field(default=True, description="decay at step n is min(decay, 1 - (1 + n) ** -power)")
-    power: float = Field(default=2 / 3, gt=0)
+    power: float = Field(default=2 / 3, gt=0, le=10)
 
 
 class ValidationSection(Section):
-    every: int = Field(default=0, ge=0, description="steps; 0 turns it off")
+    every: int = Field(default=0, ge=0, le=MAX_COUNT, description="steps; 0 turns it off")
 
 
 class SamplesSection(Section):
     """Settings that are not given are those that the model's file recommends."""
 
-    every: int = Field(default=0, ge=0, description="steps; 0 turns it off; step 0 is drawn too")
+    every: int = Field(
+        default=0, ge=0, le=MAX_COUNT, description="steps; 0 turns it off; step 0 is drawn too"
+    )
     prompts: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     negative: str | None = None
-    steps: int | None = Field(default=None, gt=0)
-    cfg: float | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, gt=0, le=100_000)
+    cfg: float | None = Field(default=None, ge=1, le=1000)
     guidance_rescale: float | None = Field(default=None, ge=0, le=1)
     sampler: str | None = None
     spacing: str | None = None
-    width: int | None = Field(default=None, gt=0, multiple_of=8)
-    height: int | None = Field(default=None, gt=0, multiple_of=8)
+    width: int | None = Field(default=None, gt=0, le=MAX_SIDE, multiple_of=8)
+    height: int | None = Field(default=None, gt=0, le=MAX_SIDE, multiple_of=8)
     control_images: tuple[ConfigPath, ...] = Field(
         default=(), description="controlnet: pictures that data.control makes the control pictures from"
     )
 
+    @field_validator("sampler", "spacing")
+    @classmethod
+    def _known(cls, name: str | None, info: ValidationInfo) -> str | None:
+        known = SAMPLERS if info.field_name == "sampler" else SPACINGS
+        if name is not None and name not in known:
+            raise ValueError(f"unknown {info.field_name}: use one of {', '.join(known)}")
+        return name
+
+    def given(self) -> dict[str, Any]:
+        """The settings of sampling; None where the model's own count."""
+        return self.model_dump(exclude={"every", "prompts", "seed", "control_images"})
+
 
 class CheckpointSection(Section):
-    every: int = Field(default=1000, gt=0)
-    keep_last: int = Field(default=2, gt=0)
+    every: int = Field(default=1000, gt=0, le=MAX_COUNT)
+    keep_last: int = Field(default=2, gt=0, le=MAX_COUNT)
     export_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     export_all_in_one: bool = Field(default=True, description="false: the exported file holds the DiT only")
     metadata: dict[str, str] = Field(
         default={}, description='of the exported file, such as "modelspec.title", "modelspec.license"'
     )
 
+    @field_validator("metadata")
+    @classmethod
+    def _not_ours(cls, metadata: dict[str, str]) -> dict[str, str]:
+        ours = [key for key in metadata if key.startswith("hydit.") or key == "format"]
+        if ours:
+            raise ValueError(
+                f"{', '.join(ours)}: written by the trainer itself; what the file says of the model is "
+                "set in model.info"
+            )
+        return metadata
+
 
 class MetricsSection(Section):
-    every: int = Field(default=10, gt=0, description="steps between records in metrics.jsonl")
+    every: int = Field(default=10, gt=0, le=MAX_COUNT, description="steps between records in metrics.jsonl")
     tensorboard: bool = Field(default=True, description="used when tensorboard is installed")
 
 
@@ -389,7 +351,7 @@ def _from_here(value: Any, parents: Sequence[str], last: str) -> Any:
         return {key: _from_here(inner, [*parents, last], key) for key, inner in value.items()}
     if isinstance(value, list):
         return [_from_here(inner, parents, last) for inner in value]
-    if isinstance(value, str) and _is_path(parents, last):
+    if isinstance(value, str) and value and _is_path(parents, last):
         return str(Path.cwd() / Path(value).expanduser())
     return value
 
@@ -414,8 +376,8 @@ def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:
         if isinstance(part, int):
             continue
         field = None if section is None else section.model_fields.get(str(part))
-        leaves = [] if field is None else _leaves(field)
-        section = next((leaf for leaf in leaves if issubclass(leaf, BaseModel)), None)
+        inside = [] if field is None else leaves(field.annotation)
+        section = next((leaf for leaf in inside if issubclass(leaf, BaseModel)), None)
     return section
 
 
@@ -427,20 +389,7 @@ def _known_keys(loc: Sequence[Any]) -> list[str]:
 def _is_path(parents: Sequence[str], last: str) -> bool:
     section = _section_at(parents)
     field = None if section is None else section.model_fields.get(last)
-    return field is not None and Path in _leaves(field)
-
-
-def _leaves(field: FieldInfo) -> list[type]:
-    """The classes inside a field's annotation, such as ``Path`` in ``Path | None``."""
-
-    def walk(annotation: Any) -> Iterator[type]:
-        arguments = typing.get_args(annotation)
-        if not arguments and isinstance(annotation, type):
-            yield annotation
-        for argument in arguments:
-            yield from walk(argument)
-
-    return list(walk(field.annotation))
+    return field is not None and Path in list(leaves(field.annotation))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

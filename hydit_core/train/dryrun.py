@@ -7,20 +7,20 @@ from collections.abc import Iterator
 import torch
 
 from ..config import DiTConfig, ModelInfo
-from ..data import require_outside_sources
 from ..lora import formats
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..weights.load import load_dit
 from .adapters import adapted_parts, find_targets, parameter_shapes, scale_of, starting_values
+from .checks import check_machine, check_parts
 from .conditioning import caption_fits
 from .config import TrainConfig
-from .frozen import quantizer, stored_bytes
+from .frozen import stored_bytes
 from .launch import held_run, open_data
 from .memory import estimate, largest
 from .objectives import control_parameters
 from .optim import parameter_groups
-from .parts import load_text, open_vae
+from .parts import described, load_text, open_controlnet, open_vae
 from .posterior import choose
 
 
@@ -30,22 +30,25 @@ def describe(config: TrainConfig) -> Iterator[str]:
     Raises :class:`HyditError` for anything that training itself would refuse at its start.
     """
     run = config.run
+    check_machine(config)
     data = open_data(config)
     yield "Data"
     yield from (f"  {line}" for line in data.summary().lines())
     dit, info = _shapes(config)
-    text = load_text(config, dit.config, like_file=True)
+    text, vae = load_text(config, dit.config, like_file=True), open_vae(config)
+    check_parts(config, dit.config, text, vae, described(config, info, text, vae))
     yield "Captions"
     for fit in caption_fits(data.captions(), text.tokenizers):
         yield from (f"  {line}" for line in fit.lines())
 
     kind = config.objective.kind
     if kind == "controlnet":
+        if config.objective.controlnet is not None:
+            open_controlnet(config.objective.controlnet, dit.config)
         everything: dict[str, torch.Tensor] = dict(control_parameters(ControlNet(dit.config, device="meta")))
     elif kind == "lora":
         parts = adapted_parts(config.lora, dit, text)
         everything = parameter_shapes(find_targets(parts, config.lora), config.lora)
-        quantizer(config.base_precision)
         if (before := config.lora.init_from) is not None:
             starting_values(everything, config.lora, formats.read(before), str(before))
     else:
@@ -74,7 +77,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
     if kind == "controlnet":
         start = config.objective.controlnet or "the first half of the DiT, which is frozen"
         yield f"  ControlNet from {start}"
-    yield f"  {choose(config, info, data, open_vae(config)).line}"
+    yield f"  {choose(config, info, data, vae).line}"
     yield f"  trained: {_count(trained.values()):,} parameters in {len(groups)} groups"
     yield "Run"
     samples = run.steps * run.batch_size * run.grad_accumulation
@@ -84,7 +87,6 @@ def describe(config: TrainConfig) -> Iterator[str]:
         "in one process"
     )
     yield f"  precision {run.precision}, output to {run.output_dir} (nothing has been written)"
-    require_outside_sources(run.output_dir, config.data, "the run")
     if held := held_run(run.output_dir):
         yield f"  that folder holds a run already ({held}): it can be continued, not begun anew"
     dropped = config.data.cache.text and not config.exports_text

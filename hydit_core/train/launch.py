@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..data import LatentCache, TrainData, build_latent_cache, open_dataset, require_outside_sources
+from ..data import LatentCache, TrainData, build_latent_cache, open_dataset
 from ..data.cache import cache_folder
 from ..data.text_cache import build_text_cache
 from ..errors import ConfigError
 from . import checkpoint as checkpoints
 from . import distributed
+from .checks import check_machine
 from .conditioning import caption_fits
 from .config import TrainConfig
 from .distributed import Processes
@@ -42,6 +43,7 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         torch.set_num_threads(run.threads)
     if run.device != "cpu":
         torch.set_float32_matmul_precision("high")
+    check_machine(config)
     processes = distributed.start(run.device)
     try:
         _check_output(config, resume)
@@ -153,6 +155,7 @@ def build_caches(config: TrainConfig) -> None:
         )
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
+    check_machine(config)
     processes = distributed.start(config.run.device)
     try:
         data = open_data(config, processes.rank, processes.world)
@@ -171,7 +174,6 @@ def held_run(folder: Path) -> str | None:
 
 def _check_output(config: TrainConfig, resume: str | None) -> None:
     folder = config.run.output_dir
-    require_outside_sources(folder, config.data, "the run")
     held = held_run(folder)
     continuable = held is not None and held not in EXPORTS
     if resume is None or resume == "auto":

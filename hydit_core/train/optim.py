@@ -68,6 +68,12 @@ def parameter_groups(parameters: Mapping[str, Tensor], config: OptimizerSection)
     return [Group(tuple(names), *key) for key, names in sorted_in.items()]
 
 
+def require_muon() -> None:
+    """Raise :class:`ConfigError` where torch has no Muon."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f"optimizer.name = 'muon' needs torch 2.9 or newer, this is {torch.__version__}")
+
+
 class Optimizers:
     """AdamW, or Muon for the blocks' matrices and AdamW for the rest, as one optimizer.
 
@@ -99,10 +105,7 @@ class Optimizers:
             for g in groups
         ]
         if groups[0].muon:
-            if not hasattr(torch.optim, "Muon"):
-                raise ConfigError(
-                    f"optimizer.name = 'muon' needs torch 2.9 or newer, this is {torch.__version__}"
-                )
+            require_muon()
             optimizer: torch.optim.Optimizer = torch.optim.Muon(
                 tables, lr=lr, momentum=config.muon_momentum, weight_decay=config.weight_decay
             )

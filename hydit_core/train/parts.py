@@ -21,8 +21,10 @@ from ..vae import VAE, load_vae
 from ..weights.load import load_controlnet, load_dit
 from ..weights.save import save_checkpoint
 from .attention import training_attention
-from .config import InfoSection, TextScratch, TrainConfig
+from .checks import check_parts, check_text_options
+from .config import TrainConfig
 from .frozen import OPERATIONS
+from .model_section import TextScratch
 
 # What load_vae takes from a file's description.
 _VAE_OPTIONS = ("scaling_factor", "shift_factor", "norm_num_groups", "preview_rgb", "act_fn")
@@ -82,13 +84,26 @@ def build(config: TrainConfig) -> ModelParts:
         info = dataclasses.replace(info, base=model.init_from.name, variant="")
     text = load_text(config, dit.config)
     vae = open_vae(config)
-    info = _with_section(info, model.info)
-    options = text.info()
-    info = dataclasses.replace(info, bert=options["bert"], t5=options["t5"], vae=_vae_info(vae, info))
+    info = described(config, info, text, vae)
+    check_parts(config, dit.config, text, vae, info)
     controlnet = _controlnet(config, dit) if config.objective.kind == "controlnet" else None
     if controlnet is not None and config.run.precision == "bf16":
         dit.to(torch.bfloat16)  # frozen
     return ModelParts(dit, text, vae, info, controlnet)
+
+
+def described(config: TrainConfig, info: ModelInfo, text: TextEncoders, vae: VAE) -> ModelInfo:
+    """What the exported file says: ``info``, that of the base, with ``model.info`` and what the parts say.
+
+    Raises:
+        ConfigError: it cannot be meant.
+    """
+    options = text.info()
+    try:
+        info = config.model.info.applied_to(info)
+        return dataclasses.replace(info, bert=options["bert"], t5=options["t5"], vae=_vae_info(vae, info))
+    except ConfigError as error:
+        raise ConfigError(f"model.info: {error}") from None
 
 
 def open_vae(config: TrainConfig) -> VAE:
@@ -100,8 +115,17 @@ def _controlnet(config: TrainConfig, dit: DiT) -> ControlNet:
     start = config.objective.controlnet
     if start is None:
         return ControlNet.from_base(dit, attention=training_attention)
-    controlnet, _ = load_controlnet(start, dtype=torch.float32, attention=training_attention)
-    check_fit(controlnet.config, dit.config, str(start))
+    return open_controlnet(start, dit.config, dtype=torch.float32, attention=training_attention)
+
+
+def open_controlnet(path: Path, dit: DiTConfig, **how: Any) -> ControlNet:
+    """The ControlNet that a run continues; ``how`` as :func:`~..weights.load.load_controlnet` takes it.
+
+    Raises:
+        ConfigError: it is made for another DiT.
+    """
+    controlnet, _ = load_controlnet(path, **how)
+    check_fit(controlnet.config, dit, str(path))
     return controlnet  # type: ignore[no-any-return]
 
 
@@ -122,7 +146,13 @@ def load_text(config: TrainConfig, dit: DiTConfig, *, like_file: bool = False) -
             raise ConfigError(f"model.text_encoders: cannot read {path}: {error.strerror}") from error
     vocab, spiece = contents
     seed = _seed(config, "text encoders")
-    encoders = TextEncoders.build(source.bert, source.t5, vocab, spiece, dit.text_len, dit.t5_len, seed=seed)
+    check_text_options(source)
+    try:
+        encoders = TextEncoders.build(
+            source.bert, source.t5, vocab, spiece, dit.text_len, dit.t5_len, seed=seed
+        )
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"model.text_encoders: cannot be built so: {error}") from error
     return encoders.requires_grad_(trained).eval()
 
 
@@ -134,19 +164,6 @@ def _present(path: Path | None) -> Path:
 
 def _seed(config: TrainConfig, purpose: str) -> int:
     return hash_int(config.run.seed, purpose) >> 1
-
-
-def _with_section(info: ModelInfo, section: InfoSection) -> ModelInfo:
-    changes: dict[str, object] = {
-        name: value
-        for name in ("version", "variant", "base")
-        if (value := getattr(section, name)) is not None
-    }
-    for name in ("diffusion", "defaults"):
-        table = getattr(section, name)
-        if table is not None:
-            changes[name] = dataclasses.replace(getattr(info, name), **table.model_dump(exclude_unset=True))
-    return dataclasses.replace(info, **changes)  # type: ignore[arg-type]
 
 
 def _vae_info(vae: VAE, info: ModelInfo) -> dict[str, object]:

@@ -35,12 +35,8 @@ def sample_texts(settings: SamplesSection, parts: ModelParts) -> set[str]:
     """All texts that :func:`draw_samples` needs features of."""
     if not settings.every:
         return set()
-    chosen = choose_settings(parts.info.defaults, None, **_given(settings))
+    chosen = choose_settings(parts.info.defaults, None, **settings.given())
     return {*settings.prompts, *([chosen.negative] if chosen.cfg > 1 else [])}
-
-
-def _given(settings: SamplesSection) -> dict[str, Any]:
-    return settings.model_dump(exclude={"every", "prompts", "seed", "control_images"})
 
 
 def draw_samples(
@@ -67,7 +63,7 @@ def draw_samples(
         net.eval()
     try:
         pipeline = Pipeline(parts.dit, text, parts.vae, parts.info)
-        chosen = pipeline.settings(**_given(settings))
+        chosen = pipeline.settings(**settings.given())
         if parts.controlnet is None or control is None:
             images = [p.image for p in pipeline.pictures(settings.prompts, chosen, seed=settings.seed)]
         else:

@@ -62,6 +62,86 @@ def test_faults_are_named_with_their_place(config_file: Path, override: str, wor
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.steps=true", "run.steps: expected a number (got True)"),
+        ("run.steps=5.0", "run.steps: expected a whole number"),
+        ("run.steps='5'", "run.steps: expected a number, not a text"),
+        ("run.steps=1000000000000", "run.steps: Input should be less than or equal to 1000000000"),
+        ("run.gradient_checkpointing=5", "use true, false, or a fraction of the blocks from 0 to 1"),
+        ("run.gradient_checkpointing=-0.5", "use true, false, or a fraction of the blocks from 0 to 1"),
+        ("run.gradient_checkpointing='half'", "expected a number, not a text"),
+        ("run.seed=-1", "run.seed: Input should be greater than or equal to 0"),
+        ("run.output_dir=''", "run.output_dir: an empty path"),
+        ("run.clip_norm=inf", "run.clip_norm"),
+        ("objective.vlb=1", "objective.vlb: expected true or false (got 1)"),
+        ("objective.dropout_joint=false", "objective.dropout_joint: expected a number (got False)"),
+        ("optimizer.lr=nan", "optimizer.lr"),
+        ("optimizer.lr=30", "optimizer.lr: Input should be less than or equal to 1"),
+        ("optimizer.betas=[0.9, 1.5]", "optimizer.betas.1: Input should be less than 1"),
+        ("optimizer.betas=[0.9, true]", "optimizer.betas: expected a number"),
+        ("optimizer.eps=0", "optimizer.eps"),
+        ("lora.rank=100000", "lora.rank"),
+        ("samples.sampler='dpmp_2m'", "samples.sampler: unknown sampler: use one of ddpm, "),
+        ("samples.spacing='even'", "samples.spacing: unknown spacing: use one of leading, "),
+        ("samples.width=60", "samples.width"),
+        ("samples.seed=18446744073709551616", "samples.seed"),
+        ("data.flip=true", "data.flip: expected a number (got True)"),
+        ("data.resolution=64.0", "data.resolution: expected a whole number"),
+        ("data.resolution=1000000", "positive multiples of 8, up to 16384"),
+        ("data.sources=[{path='a', repeats=1000000000}]", "data.sources.0.repeats"),
+        ("data.sources=[{path=''}]", "data.sources.0.path: an empty path"),
+        ("data.cache.latents='true'", "data.cache.latents: expected true or false, not a text"),
+        ("model.from_scratch.depth=3", "depth 3: must be even"),
+        ("model.from_scratch.depth=100000000", "depth = 100000000: use 1 to 512"),
+        ("model.from_scratch.num_heads=0", "num_heads = 0: use 1 to"),
+        ("model.from_scratch.num_heads=3", "model.from_scratch: hidden_size 64 with 3 heads"),
+        ("model.from_scratch.size_cond=1", "model.from_scratch.size_cond: expected true or false"),
+        ("model.info.version='v9'", "model.info"),
+        ("model.info.verson='v1.2'", "did you mean version?"),
+        ("model.info.defaults.steps=true", "model.info.defaults.steps: expected a number"),
+        ("model.info.diffusion.prediction='banana'", "model.info.diffusion.prediction"),
+        ("checkpoint.metadata={'hydit.config' = '{}'}", "hydit.config: written by the trainer itself"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_at_once(config_file: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, [override])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r'path = "C:\Users\me\pictures"',
+        r'path = "D:\data\pictures"',
+        r'path = "D:\new\table"',
+        r'path = "D:\"',
+        r'path = "E:\temp"',
+        r'path = "\\server\share"',
+        r'path = "pictures\old"',
+    ],
+)
+def test_backslashes_in_double_quotes_are_explained(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "windows.toml"
+    text = '[run]\noutput_dir = "r"\nsteps = 1\nbatch_size = 1\n[model]\ninit_from = "m"\n[[data.sources]]\n'
+    path.write_text(text + line + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="in single quotes"):
+        load_config(path)
+    good = line.replace('"', "'")
+    path.write_text(text + good + "\n", encoding="utf-8")
+    assert str(load_config(path).data.sources[0].path).endswith(good.split("'")[1])
+
+
+def test_backslashes_that_are_no_fault_are_not_blamed(config_file: Path) -> None:
+    text = CONFIG + '\n[samples]\nprompts = ["a \\"b\\" \\u0041"]\nsteps = 1 1\n'
+    config_file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file)
+    assert "not valid TOML" in str(caught.value) and "single quotes" not in str(caught.value)
+
+
 def test_all_faults_are_told_at_once(config_file: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(config_file, ["run.step=5", "ema.decays=0.9", "run.batch_size='many'"])

@@ -1,0 +1,123 @@
+"""What a run needs of the machine and of its parts, asked before anything is written or trained.
+
+The dry run and the training ask the same questions, first: what one accepts the other does not refuse.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..config import DiTConfig, ModelInfo
+from ..data import require_outside_sources
+from ..data.cache import cache_folder
+from ..data.control_images import require_maker
+from ..devices import choose_device
+from ..diffusion.schedule import Schedule
+from ..errors import ConfigError
+from ..presets import check_settings, choose_settings
+from ..text import TextEncoders
+from ..vae import VAE
+from .config import SamplesSection, TrainConfig
+from .frozen import quantizer
+from .model_section import TextScratch
+from .optim import require_muon
+
+
+def check_machine(config: TrainConfig) -> None:
+    """Raise :class:`ConfigError` for what this machine lacks: a device, a library, a place to write."""
+    _check_device(config.run.device)
+    require_outside_sources(config.run.output_dir, config.data, "the run")
+    _require_writable(config.run.output_dir, "run.output_dir")
+    if config.data.cache.latents or config.data.cache.text:
+        _require_writable(cache_folder(config.data), "data.cache.dir")
+    if config.optimizer.name == "muon":
+        require_muon()
+    if config.objective.kind == "lora":
+        quantizer(config.base_precision)
+    if config.data.control is not None:
+        require_maker(config.data.control)
+        for path in config.samples.control_images if config.samples.every else ():
+            _require_picture(path)
+
+
+def _check_device(name: str) -> None:
+    """Each process of several takes a CUDA device of its own later: none is touched here."""
+    if name == "auto":
+        return
+    if name.partition(":")[0] != "cuda":
+        try:
+            choose_device(name)
+        except ConfigError as error:
+            raise ConfigError(f"run.device: {error}") from None
+    elif not torch.cuda.is_available():
+        raise ConfigError(f"run.device = {name!r}: torch sees no CUDA device; use cpu or auto")
+
+
+def _require_writable(folder: Path, key: str) -> None:
+    """As far as that can be told without writing."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{key}: cannot write to {folder}: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: cannot write to {folder}: no permission to write to {place}")
+
+
+def _require_picture(path: Path) -> None:
+    try:
+        with Image.open(path):
+            pass
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"samples.control_images: cannot read {path}: {error}") from error
+
+
+def check_parts(config: TrainConfig, dit: DiTConfig, text: TextEncoders, vae: VAE, info: ModelInfo) -> None:
+    """Raise :class:`ConfigError` for parts that do not fit each other or what is asked of them.
+
+    ``info`` is that of the file that will be written.
+    """
+    bert, mt5 = text.bert.config.hidden_size, text.t5.config.d_model
+    for name, found, wanted in (("BERT", bert, dit.text_dim), ("mT5", mt5, dit.t5_dim)):
+        if found != wanted:
+            raise ConfigError(
+                f"model.text_encoders: {name}'s features have {found} values, the DiT takes {wanted}"
+            )
+    if vae.latent_channels != dit.in_channels:
+        raise ConfigError(
+            f"model.vae: its latents have {vae.latent_channels} channels, the DiT takes {dit.in_channels}"
+        )
+    if config.objective.vlb and dit.out_channels != 2 * dit.in_channels:
+        raise ConfigError(
+            f"objective.vlb: the DiT has {dit.out_channels} output channels, the variational bound needs "
+            f"{2 * dit.in_channels} (prediction and variance): set objective.vlb = false"
+        )
+    if config.samples.every:
+        _check_samples(config.samples, info, vae.downscale)
+
+
+def check_text_options(fresh: TextScratch) -> None:
+    """Raise :class:`ConfigError` for options of fresh text encoders that transformers does not know."""
+    from transformers import BertConfig, MT5Config
+
+    for name, table, config in (("bert", fresh.bert, BertConfig()), ("t5", fresh.t5, MT5Config())):
+        known = list(config.to_dict())
+        for key in table:
+            if not hasattr(config, key):
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(f"model.text_encoders.{name}.{key}: unknown key{hint}")
+
+
+def _check_samples(samples: SamplesSection, info: ModelInfo, downscale: int) -> None:
+    try:
+        chosen = choose_settings(info.defaults, None, **samples.given())
+        check_settings(chosen, downscale)
+        Schedule(info.diffusion).timesteps(chosen.spacing, chosen.steps)
+    except ConfigError as error:
+        raise ConfigError(f"samples: {error}") from None
