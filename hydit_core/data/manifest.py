@@ -99,8 +99,9 @@ class Manifest:
 
     def picture(self, index: int) -> PictureFile:
         """Where the encoded picture is."""
-        column = self._columns.get(self._sources[index], "")
-        return PictureFile(Path(self._paths[index]), self._rows[index], column)
+        row = self._rows[index]
+        column = self._columns.get(self._sources[index], "") if row >= 0 else ""
+        return PictureFile(Path(self._paths[index]), row, column)
 
     def extra(self, index: int) -> dict[str, PictureFile]:
         """What lies beside the picture: ``control``, ``mask``."""

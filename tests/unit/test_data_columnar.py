@@ -53,22 +53,6 @@ def write_arrow(path: Path, numbers: range, *, stream: bool = False) -> None:
         out.write_table(table, max_chunksize=2)
 
 
-@pytest.mark.parametrize("field", ["mask_field", "control_field"])
-def test_columns_beside_the_picture_hold_paths(tmp_path: Path, field: str) -> None:
-    path = tmp_path / "data.parquet"
-    cells = [{"bytes": encoded(i), "path": f"{i}.png"} for i in range(2)]
-    pq.write_table(pa.table({"image": cells, "text": ["a", "b"], "where": cells}), path)
-    kind = field.removesuffix("_field")
-    with pytest.raises(
-        DataError, match=rf"{field} = 'where' holds pictures, expected paths to picture files"
-    ):
-        open_dataset(
-            DataConfig(sources=[{"path": path, field: "where"}], resolution=32, **{kind: {"kind": "files"}}),
-            seed=1,
-            batch_size=1,
-        )
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """Tencent's tree: dataset/porcelain/{arrows,jsons}, paths relative to the folder above."""
@@ -140,6 +124,13 @@ def test_index_of_several_resolutions(project: Path) -> None:
         ({"indices": [1], "cum_length": [5]}, "do not fit together"),
         ({"indices": [1], "arrow_files": ["gone.arrow", "x.arrow"]}, r"gone\.arrow, which was not found"),
         ({"indices": [1], "arrow_files": None}, "not an index of Arrow files"),
+        ({"indices": [1], "cum_length": [10, 5]}, "do not fit together"),
+        ({"indices": [7], "cum_length": [8, 20]}, "has 5 rows, row 7 is asked for"),
+        ({"indices": [1.5]}, "no list of whole numbers"),
+        ({"indices": [[1]]}, "no list of whole numbers"),
+        ({"indices": ["1"]}, "no list of whole numbers"),
+        ({"indices": [1], "indices_file": "porcelain.json"}, "not an index of Arrow files"),
+        ({"indices": [1], "indices_file": "none.npz"}, "cannot read what .* lists: "),
     ],
 )
 def test_index_errors(project: Path, content: dict, message: str) -> None:

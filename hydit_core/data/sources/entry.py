@@ -29,8 +29,9 @@ class PictureFile:
             return self.path.read_bytes()
         except FileNotFoundError as error:
             raise DataError(f"cannot read picture {self.path}: no such file") from error
-        except OSError as error:
-            raise DataError(f"cannot read picture {self.path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a zero character in the name
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"cannot read picture {self.path}: {reason}") from error
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections.abc import Mapping
-from pathlib import Path
+from decimal import Decimal
+from pathlib import PurePath
 from typing import Any
 
 from ...errors import DataError
+from ...untrusted import decode
 from ..config import SourceConfig
 from .entry import Entry, PictureFile
 
@@ -14,26 +18,61 @@ IMAGE_FIELDS = ("image", "file_name", "image_path", "img_path", "path", "file")
 CAPTION_FIELDS = ("caption", "captions", "text", "prompt", "text_zh", "text_en")
 
 
+_MOST_PIXELS = 1_000_000
+"""Of a side; no format of pictures has more in practice."""
+
+
 def row_entry(row: Mapping[str, Any], source: SourceConfig, where: str) -> Entry:
-    """One row as an :class:`Entry`; ``where`` ("data.jsonl, line 7") appears in errors."""
+    """One row as an :class:`Entry`; ``where`` ("data.jsonl, line 7") appears in errors.
+
+    A picture is a path, or a :class:`PictureFile` inside the table.
+    """
     image_field = source.image_field or next((f for f in IMAGE_FIELDS if row.get(f)), None)
     value = row.get(image_field) if image_field else None
-    if not isinstance(value, str) or not value.strip():
+    if not (isinstance(value, str) and value.strip()) and not isinstance(value, PictureFile):
         wanted = source.image_field or "one of " + ", ".join(IMAGE_FIELDS)
         raise DataError(
             f"{where}: no picture path; expected {wanted}, found {', '.join(map(str, row)) or 'nothing'}"
         )
-    root = source.root or source.path.parent
     captions, hint = row_captions(row, source, where)
+    picture = _file(value, source)
+    if isinstance(value, PictureFile):
+        key = f"{value.path.name}#{value.row}"
+    else:
+        key = PurePath(_slashes(value.strip())).as_posix()
     return Entry(
-        key=Path(value.strip()).as_posix(),
-        path=root / value.strip(),
+        key=key,
+        path=picture.path,
         captions=captions,
         width=row_side(row, "width", where),
         height=row_side(row, "height", where),
         extra=row_extra(row, source, where),
         hint=hint,
+        row=picture.row,
+        column=picture.column,
     )
+
+
+def _file(value: str | PictureFile, source: SourceConfig) -> PictureFile:
+    """The picture that a cell means.
+
+    Tables travel: a path may be written with backslashes, or its accents with another of Unicode's two
+    spellings than the file's name.
+    """
+    if isinstance(value, PictureFile):
+        return value
+    root, name = source.root or source.path.parent, value.strip()
+    path = root / name
+    if ("\\" in name or not name.isascii()) and not os.path.lexists(path):
+        straight = _slashes(name)
+        spellings = (straight, *(unicodedata.normalize(form, straight) for form in ("NFC", "NFD")))
+        others = (root / spelling for spelling in dict.fromkeys(spellings) if spelling != name)
+        path = next((other for other in others if os.path.lexists(other)), path)
+    return PictureFile(path)
+
+
+def _slashes(name: str) -> str:
+    return name.replace("\\", "/")
 
 
 def row_captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tuple[tuple[str, ...], str]:
@@ -46,6 +85,8 @@ def row_captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tu
         for text in values:
             if text is None:
                 continue
+            if isinstance(text, bytes):
+                text = decode(text, f"{where}: {name}", DataError)
             if not isinstance(text, str):
                 raise DataError(
                     f"{where}: {name} holds {type(text).__name__}, expected text or a list of texts"
@@ -58,29 +99,35 @@ def row_captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tu
 def row_extra(row: Mapping[str, Any], source: SourceConfig, where: str) -> dict[str, PictureFile]:
     """A row's control picture and mask, where the source has columns for them."""
     extra: dict[str, PictureFile] = {}
-    root = source.root or source.path.parent
-    if source.control_field:
-        control = row.get(source.control_field)
-        if not isinstance(control, str) or not control.strip():
-            raise DataError(f"{where}: no control picture in {source.control_field!r}")
-        extra["control"] = PictureFile(root / control.strip())
-    mask = row.get(source.mask_field) if source.mask_field else None
-    if not isinstance(mask, (str, type(None))):
-        raise DataError(f"{where}: {source.mask_field} holds {type(mask).__name__}, expected a path")
-    if mask and mask.strip():
-        extra["mask"] = PictureFile(root / mask.strip())
+    for kind, field in (("control", source.control_field), ("mask", source.mask_field)):
+        value = row.get(field) if field else None
+        if not isinstance(value, (str, PictureFile, type(None))):
+            raise DataError(f"{where}: {field} holds {type(value).__name__}, expected a path")
+        if isinstance(value, PictureFile) or (value and value.strip()):
+            extra[kind] = _file(value, source)
+        elif field and kind == "control":
+            raise DataError(f"{where}: no control picture in {field!r}")
     return extra
 
 
 def row_side(row: Mapping[str, Any], name: str, where: str) -> int:
-    """A width or height that a row may give; 0 if it does not."""
+    """A width or height that a row may give, as a number or as text; 0 if it does not."""
     value = row.get(name)
-    if value in (None, ""):
+    if value is None or (isinstance(value, str) and not value.strip()):
         return 0
     try:
-        side = int(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: {name} is {value!r}, expected a number of pixels") from error
-    if side <= 0:
-        raise DataError(f"{where}: {name} is {side}, expected a number of pixels")
-    return side
+        if isinstance(value, bool):
+            raise ValueError(value)
+        side = Decimal(value)  # exact: "64.0" is 64, 64.5 is no number of pixels
+        if side != side or side != int(side):
+            raise ValueError(value)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise DataError(f"{where}: {name} is {_short(value)}, expected a number of pixels") from error
+    if not 0 < side <= _MOST_PIXELS:
+        raise DataError(f"{where}: {name} is {_short(value)}, expected a number of pixels")
+    return int(side)
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,0 +1,96 @@
+"""Damaged tables: another process reads each first, because Arrow may not survive it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pytest
+from PIL import Image
+
+from hydit_core.data import DataConfig, TrainData, open_dataset
+from hydit_core.data.sources import arrow_table
+from hydit_core.errors import DataError
+
+
+def encoded(color: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 32), color).save(file, "PNG")
+    return file.getvalue()
+
+
+RED, BLUE = encoded("red"), encoded("blue")
+
+
+def write(path: Path, table: pa.Table) -> Path:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
+        out.write_table(table)
+    return path
+
+
+def open_table_data(path: Path, **source: object) -> TrainData:
+    config = DataConfig(sources=[{"path": path, **source}], resolution=32)
+    return open_dataset(config, seed=1, batch_size=1)
+
+
+def damaged(path: Path) -> Path:
+    """An Arrow file whose texts reach far beyond its end: reading one would end the process."""
+    write(path, pa.table({"image": [RED, BLUE], "text": ["first", "second"]}))
+    content = bytearray(path.read_bytes())
+    offsets = np.array([0, 5, 11], dtype="<i4").tobytes()
+    assert content.count(offsets) == 1
+    place = content.index(offsets)
+    content[place : place + 12] = np.array([0, 2**29, 2**30], dtype="<i4").tobytes()
+    path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_table_is_refused_before_it_is_used(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*t\.arrow: .*it is damaged"):
+        open_table_data(damaged(tmp_path / "t.arrow"))
+
+
+@pytest.mark.parametrize(
+    "end", ["os.kill(os.getpid(), 9)", "os._exit(0)", "os.write(1, b'nul')"]
+)
+def test_what_brings_arrow_down_does_not_bring_us_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    script = tmp_path / "check.py"
+    script.write_text(f"import os, sys\nsys.stdin.read()\nprint('null', flush=True)\n{end}\n")
+    monkeypatch.setattr(arrow_table, "_CHECK", script)
+    good = [write(tmp_path / f"{i}.arrow", pa.table({"image": [RED], "text": ["a"]})) for i in (1, 2)]
+    with pytest.raises(DataError, match=r"cannot read .*2\.arrow: Arrow breaks down over it"):
+        arrow_table.check_tables(good)
+
+
+def test_a_table_that_takes_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "check.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(arrow_table, "_CHECK", script)
+    monkeypatch.setattr(arrow_table, "_CHECK_SECONDS", 0.2)
+    path = write(tmp_path / "t.arrow", pa.table({"image": [RED], "text": ["a"]}))
+    with pytest.raises(DataError, match=r"cannot read .*t\.arrow"):
+        arrow_table.check_tables([path])
+
+
+def test_a_table_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "t.arrow", pa.table({"image": [RED], "text": ["a"]}))
+    open_table_data(path)
+    monkeypatch.setattr(arrow_table, "_CHECK", tmp_path / "none.py")
+    open_table_data(path)
+    write(path, pa.table({"image": [RED, RED], "text": ["a", "b"]}))
+    with pytest.raises(DataError):
+        open_table_data(path)
+
+
+def test_a_table_that_claims_more_rows_than_it_can_hold(tmp_path: Path) -> None:
+    many = pa.RunEndEncodedArray.from_arrays(pa.array([2**31 - 1], pa.int64()), ["a.png"])
+    path = tmp_path / "t.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, pa.schema([("image", many.type)])) as out:
+        out.write_batch(pa.RecordBatch.from_arrays([many], ["image"]))
+    with pytest.raises(DataError, match=r"t\.arrow"):
+        open_table_data(path, caption="x")
