@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from . import facts
 from .errors import ConfigError, WeightsError, printable
-from .untrusted import parse_json
+from .untrusted import count_numbered, parse_json
 
 METADATA_KEY = "hydit.config"
 METADATA_FORMAT = 1
@@ -126,7 +126,7 @@ class DiTConfig:
                 f"extra_embedder.0.weight has {extra_dim} columns; expected {pooled_dim} (pooled text), plus "
                 f"{SIZE_COND_DIM} with size condition, plus {hidden} with a style_embedder.weight"
             )
-        num_blocks = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks."))
+        num_blocks = count_numbered(shapes, "blocks.")
         if "final_layer.linear.weight" in shapes:
             depth = num_blocks
             out_channels = _shape(shapes, "final_layer.linear.weight", 2)[0] // patch**2
@@ -161,6 +161,8 @@ def _shape(shapes: Mapping[str, Any], key: str, ndim: int) -> tuple[int, ...]:
     shape = tuple(int(n) for n in getattr(shapes[key], "shape", shapes[key]))
     if len(shape) != ndim:
         raise WeightsError(f"{key} has shape {shape}; expected {ndim} dimension(s)")
+    if 0 in shape:
+        raise WeightsError(f"{key} has shape {shape}, which holds nothing")
     return shape
 
 
@@ -277,7 +279,7 @@ class ModelInfo:
             )
         if names := facts.unknown(values):
             shown = printable(", ".join(names[:8]))
-            warnings.warn(f"{where}: passed over what is not known here: {shown}", stacklevel=2)
+            warnings.warn(f"{where}: passed over what is not known here: {shown}", stacklevel=1)
         try:
             facts.check("", values)
             return _merge(cls.published(values.get("version", version)), values)

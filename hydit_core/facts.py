@@ -47,7 +47,8 @@ def number(low: float, high: float) -> Rule:
 
 
 def one_of(names: Collection[str], words: str = "") -> Rule:
-    return Rule(words or f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+    words = words or f"one of {', '.join(names)}"
+    return Rule(words, lambda value: isinstance(value, str) and value in names)
 
 
 def text(most: int) -> Rule:
@@ -100,6 +101,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "do_lower_case": _BOOL,
     },
     "t5": {
+        "num_heads": _HEADS,  # shapes tell it too
         "relative_attention_max_distance": whole(2, 1_000_000),
         "feed_forward_proj": one_of(_FEED_FORWARD),
         "layer_norm_epsilon": _EPSILON,

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,7 @@ def parse_toml(text: str, what: str, *, error: type[HyditError] = ConfigError) -
     return values
 
 
-def read_text(
-    path: str | os.PathLike[str], *, error: type[HyditError], max_bytes: int = MAX_BYTES
-) -> str:
+def read_text(path: str | os.PathLike[str], *, error: type[HyditError], max_bytes: int = MAX_BYTES) -> str:
     """A text file in UTF-8, with or without a byte order mark.
 
     Raises:
@@ -179,6 +178,37 @@ def decode(content: bytes, what: str, error: type[HyditError]) -> str:
         except UnicodeDecodeError:
             pass
     raise error(f"{what} is not UTF-8 ({found}{guess}): save it as UTF-8")
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name that stands in a file is one of a file in the same folder, on every system."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode(errors="replace")) <= 255
+        and name not in (".", "..")
+        and not re.search(r"[\x00-\x1f/\\:]", name)
+    )
+
+
+def count_numbered(names: Iterable[str], before: str) -> int:
+    """How many different numbers stand behind ``before`` in these names, counted from 0 without a gap.
+
+    What a network is built from: nothing is ever sized by a number that stands in a name.
+
+    Raises:
+        WeightsError: a number is left out, or is not written as numbers are.
+    """
+    start = len(before)
+    found = {name[start:].partition(".")[0] for name in names if name.startswith(before)}
+    found = {number for number in found if number.isdecimal()}
+    wanted = {str(i) for i in range(len(found))}
+    if missing := wanted - found:
+        other = min(found - wanted, key=lambda number: (len(number), number))
+        raise WeightsError(
+            f"{before}{min(missing, key=int)} is missing, but there is {before}{_shown(other)}: expected "
+            "numbers from 0 without a gap"
+        )
+    return len(found)
 
 
 def _depth(text: str) -> int:

@@ -311,6 +311,8 @@ def _check_fit(model: nn.Module, names: dict[str, str], source: TensorSource) ->
             found = found[:2]
         if found != shape:
             problems.append(f"{name} has shape {found} instead of {shape}")
+        elif name in names and not source.dtype(names[name]).is_floating_point:
+            problems.append(f"{name} is {source.dtype(names[name])}, not floating-point")
     if problems:
         raise WeightsError(
             f"the VAE does not fit {type(model).__name__} ({len(problems)} problems): "

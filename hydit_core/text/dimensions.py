@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import WeightsError
+from ..untrusted import count_numbered
 from ..weights.source import TensorSource
 
 #: What shapes do not tell of an encoder; these travel in a file's ``hydit.config``.
@@ -31,7 +31,7 @@ def bert_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[st
     values: dict[str, Any] = {
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "num_hidden_layers": _layers(source, r"encoder\.layer\.(\d+)\."),
+        "num_hidden_layers": count_numbered(source, "encoder.layer."),
         "intermediate_size": _shape(source, "encoder.layer.0.intermediate.dense.weight")[0],
         "max_position_embeddings": _shape(source, "embeddings.position_embeddings.weight")[0],
         "type_vocab_size": _shape(source, "embeddings.token_type_embeddings.weight")[0],
@@ -62,7 +62,7 @@ def t5_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[str,
     values: dict[str, Any] = {
         "vocab_size": vocab,
         "d_model": d_model,
-        "num_layers": _layers(source, r"encoder\.block\.(\d+)\."),
+        "num_layers": count_numbered(source, "encoder.block."),
         "num_heads": heads,
         "d_kv": _shape(source, f"{first}q.weight")[0] // heads,
         "d_ff": _shape(source, "encoder.block.0.layer.1.DenseReluDense.wo.weight")[1],
@@ -70,6 +70,12 @@ def t5_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[str,
         "feed_forward_proj": "gated-gelu" if gated else "relu",
     }
     values.update({name: options[name] for name in T5_OPTIONS if name in options})
+    farthest = values.get("relative_attention_max_distance", buckets)
+    if buckets < 4 or farthest <= buckets // 4:
+        raise WeightsError(
+            f"mT5's {buckets} relative positions with a largest distance of {farthest}: expected at least 4, "
+            "and a distance above a quarter of them"
+        )
     return values
 
 
@@ -89,8 +95,7 @@ def check_vocabulary(encoder: str, tokens: int, rows: int) -> None:
 def _shape(source: TensorSource, key: str) -> tuple[int, ...]:
     if key not in source:
         raise WeightsError(f"a text encoder is incomplete: {key} is missing")
-    return source.shape(key)
-
-
-def _layers(source: TensorSource, pattern: str) -> int:
-    return 1 + max((int(match[1]) for key in source if (match := re.match(pattern, key))), default=-1)
+    shape = source.shape(key)
+    if len(shape) != 2 or 0 in shape:
+        raise WeightsError(f"a text encoder's {key} has shape {shape}; expected a matrix")
+    return shape

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 from ..config import ModelInfo
 from ..errors import WeightsError
+from ..weights.companions import check_rest
 from ..weights.load import assign_weights, compute_dtype
 from ..weights.parts import Parts, bundle
 from ..weights.source import CastSource, TensorSource
@@ -103,7 +104,7 @@ def _load_bert(
 ) -> BertModel:
     with torch.device("meta"):
         model = BertModel(bert_config(source, options), add_pooling_layer=False)
-    view = _only(source, {key: key for key in model.state_dict()})
+    view = _only(source, "bert", {key: key for key in model.state_dict()})
     assign_weights(model, view, dtype=dtype or compute_dtype(view), device=device)
     # The buffers are no part of a state dict: they must be made anew outside of the meta device.
     positions = torch.arange(model.config.max_position_embeddings, device=device).expand(1, -1)
@@ -119,7 +120,7 @@ def _load_t5(
         model = MT5EncoderModel(t5_config(source, options))
     names = {key: key for key in model.state_dict()}
     names["encoder.embed_tokens.weight"] = "shared.weight"
-    view = _only(source, names)
+    view = _only(source, "t5", names)
     dtype = dtype or compute_dtype(view)
     kept = {key: torch.float32 for key in view if dtype == torch.float16 and key.endswith(".wo.weight")}
     plan = {key: kept.get(key, dtype) for key in view}
@@ -127,6 +128,11 @@ def _load_t5(
     return model
 
 
-def _only(source: TensorSource, names: Mapping[str, str]) -> TensorSource:
-    """The tensors of a model, by its names for them; what else there is (a pooler, a decoder) is left out."""
+def _only(source: TensorSource, part: str, names: Mapping[str, str]) -> TensorSource:
+    """The tensors of a model, by its names for them, without what is known to be of no use to it.
+
+    Raises:
+        WeightsError: there is something else.
+    """
+    check_rest(source, part, set(names.values()))
     return TensorView(source, {new: (Piece(key),) for new, key in names.items() if key in source})

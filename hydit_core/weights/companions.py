@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,17 @@ FOLDERS = {
     "vae": ("vae", "sdxl-vae-fp16-fix"),
 }
 """Where the folders that are published keep each part, the transformer apart."""
+# What an encoder's file may hold that this model does not use: heads, a decoder, buffers, a tokenizer.
+_SURPLUS = {
+    "bert": re.compile(
+        r"(^|\.)((pooler|cls|classifier|qa_outputs|lm_head|text_projection|visual\w*)\."
+        r"|(position_ids|token_type_ids|logit_scale|text_projection|vocab)$)"
+    ),
+    "t5": re.compile(
+        r"(^|\.)((decoder|lm_head|classification_head|qa_outputs|classifier)\."
+        r"|(final_logits_bias|logit_scale|spiece_model)$)"
+    ),
+}
 # How such a file says what it describes.
 _MARKS = {"bert": "bert", "t5": "t5", "vae": "autoencoder"}
 _TOKENIZER = "tokenizer_config.json"
@@ -139,6 +151,21 @@ def _options(part: str, folder: Path | None, file_name: str = "config.json") -> 
     return values
 
 
+def check_rest(source: TensorSource, part: str, used: Collection[str]) -> None:
+    """Whether all that a text encoder's file holds beside the ``used`` names is known to be of no use.
+
+    Raises:
+        WeightsError: there are other tensors, which may change what those that are used mean.
+    """
+    rest = [key for key in source if key not in used and not _SURPLUS[part].search(key)]
+    if rest:
+        label = {"bert": "BERT", "t5": "mT5's encoder"}[part]
+        more = f" and {len(rest) - 5} more" if len(rest) > 5 else ""
+        raise WeightsError(
+            f"{source.path}: {label} has no place for {len(rest)} tensors: {', '.join(rest[:5])}{more}"
+        )
+
+
 def bert_part(source: TensorSource) -> TensorSource:
     """A file of BERT alone, under the names of transformers' BertModel.
 
@@ -153,6 +180,7 @@ def bert_part(source: TensorSource) -> TensorSource:
         inside = key.startswith(prefix) and short.startswith(wanted)
         return short if inside and not short.endswith("position_ids") else None
 
+    check_rest(source, "bert", {key for key in source if name(key)})
     return rename(source, name)
 
 
@@ -171,6 +199,7 @@ def mt5_part(source: TensorSource) -> TensorSource:
         short = key.removeprefix(prefix)
         return short if key.startswith(prefix) and short.startswith(("shared.", "encoder.")) else None
 
+    check_rest(source, "t5", {copy, *(key for key in source if name(key))})
     return rename(source, name)
 
 

@@ -17,6 +17,7 @@ from .companions import Companions, companions
 from .detect import FileKind, expect, tencent_view
 from .diffusers_config import controlnet_config, scheduler_config, transformer_config
 from .layouts import Layout, belongs_to_model, from_tencent
+from .load import check_names, model_shapes
 from .modelspec import file_metadata
 from .output import check_output
 from .parts import model_info, open_model
@@ -90,7 +91,9 @@ def convert(
     kind = expect(source, "dit", "controlnet")
     if kind.config is None:
         raise WeightsError(f"{path} is {kind.name}, without dimensions")
-    model = change(tencent_view(source, kind))
+    view = tencent_view(source, kind)
+    check_names(model_shapes(kind), view)
+    model = change(view)
     if dtype is not None:
         model = CastSource(model, dtypes_for(model, dtype))
     info = model_info(source, kind)

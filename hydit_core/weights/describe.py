@@ -11,6 +11,7 @@ from ..errors import printable
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, version_text
 from .dtypes import dtype_name
 from .parts import model_info, open_model
+from .quantised import quantised
 from .source import TensorSource
 
 _TEXT_LIMIT = 600
@@ -29,10 +30,11 @@ def describe(path: str | os.PathLike[str], *, load_key: str | None = None) -> st
         WeightsError: if it is missing, damaged, or holds no tensors.
     """
     source = open_model(path, load_key=load_key)
-    kind = detect(source)
+    kind, said = detect(source), quantised(source, source.metadata)
     rows = [("file", str(source.path)), ("kind", kind.name), *_model_rows(source, kind)]
     rows += [
         ("dtype", _dtypes(source, source)),
+        *([("note", f"{said}; not supported yet")] if said else []),
         ("size", f"{_size(Path(path), source):,} bytes"),
         ("tensors", f"{len(source):,}"),
         ("parameters", f"{_parameters(source, source):,}"),

@@ -12,6 +12,7 @@ from ..config import DIT_G2_V12, DIT_XL2_V12, METADATA_KEY, DiTConfig, ModelInfo
 from ..errors import HyditError, WeightsError
 from .families import other_family
 from .layouts import find_model, to_tencent
+from .quantised import refuse_quantised
 from .source import TensorSource, as_source
 from .views import TensorView
 
@@ -77,10 +78,11 @@ def expect(source: TensorSource, *wanted: str) -> FileKind:
     """:func:`detect`, and an error in one line when the file is of another kind.
 
     Raises:
-        WeightsError: names the file, what it is and what was expected.
+        WeightsError: names the file, what it is and what was expected; or its weights are quantised.
     """
     kind = detect(source)
     if kind.kind in wanted:
+        refuse_quantised(source)
         return kind
     expected = " or ".join(_WANTED[name] for name in wanted)
     advice = _ADVICE.get(kind.kind, f"the first of its {len(source)} tensors is {next(iter(source), 'none')}")
@@ -216,18 +218,25 @@ def _encoder(source: TensorSource, keys: Keys) -> FileKind | None:
         lambda p: f"{p}encoder.layer.0.attention.self.query.weight",
     )
     if prefix is not None:
-        vocab, width = source.shape(f"{prefix}embeddings.word_embeddings.weight")
+        vocab, width = _matrix(source, f"{prefix}embeddings.word_embeddings.weight")
         name = f"a BERT text encoder (width {width}, vocabulary {vocab})"
         return FileKind("bert", name, layout="transformers", prefix=prefix)
     first = "encoder.block.0.layer.0.SelfAttention.q.weight"
     prefix = _anchored(keys, first, lambda p: f"{p}{first}")
     if prefix is None:
         return None
-    width = source.shape(prefix + first)[1]
+    width = _matrix(source, prefix + first)[1]
     gated = f"{prefix}encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in keys
-    vocab = source.shape(f"{prefix}shared.weight")[0] if f"{prefix}shared.weight" in keys else 0
+    vocab = _matrix(source, f"{prefix}shared.weight")[0] if f"{prefix}shared.weight" in keys else 0
     name = f"{'an mT5 or T5 v1.1' if gated else 'a T5 v1.0'} text encoder (width {width}, vocabulary {vocab})"
     return FileKind("t5", name, layout="transformers", prefix=prefix)
+
+
+def _matrix(source: TensorSource, key: str) -> tuple[int, int]:
+    shape = source.shape(key)
+    if len(shape) != 2:
+        raise WeightsError(f"{source.path} looks like a text encoder, but {key} has shape {shape}")
+    return shape[0], shape[1]
 
 
 def _vae(source: TensorSource, keys: Keys) -> FileKind | None:

@@ -67,7 +67,7 @@ def _unet(shapes: Shapes) -> str | None:
     for prefix in (*_PREFIXES, "control_model."):
         for name in _ATTENTION:
             if prefix + name in shapes:
-                width = shapes[prefix + name][-1]
+                width = (0, *shapes[prefix + name])[-1]
                 family = _UNETS.get(width, f"UNet with {width} context channels")
                 return _article(family, _role(shapes, prefix))
     return None

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import WeightsError
-from ..untrusted import parse_json, read_json
+from ..untrusted import is_plain_name, parse_json, read_json
 from .dtypes import SAFETENSORS_DTYPES
 from .pickles import open_pickle
 from .source import MergedSource, TensorSource, cast
+from .views import unwrapped
 from .writer import atomic_path, save_safetensors
 
 __all__ = [
@@ -41,6 +42,9 @@ _SHARD = re.compile(r"-\d{5}-of-(?!00001\.)\d{5}\.")
 _AGAIN = " download or save it again"
 _HEADER_LIMIT = 100_000_000
 _MOST_TENSORS = 1_000_000
+_MOST_DIMENSIONS = 16
+_LONGEST = 1 << 48
+_LONGEST_NAME = 1000
 _FOREIGN = {
     b"<": "an HTML or XML page (a failed download?)",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (run git lfs pull)",
@@ -70,7 +74,7 @@ def open_tensors(path: str | os.PathLike[str], *, load_key: str | None = None) -
         raise WeightsError(f"{path} does not exist")
     try:
         with open(path, "rb") as file:
-            head = file.read(64)
+            head = file.read(512)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror}") from error
     if not head:
@@ -79,9 +83,11 @@ def open_tensors(path: str | os.PathLike[str], *, load_key: str | None = None) -
         for magic, name in _FOREIGN.items():
             if head.lstrip().startswith(magic):
                 raise WeightsError(f"{path} is {name}; expected a weights file")
+    if head[257:262] == b"ustar":
+        raise WeightsError(f"{path} is a tar archive; expected a weights file, unpacked")
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[8:9] != b"{"):
-        return open_pickle(path, load_key=load_key)
-    return SafetensorsSource(path)
+        return unwrapped(open_pickle(path, load_key=load_key))
+    return unwrapped(SafetensorsSource(path))
 
 
 class _Entry(NamedTuple):
@@ -99,12 +105,13 @@ class SafetensorsSource(TensorSource):
         try:
             with open(path, "rb") as file:
                 start, header = _read_header(file, path)
+                _check_names(path, header)
                 size = os.fstat(file.fileno()).st_size
                 self.metadata = _metadata(header.pop("__metadata__", None))
                 self._entries = {
                     key: _entry(path, key, value, start, size - start) for key, value in header.items()
                 }
-                _check_overlaps(path, self._entries)
+                _check_ranges(path, self._entries, start, size)
                 self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise WeightsError(f"cannot read {path}: {error.strerror}") from error
@@ -144,7 +151,11 @@ def _read_header(file: Any, path: Path) -> tuple[int, dict[str, Any]]:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     peek = file.read(1)
-    if size < 10 or peek != b"{" or not 0 < length <= _HEADER_LIMIT:
+    if size >= 10 and peek == b"{" and length > _HEADER_LIMIT:
+        raise WeightsError(
+            f"{path}: a safetensors header of {length:,} bytes; up to {_HEADER_LIMIT:,} are read;{_AGAIN}"
+        )
+    if size < 10 or peek != b"{" or length <= 0:
         raise WeightsError(
             f"{path} is not a weights file: neither safetensors nor a torch file ({size:,} bytes);{_AGAIN}"
         )
@@ -166,9 +177,11 @@ def _metadata(value: Any) -> dict[str, str]:
 
 def _entry(path: Path, key: str, value: Any, start: int, available: int) -> _Entry:
     try:
-        name, shape = value["dtype"], tuple(int(n) for n in value["shape"])
-        begin, end = (int(offset) for offset in value["data_offsets"])
-    except (TypeError, KeyError, ValueError, OverflowError):
+        name, shape = value["dtype"], tuple(value["shape"])
+        begin, end = value["data_offsets"]
+        if not all(type(n) is int for n in (begin, end, *shape)) or len(shape) > _MOST_DIMENSIONS:
+            raise ValueError
+    except (TypeError, KeyError, ValueError):
         raise WeightsError(f"{path}: the header entry of {key} is damaged;{_AGAIN}") from None
     if not isinstance(name, str) or name not in SAFETENSORS_DTYPES:
         raise WeightsError(f"{path}: {key} has dtype {name}, which is not supported")
@@ -178,18 +191,39 @@ def _entry(path: Path, key: str, value: Any, start: int, available: int) -> _Ent
             f"{path} is truncated: {key} ends at byte {start + end:,}, the file has {start + available:,};"
             f"{_AGAIN}"
         )
-    if min((begin, *shape)) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+    if (
+        min((begin, *shape)) < 0
+        or max((0, *shape)) > _LONGEST
+        or end - begin != math.prod(shape) * dtype.itemsize
+    ):
         raise WeightsError(f"{path}: the header entry of {key} is damaged;{_AGAIN}")
     return _Entry(dtype, shape, start + begin, start + end)
 
 
-def _check_overlaps(path: Path, entries: dict[str, _Entry]) -> None:
-    reached, before = 0, ""
+def _check_names(path: Path, header: dict[str, Any]) -> None:
+    if len(header) > _MOST_TENSORS:
+        raise WeightsError(f"{path} holds {len(header):,} tensors; up to {_MOST_TENSORS:,} are read")
+    if longest := max((key for key in header if len(key) > _LONGEST_NAME), key=len, default=None):
+        raise WeightsError(
+            f"{path}: a tensor's name has {len(longest):,} characters ({longest[:40]}...); up to "
+            f"{_LONGEST_NAME:,} are read"
+        )
+
+
+def _check_ranges(path: Path, entries: dict[str, _Entry], start: int, size: int) -> None:
+    """Tensors must fill the file without a gap, as the safetensors library demands: nothing hides in one."""
+    reached, before = start, "the header"
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin < reached and entry.begin < entry.end:
+        if entry.begin < reached:
             raise WeightsError(f"{path}: {before} and {key} lie over each other, it is damaged;{_AGAIN}")
-        if entry.end > reached:
-            reached, before = entry.end, key
+        if entry.begin > reached:
+            gap = f"{entry.begin - reached:,} bytes between {before} and {key}"
+            raise WeightsError(f"{path}: {gap} belong to no tensor, it is damaged;{_AGAIN}")
+        reached, before = entry.end, key
+    if reached < size:
+        raise WeightsError(
+            f"{path}: {size - reached:,} bytes after the last tensor belong to none, it is damaged;{_AGAIN}"
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -250,9 +284,14 @@ def _read_index(index: Path) -> tuple[dict[str, Any], list[str]]:
     """What an index says, and the names of its shards."""
     try:
         content = read_json(index)
-        return content, sorted(set(content["weight_map"].values()))
+        names = set(content["weight_map"].values())
     except (KeyError, AttributeError, TypeError) as error:
         raise WeightsError(f"{index} is damaged: no weight_map in it; download it again") from error
+    if strange := [name for name in names if not is_plain_name(name)]:
+        raise WeightsError(
+            f"{index}: {str(strange[0])[:100]!r} is no name of a file in this folder, where shards must be"
+        )
+    return content, sorted(names)
 
 
 def _missing_shards(index: Path) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import WeightsError
 from .source import TensorSource, as_source
-from .views import Piece, TensorView, rename
+from .views import Piece, TensorView, rename, rows_of
 
 Layout = Literal["tencent", "diffusers", "comfy"]
 LAYOUTS: tuple[Layout, ...] = ("tencent", "diffusers", "comfy")
@@ -160,7 +160,7 @@ def from_tencent(source: TensorSource | Mapping[str, torch.Tensor], layout: Layo
         elif len(names) == 1:
             recipes[names[0]] = (Piece(key),)
         else:
-            rows = source.shape(key)[0] // len(names)
+            rows = rows_of(source, key) // len(names)
             for i, name in enumerate(names):
                 recipes[name] = (Piece(key, i * rows, (i + 1) * rows),)
     if unknown:
@@ -172,12 +172,12 @@ def from_tencent(source: TensorSource | Mapping[str, torch.Tensor], layout: Layo
 
 
 def _halves(source: TensorSource, key: str) -> tuple[Piece, Piece]:
-    middle = source.shape(key)[0] // 2
+    middle = rows_of(source, key) // 2
     return Piece(key, middle, None), Piece(key, 0, middle)
 
 
 def _first_style_row(view: TensorView) -> TensorView:
-    if _STYLE not in view or view.shape(_STYLE)[0] == 1:
+    if _STYLE not in view or rows_of(view, _STYLE) == 1:
         return view
     recipes = {key: (Piece(key, 0, 1) if key == _STYLE else Piece(key),) for key in view}
     return TensorView(view, recipes)

@@ -15,6 +15,7 @@ from ..model.attention import AttentionFn, sdpa
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from .detect import FileKind, expect, tencent_view
+from .dtypes import dtype_name
 from .parts import Parts, model_info, open_controlnet, open_model, parts
 from .save import save_checkpoint
 from .source import FP8_DTYPES, TensorSource, cast
@@ -128,7 +129,10 @@ def assign_weights(
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], source: TensorSource) -> None:
-    """Raise a WeightsError that lists tensors of a model that are missing, unexpected or of another shape."""
+    """Raise a WeightsError that lists tensors of a model that are missing, unexpected or of another shape.
+
+    Integers are no weights either: they are those of something quantised, or of something else.
+    """
     found = source.shapes()
     problems = []
     missing = [key for key in expected if key not in found]
@@ -138,12 +142,29 @@ def check_names(expected: Mapping[str, tuple[int, ...]], source: TensorSource) -
         for key, shape in expected.items()
         if key in found and found[key] != shape
     ]
-    for label, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other)):
+    integers = [
+        f"{key} {dtype_name(source.dtype(key))}"
+        for key in expected
+        if key in found and not source.dtype(key).is_floating_point
+    ]
+    for label, names in (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", other),
+        ("without fractions", integers),
+    ):
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             problems.append(f"{len(names)} {label}: {', '.join(names[:8])}{more}")
     if problems:
         raise WeightsError(f"{source.path} does not fit its own dimensions; tensors {'; '.join(problems)}")
+
+
+def model_shapes(kind: FileKind) -> dict[str, tuple[int, ...]]:
+    """The tensors that a detected DiT or ControlNet must have, under Tencent's names."""
+    assert kind.config is not None
+    cls = ControlNet if kind.kind == "controlnet" else DiT
+    return {key: tuple(value.shape) for key, value in cls(kind.config, device="meta").state_dict().items()}
 
 
 def model_config(view: TensorSource, kind: FileKind) -> DiTConfig:

@@ -16,6 +16,7 @@ from ..untrusted import read_json
 from .companions import FOLDERS, Companions, bert_part, companions, mt5_part, options_beside, vae_part
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, tencent_view
 from .files import has_weights, open_tensors
+from .quantised import refuse_quantised
 from .source import MergedSource, TensorSource
 from .views import rename, without_prefix
 
@@ -140,7 +141,12 @@ def parts(path: str | os.PathLike[str], *, load_key: str | None = None) -> Parts
 
 
 def split_parts(source: TensorSource) -> Parts:
-    """The parts of an open checkpoint, as lazy views."""
+    """The parts of an open checkpoint, as lazy views.
+
+    Raises:
+        WeightsError: its weights are quantised.
+    """
+    refuse_quantised(source)
     kind = detect(source)
     has_dit = kind.kind == "dit"
     mt5 = _part(source, tuple(f"{p}transformer." for p in MT5_PREFIXES))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ..errors import WeightsError
+
 FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
@@ -167,8 +169,15 @@ class CastSource(TensorSource):
         return self._dtypes.get(key, self._source.dtype(key))
 
     def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        stored = self._source.get(key, self._dtypes.get(key))
-        return cast(stored, dtype)
+        wanted = self._dtypes.get(key)
+        stored = self._source.get(key)
+        made = cast(stored, wanted)
+        if wanted == torch.float16 and torch.isinf(made).any() and torch.isfinite(stored).all():
+            raise WeightsError(
+                f"{self.path}: {key} has values up to {stored.abs().max().item():.4g}, which float16 cannot "
+                "hold (65504 at most); use bf16 or fp32"
+            )
+        return cast(made, dtype)
 
     def release(self, key: str) -> None:
         self._source.release(key)

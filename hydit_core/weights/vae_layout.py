@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
+from ..untrusted import count_numbered
 from .source import TensorSource
 
 SCALING_FACTOR = 0.13025
@@ -66,9 +67,21 @@ def strip_vae_prefix(keys: Iterable[str], kind: VaeKind) -> dict[str, str]:
     return {name: key for name, key in names.items() if not name.startswith(_TRAINING_ONLY)}
 
 
-def _count(keys: Iterable[str], pattern: str) -> int:
-    found = {int(match[1]) for key in keys if (match := re.match(pattern, key))}
-    return max(found) + 1 if found else 0
+def _tiny_layers(keys: Iterable[str], side: str) -> int:
+    """One more than the highest number of a layer; between those with weights stands one without, or two."""
+    found = {int(match[1]) for key in keys if (match := re.match(rf"{side}\.layers\.(\d{{1,4}})\.", key))}
+    count = max(found, default=-1) + 1
+    if count > 3 * len(found) + 3:
+        raise WeightsError(f"the TAESD has a layer {count - 1} in its {side}, but only {len(found)} layers")
+    return count
+
+
+def _convolution(shape: Shape, name: str) -> tuple[int, int]:
+    """Output and input channels."""
+    found = shape(name)
+    if len(found) != 4 or 0 in found:
+        raise WeightsError(f"the VAE's {name} has shape {tuple(found)}; expected a convolution's")
+    return found[0], found[1]
 
 
 def kl_key_table(levels: int, layers: int) -> dict[str, str]:
@@ -110,11 +123,11 @@ def kl_renaming(keys: Iterable[str], *, to: str) -> dict[str, str]:
     names = list(keys)
     if to == "diffusers":
         table = kl_key_table(
-            _count(names, r"encoder\.down\.(\d+)\."), _count(names, r"encoder\.down\.0\.block\.(\d+)\.")
+            count_numbered(names, "encoder.down."), count_numbered(names, "encoder.down.0.block.")
         )
     else:
-        levels = _count(names, r"encoder\.down_blocks\.(\d+)\.")
-        layers = _count(names, r"encoder\.down_blocks\.0\.resnets\.(\d+)\.")
+        levels = count_numbered(names, "encoder.down_blocks.")
+        layers = count_numbered(names, "encoder.down_blocks.0.resnets.")
         table = {new: old for old, new in kl_key_table(levels, layers).items()}
     unknown = [name for name in names if name not in table]
     if unknown:
@@ -135,13 +148,22 @@ def is_attention_matrix(name: str) -> bool:
 
 
 def to_matrix(tensor: Tensor) -> Tensor:
-    """(C, C, 1, 1) or (C, C) -> (C, C); shares memory."""
+    """(C, C, 1, 1) or (C, C) -> (C, C); shares memory. Raises WeightsError for other shapes."""
+    _check_matrix(tensor)
     return tensor.reshape(tensor.shape[0], tensor.shape[1])
 
 
 def to_convolution(tensor: Tensor) -> Tensor:
-    """(C, C) -> (C, C, 1, 1); shares memory."""
+    """(C, C) or (C, C, 1, 1) -> (C, C, 1, 1); shares memory. Raises WeightsError for other shapes."""
+    _check_matrix(tensor)
     return tensor.reshape(tensor.shape[0], tensor.shape[1], 1, 1)
+
+
+def _check_matrix(tensor: Tensor) -> None:
+    if tensor.ndim not in (2, 4) or tuple(tensor.shape[2:]) not in ((), (1, 1)):
+        raise WeightsError(
+            f"the VAE's attention has a tensor of shape {tuple(tensor.shape)}; expected a matrix"
+        )
 
 
 def undeprecate(name: str) -> str:
@@ -176,11 +198,11 @@ def taesd_renaming(keys: Iterable[str], *, to: str) -> dict[str, str]:
     out.
     """
     if to == "diffusers":
-        rules = ((r"taesd_encoder\.(\d+)\.", "encoder.layers.{}.", 0),
-                 (r"taesd_decoder\.(\d+)\.", "decoder.layers.{}.", -1))  # fmt: skip
+        rules = ((r"taesd_encoder\.(\d{1,4})\.", "encoder.layers.{}.", 0),
+                 (r"taesd_decoder\.(\d{1,4})\.", "decoder.layers.{}.", -1))  # fmt: skip
     else:
-        rules = ((r"encoder\.layers\.(\d+)\.", "taesd_encoder.{}.", 0),
-                 (r"decoder\.layers\.(\d+)\.", "taesd_decoder.{}.", 1))  # fmt: skip
+        rules = ((r"encoder\.layers\.(\d{1,4})\.", "taesd_encoder.{}.", 0),
+                 (r"decoder\.layers\.(\d{1,4})\.", "taesd_decoder.{}.", 1))  # fmt: skip
     renaming = {}
     for key in keys:
         if key in ("vae_scale", "vae_shift"):
@@ -243,9 +265,17 @@ def latent_scale(
     # and scales them by its latent format's constant.
     # As float32, in which the file holds its own scale: equal ones then give exactly 1.
     scaling = float(torch.tensor(SCALING_FACTOR))
-    vae_scale = float(tensors[stored["vae_scale"]])
-    vae_shift = float(tensors[stored["vae_shift"]]) if "vae_shift" in stored else 0.0
+    vae_scale = _single(tensors[stored["vae_scale"]], "vae_scale")
+    vae_shift = _single(tensors[stored["vae_shift"]], "vae_shift") if "vae_shift" in stored else 0.0
+    if vae_scale == 0:
+        raise WeightsError("the TAESD's vae_scale is 0; expected what its latents are multiplied by")
     return scaling / vae_scale, -vae_shift * vae_scale
+
+
+def _single(tensor: Tensor, name: str) -> float:
+    if tensor.numel() != 1 or not torch.isfinite(tensor).all():
+        raise WeightsError(f"the TAESD's {name} has shape {tuple(tensor.shape)}; expected one finite number")
+    return float(tensor)
 
 
 def kl_config(keys: Iterable[str], shape: Shape, *, norm_num_groups: int = 32) -> dict[str, Any]:
@@ -257,8 +287,10 @@ def kl_config(keys: Iterable[str], shape: Shape, *, norm_num_groups: int = 32) -
         norm_num_groups: groups of the group norms, which shapes do not tell.
     """
     names = set(keys)
-    levels = _count(names, r"encoder\.down_blocks\.(\d+)\.")
-    channels = [shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)]
+    levels = count_numbered(names, "encoder.down_blocks.")
+    channels = [
+        _convolution(shape, f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)
+    ]
     if uneven := [c for c in channels if c % norm_num_groups]:
         raise WeightsError(
             f"the VAE's {uneven[0]} channels cannot be split into {norm_num_groups} norm groups; the number "
@@ -266,11 +298,11 @@ def kl_config(keys: Iterable[str], shape: Shape, *, norm_num_groups: int = 32) -
             "hydit.config or as norm_num_groups in the config.json beside it"
         )
     return {
-        "in_channels": shape("encoder.conv_in.weight")[1],
-        "out_channels": shape("decoder.conv_out.weight")[0],
-        "latent_channels": shape("decoder.conv_in.weight")[1],
+        "in_channels": _convolution(shape, "encoder.conv_in.weight")[1],
+        "out_channels": _convolution(shape, "decoder.conv_out.weight")[0],
+        "latent_channels": _convolution(shape, "decoder.conv_in.weight")[1],
         "block_out_channels": channels,
-        "layers_per_block": _count(names, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "layers_per_block": count_numbered(names, "encoder.down_blocks.0.resnets."),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "norm_num_groups": norm_num_groups,
@@ -283,7 +315,7 @@ def kl_config(keys: Iterable[str], shape: Shape, *, norm_num_groups: int = 32) -
 def _tiny_stages(names: set[str], side: str) -> list[list[int]]:
     """Group the residual blocks' layer numbers by the plain convolutions between them."""
     stages: list[list[int]] = [[]]
-    for layer in range(_count(names, rf"{side}\.layers\.(\d+)\.")):
+    for layer in range(_tiny_layers(names, side)):
         if f"{side}.layers.{layer}.weight" in names:
             stages.append([])
         elif f"{side}.layers.{layer}.conv.0.weight" in names:
@@ -305,10 +337,10 @@ def tiny_config(keys: Iterable[str], shape: Shape) -> dict[str, Any]:
             )
         config[f"num_{side}_blocks"] = [len(stage) for stage in stages]
         config[f"{side}_block_out_channels"] = [
-            shape(f"{side}.layers.{stage[0]}.conv.0.weight")[0] for stage in stages
+            _convolution(shape, f"{side}.layers.{stage[0]}.conv.0.weight")[0] for stage in stages
         ]
-    config["in_channels"] = shape("encoder.layers.0.weight")[1]
-    config["latent_channels"] = shape("decoder.layers.0.weight")[1]
-    last = _count(names, r"decoder\.layers\.(\d+)\.") - 1
-    config["out_channels"] = shape(f"decoder.layers.{last}.weight")[0]
+    config["in_channels"] = _convolution(shape, "encoder.layers.0.weight")[1]
+    config["latent_channels"] = _convolution(shape, "decoder.layers.0.weight")[1]
+    last = _tiny_layers(names, "decoder") - 1
+    config["out_channels"] = _convolution(shape, f"decoder.layers.{last}.weight")[0]
     return config

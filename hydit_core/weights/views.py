@@ -5,12 +5,19 @@ Renaming, fusing q/k/v, splitting them, swapping halves and keeping one row are 
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
+from ..errors import WeightsError
 from .source import FP8_DTYPES, TensorSource, cast
+
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", re.ASCII
+)
 
 
 class Piece(NamedTuple):
@@ -45,7 +52,7 @@ class TensorView(TensorSource):
         return key in self._recipes
 
     def _rows(self, piece: Piece) -> int:
-        rows = self.source.shape(piece.key)[0]
+        rows = rows_of(self.source, piece.key)
         return len(range(rows)[piece.start : piece.stop])
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -53,6 +60,11 @@ class TensorView(TensorSource):
         first = self.source.shape(pieces[0].key)
         if len(pieces) == 1 and pieces[0].whole:
             return first
+        for piece in pieces[1:]:
+            if (other := self.source.shape(piece.key))[1:] != first[1:]:
+                raise WeightsError(
+                    f"{self.path}: {pieces[0].key} {first} and {piece.key} {other} cannot be one tensor"
+                )
         return (sum(self._rows(piece) for piece in pieces), *first[1:])
 
     def dtype(self, key: str) -> torch.dtype:
@@ -83,10 +95,39 @@ class TensorView(TensorSource):
                 self.source.release(below)
 
 
+def rows_of(source: TensorSource, key: str) -> int:
+    """The length of a tensor's dimension 0.
+
+    Raises:
+        WeightsError: it has none.
+    """
+    shape = source.shape(key)
+    if not shape:
+        raise WeightsError(f"{source.path}: {key} is a single number; expected a tensor with rows")
+    return shape[0]
+
+
 def rename(source: TensorSource, name: Callable[[str], str | None]) -> TensorView:
     """A view under new names; ``name`` returns None for tensors that are left out."""
     renamed = {key: name(key) for key in source}
     return TensorView(source, {new: (Piece(key),) for key, new in renamed.items() if new is not None})
+
+
+def unwrapped(source: TensorSource) -> TensorSource:
+    """``source`` without what torch.compile, DDP, FSDP and checkpointing put into names, wherever it stands.
+
+    A name that would then stand twice stays as it is.
+    """
+    names = {key: unwrapped_name(key) for key in source}
+    if all(key == name for key, name in names.items()):
+        return source
+    counts = Counter(names.values())
+    return rename(source, lambda key: names[key] if counts[names[key]] == 1 else key)
+
+
+def unwrapped_name(name: str) -> str:
+    """``_orig_mod.blocks.0._fsdp_wrapped_module.norm1.weight`` -> ``blocks.0.norm1.weight``."""
+    return _WRAPPERS.sub("", name)
 
 
 def without_prefix(source: TensorSource, prefix: str) -> TensorView:
