@@ -142,7 +142,7 @@ def test_a_million_tensors_are_too_many(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/passwd", "a/b", "a\\b", "C:x", "", "..", "a\0b", 5, None, ["x"], "é" * 200]
+    "name", ["../x.safetensors", "/etc/passwd", "a/b", "a\\b", "C:x", "", "..", "a\0b", 5, None, "é" * 200]
 )  # fmt: skip
 def test_shards_are_files_of_the_folder(tmp_path, name):
     save_file({"w": ONE}, tmp_path / "x.safetensors")
@@ -220,7 +220,8 @@ def test_text_encoders_of_others_hold_parts_that_are_known(tiny, tmp_path):
         "bert.embeddings.position_ids": torch.ones(1),
     }
     save_file(bert | heads, tmp_path / "bert.safetensors")
-    decoder = {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(1), "lm_head.weight": torch.ones(1)}
+    names = ("decoder.block.0.layer.0.SelfAttention.q.weight", "lm_head.weight")
+    decoder = {name: torch.ones(1) for name in names}
     save_file(
         mt5 | decoder | {"encoder.embed_tokens.weight": mt5["shared.weight"].clone()},
         tmp_path / "t5.safetensors",
@@ -280,8 +281,8 @@ def test_parts_of_a_fused_tensor_must_fit_each_other():
 def test_wrappers_in_names_are_dropped(tiny, tmp_path, wrapped):
     full = load_file(tiny)
     dit = {key[len(DIT) :]: value for key, value in full.items() if key.startswith(DIT)}
-    inner = {key.replace("blocks.1.", "blocks.1._orig_mod.").replace(".mlp.", ".mlp._checkpoint_wrapped_module.")
-             for key in dit}  # fmt: skip
+    changes = ("blocks.1.", "blocks.1._orig_mod."), (".mlp.", ".mlp._checkpoint_wrapped_module.")
+    inner = {key.replace(*changes[0]).replace(*changes[1]) for key in dit}
     names = dict(zip(sorted(dit), sorted(inner, key=unwrapped_name), strict=True))
     metadata = {METADATA_KEY: open_tensors(tiny).metadata[METADATA_KEY]}
     renamed = {wrapped.format(names[key]): value for key, value in dit.items()}
