@@ -137,6 +137,8 @@ def parse_toml(text: str, what: str, *, error: type[HyditError] = ConfigError) -
     except _Refused as problem:
         raise error(f"{what}: {problem}") from None
     except ValueError as problem:
+        if "set_int_max_str_digits" in str(problem):
+            raise error(f"{what}: a number of more than {sys.get_int_max_str_digits():,} digits") from None
         hint = _ESCAPES if _BACKSLASH.search(text) else ""
         raise error(f"{what}: not valid TOML: {problem}{hint}") from None
     return values

@@ -323,7 +323,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
     try:
         config = TrainConfig.model_validate(raw, context={"base": base})
     except ValidationError as error:
-        raise ConfigError(f"{path}:", *map(_explain, error.errors())) from None
+        raise ConfigError(f"{path}:", *map(_explain, _faults(error))) from None
     return config.model_copy(update={"data": config.data.resolved(base)})
 
 
@@ -356,6 +356,22 @@ def _from_here(value: Any, parents: Sequence[str], last: str) -> Any:
     return value
 
 
+# In the words of TOML, not of Python.
+_WORDS = {
+    "missing": "is needed and not there",
+    "model_type": "expected a table",
+    "dict_type": "expected a table",
+    "tuple_type": "expected a list",
+}
+
+
+def _faults(error: ValidationError) -> list[Any]:
+    """Without those that only follow from another: a list is not empty because its entries are wrong."""
+    found = error.errors()
+    inside = {one["loc"][:-n] for one in found for n in range(1, len(one["loc"]))}
+    return [one for one in found if one["type"] != "too_short" or one["loc"] not in inside]
+
+
 def _explain(error: Any) -> str:
     loc = [part for part in error["loc"] if part not in ("table", "path") or part is error["loc"][-1]]
     dotted = ".".join(str(part) for part in loc) or "(whole file)"
@@ -364,7 +380,9 @@ def _explain(error: Any) -> str:
         near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "known here: " + ", ".join(sorted(known))
         return f"  {dotted}: unknown key; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ")
+    if error["type"] == "too_short":
+        message = f"expected at least {error['ctx']['min_length']} in the list"
     given = error.get("input")
     shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
     return f"  {dotted}: {message}{shown}"

@@ -102,6 +102,10 @@ def test_faults_are_named_with_their_place(config_file: Path, override: str, wor
         ("model.info.verson='v1.2'", "did you mean version?"),
         ("model.info.defaults.steps=true", "model.info.defaults.steps: expected a number"),
         ("model.info.diffusion.prediction='banana'", "model.info.diffusion.prediction"),
+        ("data.sources=[]", "data.sources: expected at least 1 in the list"),
+        ("data.sources='pictures'", "data.sources: expected a list (got 'pictures')"),
+        ("ema=0.9", "ema: expected a table"),
+        ("data.sources=[{caption='a'}]", "data.sources.0.path: is needed and not there"),
         ("checkpoint.metadata={'hydit.config' = '{}'}", "hydit.config: written by the trainer itself"),
     ],
 )
@@ -140,6 +144,12 @@ def test_backslashes_that_are_no_fault_are_not_blamed(config_file: Path) -> None
     with pytest.raises(ConfigError) as caught:
         load_config(config_file)
     assert "not valid TOML" in str(caught.value) and "single quotes" not in str(caught.value)
+
+
+def test_what_only_follows_from_another_fault_is_not_told(config_file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, ["data.sources=[{pth='a'}]"])
+    assert "did you mean path?" in str(caught.value) and "at least 1" not in str(caught.value)
 
 
 def test_all_faults_are_told_at_once(config_file: Path) -> None:
