@@ -93,7 +93,8 @@ def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, proces
     if cache.latents:
         parts.vae.to(processes.device)
         with _progress("encoding pictures", processes) as progress:
-            build_latent_cache(data, parts.vae, progress)
+            together = _encoded_together(data, processes.device)
+            build_latent_cache(data, parts.vae, progress, batch_size=together)
         processes.barrier()
         parts.vae.to("cpu")
         data.use_latents(LatentCache(data, parts.vae, cache_folder(config.data)))
@@ -116,6 +117,12 @@ def with_posterior(
     say(choice.line)
     parts.info = dataclasses.replace(parts.info, posterior=choice.kind)
     return config.model_copy(update={"data": config.data.model_copy(update={"posterior": choice.kind})})
+
+
+def _encoded_together(data: TrainData, device: torch.device) -> int:
+    """Pictures that the VAE encodes at once: 4, on a GPU as many as have the pixels of 4 of 1024 x 1024."""
+    largest = max(width * height for width, height in data.sizes)
+    return 4 if device.type == "cpu" else max(4, 4 * 1024**2 // largest)
 
 
 def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:

@@ -6,7 +6,8 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Progress
 from .config import TrainConfig, differences
 from .distributed import Processes
-from .draws import TrainingDraws
+from .draws import Draws, TrainingDraws
 from .metrics import LossWindow, Metrics
 from .objectives import Objective
 from .optim import Ema, Optimizers, learning_rate_factor, parameter_groups
@@ -90,14 +91,14 @@ class Trainer:
         batches = self._batches()
         with self._signals():
             while progress.step < run.steps and not self._interrupted():
-                stepped = self._micro_step(next(batches))
+                stepped = self._micro_step(*next(batches))
                 progress.seconds = before + time.monotonic() - begun
                 micro_batches += 1
                 if stop_after_micro is not None and micro_batches >= stop_after_micro:
                     self._stop_signal = self._stop_signal or f"{stop_after_micro} micro-batches done"
                 if stepped:
                     self._after_step()
-        del batches  # ends the data workers
+        batches.close()  # ends the data workers
         finished = progress.step >= run.steps
         if not finished:
             self.save()
@@ -109,16 +110,31 @@ class Trainer:
         self.metrics.close()
         return finished
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[tuple[Batch, Draws], None, None]:
+        """Every micro-batch with its draws, made in a thread while the one before is trained on."""
         run, progress = self.config.run, self.progress
-        start = progress.step * run.grad_accumulation + progress.micro
-        batches = self.data.loader(start, run.steps * run.grad_accumulation)
+        start, end = progress.step * run.grad_accumulation + progress.micro, run.steps * run.grad_accumulation
+        batches = self.data.loader(start, end)
         # The first batch starts the data workers. They inherit the mask: Ctrl-C and a job scheduler's
         # SIGTERM reach every process of the group, but only this one decides when to stop.
         with _signals_blocked():
             first = next(batches)
-        yield first
-        yield from batches
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(self._with_draws, start, first)
+            for number in range(start + 1, end):
+                ready = ahead.result()
+                ahead = thread.submit(self._next_with_draws, number, batches)
+                yield ready
+            yield ahead.result()
+
+    def _next_with_draws(self, number: int, batches: Iterator[Batch]) -> tuple[Batch, Draws]:
+        return self._with_draws(number, next(batches))
+
+    def _with_draws(self, number: int, batch: Batch) -> tuple[Batch, Draws]:
+        """``number`` counts micro-batches through the run."""
+        step, micro = divmod(number, self.config.run.grad_accumulation)
+        places = (batch.positions + micro * self.global_batch).tolist()
+        return batch, self.draws(step, places, self.objective.latent_shape(batch))
 
     def _interrupted(self) -> bool:
         if self.processes.world == 1:
@@ -149,13 +165,11 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------
 
-    def _micro_step(self, batch: Batch) -> bool:
+    def _micro_step(self, batch: Batch, draws: Draws) -> bool:
         """Forward and backward of one micro-batch; True when it completed an optimizer step."""
         run, progress = self.config.run, self.progress
         step, micro = progress.step, progress.micro
         last = micro + 1 == run.grad_accumulation
-        places = (batch.positions + micro * self.global_batch).tolist()
-        draws = self.draws(step, places, self.objective.latent_shape(batch))
         inputs = self.objective.inputs(batch, draws)
         # Whatever draws from the global generator (a layer with dropout, say) is a function of the place too.
         torch.manual_seed(hash_int(run.seed, step, micro, self.processes.rank, "global") >> 1)
