@@ -4,8 +4,8 @@
     python scenes.py draw --icons work/icons.zip --out work/scenes
 
 ``icons`` renders the icon package once (resvg-py is needed for that alone). ``draw`` composes the training
-pictures on every core and writes their captions: ``plain.jsonl``, ``varied.jsonl``, ``counts.jsonl``, ``pairs.jsonl``.
-Same icons and numbers, same files.
+pictures on every core and writes their captions: ``plain.jsonl``, ``varied.jsonl``, ``counts.jsonl``,
+``pairs.jsonl``, and ``control.jsonl`` for a ControlNet. Same icons and numbers, same files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import random
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +26,6 @@ from pathlib import Path
 from icons import IconSet, rasterize, shape_svg, tint
 from PIL import Image, ImageOps
 from things import (
-    SHAPES,
     Thing,
     chinese_nouns,
     describe,
@@ -39,11 +38,13 @@ from things import (
 
 SIZE = 256
 # Letters, numbers, clocks, maps, hands and arrows that point somewhere: their mirror image would be wrong.
-NOT_MIRRORED = frozenset(
-    "1f4af 1f4a4 1f448 1f449 2b05 27a1 1f504 25b6 2753 2757 1f3b1 1f3b5 1f3b6 1f3bc 1f4c5 1f4c8 1f4c9 1f4ca 231a 23f0 "
-    "23f1 1f570 1f552 1f30d 1f30f 1f5fa 1f9ed 1f4f0 1f4b5 1f4b4 1f4b8 1f004 1f0cf 267f 262f 1f6bb 1f513 1f50d 1f4d6 "
-    "1f6d1 26d4 1f6ab 1f6ad 2705 1f4dd 1f4bb 1f3f4-200d-2620-fe0f 1f313 1f31b 1f319 1f947 1f948 1f949 1f9ee".split()
-)
+_ONE_WAY = """
+1f4af 1f4a4 1f448 1f449 2b05 27a1 1f504 25b6 2753 2757 1f3b1 1f3b5 1f3b6 1f3bc 1f4c5 1f4c8 1f4c9
+1f4ca 231a 23f0 23f1 1f570 1f552 1f30d 1f30f 1f5fa 1f9ed 1f4f0 1f4b5 1f4b4 1f4b8 1f004 1f0cf 267f
+262f 1f6bb 1f513 1f50d 1f4d6 1f6d1 26d4 1f6ab 1f6ad 2705 1f4dd 1f4bb 1f3f4-200d-2620-fe0f 1f313
+1f31b 1f319 1f947 1f948 1f949 1f9ee
+"""
+NOT_MIRRORED = frozenset(_ONE_WAY.split())
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Scene:
     captions: tuple[str, ...]
 
 
-# -- icons -------------------------------------------------------------------------------------------------------
+# -- icons -------------------------------------------------------------------------------
 
 
 def write_icons(package: IconSet, path: Path) -> None:
@@ -119,7 +120,7 @@ def draw(places: tuple[Place, ...], icons: Icons) -> Image.Image:
     return canvas.convert("RGB")
 
 
-# -- scenes ------------------------------------------------------------------------------------------------------
+# -- scenes ------------------------------------------------------------------------------
 
 
 def centered(thing: Thing, side: int, x: float, y: float, mirror: bool) -> Place:
@@ -228,7 +229,7 @@ def _shapes_of_any_color(things: list[Thing], numbers: argparse.Namespace) -> li
     return found
 
 
-# -- files -------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------
 
 _icons: Icons
 
@@ -255,9 +256,20 @@ def write_scenes(found: dict[str, list[Scene]], icons: Path, out: Path, processe
     with multiprocessing.get_context("fork").Pool(processes, _open, (icons,)) as pool:
         for _ in pool.imap_unordered(_write, jobs, chunksize=32):
             pass
+    lines["control"] = control_rows(found)
     for group, text in lines.items():
         (out / f"{group}.jsonl").write_text(text, encoding="utf-8")
     print({group: len(members) for group, members in found.items()}, "in", out)
+
+
+def control_rows(found: dict[str, list[Scene]]) -> str:
+    """Pictures for a ControlNet with one short caption a language: edges tell the rest."""
+    rows = []
+    for group, step in (("varied", 2), ("counts", 8), ("pairs", 10)):
+        for i, scene in list(enumerate(found[group]))[::step]:
+            said = describe(scene.places[0].thing) if group == "varied" else scene.captions
+            rows.append({"image": f"pictures/{group}-{i:05}.png", "captions": list(said[:2])})
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def some_of(captions: tuple[str, ...], name: str, most: int = 16) -> list[str]:
@@ -294,10 +306,10 @@ def main() -> None:
     drawing = commands.add_parser("draw", help="compose the training pictures")
     drawing.add_argument("--icons", type=Path, required=True)
     drawing.add_argument("--out", type=Path, required=True)
-    drawing.add_argument("--plain", type=int, default=4, help="pictures of each thing in the middle")
-    drawing.add_argument("--varied", type=int, default=6, help="smaller, bigger or elsewhere")
-    drawing.add_argument("--counts", type=int, default=5, help="of two or three")
-    drawing.add_argument("--pairs", type=int, default=10000, help="pictures of two things, in all")
+    drawing.add_argument("--plain", type=int, default=3, help="pictures of each thing in the middle")
+    drawing.add_argument("--varied", type=int, default=5, help="smaller, bigger or elsewhere")
+    drawing.add_argument("--counts", type=int, default=4, help="of two or three")
+    drawing.add_argument("--pairs", type=int, default=8000, help="pictures of two things, in all")
     drawing.add_argument(
         "--share", type=float, default=1.0, help="less than 1: only so much of it, for a trial"
     )

@@ -1,7 +1,7 @@
-"""What the second edition draws and what it is called: 952 icons, colored shapes, tinted objects, in two languages.
+"""What the second edition draws and what it is called, in two languages: icons, shapes, tinted objects.
 
-``things.csv`` holds the icons with their names, Chinese measure words and irregular English plurals; shapes and
-tints are listed here. :func:`describe` and its siblings turn a scene into every sentence that asks for it.
+``things.csv`` holds 952 icons with their names, Chinese measure words and irregular English plurals; shapes
+and tints are listed here. :func:`describe` and its siblings turn a scene into the sentences that ask for it.
 """
 
 from __future__ import annotations
@@ -98,14 +98,16 @@ TINTED = {
 HELD_OUT_COLORS = frozenset(
     {
         ("green", "heart"), ("blue", "star"), ("pink", "circle"), ("red", "square"), ("purple", "triangle"),
-        ("yellow", "moon"), ("blue", "car"), ("green", "balloon"), ("purple", "apple"), ("orange", "butterfly"),
-        ("purple", "house"), ("green", "dress"), ("blue", "rose"), ("yellow", "bird"), ("pink", "cat"),
+        ("yellow", "moon"), ("blue", "car"), ("green", "balloon"), ("purple", "apple"),
+        ("orange", "butterfly"), ("purple", "house"), ("green", "dress"), ("blue", "rose"),
+        ("yellow", "bird"), ("pink", "cat"),
         ("blue", "dragon"), ("red", "bus"), ("orange", "cap"), ("green", "bag"), ("yellow", "guitar"),
     }
 )  # fmt: skip
 HELD_OUT_COUNTS = frozenset(
     {
-        (2, "dog"), (3, "apple"), (2, "car"), (3, "bird"), (2, "tree"), (3, "fish"), (2, "balloon"), (3, "banana"),
+        (2, "dog"), (3, "apple"), (2, "car"), (3, "bird"), (2, "tree"), (3, "fish"), (2, "balloon"),
+        (3, "banana"),
         (2, "rose"), (3, "key"), (2, "house"), (3, "egg"), (2, "star"), (3, "butterfly"),
     }
 )  # fmt: skip
@@ -114,14 +116,17 @@ HELD_OUT_PAIRS = frozenset(
     for pair in (
         ("dog", "soccer ball"), ("cat", "fish"), ("rabbit", "carrot"), ("tree", "house"), ("rocket", "moon"),
         ("crown", "ring"), ("book", "pencil"), ("bee", "sunflower"), ("apple", "banana"), ("guitar", "drum"),
-        ("lock", "key"), ("penguin", "snowman"), ("frog", "lotus"), ("hamburger", "pizza"), ("bus", "bicycle"),
+        ("lock", "key"), ("penguin", "snowman"), ("frog", "lotus"), ("hamburger", "pizza"),
+        ("bus", "bicycle"),
     )
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One picture with its names. ``code`` and ``color`` say how it is drawn, ``name`` is its first English one.
+    """One picture with its names.
+
+    ``code`` and ``color`` say how it is drawn, ``name`` is its first English name, without color.
 
     ``plural`` is of the first English name, or empty for what cannot be counted.
     """
@@ -197,7 +202,7 @@ def _tints(icons: dict[str, Thing]) -> list[Thing]:
     return found
 
 
-# -- noun phrases ------------------------------------------------------------------------------------------------
+# -- noun phrases ------------------------------------------------------------------------
 
 
 def article(words: str) -> str:
@@ -251,7 +256,7 @@ def chinese_counted(thing: Thing, count: int, size: str = "") -> list[str]:
     return found
 
 
-# -- sentences ---------------------------------------------------------------------------------------------------
+# -- sentences ---------------------------------------------------------------------------
 
 
 def balanced(english: list[str], chinese: list[str]) -> list[str]:
@@ -291,7 +296,7 @@ def describe_count(thing: Thing, count: int) -> list[str]:
 
 
 def describe_pair(first: Thing, second: Thing, stacked: bool, named: tuple[str, str, str, str]) -> list[str]:
-    """Two things: the first on the left, or on top. ``named`` holds one noun of each, English twice, then Chinese."""
+    """Two things, the first on the left or on top; ``named``: a noun of each in English, then in Chinese."""
     a, b = (with_article(thing, noun) for thing, noun in zip((first, second), named[:2], strict=True))
     c, d = (f"一{thing.measure}{noun}" for thing, noun in zip((first, second), named[2:], strict=True))
     if stacked:
