@@ -128,7 +128,7 @@ class Driver:
         command = ["train_vae.py", "--icons", "work/icons.zip", "--out", "work/vae", "--device", args.device]
         command += ["--seconds", str(args.vae_seconds), *args.vae_options.split()]
         job = self.start("vae", command, {WORK / "vae" / "vae.safetensors": self.out / "vae.safetensors"})
-        return self.wait(job, args.vae_seconds + 60)
+        return self.wait(job, args.vae_seconds + args.vae_grace)
 
     def train(self, name: str, config: str, steps: int, limit: float, export: str) -> bool:
         run = WORK / name
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--trial", action="store_true", help="few pictures and steps, to measure the rates")
     parser.add_argument("--share", type=float, default=1.0, help="of the pictures")
     parser.add_argument("--vae-seconds", type=float, default=100)
+    parser.add_argument("--vae-grace", type=float, default=60, help="seconds for its start and its end")
     parser.add_argument("--vae-options", default="")
     parser.add_argument("--dit-rate", type=float, default=0, help="steps a second")
     parser.add_argument("--dit-steps", type=int, default=0, help="instead of a rate")
