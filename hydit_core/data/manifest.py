@@ -18,13 +18,10 @@ from .columns import StringColumn
 from .config import DataConfig, Size, SourceConfig
 from .images import check_shape, load_picture, probe_size, same_shape
 from .order import hash_int
-from .sources import Entry, PictureFile, read_source, source_kind
+from .sources import Entry, PassedOver, PictureFile, Tally, read_source, source_kind
 
 BESIDE = {"control": "control picture", "mask": "mask"}
 """What errors call the pictures that lie beside a picture."""
-
-_SHOWN = 5
-"""How many files an error or a summary names."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,9 @@ class Record:
 class Findings:
     """What gathering met besides pictures: a count, and the first few names, of each."""
 
-    missing_captions: int = 0
-    missing_shown: list[str] = field(default_factory=list)
-    unreadable: int = 0
-    unreadable_shown: list[str] = field(default_factory=list)
+    missing_captions: Tally = field(default_factory=Tally)
+    unreadable: Tally = field(default_factory=Tally)
+    passed_over: PassedOver = field(default_factory=PassedOver)
     too_small: int = 0
     masks: int = 0
     """Also of pictures that are left out."""
@@ -164,7 +160,7 @@ def gather(config: DataConfig) -> tuple[Manifest, Findings]:
                 source = _with_control(source)
             if config.mask is not None and config.mask.kind == "files":
                 source = _with_mask(source)
-            for chunk in _chunks(read_source(source), 1024):
+            for chunk in _chunks(read_source(source, findings.passed_over), 1024):
                 for entry, size in zip(chunk, _sizes(pool, chunk), strict=True):
                     _add(manifest, findings, config, entry, f"{name}/{entry.key}", size, number)
             if source.mask_field and findings.masks == masks:
@@ -284,15 +280,11 @@ def _add(
     if not entry.captions and own is not None:
         entry = replace(entry, captions=(own,))
     if not entry.captions:
-        findings.missing_captions += 1
-        if len(findings.missing_shown) < _SHOWN:
-            findings.missing_shown.append(f"{entry.picture}" + (f" ({entry.hint})" if entry.hint else ""))
+        findings.missing_captions.add(f"{entry.picture}" + (f" ({entry.hint})" if entry.hint else ""))
         entry = replace(entry, captions=(config.empty_caption,))
     findings.masks += "mask" in entry.extra
     if isinstance(size, DataError):
-        findings.unreadable += 1
-        if len(findings.unreadable_shown) < _SHOWN:
-            findings.unreadable_shown.append(str(size))
+        findings.unreadable.add(str(size))
     elif min(size) < config.min_side:
         findings.too_small += 1
     else:
@@ -300,20 +292,17 @@ def _add(
 
 
 def _raise_findings(config: DataConfig, findings: Findings) -> None:
-    def listed(shown: list[str], count: int) -> list[str]:
-        more = [f"  ... and {count - len(shown)} more"] if count > len(shown) else []
-        return [*(f"  {line}" for line in shown), *more]
-
-    if findings.missing_captions and not config.allow_missing_captions:
+    missing, unreadable = findings.missing_captions, findings.unreadable
+    if missing.count and not config.allow_missing_captions:
         raise DataError(
-            f"pictures without a caption: {findings.missing_captions}",
-            *listed(findings.missing_shown, findings.missing_captions),
+            f"pictures without a caption: {missing.count}",
+            *missing.lines(),
             "Give each a caption, or its source one for all (caption = ...), or set "
             "data.allow_missing_captions = true to train them with data.empty_caption",
         )
-    if findings.unreadable and config.on_unreadable == "error":
+    if unreadable.count and config.on_unreadable == "error":
         raise DataError(
-            f"pictures that cannot be read: {findings.unreadable}",
-            *listed(findings.unreadable_shown, findings.unreadable),
+            f"pictures that cannot be read: {unreadable.count}",
+            *unreadable.lines(),
             "Repair or remove them, or set data.on_unreadable = 'skip' to leave them out",
         )

@@ -35,6 +35,8 @@ class DataSummary:
     missing_shown: list[str]
     skipped: int
     skipped_shown: list[str]
+    passed_over: list[str]
+    """What folders hold that is not used: pictures of other formats, captions without a picture."""
     too_small: int
     enlarged: int
     """Pictures smaller than the size that they are trained at."""
@@ -63,6 +65,7 @@ class DataSummary:
             lines.append(f"left out, below min_side: {self.too_small}")
         if self.skipped:
             lines += [f"left out, unreadable: {self.skipped}", *(f"  {name}" for name in self.skipped_shown)]
+        lines += self.passed_over
         if self.missing_captions:
             lines += [
                 f"without a caption: {self.missing_captions}",
@@ -93,10 +96,11 @@ def summarize(data: TrainData) -> DataSummary:
         steps_per_epoch=data.steps_per_epoch,
         captions=len(lengths),
         caption_bytes=(int(lengths.min()), int(np.median(lengths)), int(lengths.max())),
-        missing_captions=findings.missing_captions,
-        missing_shown=findings.missing_shown,
-        skipped=findings.unreadable,
-        skipped_shown=findings.unreadable_shown,
+        missing_captions=findings.missing_captions.count,
+        missing_shown=findings.missing_captions.shown,
+        skipped=findings.unreadable.count,
+        skipped_shown=findings.unreadable.shown,
+        passed_over=findings.passed_over.lines(),
         too_small=findings.too_small,
         enlarged=int(((manifest.widths < targets[:, 0]) | (manifest.heights < targets[:, 1])).sum()),
     )

@@ -51,6 +51,8 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         data = open_data(config, processes.rank, processes.world)
         parts = build(config)
         if processes.is_main:
+            for line in data.summary().passed_over:
+                say(line if line.startswith(" ") else f"warning: {line}")
             _warn_of_cut_captions(data, parts)
             _warn_of_trigger(config, data)
         prepare_data(config, data, parts, processes)

@@ -53,9 +53,7 @@ def test_a_damaged_table_is_refused_before_it_is_used(tmp_path: Path) -> None:
         open_table_data(damaged(tmp_path / "t.arrow"))
 
 
-@pytest.mark.parametrize(
-    "end", ["os.kill(os.getpid(), 9)", "os._exit(0)", "os.write(1, b'nul')"]
-)
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "os._exit(0)", "os.write(1, b'nul')"])
 def test_what_brings_arrow_down_does_not_bring_us_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,63 @@ def test_missing_captions_are_named_with_a_hint(pictures: Path) -> None:
     assert data.manifest[0].captions == ("an icon",)
 
 
+def test_what_a_run_does_without_is_told(pictures: Path) -> None:
+    for name in ("a.heic", "b.HEIF", "c.jxl", "birds/d.tga", "e.unheard-of", "f"):
+        (pictures / name).write_bytes(b"\0" * 9)
+    for name in ("a", "b", "birds/d", "e", "f", "lost", "birds/also lost"):
+        (pictures / f"{name}.txt").write_text("a caption")
+    (pictures / "notes.md").write_text("of no picture")
+    (pictures / "notes.json").write_text("{}")
+    (pictures / "00.heic").write_bytes(b"\0")  # 00.png has the caption, and this is no picture that is used
+    summary = open_data(pictures).summary()
+    assert summary.pictures == 12
+    text = "\n".join(summary.lines())
+    kinds = "2 .heic, 1 .heif, 1 .jxl, 1 .unheard-of, 1 without suffix, ..."
+    assert f"not read, of other formats: 7 ({kinds}); save them as PNG or JPEG" in text
+    assert "  00.heic\n  a.heic\n  b.HEIF\n  c.jxl\n  e.unheard-of\n  ... and 2 more" in text
+    assert "captions without a picture: 2\n  lost.txt\n  birds/also lost.txt" in text
+
+
+def test_a_folder_of_nothing_that_is_read_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"\0")
+    with pytest.raises(DataError, match=r"no pictures found .*\n.*1 \.heic.*\n  a\.heic"):
+        open_data(tmp_path)
+
+
+def test_nothing_is_told_of_a_plain_folder(pictures: Path) -> None:
+    (pictures / "mask").mkdir()
+    paint(pictures / "mask" / "00.png", 0)
+    (pictures / "00.txt").rename(pictures / "00.png.txt")
+    data = open_data(pictures, allow_missing_captions=True)
+    assert data.summary().passed_over == []
+
+
+@pytest.mark.parametrize("picture", ["NFC", "NFD"])
+@pytest.mark.parametrize("caption", ["NFC", "NFD"])
+def test_accents_in_either_spelling_of_unicode(tmp_path: Path, picture: str, caption: str) -> None:
+    name, other = (unicodedata.normalize(form, "café が") for form in (picture, caption))
+    folder = paint(tmp_path / "d" / f"{name}.png", 1).parent
+    (folder / f"{other}.txt").write_text("right")
+    (folder / "mask").mkdir()
+    Image.new("L", (40, 32), 255).save(folder / "mask" / f"{other}.png")
+    data = open_data(folder, mask={"kind": "files"}, batch_size=1)
+    assert data.manifest[0].captions == ("right",) and data.batch(0).mask is not None
+    assert data.summary().passed_over == []
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"image": f"d/{other}.png", "caption": "x"}), encoding="utf-8")
+    assert open_data(file).summary().pictures == 1
+
+
+def test_of_two_spellings_the_exact_one_counts(tmp_path: Path) -> None:
+    names = {form: unicodedata.normalize(form, "é") for form in ("NFC", "NFD")}
+    for number, (form, name) in enumerate(names.items()):
+        paint(tmp_path / "d" / f"{name}.png", number).with_suffix(".txt").write_text(form)
+    if len(list((tmp_path / "d").iterdir())) == 2:
+        pytest.skip("this file system takes them for one")
+    found = {record.key: record.captions for record in open_data(tmp_path / "d").manifest}
+    assert found == {f"d/{name}.png": (form,) for form, name in names.items()}
+
+
 def test_long_lists_of_missing_captions_are_shortened(pictures: Path) -> None:
     for text in pictures.rglob("*.txt"):
         text.unlink()
@@ -144,6 +202,13 @@ def test_jsonl(pictures: Path, tmp_path: Path) -> None:
         ('{"caption": "x"}', "no picture path; expected one of image, file_name"),
         ('{"image": "pictures/00.png", "caption": 7}', "caption holds int"),
         ('{"image": "pictures/00.png", "caption": "x", "width": "wide"}', "width is 'wide'"),
+        ('{"image": "pictures/00.png", "caption": "x", "width": true}', "width is True"),
+        ('{"image": "pictures/00.png", "caption": "x", "width": [1]}', r"width is \[1\]"),
+        ('{"image": "pictures/00.png", "caption": "x", "width": 1e300}', r"width is 1e\+300"),
+        ('{"image": "pictures/00.png", "caption": "x", "height": 0.5}', r"height is 0\.5"),
+        ('{"image": "pictures/00.png", "caption": ["x", {}]}', "caption holds dict"),
+        ('{"image": "pictures/00.png", "caption": {"en": "x"}}', "caption holds dict"),
+        ('{"image": ["pictures/00.png"], "caption": "x"}', "no picture path"),
     ],
 )
 def test_jsonl_errors_name_the_line(pictures: Path, tmp_path: Path, line: str, message: str) -> None:
@@ -165,14 +230,48 @@ def test_csv_as_tencents_scripts_take_it(pictures: Path, tmp_path: Path, column:
     assert data.manifest[0].captions == ("一只鸟, 在左边",)
 
 
+def test_tables_that_came_from_windows(pictures: Path, tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    lines = ["image,text,width,height", "pictures\\birds\\01.png,one,48.0,32", "pictures/00.png,two,,"]
+    file.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    data = open_data(file)
+    assert [record.key for record in data.manifest] == ["data/pictures/birds/01.png", "data/pictures/00.png"]
+    assert data.manifest.size(0) == (48, 32) and data.batch(0).pixels is not None
+    (tmp_path / "a\\b.png").write_bytes((pictures / "00.png").read_bytes())  # a name may hold one, elsewhere
+    file.write_text("image,text\na\\b.png,one\n")
+    if os.name == "posix":
+        assert open_data(file).manifest.picture(0).path == tmp_path / "a\\b.png"
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    told = {"width": 32, "height": 32}
+    for name in ("a\0b.png", "x" * 5000, "."):
+        for row in ({"image": name, "text": "x"}, {"image": name, "text": "x", **told}):
+            file.write_text(json.dumps(row))
+            with pytest.raises(DataError, match="cannot read picture"):
+                open_data(file, batch_size=1).batch(0)
+
+
 def test_csv_errors(pictures: Path, tmp_path: Path) -> None:
     file = tmp_path / "data.csv"
     file.write_text(f"img_path,text_zh\n{pictures / '00.png'},a bird, on the left\n")
     with pytest.raises(DataError, match=r"line 2: more cells"):
         open_data(file)
     file.write_bytes("img_path,text_zh\nx.png,鸟\n".encode("gb18030"))
-    with pytest.raises(DataError, match="not UTF-8"):
+    with pytest.raises(DataError, match=r"data\.csv, line 2, is not UTF-8 .*GB18030"):
         open_data(file)
+    file.write_bytes("img_path,text_zh\nx.png,鸟\n".encode("utf-16"))
+    with pytest.raises(DataError, match=r"data\.csv is not UTF-8 .*it is UTF-16"):
+        open_data(file)
+
+
+@pytest.mark.parametrize("name", ["00.txt", "data.jsonl"])
+def test_texts_in_other_encodings_are_named(pictures: Path, name: str) -> None:
+    text = json.dumps({"image": "00.png", "caption": "一只鸟"}, ensure_ascii=False)
+    (pictures / name).write_bytes(text.encode("gb18030"))
+    with pytest.raises(DataError, match=rf"{name}.* is not UTF-8 .*GB18030"):
+        open_data(pictures if name == "00.txt" else pictures / name)
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from ...errors import DataError
 from ..config import SourceConfig
-from .entry import Entry, PictureFile
+from .entry import Entry, PassedOver, PictureFile, Tally
 
-__all__ = ["Entry", "PictureFile", "read_source", "source_kind"]
+__all__ = ["Entry", "PassedOver", "PictureFile", "Tally", "read_source", "source_kind"]
 
 
 def source_kind(source: SourceConfig) -> str:
@@ -38,13 +38,16 @@ def source_kind(source: SourceConfig) -> str:
     return kind
 
 
-def read_source(source: SourceConfig) -> Iterator[Entry]:
-    """All rows of a source, in a fixed order. Raises DataError where the source is malformed."""
+def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry]:
+    """All rows of a source, in a fixed order. Raises DataError where the source is malformed.
+
+    ``passed_over`` gets what lies there and is no row.
+    """
     kind = source_kind(source)
     if kind == "folder":
         from .folder import read_folder
 
-        return read_folder(source)
+        return read_folder(source, passed_over)
     if kind == "jsonl":
         from .jsonl import read_jsonl
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import DataError
+
+SHOWN = 5
+"""How many files an error or a summary names."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,50 @@ class PictureFile:
         except (OSError, ValueError) as error:  # ValueError: a zero character in the name
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"cannot read picture {self.path}: {reason}") from error
+
+
+@dataclass
+class Tally:
+    """How many there are of something, and the first few by name."""
+
+    count: int = 0
+    shown: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(name)
+
+    def lines(self) -> list[str]:
+        """The names, one a line, and how many more there are."""
+        more = [f"  ... and {self.count - len(self.shown)} more"] if self.count > len(self.shown) else []
+        return [*(f"  {name}" for name in self.shown), *more]
+
+
+@dataclass
+class PassedOver:
+    """Files of a folder that a run does without, and whoever put them there may not expect that."""
+
+    unread: Tally = field(default_factory=Tally)
+    """Pictures of formats that are not read, and others with a caption beside them."""
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Their suffixes."""
+    alone: Tally = field(default_factory=Tally)
+    """Captions without a picture."""
+
+    def lines(self) -> list[str]:
+        """What there is to tell, one fact a line."""
+        lines: list[str] = []
+        if self.unread.count:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.kinds.most_common(SHOWN))
+            more = ", ..." if len(self.kinds) > SHOWN else ""
+            lines = [
+                f"not read, of other formats: {self.unread.count} ({kinds}{more}); save them as PNG or JPEG",
+                *self.unread.lines(),
+            ]
+        if self.alone.count:
+            lines += [f"captions without a picture: {self.alone.count}", *self.alone.lines()]
+        return lines
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import DataError
+from ...untrusted import read_text
 from ..config import SourceConfig
-from .entry import Entry, PictureFile
+from .entry import Entry, PassedOver, PictureFile
 
 PICTURE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 )
+"""What is read; :func:`~..images.load_picture` goes by the content."""
+_OTHER_PICTURES = frozenset(
+    (
+        *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".jpe", ".jif", ".jfi", ".apng"),
+        *(".tga", ".ppm", ".pgm", ".pbm", ".pnm", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".pcx"),
+        *(".ico", ".icns", ".dds", ".exr", ".hdr", ".qoi", ".wbmp", ".xbm", ".sgi", ".jxr", ".wdp", ".bpg"),
+        *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw"),
+    )
+)
 _CAPTION_LIKE = (".caption", ".captions", ".txt", ".text", ".json", ".md", ".cap")
 
 
-def read_folder(source: SourceConfig) -> Iterator[Entry]:
+def read_folder(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry]:
     """Pictures in the order of their relative paths. Hidden files and folders are left out, and masks and
     control pictures that this run does not use.
 
     The whole ``.txt`` is one caption, its line breaks turned to spaces; with ``caption_lines`` each
-    line is one alternative.
+    line is one alternative. ``passed_over`` gets pictures of other formats, and captions of no picture.
     """
     root = source.path
     if not root.is_dir():
@@ -32,20 +43,50 @@ def read_folder(source: SourceConfig) -> Iterator[Entry]:
     for folder, names in _walk(root):
         if any(folder.is_relative_to(other) for other in folders.values()):
             continue
-        present = set(names)
-        for file_name in names:
-            if Path(file_name).suffix.lower() not in PICTURE_SUFFIXES:
-                continue
+        present, composed = set(names), {_composed(name): name for name in names}
+        pictures = [name for name in names if _suffix(name) in PICTURE_SUFFIXES]
+        _note_others(folder.relative_to(root), names, pictures, passed_over)
+        for file_name in pictures:
             found = True
             path = folder / file_name
-            captions, hint = _captions(folder, path.stem, present, source.caption_lines)
+            captions, hint = _captions(folder, path.stem, present, composed, source.caption_lines)
             name = path.relative_to(root)
             if not captions and _lies_beside(root, name):
                 continue
             extra = {kind: PictureFile(_namesake(other, name)) for kind, other in folders.items()}
             yield Entry(name.as_posix(), path, captions, extra=extra, hint=hint)
     if not found:
-        raise DataError(f"data source {root}: no pictures found ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise DataError(
+            f"data source {root}: no pictures found ({', '.join(sorted(PICTURE_SUFFIXES))})",
+            *passed_over.lines(),
+        )
+
+
+def _note_others(folder: Path, names: list[str], pictures: list[str], passed_over: PassedOver) -> None:
+    """Note what ``folder`` (relative to the source) holds beside its ``pictures`` and their captions."""
+    read = {_composed(Path(name).stem) for name in pictures}
+    captions = {_composed(Path(name).stem): name for name in names if _suffix(name) == ".txt"}
+    unread = set()
+    for name in names:
+        stem, suffix = _composed(Path(name).stem), _suffix(name)
+        described = stem in captions and stem not in read and suffix not in _CAPTION_LIKE
+        if suffix in _OTHER_PICTURES or (described and suffix not in PICTURE_SUFFIXES):
+            unread.add(stem)
+            passed_over.unread.add((folder / name).as_posix())
+            passed_over.kinds[suffix or "without suffix"] += 1
+    for stem in sorted(captions.keys() - read - unread):
+        # name.png.txt is a caption too, if under another name than is expected
+        if _composed(Path(stem).stem) not in read or not Path(stem).suffix:
+            passed_over.alone.add((folder / captions[stem]).as_posix())
+
+
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _composed(name: str) -> str:
+    """In the one of Unicode's two spellings that most systems write; some keep or make the other."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _lies_beside(root: Path, name: Path) -> bool:
@@ -56,8 +97,10 @@ def _lies_beside(root: Path, name: Path) -> bool:
 def _namesake(folder: Path, picture: Path) -> Path:
     """What belongs to ``picture`` in ``folder``: of the same relative name, with any suffix of a picture."""
     same = folder / picture
-    others = (same.with_suffix(suffix) for suffix in sorted(PICTURE_SUFFIXES))
-    return next((path for path in (same, *others) if path.is_file()), same)
+    spelled = (folder / unicodedata.normalize(form, str(picture)) for form in ("NFC", "NFD"))
+    suffixes = [picture.suffix, *sorted(PICTURE_SUFFIXES)]
+    others = (path.with_suffix(suffix) for path in dict.fromkeys([same, *spelled]) for suffix in suffixes)
+    return next((path for path in others if path.is_file()), same)
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -69,11 +112,16 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(folder), sorted(name for name in names if not name.startswith("."))
 
 
-def _captions(folder: Path, stem: str, present: set[str], lines: bool) -> tuple[tuple[str, ...], str]:
-    """(captions, hint): the hint names a file that looks like the caption when there is none."""
+def _captions(
+    folder: Path, stem: str, present: set[str], composed: dict[str, str], lines: bool
+) -> tuple[tuple[str, ...], str]:
+    """(captions, hint): the hint names a file that looks like the caption when there is none.
+
+    ``present`` are the names of the folder's files, ``composed`` the same by :func:`_composed`.
+    """
     name = f"{stem}.txt"
-    if name in present:
-        text = read_text(folder / name)
+    if (found := name if name in present else composed.get(_composed(name))) is not None:
+        text = read_text(folder / found, error=DataError)
         parts = text.splitlines() if lines else [" ".join(text.split("\n"))]
         captions = tuple(part.strip() for part in parts if part.strip())
         return captions, "" if captions else f"{name} is empty"
@@ -85,15 +133,3 @@ def _captions(folder: Path, stem: str, present: set[str], lines: bool) -> tuple[
         ):
             return (), f"found {other}, expected {name}"
     return (), ""
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file, with or without a byte order mark. Raises DataError naming it."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error

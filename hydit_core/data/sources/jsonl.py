@@ -8,20 +8,13 @@ from ...errors import DataError
 from ...untrusted import parse_json
 from ..config import SourceConfig
 from .entry import Entry
-from .table import row_entry
+from .table import row_entry, text_lines
 
 
 def read_jsonl(source: SourceConfig) -> Iterator[Entry]:
     """Rows in the order of the file; empty lines are passed over."""
     path = source.path
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}, line {number}"
-                yield row_entry(parse_json(line, where, error=DataError), source, where)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    for number, line in enumerate(text_lines(path), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield row_entry(parse_json(line, where, error=DataError), source, where)

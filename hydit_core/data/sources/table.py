@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from ...errors import DataError
@@ -18,8 +18,22 @@ IMAGE_FIELDS = ("image", "file_name", "image_path", "img_path", "path", "file")
 CAPTION_FIELDS = ("caption", "captions", "text", "prompt", "text_zh", "text_en")
 
 
+_LONGEST_LINE = 64 << 20
 _MOST_PIXELS = 1_000_000
 """Of a side; no format of pictures has more in practice."""
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a file in UTF-8, with their ends. Raises :class:`DataError` if it is no such file."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+                if len(line) > _LONGEST_LINE:
+                    raise DataError(f"{path}, line {number} is longer than {_LONGEST_LINE >> 20} MB")
+                # Decoded line by line, so that the place is known; only the first may begin with a mark.
+                yield decode(line, str(path) if number == 1 else f"{path}, line {number},", DataError)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
 def row_entry(row: Mapping[str, Any], source: SourceConfig, where: str) -> Entry:
