@@ -94,11 +94,14 @@ def combine(
 
     Raises:
         ConfigError: if the block weights do not fit the number of blocks, or it is not known.
-        LoraError: if all strengths are 0; for DoRA, whose change depends on the weights below it; without a
-            rank also for kinds that are no product of two factors (LoHa, LoKr, full differences).
+        LoraError: for numbers that are not finite; if all strengths are 0; for DoRA, whose change depends on
+            the weights below it; without a rank also for kinds that are no product of two factors (LoHa,
+            LoKr, full differences).
     """
     if rank is not None and rank < 1:
         raise LoraError(f"rank {rank}: use 1 or more")
+    for adapter, _ in adapters:
+        adapter.require_finite()
     weights = each_weights(block_weights, len(adapters))
     groups: dict[str, Given] = {}
     for (adapter, strength), share in zip(adapters, weights, strict=True):
@@ -209,7 +212,8 @@ def _joined(
         for (patch, _), scale in zip(matrices, scales, strict=True)
     ]
     joined = Patch("lora", {"down": down, "up": torch.cat(ups, dim=1)}, common, rows=rows, bias=bias)
-    energy.add(module, *[joined.norm() ** 2] * 2)
+    norm = joined.norm()
+    energy.add(module, norm * norm, norm * norm)
     return joined
 
 
@@ -278,7 +282,7 @@ def extract(
 
     Raises:
         WeightsError: if one is no HunyuanDiT.
-        LoraError: if they have other dimensions, or no matrix differs.
+        LoraError: if they have other dimensions, numbers that are not finite, or no matrix differs.
     """
     if rank < 1:
         raise LoraError(f"rank {rank}: use 1 or more")
@@ -290,6 +294,7 @@ def extract(
         for key in below:
             change = above.get(key).float() - below.get(key).float()
             name = f"{part}.{key}"
+            _check_finite(change, key, above, below)
             if bool(change.count_nonzero()):
                 if _is_matrix(key, change):
                     module = name.removesuffix(".weight")
@@ -349,6 +354,17 @@ def _pairs(ours: Parts, theirs: Parts) -> list[tuple[str, TensorSource, TensorSo
                 f" or are missing, such as {key}: {one.get(key, 'absent')} and {two.get(key, 'absent')}"
             )
     return found
+
+
+def _check_finite(change: Tensor, key: str, *sources: TensorSource) -> None:
+    """Raise where a difference is not finite, for what it is the difference of."""
+    if bool(change.isfinite().all()):
+        return
+    for source in sources:
+        tensor = source.get(key).float()
+        if count := tensor.numel() - int(tensor.isfinite().sum()):
+            raise LoraError(f"{source.path}: {key} has {count:,} numbers that are not finite; it is damaged")
+    raise LoraError(f"{sources[0].path}: the difference of {key} leaves the range of fp32")
 
 
 def _is_matrix(key: str, change: Tensor) -> bool:

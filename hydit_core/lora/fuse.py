@@ -18,6 +18,8 @@ def swap_halves(patch: Patch) -> Patch:
     tensors = dict(patch.tensors)
     if patch.kind == "lokr":
         first = "w1" if "w1" in tensors else "w1_a"
+        if tensors[first].shape[0] == 1:  # the rows are those of the second factor
+            first = "w2" if "w2" in tensors else "w2_a"
         if tensors[first].shape[0] % 2:
             return _swap_rows(Patch("diff", {"diff": patch.delta()}), patch)
         tensors[first] = _swapped(tensors[first])
@@ -41,8 +43,7 @@ def _swap_rows(patch: Patch, given: Patch) -> Patch:
 
 
 def _swapped(tensor: Tensor) -> Tensor:
-    first, second = tensor.chunk(2)
-    return torch.cat([second, first])
+    return tensor.roll(len(tensor) // 2, 0)
 
 
 def fused(patches: Sequence[Patch], rows: int, *, where: str = "a module") -> Patch:

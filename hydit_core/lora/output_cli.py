@@ -53,7 +53,8 @@ def target(args: argparse.Namespace, out: Path, inputs: Iterable[str | Path]) ->
 
 
 def save(adapter: Adapter, to: Target) -> None:
-    """Write it and say what was written."""
+    """Write it and say what was written. Raises :class:`HyditError` for numbers that are not finite."""
+    adapter.require_finite()
     notes = write(adapter, to.path, format=to.format, dtype=to.dtype, overwrite=to.overwrite)
     for note in notes:
         print(note)

@@ -38,8 +38,7 @@ def norms(adapter: Adapter) -> Norms:
         match = _BLOCK.match(module)
         place = f"{match[1]} {match[2]}" if match else f"{module.partition('.')[0]} {_OTHER}"
         name = match[3] if match else module.partition(".")[2]
-        square = sum(patch.norm() ** 2 for patch in patches)
-        table.setdefault(place, {})[name] = math.sqrt(square)
+        table.setdefault(place, {})[name] = math.hypot(*(patch.norm() for patch in patches))
     return dict(sorted(table.items(), key=lambda item: _order(item[0])))
 
 
@@ -128,6 +127,10 @@ def _rows(adapter: Adapter) -> Iterator[tuple[str, str]]:
         yield "DoRA", f"{number} modules, one length for each {('output row', 'input column')[axis]}"
     if biases := sum(patch.bias is not None for patch in patches):
         yield "biases", f"{biases}"
+    wrong = {module: sum(p.not_finite() for p in own) for module, own in adapter.modules.items()}
+    if count := sum(wrong.values()):
+        places = [module for module, number in wrong.items() if number]
+        yield "not finite", f"{count:,} numbers in {len(places)} modules, first {places[0]}: it is damaged"
     if adapter.trigger():
         yield "trigger", adapter.trigger()
     if tags := _tags(adapter.metadata):
@@ -181,7 +184,7 @@ def _targets(adapter: Adapter) -> list[str]:
 
 def _table(table: Norms) -> list[str]:
     totals = {place: math.hypot(*modules.values()) for place, modules in table.items()}
-    longest = max(totals.values(), default=0.0) or 1.0
+    longest = max(filter(math.isfinite, totals.values()), default=0.0) or 1.0
     width = max(map(len, totals), default=0)
     lines = ["norm of the change at strength 1"]
     for place, total in totals.items():
@@ -202,7 +205,8 @@ def plot(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     kinds = list(dict.fromkeys(_kind(place, name) for place, row in table.items() for name in row))
     # Those that occur: a LoRA of two blocks is no wide picture, whatever their numbers.
     columns = sorted({int(p.split()[1]) for p in table if p.split()[1].isdigit()}) or [0]
-    top = max((value for row in table.values() for value in row.values()), default=0.0) or 1.0
+    values = (value for row in table.values() for value in row.values())
+    top = max(filter(math.isfinite, values), default=0.0) or 1.0
     cell, left, head = 20, 8 + 7 * max(map(len, kinds)), 40
     title = f"{adapter.name}: norm of the change by block, white 0, black {top:.3g}"
     wide = int(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(title)) + 16

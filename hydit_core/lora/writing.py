@@ -63,7 +63,7 @@ def write(
         What a user should know about the file, one line each.
 
     Raises:
-        LoraError: if the format cannot hold the adapter.
+        LoraError: if the format or the dtype cannot hold the adapter.
         WeightsError: if it cannot be written, or is there.
     """
     path = Path(path)
@@ -121,7 +121,14 @@ def _rows(module: str, patches: Sequence[Patch]) -> int:
 
 def _stored(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     tensor = tensor.detach()
-    return tensor if key.endswith(".alpha") else cast(tensor, dtype).contiguous()
+    if key.endswith(".alpha"):
+        return tensor
+    stored = cast(tensor, dtype).contiguous()
+    if dtype == torch.float16 and bool((stored.isinf() & tensor.isfinite()).any()):
+        raise LoraError(
+            f"{key} reaches {float(tensor.abs().max()):.4g}, which fp16 does not hold: use bf16 or fp32"
+        )
+    return stored
 
 
 def _file_tensors(patch: Patch, module: str, name: Callable[[str], str]) -> list[tuple[str, Tensor]]:

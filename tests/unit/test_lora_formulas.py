@@ -13,11 +13,17 @@ from safetensors.torch import save_file
 from tiny import TINY, randomize
 from torch import Tensor
 
+from hydit_core.config import ModelInfo
+from hydit_core.errors import LoraError
+from hydit_core.lora.__main__ import main
 from hydit_core.lora.adapter import Adapter, Patch, changed
+from hydit_core.lora.extract import combine
 from hydit_core.lora.formats import from_tensors, read
 from hydit_core.lora.fuse import fused
 from hydit_core.lora.merge import apply
+from hydit_core.lora.summary import describe, plot
 from hydit_core.model.dit import DiT
+from hydit_core.weights.load import save_checkpoint
 
 WIDTH = TINY.hidden_size
 FC1, FINAL = "blocks.1.mlp.fc1", "final_layer.adaLN_modulation.1"
@@ -267,3 +273,143 @@ def test_the_norm_of_a_change(kind: str) -> None:
     ((patch,),) = from_tensors(file).modules.values()
     expected = float(product.square().sum().sqrt()) * (2 / 3 if has_alpha else 1)
     assert patch.norm() == pytest.approx(expected, rel=1e-5)
+
+
+# -- norms of what fits no memory, and of what is damaged --------------------------------------------------
+
+
+def random_factors(kind: str, rows: int, columns: int, ranks: tuple[int, int]) -> tuple[Patch, Tensor]:
+    """A patch of factors of these ranks, and its matrix in float64."""
+    shapes = {"w1_a": (rows, ranks[0]), "w1_b": (ranks[0], columns), "w2_a": (rows, ranks[1])}
+    shapes["w2_b"] = (ranks[1], columns)
+    t = {name: rand(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
+    d = {name: tensor.double() for name, tensor in t.items()}
+    if kind == "lora":
+        return Patch("lora", {"up": t["w1_a"], "down": t["w1_b"]}, 0.5), 0.5 * d["w1_a"] @ d["w1_b"]
+    one, two = d["w1_a"] @ d["w1_b"], d["w2_a"] @ d["w2_b"]
+    if kind == "loha":
+        return Patch("loha", t, 0.5), 0.5 * one * two
+    return Patch("lokr", t, 0.5), 0.5 * torch.kron(one, two)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (40, 30), (300, 200)])
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 3), (50, 2), (17, 40)])
+def test_norms_from_factors(kind: str, size: tuple[int, int], ranks: tuple[int, int]) -> None:
+    if kind == "lokr":
+        size = (min(size[0], 12), min(size[1], 12))
+    patch, matrix = random_factors(kind, *size, ranks)
+    assert patch.norm() == pytest.approx(float(matrix.norm()), rel=1e-9)
+
+
+LONG = 2**18
+BOMBS = {
+    "lokr": {"lokr_w1": (512, 512), "lokr_w2": (512, 512)},
+    "lokr of factors": {
+        "lokr_w1_a": (LONG, 1),
+        "lokr_w1_b": (1, LONG),
+        "lokr_w2_a": (LONG, 1),
+        "lokr_w2_b": (1, LONG),
+    },
+    "loha": {"hada_w1_a": (LONG, 1), "hada_w1_b": (1, LONG), "hada_w2_a": (LONG, 1), "hada_w2_b": (1, LONG)},
+    "lora": {"lora_up.weight": (LONG, 1), "lora_down.weight": (1, LONG)},
+    "lora of one number": {"lora_up.weight": (1, LONG), "lora_down.weight": (LONG, 1)},
+}
+NORMS = {
+    "lokr": 2.0**18,
+    "lokr of factors": 2.0**36,
+    "loha": 2.0**18,
+    "lora": 2.0**18,
+    "lora of one number": 2.0**18,
+}
+
+
+@pytest.mark.parametrize("module", ["blocks_0_attn1_Wqkv", "norm_out_linear"])
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_file_that_stands_for_more_than_any_memory(kind: str, module: str) -> None:
+    """Looking at it is cheap: of ones, the norm is the root of how many there are (256 GB and more)."""
+    tensors = {f"lora_unet_{module}.{name}": torch.ones(shape) for name, shape in BOMBS[kind].items()}
+    adapter = from_tensors(tensors)
+    ((patch,),) = adapter.modules.values()
+    assert patch.norm() == pytest.approx(NORMS[kind])
+    if module == "norm_out_linear":
+        assert f"{NORMS[kind]:.4g}" in describe(adapter)
+    if patch.kind != "lora":
+        with pytest.raises(LoraError, match="larger than any layer"):
+            combine([(adapter, 1.0)], 2)
+
+
+# -- damaged numbers ---------------------------------------------------------------------------------------
+
+
+def test_a_change_beyond_all_numbers_is_shown(tmp_path: Path) -> None:
+    key = f"diffusion_model.{FC1}"
+    tensors = {
+        f"{key}.lora_down.weight": torch.ones(2, WIDTH) * 1e30,
+        f"{key}.lora_up.weight": torch.ones(2, 2),
+    }
+    adapter = from_tensors({**tensors, f"{key}.alpha": torch.tensor(1e300, dtype=torch.float64)})
+    assert "inf" in describe(adapter)
+    plot(adapter, tmp_path / "plot.png")
+
+
+def two_modules(value: float, where: str) -> dict[str, Tensor]:
+    tensors = {}
+    for module in (FC1, FINAL):
+        key = f"diffusion_model.{module}"
+        tensors |= {f"{key}.lora_down.weight": rand(2, WIDTH), f"{key}.lora_up.weight": rand(ROWS[module], 2)}
+        tensors |= {f"{key}.alpha": torch.tensor(1.0), f"{key}.diff_b": rand(ROWS[module])}
+    tensors[f"diffusion_model.{FINAL}.{where}"].view(-1)[0] = value
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("lora_down.weight", math.nan),
+        ("lora_up.weight", math.inf),
+        ("alpha", -math.inf),
+        ("diff_b", math.nan),
+    ],
+)
+def test_numbers_that_are_not_finite(
+    where: str, value: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """inspect counts them; nothing is made of them."""
+    path, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    save_file(two_modules(value, where), path)
+    assert main(["inspect", str(path), "--plot", str(tmp_path / "plot.png")]) == 0
+    shown = capsys.readouterr().out
+    assert f"not finite    1 numbers in 1 modules, first dit.{FINAL}" in shown
+    for command in (["combine"], ["combine", "--rank", "1"], ["convert"]):
+        assert main([*command, str(path), "-o", str(out)]) == 2
+        said = capsys.readouterr().err
+        assert f"dit.{FINAL} has 1 numbers that are not finite" in said and said.count("\n") == 1
+        assert not out.exists()
+
+
+def test_what_fp16_does_not_hold_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    save_file(two_modules(70000.0, "lora_up.weight"), path)
+    assert main(["convert", str(path), "-o", str(out), "--dtype", "fp16"]) == 2
+    said = capsys.readouterr().err
+    assert f"{FINAL}.lora_up.weight reaches 7e+04, which fp16 does not hold: use bf16 or fp32" in said
+    assert not out.exists() and main(["convert", str(path), "-o", str(out), "--dtype", "bf16"]) == 0
+
+
+@pytest.mark.parametrize("which", ["tuned", "base", "both"])
+def test_checkpoints_with_such_numbers_are_not_extracted(
+    model: DiT, which: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, key = model.state_dict(), f"{FC1}.weight"
+    for name in ("tuned", "base"):
+        own = {k: v + 0.1 if name == "tuned" and k == key else v.clone() for k, v in state.items()}
+        if which in (name, "both"):
+            own[key][0, :2] = torch.tensor([math.inf, math.nan])
+        save_checkpoint(tmp_path / f"{name}.safetensors", dit=own, info=ModelInfo.published("v1.2"))
+    tuned, base, out = (str(tmp_path / f"{name}.safetensors") for name in ("tuned", "base", "out"))
+    assert main(["extract", tuned, base, "--rank", "2", "-o", out]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    named = base if which == "base" else tuned
+    assert said == f"error: {named}: {key} has 2 numbers that are not finite; it is damaged"
+    assert not Path(out).exists()
