@@ -52,6 +52,8 @@ class Driver:
         self.begin = time.monotonic()
         self.jobs: list[Job] = []
         self.out.mkdir(parents=True, exist_ok=True)
+        for folder in ("scenes", "vae", "cache", "run", "canny", "judge", "logs"):
+            shutil.rmtree(WORK / folder, ignore_errors=True)  # of an earlier trial
         (WORK / "logs").mkdir(parents=True, exist_ok=True)
 
     def left(self) -> float:
@@ -139,6 +141,7 @@ class Driver:
     def cache(self, config: str) -> bool:
         sets = [f"run.device={self.args.device}", *self.args.sets]
         command = ["-m", "hydit_core.train", "cache", config, *(x for s in sets for x in ("--set", s))]
+        command += ["--set", f"data.workers={min(16, os.cpu_count() or 1)}"]
         return self.wait(self.start("cache", command), max(self.left() - 100, 60))
 
     def judge(self) -> Job:

@@ -21,8 +21,10 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.pool import Pool
 from pathlib import Path
 
+import numpy as np
 from icons import IconSet, rasterize, shape_svg, tint
 from PIL import Image, ImageOps
 from things import (
@@ -239,6 +241,16 @@ def _open(path: Path) -> None:
     _icons = Icons(path)
 
 
+def icon_pool(icons: Path, processes: int | None = None) -> Pool:
+    """Processes that have the icons open; make it before a GPU is used."""
+    return multiprocessing.get_context("fork").Pool(processes, _open, (icons,))
+
+
+def standard_picture(thing: Thing) -> np.ndarray:
+    """In a process of the pool: (256, 256, 3) uint8."""
+    return np.asarray(draw((standard(thing),), _icons))
+
+
 def _write(job: tuple[Path, tuple[Place, ...]]) -> None:
     path, places = job
     draw(places, _icons).save(path, compress_level=1)
@@ -253,7 +265,7 @@ def write_scenes(found: dict[str, list[Scene]], icons: Path, out: Path, processe
         jobs += [(out / name, scene.places) for name, scene in zip(names, members, strict=True)]
         rows = [{"image": n, "captions": some_of(s.captions, n)} for n, s in zip(names, members, strict=True)]
         lines[group] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with multiprocessing.get_context("fork").Pool(processes, _open, (icons,)) as pool:
+    with icon_pool(icons, processes) as pool:
         for _ in pool.imap_unordered(_write, jobs, chunksize=32):
             pass
     lines["control"] = control_rows(found)

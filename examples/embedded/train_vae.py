@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from icons import on_white
-from scenes import SIZE, Icons, draw, standard
+from scenes import SIZE, Icons, icon_pool, standard_picture
 from things import Thing, read_things
 from torch import Tensor, nn
 
@@ -49,9 +49,10 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def thing_pictures(things: list[Thing], icons: Icons) -> np.ndarray:
-    """(N, 256, 256, 3) uint8, each thing as large as training shows it."""
-    return np.stack([np.asarray(draw((standard(thing),), icons)) for thing in things])
+def thing_pictures(things: list[Thing], icons: Path) -> np.ndarray:
+    """(N, 256, 256, 3) uint8, each thing as large as training shows it; drawn on every core."""
+    with icon_pool(icons) as pool:
+        return np.stack(pool.map(standard_picture, things, chunksize=8))
 
 
 def other_pictures(icons: Icons) -> np.ndarray:
@@ -253,7 +254,7 @@ class Run:
         """Muon for the filter banks inside, AdamW for the rest of what is trained."""
         banks, rest = [], []
         for name, p in self.vae.named_parameters():
-            inside = p.ndim == 4 and "conv_in" not in name and "conv_out" not in name
+            inside = p.ndim == 4 and not any(n in name for n in ("conv_in", "conv_out", "quant_conv"))
             if p.requires_grad:
                 (banks if inside else rest).append(p)
         args = self.args
@@ -372,9 +373,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    icons, things = Icons(args.icons), read_things()
-    own = thing_pictures(things[: args.things or None], icons)
-    others = own[:0] if args.things else other_pictures(icons)
+    own = thing_pictures(read_things()[: args.things or None], args.icons)
+    others = own[:0] if args.things else other_pictures(Icons(args.icons))
     print(f"vae: {len(own)} things and {len(others)} other icons", flush=True)
     pictures = torch.from_numpy(np.concatenate([own, others])).to(device)
     run = Run(args, pictures, len(own))
