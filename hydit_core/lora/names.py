@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..weights.layouts import RULES
-from ..weights.wrappers import WRAPPERS, unwrapped
+from ..weights.views import WRAPPERS, unwrapped_name
 
 
 class Place(NamedTuple):
@@ -102,7 +102,7 @@ _TENCENT, _DIFFUSERS = _table(False), _table(True)
 
 def _split(name: str) -> tuple[str, str]:
     """``lora_unet_blocks_3_mlp_fc1`` -> (``blocks_{n}_mlp_fc1``, ``3``); empty if it is not known."""
-    name = unwrapped(name)
+    name = _unwrapped(name)
     while True:
         flat = _flat(name)
         match = _NUMBER.match(flat)
@@ -115,9 +115,13 @@ def _split(name: str) -> tuple[str, str]:
         name = name[prefix.end() :]
 
 
+def _unwrapped(module: str) -> str:
+    return unwrapped_name(f"{module}.").removesuffix(".")
+
+
 def own_name(name: str) -> str:
     """A file's name of a module without what peft and wrappers put around it."""
-    return unwrapped(name).removeprefix("base_model.model.")
+    return _unwrapped(name).removeprefix("base_model.model.")
 
 
 def part_of(name: str) -> str:

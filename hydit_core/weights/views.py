@@ -15,9 +15,10 @@ import torch
 from ..errors import WeightsError
 from .source import FP8_DTYPES, TensorSource, cast
 
-_WRAPPERS = re.compile(
-    r"(?<![^.])(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", re.ASCII
-)
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, DDP, FSDP and checkpointing put into names."""
+
+_WRAPPED = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
 
 
 class Piece(NamedTuple):
@@ -127,7 +128,7 @@ def unwrapped(source: TensorSource) -> TensorSource:
 
 def unwrapped_name(name: str) -> str:
     """``_orig_mod.blocks.0._fsdp_wrapped_module.norm1.weight`` -> ``blocks.0.norm1.weight``."""
-    return _WRAPPERS.sub("", name)
+    return _WRAPPED.sub("", name)
 
 
 def without_prefix(source: TensorSource, prefix: str) -> TensorView:
