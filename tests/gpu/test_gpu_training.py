@@ -34,6 +34,7 @@ Figure = Callable[[str, float], None]
 Job = dict[str, Any]
 Result = dict[str, Any]
 STEPS = 6 if SMALL else 20
+PATIENCE = 120 if CUDA else 600  # seconds for the runs of a group
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 BF16 = ["run.precision=bf16", "run.gradient_checkpointing=true"]
 FROZEN_TEXT = ["objective.train_text_encoders=false"]
@@ -126,13 +127,16 @@ def run_jobs(folder: Path, label: str, jobs: list[Job]) -> dict[str, Result]:
     given.write_text(json.dumps(jobs))
     worker = Path(__file__).with_name("train_worker.py")
     command = [sys.executable, str(worker), str(given), str(results)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(), timeout=280, check=False
-    )
-    print(done.stderr[-6000:])
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment(), timeout=PATIENCE, check=False
+        )
+        end = f"the process ended with {done.returncode}: {done.stderr[-300:]}"
+        print(done.stderr[-6000:])
+    except subprocess.TimeoutExpired:
+        end = f"the process took more than {PATIENCE} seconds"
     found = json.loads(results.read_text()) if results.exists() else {}
-    died = {"error": f"the process ended with {done.returncode}: {done.stderr[-300:]}"}
-    return {one["id"]: found.get(one["id"], died) for one in jobs}
+    return {one["id"]: found.get(one["id"], {"error": end}) for one in jobs}
 
 
 @pytest.fixture(scope="module")
