@@ -1,4 +1,4 @@
-"""``python -m hydit_core.train CONFIG.toml``, ``... cache CONFIG.toml``, ``... report RUN_DIR``."""
+"""``python -m hydit_core.train CONFIG.toml``, ``... cache CONFIG.toml``, ``... export | report RUN_DIR``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 
 from ..errors import ConfigError, cli_main
 
+STOPPED = 3
+"""The exit code of a run that ended before its last step and can be continued."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"cache": _cache, "report": _report}
+    commands = {"cache": _cache, "export": _export, "report": _report}
     command = commands[arguments.pop(0)] if arguments and arguments[0] in commands else _train
     return cli_main(lambda: command(arguments))
 
@@ -31,7 +34,9 @@ def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _train(arguments: list[str]) -> int:
-    parser = _config_parser("", "Train HunyuanDiT. Further commands: cache CONFIG.toml, report RUN_DIR.")
+    parser = _config_parser(
+        "", "Train HunyuanDiT. Further commands: cache CONFIG.toml, export RUN, report RUN."
+    )
     parser.add_argument(
         "--resume",
         metavar="RUN_DIR",
@@ -56,9 +61,14 @@ def _train(arguments: list[str]) -> int:
         return 0
 
     from .launch import train
+    from .stopping import TrainingStopped, tell
 
-    finished = train(config, resume=options.resume, stop_after_micro=options.stop_after_micro)
-    return 0 if finished else 3
+    try:
+        finished = train(config, resume=options.resume, stop_after_micro=options.stop_after_micro)
+    except TrainingStopped as error:
+        tell(f"error: {error}")
+        return STOPPED
+    return 0 if finished else STOPPED
 
 
 def _cache(arguments: list[str]) -> int:
@@ -69,6 +79,42 @@ def _cache(arguments: list[str]) -> int:
     from .launch import build_caches
 
     build_caches(load_config(options.config, options.set))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m hydit_core.train export",
+        description="Write the model file of a run from one of its checkpoints, as training does.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's folder, or a checkpoint's")
+    parser.add_argument("--step", type=int, metavar="N", help="of this step (default: the newest checkpoint)")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="the averages, or the weights as trained (default: the averages, if there are any)",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="default: the file that training writes, with --step N one with its number",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    options = parser.parse_args(arguments)
+
+    from .export import export
+
+    print(
+        export(
+            options.run,
+            step=options.step,
+            ema=options.ema,
+            out=options.out,
+            overwrite=options.overwrite,
+        )
+    )
     return 0
 
 

@@ -6,6 +6,7 @@ A checkpoint is a folder ``checkpoints/step_00001000`` of safetensors and JSON f
 * ``ema``        their averages (if enabled)
 * ``optimizer``  ``name|key`` -> moments and step counts
 * ``gradients``  only when training stopped inside an accumulation
+* ``pictures``   hashes of the training pictures' names, sizes and times
 * ``state.json`` the progress record: step, micro-batch, counters, configuration
 * ``manifest.json`` size and SHA-256 of each of the above
 
@@ -15,12 +16,13 @@ complete. On loading, a checkpoint that does not match its manifest is passed ov
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ from ..untrusted import read_json
 
 FORMAT = 1
 _WRITING = ".writing-"
+_TENSORS = ".safetensors"
+_REQUIRED = ("state.json", f"weights{_TENSORS}")
 _NAME = re.compile(r"step_(\d{8,})(?:_micro_(\d+))?")
 
 
@@ -60,6 +64,12 @@ class Progress:
     """Fingerprint of which sample is seen when."""
     window: dict[str, Any] = field(default_factory=lambda: {"terms": [], "norms": []})
     """Losses and gradient norms since the last record in metrics.jsonl."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """What :class:`.health.Health` knows; its ``trouble`` is empty if training went well."""
+    good: list[str] = field(default_factory=list)
+    """Checkpoints from which a step was made that went well."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Step and validation loss of the best validation so far (``checkpoint.keep_best``)."""
 
 
 @dataclass
@@ -73,6 +83,10 @@ class Checkpoint:
     path: Path | None = None
 
 
+class NotWritten(HyditError):
+    """A checkpoint could not be written. Nothing of it remains; those before it are still there."""
+
+
 def folder_name(progress: Progress) -> str:
     micro = f"_micro_{progress.micro}" if progress.micro else ""
     return f"step_{progress.step:08d}{micro}"
@@ -81,25 +95,49 @@ def folder_name(progress: Progress) -> str:
 def save(folder: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
     """Write ``checkpoint`` into ``folder`` atomically, then remove all but the newest ``keep_last``.
 
-    Raises :class:`HyditError` if it cannot be written; those before it are still there then.
+    Raises :class:`NotWritten`.
+    """
+    target = write(folder, checkpoint)
+    others = [path for path in listing(folder) if path != target]
+    remove(others[keep_last - 1 :])
+    return target
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Write ``checkpoint`` into ``folder`` atomically; one of the same name is replaced.
+
+    Raises :class:`NotWritten`.
     """
     target = folder / folder_name(checkpoint.progress)
+    temporary, replaced = (folder / f"{_WRITING}{word}{target.name}" for word in ("", "replaced-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for rest in folder.glob(f"{_WRITING}*"):  # of a crash
-            shutil.rmtree(rest)
-        temporary = folder / f"{_WRITING}{target.name}"
-        _write(temporary, checkpoint)
-        if target.exists():  # this step saved again: a folder cannot be replaced in one move
-            target.rename(folder / f"{_WRITING}replaced-{target.name}")
-        temporary.rename(target)
+        remove(folder.glob(f"{_WRITING}*"))  # of a crash
+        try:
+            _write(temporary, checkpoint)
+            if target.exists():  # a folder cannot be replaced in one move
+                target.rename(replaced)
+            temporary.rename(target)
+        except BaseException:  # Ctrl-C too
+            if replaced.exists() and not target.exists():
+                replaced.rename(target)
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         _flush(folder)
     except (OSError, SafetensorError) as error:
-        raise HyditError(f"{target}: the checkpoint could not be written: {error}") from error
-    others = [path for path in listing(folder) if path != target]
-    for old in [*folder.glob(f"{_WRITING}*"), *others[keep_last - 1 :]]:
-        shutil.rmtree(old)
+        raise NotWritten(f"{target}: the checkpoint could not be written: {error}") from error
+    remove([replaced])
     return target
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete folders; what cannot be deleted stays, and costs nothing but room."""
+    for path in list(paths):
+        # Under a name that is no checkpoint's, so that a crash leaves no half of one.
+        dying = path if path.name.startswith(_WRITING) else path.with_name(f"{_WRITING}removed-{path.name}")
+        with contextlib.suppress(OSError):
+            path.replace(dying)
+            shutil.rmtree(dying)
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -108,7 +146,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     for stem, tensors in checkpoint.tensors.items():
         if tensors:
             plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            save_file(plain, folder / f"{stem}.safetensors")
+            save_file(plain, folder / f"{stem}{_TENSORS}")
     record = {
         "format": FORMAT,
         "progress": asdict(checkpoint.progress),
@@ -127,8 +165,14 @@ def listing(folder: Path) -> list[Path]:
     """Finished checkpoints in ``folder``, newest first."""
     if not folder.is_dir():
         return []
-    found = [(m, p) for p in folder.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found, key=lambda mp: (int(mp[0][1]), int(mp[0][2] or 0)), reverse=True)]
+    found = [(place, p) for p in folder.iterdir() if (place := place_of(p.name)) and p.is_dir()]
+    return [p for _, p in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def place_of(name: str) -> tuple[int, int] | None:
+    """(step, micro-batch) of a checkpoint's folder by its name; None for anything else."""
+    match = _NAME.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2] or 0))
 
 
 def set_aside_newer(path: Path) -> list[Path]:
@@ -168,23 +212,50 @@ def load_latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 def load(path: Path) -> Checkpoint:
     """Read and verify one checkpoint. Raises :class:`HyditError` when it is incomplete or damaged."""
     try:
-        manifest: Mapping[str, Any] = read_json(path / "manifest.json", error=HyditError)
-        for name, entry in manifest.items():
-            size = (path / name).stat().st_size
-            if size != entry["size"]:
-                raise HyditError(f"{path}: {name} is damaged ({size} bytes, {entry['size']} were written)")
-            if _sha256(path / name) != entry["sha256"]:
-                raise HyditError(f"{path}: {name} is damaged (its content is not what was written)")
+        names = _verified(path)
         record = read_json(path / "state.json", error=HyditError)
         if record["format"] != FORMAT:
             raise HyditError(
                 f"{path}: checkpoint format {record['format']}, this version reads {FORMAT}; update hydit"
             )
-        tensors = {p.stem: load_file(p) for p in path.glob("*.safetensors")}
+        tensors = {
+            name.removesuffix(_TENSORS): load_file(path / name) for name in names if name.endswith(_TENSORS)
+        }
         progress = Progress(**record["progress"])
+        _check_types(progress)
+        config = record["config"]
+        if not isinstance(config, dict):
+            raise TypeError("config is no table")
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise HyditError(f"{path}: not a complete checkpoint ({error})") from error
-    return Checkpoint(progress, record["config"], tensors, path)
+    return Checkpoint(progress, config, tensors, path)
+
+
+def _verified(path: Path) -> list[str]:
+    """The names in a checkpoint's manifest, whose files are what was written. Raises :class:`HyditError`."""
+    manifest = read_json(path / "manifest.json", error=HyditError)
+    if lacking := [name for name in _REQUIRED if name not in manifest]:
+        raise ValueError(f"manifest.json does not name {', '.join(lacking)}")
+    for name, entry in manifest.items():
+        if Path(name).name != name:
+            raise ValueError(f"manifest.json names {name!r}, which is no file in this folder")
+        size = (path / name).stat().st_size
+        if size != entry["size"]:
+            raise HyditError(f"{path}: {name} is damaged ({size} bytes, {entry['size']} were written)")
+        if _sha256(path / name) != entry["sha256"]:
+            raise HyditError(f"{path}: {name} is damaged (its content is not what was written)")
+    return list(manifest)
+
+
+def _check_types(progress: Progress) -> None:
+    """Raise TypeError where a value is of another kind than a new record's, and ValueError below 0."""
+    for name, usual in asdict(Progress()).items():
+        value = getattr(progress, name)
+        wanted = (int, float) if isinstance(usual, float) else type(usual)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise TypeError(f"state.json: {name} is a {type(value).__name__}")
+    if min(progress.step, progress.micro) < 0:
+        raise ValueError("state.json: step and micro cannot be negative")
 
 
 def _sha256(path: Path) -> str:

@@ -140,6 +140,9 @@ class RunSection(Section):
     max_bad_steps: int = Field(
         default=10, gt=0, le=MAX_COUNT, description="stop after so many non-finite steps in a row"
     )
+    answer_within: float = Field(
+        default=240.0, gt=0, le=1e6, description="several processes: seconds until a silent one ends the run"
+    )
 
     @field_validator("gradient_checkpointing")
     @classmethod
@@ -196,6 +199,15 @@ class SamplesSection(Section):
 class CheckpointSection(Section):
     every: int = Field(default=1000, gt=0, le=MAX_COUNT)
     keep_last: int = Field(default=2, gt=0, le=MAX_COUNT)
+    keep_every: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_COUNT,
+        description="steps whose checkpoints stay, each with an export of its own; 0: none",
+    )
+    keep_best: bool = Field(
+        default=False, description="keep the checkpoint of the lowest validation loss, and best.safetensors"
+    )
     export_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     export_all_in_one: bool = Field(default=True, description="false: the exported file holds the DiT only")
     metadata: dict[str, str] = Field(
@@ -250,6 +262,8 @@ class TrainConfig(Section):
                 f"data.cache.text keeps the outputs of the text encoders, but {option} "
                 "changes them at every step: turn one of the two off"
             )
+        if self.checkpoint.keep_best and not self.validation.every:
+            raise ValueError("checkpoint.keep_best goes by the validation loss: set validation.every")
         self._check_control()
         self._check_lora()
         if self.schedule.warmup_steps > self.run.steps:

@@ -2,39 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, HyditError
+
+T = TypeVar("T")
+_JOINING_SECONDS = 600.0
+"""For all processes to be there at the start, imports and a busy machine included."""
 
 
-@dataclass(frozen=True)
+class Unanswered(HyditError):
+    """Another process of this run ended, failed, or does not answer."""
+
+
+@dataclass
 class Processes:
-    """This process among all of them. With one process every method is a no-op."""
+    """This process among all of them. With one process every method is a no-op.
+
+    ``limit`` is how many seconds a process may leave the others without an answer.
+    """
 
     rank: int
     world: int
     device: torch.device
+    limit: float = 240.0
+    signs: _SignsOfLife | None = field(default=None, repr=False)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+        """Wait until all processes are here, however long one of them works, as long as it lives.
+
+        Raises :class:`Unanswered` if one does not: it failed, ended, or gave no sign of life for ``limit``.
+        """
+        if self.signs is not None:
+            self.signs.wait_for_all(self.limit)
+
+    def fail(self, cause: str) -> None:
+        """Tell those who wait in :meth:`barrier` that this process will not come."""
+        if self.signs is not None:
+            with contextlib.suppress(RuntimeError):  # whoever keeps the store may be gone already
+                self.signs.fail(cause)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of ``values`` over the processes (in place)."""
         if self.world > 1:
-            dist.all_reduce(values)
+            with answered(self.limit):
+                dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -49,8 +78,41 @@ class Processes:
         if self.world == 1:
             return names
         found: list[list[str]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(found, names)
+        with answered(self.limit):
+            dist.all_gather_object(found, names)
         return [name for part in found for name in part]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives in the first process, in all of them; it is called in no other.
+
+        Its result has to be plain data. A :class:`HyditError` of it is raised in all of them.
+        """
+        if self.world == 1:
+            return make()
+        box: list[tuple[T | None, str]] = [(None, "")]
+        failed: HyditError | None = None
+        if self.is_main:
+            try:
+                box = [(make(), "")]
+            except HyditError as error:
+                failed, box = error, [(None, str(error))]
+        self.barrier()
+        with answered(self.limit):
+            dist.broadcast_object_list(box, 0, device=self.device)
+        made, told = box[0]
+        if told:
+            raise failed or ConfigError(told)
+        return made  # type: ignore[return-value]
+
+    def broadcast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first process's ``tensors``, on the CPU; those of the others only tell names and shapes."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            sent = tensor.to(self.device).contiguous()
+            with answered(self.limit):
+                dist.broadcast(sent.view(-1).view(torch.uint8), 0)
+            found[name] = sent.cpu()
+        return found
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """``module`` with gradients averaged over the processes.
@@ -63,27 +125,128 @@ class Processes:
         frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
         devices = [self.device] if self.device.type == "cuda" else None
+        self.barrier()  # some load their weights faster than others
         return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
     def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Context of a backward pass; gradients are exchanged in the last one of a step only."""
-        if isinstance(module, DistributedDataParallel) and not last:
-            return module.no_sync()
-        return nullcontext()
+        if not isinstance(module, DistributedDataParallel):
+            return nullcontext()
+        return answered(self.limit) if last else module.no_sync()
 
     def close(self) -> None:
+        if self.signs is not None:
+            self.signs.stop()
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def start(device: str = "auto") -> Processes:
+@contextlib.contextmanager
+def answered(limit: float) -> Iterator[None]:
+    """Torch's errors of an exchange with the other processes become :class:`Unanswered`."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise _unanswered(error, limit) from error
+    except RuntimeError as error:
+        # gloo's own errors have no class; those of a computation around it do not name it.
+        if "gloo" in str(error).lower() or "nccl" in str(error).lower():
+            raise _unanswered(error, limit) from error
+        raise
+
+
+def _unanswered(error: Exception, limit: float) -> Unanswered:
+    silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+    what = f"did not answer for {limit:g} s (run.answer_within)" if silent else "ended or failed"
+    return Unanswered(f"another process of this run {what}")
+
+
+class _SignsOfLife:
+    """What each process tells of itself in the store that all of them share: that it lives, arrived, failed.
+
+    A thread says that the process lives. Stopped, killed, or on a machine that is gone, it falls silent.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world: int, limit: float) -> None:
+        self._store = store
+        self._rank = rank
+        self._world = world
+        self._barriers = 0
+        self._ended = threading.Event()
+        store.set(f"alive-{rank}", "0")
+        self._thread = threading.Thread(target=self._tell, args=(min(5.0, limit / 5),), daemon=True)
+        self._thread.start()
+
+    def _tell(self, pause: float) -> None:
+        beats = 0
+        while not self._ended.wait(pause):
+            beats += 1
+            try:
+                self._store.set(f"alive-{self._rank}", str(beats))
+            except RuntimeError:  # the store has gone with the process that kept it
+                return
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join(timeout=5)
+
+    def fail(self, cause: str) -> None:
+        self._store.set("failed", f"process {self._rank}: {cause}")
+
+    def wait_for_all(self, limit: float) -> None:
+        self._barriers += 1
+        here = f"here-{self._barriers}"
+        try:
+            self._store.add(here, 1)
+            last: dict[int, tuple[bytes, float]] = {}
+            while self._store.add(here, 0) < self._world:
+                if self._store.check(["failed"]):
+                    raise Unanswered(self._store.get("failed").decode("utf-8", "replace"))
+                self._look_for_silent(last, limit)
+                time.sleep(0.05)
+        except (dist.DistError, RuntimeError) as error:
+            raise _unanswered(error, limit) from error
+
+    def _look_for_silent(self, last: dict[int, tuple[bytes, float]], limit: float) -> None:
+        """Raise if a process has said nothing new for ``limit`` seconds; ``last`` is what each said."""
+        now = time.monotonic()
+        said = self._store.multi_get([f"alive-{rank}" for rank in range(self._world)])
+        for rank, beat in enumerate(said):
+            if rank not in last or last[rank][0] != beat:
+                last[rank] = (beat, now)
+            elif now - last[rank][1] > limit:
+                raise Unanswered(
+                    f"process {rank} of this run did not answer for {limit:g} s (run.answer_within)"
+                )
+
+
+def start(device: str = "auto", limit: float = 240.0) -> Processes:
     """Join the group that ``torchrun`` describes in the environment, or run alone.
 
-    Raises :class:`ConfigError` for a device that this machine does not have.
+    A process that leaves the others without an answer for ``limit`` seconds ends the run. Raises
+    :class:`ConfigError` for a device that this machine does not have.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = _device(device, rank, local)
+    if world == 1:
+        return Processes(rank, world, chosen, limit)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    joining = timedelta(seconds=max(limit, _JOINING_SECONDS))
+    store, rank, world = next(dist.rendezvous("env://", rank, world, timeout=joining))
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=limit),
+    )
+    signs = _SignsOfLife(dist.PrefixStore("signs", store), rank, world, limit)
+    return Processes(rank, world, chosen, limit, signs)
+
+
+def _device(device: str, rank: int, local: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -100,8 +263,4 @@ def start(device: str = "auto") -> Processes:
                 f"{torch.cuda.device_count()} CUDA devices; start no more processes than that"
             )
         torch.cuda.set_device(chosen)
-    if world > 1:
-        # One process draws sample pictures while the others wait.
-        patience = timedelta(hours=2)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=patience)
-    return Processes(rank, world, chosen)
+    return chosen

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -17,17 +16,19 @@ from ..data.cache import cache_folder
 from ..data.text_cache import build_text_cache
 from ..errors import ConfigError
 from . import checkpoint as checkpoints
-from . import distributed
+from . import distributed, lock, saving
 from .checks import check_machine
 from .conditioning import caption_fits
 from .config import TrainConfig
 from .distributed import Processes
-from .loop import Trainer, find_checkpoint
+from .loop import Trainer
 from .lora import LoraObjective
 from .objectives import ControlNetObjective, FullObjective, Objective
 from .parts import ModelParts, build
 from .posterior import choose
+from .restoring import picture_stamps, require_same_data, restore, shared_checkpoint
 from .samples import sample_texts
+from .stopping import cause_of, ending_at_once, tell
 
 EXPORTS = (FullObjective.export_name, LoraObjective.export_name)
 
@@ -44,11 +45,11 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
     if run.device != "cpu":
         torch.set_float32_matmul_precision("high")
     check_machine(config)
-    processes = distributed.start(run.device)
-    try:
-        _check_output(config, resume)
-        say = _say if processes.is_main else _silent
+    with ending_at_once(), _processes(config) as processes, ExitStack() as held:
+        processes.from_main(lambda: _claim(config, resume, held))
+        say = tell if processes.is_main else _silent
         data = open_data(config, processes.rank, processes.world)
+        require_same_data(data.fingerprint(), processes)
         parts = build(config)
         if processes.is_main:
             for line in data.summary().passed_over:
@@ -60,9 +61,22 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         objective = make_objective(config, parts, processes.device)
         objective.use_checkpointing(float(run.gradient_checkpointing))
         trainer = Trainer(config, objective, data, processes)
+        if processes.is_main:
+            trainer.pictures = picture_stamps(data)
         if resume is not None:
             _resume(trainer, run.output_dir if resume == "auto" else Path(resume), resume == "auto", say)
         return trainer.run(stop_after_micro=stop_after_micro)
+
+
+@contextmanager
+def _processes(config: TrainConfig) -> Iterator[Processes]:
+    """This process and those that run beside it, which are told if it fails."""
+    processes = distributed.start(config.run.device, config.run.answer_within)
+    try:
+        yield processes
+    except Exception as error:
+        processes.fail(cause_of(error))
+        raise
     finally:
         processes.close()
 
@@ -131,7 +145,7 @@ def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:
     """Captions that are too long are trained without their ends, but not without a word; a sample will do."""
     for fit in caption_fits(islice(data.captions(), 10_000), parts.text.tokenizers):
         if fit.cut:
-            _say(
+            tell(
                 f"warning: {fit.cut} of {fit.captions} captions are longer than the {fit.limit} tokens that "
                 f"{fit.encoder} takes; their ends are not trained, for example of: {fit.example[:120]!r}"
             )
@@ -140,7 +154,7 @@ def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:
 def _warn_of_trigger(config: TrainConfig, data: TrainData) -> None:
     trigger = config.lora.trigger
     if trigger and not any(trigger in caption for caption in data.captions()):
-        _say(f"warning: no caption holds lora.trigger = {trigger!r}, so the LoRA will not learn to hear it")
+        tell(f"warning: no caption holds lora.trigger = {trigger!r}, so the LoRA will not learn to hear it")
 
 
 @contextmanager
@@ -165,47 +179,55 @@ def build_caches(config: TrainConfig) -> None:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     check_machine(config)
-    processes = distributed.start(config.run.device)
-    try:
+    with ending_at_once(), _processes(config) as processes:
         data = open_data(config, processes.rank, processes.world)
         prepare_data(config, data, build(config), processes)
-    finally:
-        processes.close()
     if processes.is_main:
-        _say(f"the caches of {len(data.manifest)} pictures are complete, in {cache_folder(config.data)}")
+        tell(f"the caches of {len(data.manifest)} pictures are complete, in {cache_folder(config.data)}")
 
 
 def held_run(folder: Path) -> str | None:
     """The name of what an earlier run left in ``folder``: its newest checkpoint, or else its export."""
-    found = [path.name for path in checkpoints.listing(folder / "checkpoints")]
-    return next(iter(found or [name for name in EXPORTS if (folder / name).exists()]), None)
+    return saving.held_run(folder, EXPORTS)
 
 
-def _check_output(config: TrainConfig, resume: str | None) -> None:
+def _claim(config: TrainConfig, resume: str | None, held: ExitStack) -> None:
+    """Take the run's folder for this run, until ``held`` is closed.
+
+    Raises :class:`ConfigError` if it is another run's, at this moment or for good, or cannot be written to.
+    """
     folder = config.run.output_dir
-    held = held_run(folder)
-    continuable = held is not None and held not in EXPORTS
-    if resume is None or resume == "auto":
-        own = resume == "auto" and continuable
-    else:
-        own = Path(resume).resolve().is_relative_to(folder.resolve())
-    if not own and held:
-        raise ConfigError(
-            f"{folder} already holds a run ({held}): "
-            + ("continue it with --resume auto, or " if continuable else "")
-            + "choose another run.output_dir"
-        )
+    if name := lock.holder(folder):
+        raise ConfigError(lock.in_use(folder, name))
+    _require_own(folder, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.touch()
-        probe.unlink(missing_ok=True)  # another process may have been faster
+        probe.unlink(missing_ok=True)  # another training that begins may have been faster
+        held.enter_context(lock.hold(folder))
     except OSError as error:
         raise ConfigError(f"run.output_dir: cannot write to {folder}: {error.strerror}") from error
+    _require_own(folder, resume)  # another run may have begun and ended in between
+
+
+def _require_own(folder: Path, resume: str | None) -> None:
+    found = held_run(folder)
+    continuable = found is not None and not found.endswith(".safetensors")
+    if resume is None or resume == "auto":
+        own = resume == "auto" and continuable
+    else:
+        own = Path(resume).resolve().is_relative_to(folder.resolve())
+    if not own and found:
+        raise ConfigError(
+            f"{folder} already holds a run ({found}): "
+            + ("continue it with --resume auto, or " if continuable else "")
+            + "choose another run.output_dir"
+        )
 
 
 def _resume(trainer: Trainer, where: Path, may_be_new: bool, say: Callable[[str], None]) -> None:
-    found = find_checkpoint(where, say)
+    found = shared_checkpoint(where, trainer.processes, say)
     if found is None:
         if not may_be_new:
             raise ConfigError(
@@ -214,7 +236,7 @@ def _resume(trainer: Trainer, where: Path, may_be_new: bool, say: Callable[[str]
             )
         say("no checkpoint yet: starting from step 0")
         return
-    for line in trainer.restore(found):
+    for line in restore(trainer, found):
         say(f"changed since the checkpoint: {line}")
     trainer.processes.barrier()  # all have read theirs
     own = trainer.folder.resolve() / "checkpoints"
@@ -223,12 +245,9 @@ def _resume(trainer: Trainer, where: Path, may_be_new: bool, say: Callable[[str]
             say(f"newer than the checkpoint that is continued, so set aside: {path}")
     micro = f", micro-batch {found.progress.micro}" if found.progress.micro else ""
     if found.progress.step >= trainer.config.run.steps:
-        say(f"all {trainer.config.run.steps} steps are done: raise run.steps to train on")
+        steps = trainer.config.run.steps
+        say(f"all {steps} steps are done: the model is exported; raise run.steps to train on")
     say(f"continuing from {found.path}: step {found.progress.step}{micro}")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _silent(text: str) -> None:

@@ -1,34 +1,43 @@
-"""The training loop: micro-batches, updates, records, checkpoints, and a clean way out."""
+"""The training loop: micro-batches, updates, records, checkpoints, and one way out."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+import traceback
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from ..data import Batch, TrainData, hash_int
-from ..errors import ConfigError, HyditError
-from . import checkpoint as checkpoints
-from .checkpoint import Checkpoint, Progress
-from .config import TrainConfig, differences
+from ..errors import HyditError
+from .checkpoint import Checkpoint, NotWritten, Progress
+from .config import TrainConfig
 from .distributed import Processes
 from .draws import Draws, TrainingDraws
+from .health import Health
 from .metrics import LossWindow, Metrics
 from .objectives import Objective
 from .optim import Ema, Optimizers, learning_rate_factor, parameter_groups
 from .samples import draw_samples
+from .saving import Saver, is_numbered
+from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames, starting_workers
 from .validation import validate
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+ERROR_FILE = "error.txt"
+
+
+class Diverged(HyditError):
+    """Too many steps in a row were not finite."""
+
+
+class SeenByAll(HyditError):
+    """An error that all processes agreed upon at the end of a step."""
 
 
 class Trainer:
@@ -44,6 +53,7 @@ class Trainer:
         self.processes = processes
         self.folder = run.output_dir
         self.progress = Progress()
+        self.health = Health()
 
         everything = objective.parameters()
         groups = parameter_groups(everything, config.optimizer)
@@ -54,6 +64,7 @@ class Trainer:
         self.model: nn.Module = processes.wrap(objective.module)
         self.optimizer = Optimizers(groups, self.trained, config.optimizer)
         self.ema = Ema(self.trained, config.ema) if config.ema.enabled else None
+        self.saver = Saver(config, objective, self._averaged)
 
         self.global_batch = run.batch_size * processes.world
         self.draws = TrainingDraws(
@@ -63,10 +74,14 @@ class Trainer:
             num_timesteps=len(objective.schedule),
             sample_posterior=config.data.posterior == "sample",
         )
-        self._fingerprint = data.fingerprint()
-        self._stop_signal: str | None = None
-        self._window = LossWindow(processes)
+        self.fingerprint = data.fingerprint()
+        self.pictures: dict[str, Tensor] = {}
+        """What the checkpoints remember of the picture files, see :func:`.restoring.picture_stamps`."""
+        self.window = LossWindow(processes)
+        self._stop = StopSignals()
         self._replaced: set[str] = set()
+        self._saved: tuple[int, int] | None = None
+        self._weights_whole = self._gradients_whole = True
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -74,6 +89,10 @@ class Trainer:
         """Train to the last step; True if it was reached, False if the run was interrupted.
 
         ``stop_after_micro`` interrupts after so many micro-batches, as a signal would.
+
+        Raises:
+            TrainingStopped: something went wrong on the way; what was done is saved if it is worth it.
+            HyditError: the run cannot begin.
         """
         run, progress = self.config.run, self.progress
         self.metrics = Metrics(
@@ -84,40 +103,55 @@ class Trainer:
             active=self.processes.is_main,
             tensorboard=self.config.metrics.tensorboard,
         )
+        with self._stop.handled():
+            try:
+                self._train(stop_after_micro)
+                finished = progress.step >= run.steps
+                self._end(finished)
+            except Exception as error:
+                raise self._stopped(error) from error
+            finally:
+                self.metrics.close()
+        return finished
+
+    def _train(self, stop_after_micro: int | None) -> None:
+        run, progress = self.config.run, self.progress
         begun, before = time.monotonic(), progress.seconds
         if progress.step == 0 and progress.micro == 0:
             self._look(0)
+        elif self.processes.is_main:
+            self.saver.continued(progress)
+            self.saver.export_missing(progress)
         micro_batches = 0
-        batches = self._batches()
-        with self._signals():
-            while progress.step < run.steps and not self._interrupted():
-                stepped = self._micro_step(*next(batches))
-                progress.seconds = before + time.monotonic() - begun
-                micro_batches += 1
-                if stop_after_micro is not None and micro_batches >= stop_after_micro:
-                    self._stop_signal = self._stop_signal or f"{stop_after_micro} micro-batches done"
-                if stepped:
-                    self._after_step()
-        batches.close()  # ends the data workers
-        finished = progress.step >= run.steps
-        if not finished:
+        with contextlib.closing(self._batches()) as batches:  # closing ends the data workers
+            while progress.step < run.steps and (ready := self._ready(batches)):
+                for batch, draws in ready:
+                    stepped = self._micro_step(batch, draws)
+                    progress.seconds = before + time.monotonic() - begun
+                    micro_batches += 1
+                    if stop_after_micro is not None and micro_batches >= stop_after_micro:
+                        self._stop.ask(f"{stop_after_micro} micro-batches done")
+                    if stepped:
+                        self._after_step()
+
+    def _end(self, finished: bool) -> None:
+        """The last checkpoint and export, of a finished run or of an interrupted one."""
+        progress = self.progress
+        if (progress.step, progress.micro) != self._saved:
             self.save()
+        if not finished:
             self.metrics.note(
-                f"stopped ({self._stop_signal}) at step {progress.step}"
+                f"stopped ({self._stop.name}) at step {progress.step}"
                 + (f", micro-batch {progress.micro}" if progress.micro else "")
                 + f"; everything is saved. Continue with --resume {self.folder}"
             )
-        self.metrics.close()
-        return finished
 
     def _batches(self) -> Generator[tuple[Batch, Draws], None, None]:
         """Every micro-batch with its draws, made in a thread while the one before is trained on."""
         run, progress = self.config.run, self.progress
         start, end = progress.step * run.grad_accumulation + progress.micro, run.steps * run.grad_accumulation
         batches = self.data.loader(start, end)
-        # The first batch starts the data workers. They inherit the mask: Ctrl-C and a job scheduler's
-        # SIGTERM reach every process of the group, but only this one decides when to stop.
-        with _signals_blocked():
+        with starting_workers():
             first = next(batches)
         with ThreadPoolExecutor(1) as thread:
             ahead = thread.submit(self._with_draws, start, first)
@@ -136,32 +170,87 @@ class Trainer:
         places = (batch.positions + micro * self.global_batch).tolist()
         return batch, self.draws(step, places, self.objective.latent_shape(batch))
 
-    def _interrupted(self) -> bool:
+    def _ready(self, batches: Iterator[tuple[Batch, Draws]]) -> list[tuple[Batch, Draws]]:
+        """What comes next: a micro-batch, of several processes all those of a step; nothing to stop.
+
+        Processes must agree, and must not wait for each other inside an accumulation.
+        """
         if self.processes.world == 1:
-            return self._stop_signal is not None
-        # Processes must agree, and must not wait for each other inside an accumulation.
-        if self.progress.micro:
-            return False
-        return self.processes.any(self._stop_signal is not None)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a clean stop; a second SIGINT stops at once."""
-
-        def handle(number: int, frame: Any) -> None:
-            if self._stop_signal and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop_signal = signal.Signals(number).name
-
+            return [] if self._stop.name else [next(batches)]
+        ahead: list[tuple[Batch, Draws]] = []
+        cause = ""
         try:
-            old = {s: signal.signal(s, handle) for s in _STOP_SIGNALS}
-        except ValueError:  # not in the main thread
-            old = {}
+            ahead = list(islice(batches, self.config.run.grad_accumulation - self.progress.micro))
+        except Exception as error:  # the others are to know of it
+            cause = cause_of(error)
+        if self.processes.any(bool(cause or self._stop.name)):
+            causes = self.processes.gather([f"process {self.processes.rank}: {cause}"] if cause else [])
+            if causes:
+                raise SeenByAll("; ".join(causes))
+            return []
+        return ahead
+
+    # -- what goes wrong -------------------------------------------------------------------------
+
+    def _stopped(self, error: Exception) -> TrainingStopped:
+        """Save what is worth it; the error that says what happened and how to go on."""
+        cause = cause_of(error)
+        if not isinstance(error, HyditError):
+            cause += self._keep_traceback(error)
+        forget_frames(error)
+        if not isinstance(error, SeenByAll):
+            self.processes.fail(cause)
+        if not self._gradients_whole or self.processes.world > 1:
+            self._begin_step_again()
+        told = self._save_after(error, cause) if self.processes.is_main else "Process 0 tells what is saved"
+        if isinstance(error, SeenByAll):
+            with contextlib.suppress(HyditError):
+                self.processes.barrier()  # a launcher ends them all when the first one ends
+        return TrainingStopped(f"{cause.rstrip('.')}. {told}")
+
+    def _save_after(self, error: Exception, cause: str) -> str:
+        """What is saved, in words, after saving it."""
+        progress = self.progress
+        done = f"step {progress.step}" + (f", micro-batch {progress.micro}" if progress.micro else "")
+        resume = f"Continue with --resume {self.folder}"
+        if isinstance(error, Diverged):
+            good = self.saver.good_checkpoint(progress)
+            if good is None:
+                return (
+                    "There is no good checkpoint to go on from: begin anew in another run.output_dir, "
+                    "with a lower optimizer.lr or precision fp32"
+                )
+            return (
+                "Lower optimizer.lr, or use precision fp32, and go on from the last good checkpoint: "
+                f"--resume {good}"
+            )
+        if not self._weights_whole:
+            return f"It happened inside the update after {done}, so the last checkpoint counts. {resume}"
+        if isinstance(error, NotWritten):
+            return f"Stopped at {done}, which is not saved: the checkpoint before it counts. {resume}"
         try:
-            yield
-        finally:
-            for number, previous in old.items():
-                signal.signal(number, previous)
+            self._write()
+        except Exception as second:
+            what = "the export is not saved" if self.saver.has(progress) else "it is not saved"
+            why = cause_of(second)
+            return f"Stopped at {done}; {what}{'' if why in cause else f' ({why})'}. {resume}"
+        return f"Stopped at {done}; everything is saved. {resume}"
+
+    def _begin_step_again(self) -> None:
+        """Forget the gradients of half a step."""
+        self.window.forget(self.progress.micro)
+        self.progress.micro = 0
+        for parameter in self.trained.values():
+            parameter.grad = None
+
+    def _keep_traceback(self, error: Exception) -> str:
+        """Where the details of an error that nobody foresaw are, for the report of a bug."""
+        path = self.folder / ERROR_FILE
+        try:
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        except OSError:
+            return ""
+        return f" (details in {path})"
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -169,6 +258,7 @@ class Trainer:
         """Forward and backward of one micro-batch; True when it completed an optimizer step."""
         run, progress = self.config.run, self.progress
         step, micro = progress.step, progress.micro
+        self._gradients_whole = False
         last = micro + 1 == run.grad_accumulation
         inputs = self.objective.inputs(batch, draws)
         # Whatever draws from the global generator (a layer with dropout, say) is a function of the place too.
@@ -179,9 +269,10 @@ class Trainer:
             weights = batch.weights.to(terms.loss, non_blocking=True)
             terms = terms._replace(loss=terms.loss * weights)
             (terms.loss.mean() / run.grad_accumulation).backward()
-        self._window.add(terms, batch)
+        self.window.add(terms, batch)
         self._replaced.update(batch.skipped)
         progress.micro += 1
+        self._gradients_whole = True
         if last:
             self._update()
         return last
@@ -193,10 +284,13 @@ class Trainer:
     def _update(self) -> None:
         """Clip, check, update, average; then the gradients start afresh."""
         run, progress = self.config.run, self.progress
+        self._gradients_whole = False
         factor = learning_rate_factor(progress.step, run.steps, self.config.schedule)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), run.clip_norm or math.inf)
         value = float(norm)
+        loss = self.window.step_loss(run.grad_accumulation)
         if math.isfinite(value):
+            self._weights_whole = False
             self.optimizer.step(factor)
             progress.bad_in_a_row = 0
             if self.ema is not None:
@@ -205,15 +299,17 @@ class Trainer:
             self._skip(value)
         for parameter in self.trained.values():
             parameter.grad = None
-        self._window.close_step(value, factor * self.config.optimizer.lr)
+        self.window.close_step(value, factor * self.config.optimizer.lr)
         progress.step += 1
         progress.micro = 0
+        self._weights_whole = self._gradients_whole = True
+        self.health.observe(loss, value)
 
     def _skip(self, norm: float) -> None:
         progress, step = self.progress, self.progress.step + 1
         progress.skipped += 1
         progress.bad_in_a_row += 1
-        culprits = self._window.culprits()
+        culprits = self.window.culprits()
         text = (
             f"step {step}: not finite (gradient norm {norm}), update left out "
             f"({progress.bad_in_a_row} in a row); batch: {', '.join(culprits)}"
@@ -221,25 +317,25 @@ class Trainer:
         self.metrics.note(text)
         self.metrics.record(step, {"skipped": progress.skipped, "keys": culprits})
         if progress.bad_in_a_row >= self.config.run.max_bad_steps:
-            raise HyditError(
-                f"{text}. Stopped: run.max_bad_steps = {self.config.run.max_bad_steps}. "
-                "Lower optimizer.lr, or use precision fp32, and resume from the last checkpoint"
-            )
+            raise Diverged(f"{text}; run.max_bad_steps = {self.config.run.max_bad_steps}")
 
     # -- between steps -----------------------------------------------------------------------------
 
     def _after_step(self) -> None:
         config, step = self.config, self.progress.step
         final = step == config.run.steps
+        if self.processes.is_main and not self.health.trouble:
+            self.saver.went_well(self.progress)
         self.metrics.advance()
         if step % config.metrics.every == 0 or final or step == 1:
             self._log(step)
-        self._look(step)
-        if step % config.checkpoint.every == 0 or final:
-            self.save()
+        best = self._look(step)
+        kept = is_numbered(self.progress, config.checkpoint.keep_every)
+        if step % config.checkpoint.every == 0 or kept or best or final:
+            self.save(best=best)
 
     def _log(self, step: int) -> None:
-        values = self._window.flush()
+        values = self.window.flush()
         if self.progress.skipped:
             values["skipped"] = self.progress.skipped
         seconds = self.progress.seconds
@@ -263,9 +359,10 @@ class Trainer:
                 f"new: {', '.join(new[:5])}{more}"
             )
 
-    def _look(self, step: int) -> None:
-        """Validation and sample pictures, where they are due at ``step``."""
+    def _look(self, step: int) -> bool:
+        """Validation and sample pictures, where they are due; True if it is the best validation so far."""
         config, final = self.config, step == self.config.run.steps
+        best = False
         every = config.validation.every
         if every and (step % every == 0 or final):
             values = self._validate()
@@ -274,6 +371,7 @@ class Trainer:
                     averaged = self._validate()
                 values.update({f"{name}_ema": value for name, value in averaged.items()})
             if values:
+                best = self._is_best(step, values)
                 self.metrics.record(step, values)
                 self.metrics.note(
                     f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
@@ -292,6 +390,17 @@ class Trainer:
                     )
                 self.metrics.note(f"step {step}: pictures in {path}")
             self.processes.barrier()
+        return best
+
+    def _is_best(self, step: int, values: dict[str, float]) -> bool:
+        """Whether what would be exported now has the lowest validation loss so far (``keep_best``)."""
+        loss = values.get("val_loss_ema", values["val_loss"])
+        if not self.config.checkpoint.keep_best or step == 0 or not math.isfinite(loss):
+            return False
+        if self.progress.best and loss >= self.progress.best["val_loss"]:
+            return False
+        self.progress.best = {"step": step, "val_loss": loss}
+        return True
 
     def _validate(self) -> dict[str, float]:
         drawn = self.draws.sample_posterior
@@ -302,125 +411,48 @@ class Trainer:
 
     # -- checkpoints -------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """A checkpoint and, at the end of a step, the exported model."""
+    def save(self, *, best: bool = False) -> None:
+        """A checkpoint and the exported model, written by the first process while the others wait."""
+        if self.processes.is_main:
+            self._write(best=best)
+        self.processes.barrier()
+        self._saved = (self.progress.step, self.progress.micro)
+
+    def _write(self, *, best: bool = False) -> None:
+        progress = self.progress
+        self.saver.save(self._state())
+        final = progress.step >= self.config.run.steps
+        if not self.health.trouble:
+            self.saver.export(progress, best=best)
+            if final:
+                self.saver.went_well(progress)
+            return
+        good = self.saver.good_checkpoint(progress)
+        whole = f"the last good checkpoint is {good}" if good else "no checkpoint so far is a good one"
+        self.metrics.note(
+            f"warning: step {progress.step}: {self.health.trouble}: training has probably diverged; {whole}"
+            + ("" if final else "; nothing is exported until it recovers")
+        )
+        if final:
+            self.saver.export(progress)
+
+    def _state(self) -> Checkpoint:
         progress = self.progress
         gradients: dict[str, Tensor] = {}
         if progress.micro:
             # Of one process only: several are never interrupted inside an accumulation.
             gradients = {n: p.grad for n, p in self.trained.items() if p.grad is not None}
-        progress.window = self._window.state()
+        progress.window = self.window.state()
         progress.batch = [self.global_batch, self.config.run.grad_accumulation]
-        progress.data = self._fingerprint
-        if self.processes.is_main:
-            tensors: dict[str, dict[str, Tensor]] = {
-                "weights": {name: p.detach() for name, p in self.objective.parameters().items()},
-                "optimizer": self.optimizer.state(),
-                "gradients": gradients,
-            }
-            if self.ema is not None:
-                tensors["ema"] = self.ema.average
-                progress.ema_updates = self.ema.updates
-            content = Checkpoint(progress, self.config.model_dump(mode="json"), tensors)
-            keep = self.config.checkpoint.keep_last
-            checkpoints.save(self.folder / "checkpoints", content, keep_last=keep)
-            self._export()
-        self.processes.barrier()
-
-    def _export(self) -> None:
-        settings = self.config.checkpoint
-        extra = {
-            "hydit.training": f"step {self.progress.step} of {self.config.run.steps}, "
-            f"batch {self.draws.step_size}, seed {self.config.run.seed}",
-            **settings.metadata,
+        progress.data = self.fingerprint
+        progress.health = asdict(self.health)
+        tensors: dict[str, dict[str, Tensor]] = {
+            "weights": {name: p.detach() for name, p in self.objective.parameters().items()},
+            "optimizer": self.optimizer.state(),
+            "gradients": gradients,
+            "pictures": self.pictures,
         }
-        with self._averaged():
-            self.objective.export(
-                self.folder / self.objective.export_name,
-                dtype=DTYPES[settings.export_dtype],
-                all_in_one=settings.export_all_in_one,
-                extra=extra,
-            )
-
-    def restore(self, found: Checkpoint) -> list[str]:
-        """Continue from a checkpoint; returns what differs in the configuration, for a note to the user.
-
-        Raises :class:`ConfigError` if the checkpoint does not belong to such a model.
-        """
-        where, start = found.path or "the checkpoint", self.objective.start_key
-        optimizer = self.config.optimizer.name
-        before = found.config.get("optimizer", {}).get("name", optimizer)
-        if before != optimizer:
-            raise ConfigError(
-                f"{where}: was trained with optimizer.name = {before!r}, the configuration says "
-                f"{optimizer!r}; keep it, or start a new run from the weights by {start}"
-            )
-        try:
-            self.objective.check_resumable(found.config)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        _copy_into(self.objective.parameters(), found.tensors.get("weights", {}), f"{where}: weights", start)
-        self.optimizer.load(found.tensors.get("optimizer", {}))
-        self.progress = found.progress
-        self._window.load(found.progress.window, self.processes.device)
-        if self.ema is not None and "ema" in found.tensors:
-            _copy_into(self.ema.average, found.tensors["ema"], f"{where}: ema", start)
-            self.ema.updates = found.progress.ema_updates
-        elif self.ema is not None:
-            self.ema = Ema(self.trained, self.config.ema)
-        changed = differences(found.config, self.config.model_dump(mode="json"))
-        if found.progress.data not in ("", self._fingerprint):
-            changed.append("data: other pictures, captions or batches than before, in another order")
-        if found.progress.batch != [self.global_batch, self.config.run.grad_accumulation]:
-            found.progress.micro = 0  # the step begins again: half of it belongs to another batch
-        if found.progress.micro:
-            gradients = found.tensors.get("gradients", {})
-            for name, parameter in self.trained.items():
-                if name in gradients:
-                    parameter.grad = gradients[name].to(parameter.device, copy=True)
-        return changed
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-
-def _copy_into(targets: dict[str, Any], tensors: dict[str, Tensor], where: str, start: str) -> None:
-    """Raises :class:`ConfigError`; ``start`` is the key by which a new run takes these weights."""
-    missing = sorted(set(targets) - set(tensors))
-    foreign = sorted(set(tensors) - set(targets))
-    if missing or foreign:
-        names = ", ".join((missing or foreign)[:3])
-        raise ConfigError(
-            f"{where} do not fit this configuration: {len(missing)} missing, {len(foreign)} unknown "
-            f"({names}); to start a new run from these weights use {start}"
-        )
-    with torch.no_grad():
-        for name, target in targets.items():
-            if target.shape != tensors[name].shape:
-                raise ConfigError(
-                    f"{where}: {name} has shape {tuple(tensors[name].shape)}, "
-                    f"the configuration asks for {tuple(target.shape)}"
-                )
-            target.copy_(tensors[name])
-
-
-Note = Callable[[str], None]
-
-
-def find_checkpoint(where: Path, warn: Note) -> Checkpoint | None:
-    """The newest valid checkpoint of a run's folder, or the one in ``where`` itself.
-
-    None if there is none. Raises :class:`HyditError` if there are only damaged ones.
-    """
-    if (where / "manifest.json").exists():
-        return checkpoints.load(where)
-    return checkpoints.load_latest(where / "checkpoints", warn)
+        if self.ema is not None:
+            tensors["ema"] = self.ema.average
+            progress.ema_updates = self.ema.updates
+        return Checkpoint(progress, self.config.model_dump(mode="json"), tensors)

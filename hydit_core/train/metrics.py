@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,9 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Batch
-from ..errors import DataError
+from ..errors import DataError, HyditError
 from ..untrusted import parse_json
 from .distributed import Processes
+from .stopping import silence_stderr
 
 FILE = "metrics.jsonl"
 
@@ -43,11 +45,14 @@ class Metrics:
         self._board: Any = None
         if not active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILE
+        path = self._path = folder / FILE
         last = start if resumed else -1
-        _truncate(path, last)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _truncate(path, last)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(path, error) from error
         if tensorboard:
             self._board = _summary_writer(folder / "tensorboard", last)
         self._bar = tqdm(
@@ -63,7 +68,11 @@ class Metrics:
     def advance(self) -> None:
         """One more step on the bar."""
         if self.active:
-            self._bar.update()
+            try:
+                self._bar.update()
+            except OSError:  # the terminal is gone
+                self._bar.disable = True
+                silence_stderr()
 
     def record(self, step: int, values: dict[str, Any], *, show: dict[str, str] | None = None) -> None:
         """Append ``{"step": step, **values}``; ``show`` goes to the progress bar."""
@@ -71,26 +80,36 @@ class Metrics:
             return
         # JSON has no NaN: what is not finite is null, so that every reader can read the file.
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **plain}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+        try:
+            self._file.write(json.dumps({"step": step, **plain}) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._board.add_scalar(name, value, step)
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
         if show:
             self._bar.set_postfix(show, refresh=False)
 
     def note(self, text: str) -> None:
         """A line for the reader of the terminal, above the bar."""
-        if self.active:
+        if not self.active:
+            return
+        try:
             self._bar.write(text, file=sys.stderr)
+        except OSError:  # the terminal is gone
+            self._bar.disable = True
+            silence_stderr()
 
     def close(self) -> None:
-        if self.active:
-            self._bar.close()
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
+        """End the bar and the files; what a full disk did not take has been told of by :meth:`record`."""
+        if not self.active:
+            return
+        for part in (self._bar, self._file, self._board):
+            if part is not None:
+                with contextlib.suppress(OSError):
+                    part.close()
 
 
 def _summary_writer(folder: Path, last: int) -> Any:
@@ -101,14 +120,20 @@ def _summary_writer(folder: Path, last: int) -> Any:
     return SummaryWriter(str(folder), purge_step=last + 1)
 
 
+def _unwritable(path: Path, error: OSError) -> HyditError:
+    return HyditError(f"{path}: cannot be written: {error.strerror or error}")
+
+
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a metrics file; a last line that was cut by a crash is left out."""
-    with path.open(encoding="utf-8") as file:
+    """Records of a metrics file; lines that are none (a crash cut the last one) are left out."""
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                yield parse_json(line, str(path), error=DataError)
+                record = parse_json(line, str(path), error=DataError)
             except DataError:
                 continue
+            if isinstance(record.get("step"), int):
+                yield record
 
 
 def _truncate(path: Path, step: int) -> None:
@@ -116,8 +141,12 @@ def _truncate(path: Path, step: int) -> None:
         return
     kept = [record for record in read(path) if record["step"] <= step]
     temporary = path.with_suffix(".writing")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class LossWindow:
@@ -140,6 +169,15 @@ class LossWindow:
         self._lr = lr
         self._step.clear()
 
+    def step_loss(self, micro_batches: int) -> float:
+        """Mean loss of the last so many micro-batches, of this process."""
+        return float(torch.stack(self._terms[-micro_batches:])[:, 0].mean())
+
+    def forget(self, micro_batches: int) -> None:
+        """Take back the last micro-batches: their step begins again."""
+        del self._terms[len(self._terms) - micro_batches :]
+        self._step.clear()
+
     def culprits(self) -> list[str]:
         """Keys of this step's samples, on all processes, whose loss is not finite; if there is none, all."""
         everyone = [key for _, keys in self._step for key in keys]
@@ -153,11 +191,12 @@ class LossWindow:
 
     def state(self) -> dict[str, Any]:
         """For the progress record, so that an interruption leaves no trace in the next record."""
-        return {"terms": [term.tolist() for term in self._terms], "norms": list(self._norms)}
+        terms = [[_plain(value) for value in term.tolist()] for term in self._terms]
+        return {"terms": terms, "norms": [_plain(norm) for norm in self._norms]}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
-        self._terms = [torch.tensor(term, device=device) for term in state["terms"]]
-        self._norms = list(state["norms"])
+        self._terms = [torch.tensor([float(v) for v in term], device=device) for term in state["terms"]]
+        self._norms = [float(norm) for norm in state["norms"]]
 
     def flush(self) -> dict[str, Any]:
         """Means since the last call, over all processes."""
@@ -169,3 +208,8 @@ class LossWindow:
         names = ("loss", "mse", "vlb")
         values: dict[str, Any] = {name: round(v, 6) for name, v in zip(names, means.tolist(), strict=True)}
         return {**values, "grad_norm": round(norm, 4), "lr": self._lr}
+
+
+def _plain(value: float) -> float | str:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else str(value)
