@@ -170,13 +170,14 @@ class CastSource(TensorSource):
 
     def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         wanted = self._dtypes.get(key)
-        stored = self._source.get(key)
-        made = cast(stored, wanted)
-        if wanted == torch.float16 and torch.isinf(made).any() and torch.isfinite(stored).all():
-            raise WeightsError(
-                f"{self.path}: {key} has values up to {stored.abs().max().item():.4g}, which float16 cannot "
-                "hold (65504 at most); use bf16 or fp32"
-            )
+        made = self._source.get(key, wanted)  # a source that computes rounds once, to what is asked for
+        if wanted == torch.float16 and torch.isinf(made).any():
+            stored = self._source.get(key)
+            if torch.isfinite(stored).all():
+                raise WeightsError(
+                    f"{self.path}: {key} has values up to {stored.abs().max().item():.4g}, which float16 "
+                    "cannot hold (65504 at most); use bf16 or fp32"
+                )
         return cast(made, dtype)
 
     def release(self, key: str) -> None:

@@ -437,3 +437,63 @@ def test_generate_says_what_is_wrong_with_a_lora(draw, tiny_model_file: Path, tm
     code, said, path = draw("--lora", tmp_path / "odd.safetensors")
     assert code == 2 and "2 of its 6 modules for the DiT are not in" in said and not path.exists()
     assert draw("--lora", tmp_path / "odd.safetensors", "--partial")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, torch.Tensor]]:
+    """A base in fp32, a LoRA for some of it, and the base's tensors."""
+    folder = tmp_path_factory.mktemp("small")
+    state = randomize(DiT(TINY), 1).state_dict()
+    save_checkpoint(folder / "base.safetensors", dit=state, info=ModelInfo.published("v1.2"))
+    save_file(
+        low_rank({"blocks.0.mlp.fc1": (TINY.mlp_hidden, TINY.hidden_size)}), folder / "lora.safetensors"
+    )
+    return folder / "base.safetensors", folder / "lora.safetensors", state
+
+
+@pytest.mark.parametrize(
+    "key", ["blocks.0.mlp.fc1.weight", "blocks.3.mlp.fc2.weight", "blocks.0.mlp.fc1.bias"]
+)
+@pytest.mark.parametrize("layout", ["tencent", "comfy"])
+def test_a_merge_into_fp16_makes_no_infinities(
+    small, key: str, layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither in what the LoRA changes nor in the rest of the base."""
+    _, lora, state = small
+    large = {name: value.clone() for name, value in state.items()}
+    large[key].view(-1)[5] = -70000.0
+    base, out = tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    save_checkpoint(base, dit=large, info=ModelInfo.published("v1.2"))
+    given = ("merge", base, lora, "-o", out, "--layout", layout, "--dtype")
+    assert lora_cli(*given, "fp16") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and key in said and "fp16" in said
+    assert not out.exists() and lora_cli(*given, "bf16") == 0
+
+
+@pytest.mark.parametrize("suffix", [".scale_weight", ".weight_scale"])
+def test_quantised_checkpoints_are_refused_by_name(
+    small, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their numbers mean nothing without the scales beside them: nothing is merged, extracted, converted."""
+    base, lora, state = small
+    quantised, out = tmp_path / "fp8.safetensors", tmp_path / "out.safetensors"
+    tensors = {}
+    for key, value in state.items():
+        tensors[key] = value
+        if key.startswith("blocks.") and key.endswith(".weight") and value.dim() == 2:
+            scale = value.abs().max() / 448
+            tensors[key] = (value / scale).to(torch.float8_e4m3fn)
+            tensors[key.removesuffix(".weight") + suffix] = scale.reshape(())
+    save_file(tensors, quantised)
+    for command in (
+        ["merge", quantised, lora, "-o", out],
+        ["merge", quantised, lora, "-o", out, "--layout", "comfy", "--dtype", "fp16"],
+        ["extract", quantised, base, "--rank", "2", "-o", out],
+        ["extract", base, quantised, "--rank", "2", "-o", out],
+        ["inspect", lora, "--base", quantised],
+    ):
+        assert lora_cli(*command) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("error: ") and "fp8.safetensors: it is quantised" in said
+        assert not out.exists()
