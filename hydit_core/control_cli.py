@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from .data.control_images import CANNY_THRESHOLDS, canny, load_control
 from .data.images import Geometry, load_picture
 from .errors import ConfigError
 from .model.layer_weights import CURVES, LayerWeights, read_each, split_weight
-from .weights.writer import atomic_path
+from .new_files import write_new
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -151,10 +152,13 @@ def files(args: argparse.Namespace) -> list[Path]:
 def _write(picture: Image.Image, folder: Path, stem: str) -> Path:
     """Write a control picture under a name that no other one has; all pictures of a run share it."""
     content = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    # A name may have 255 bytes, on encrypted file systems 143.
+    stem = stem.encode()[:100].decode(errors="ignore")
     path = folder / f"{stem}-control-{content[:8]}.png"
     if not path.exists():
-        with atomic_path(path) as temporary:
-            picture.save(temporary, format="PNG")
+        file = io.BytesIO()
+        picture.save(file, format="PNG")
+        path = write_new(path, file.getvalue(), keep_same=True)
         print(f"control picture: {path}", file=sys.stderr)
     return path
 

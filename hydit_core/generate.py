@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -22,11 +23,13 @@ from .devices import DTYPES
 from .diffusion.samplers import SAMPLERS
 from .diffusion.schedule import SPACINGS
 from .errors import ConfigError, cli_main
+from .new_files import check_name, write_new
 from .pipeline import Picture, Pipeline, load
 from .png import png_info
 from .presets import PRESETS, check_seed
 from .redraw import redraw
-from .weights.writer import atomic_path
+from .untrusted import read_text
+from .weights.output import check_free
 
 VERSIONS = ("v1.0", "v1.1", "v1.2")
 _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -86,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("outputs"), help="folder, or a .png (default: outputs)"
     )
     parser.add_argument(
+        "--overwrite", action="store_true", help="replace the .png that --out names, and its .txt"
+    )
+    parser.add_argument(
         "--captions",
         action="store_true",
         help="also write each picture's prompt beside it, as .txt: pictures to train with",
@@ -110,7 +116,7 @@ def _run(args: argparse.Namespace) -> None:
     lora_cli.check(args)
     control_cli.check(args)
     init = None if args.init_image is None else load_picture(args.init_image)
-    names = _output_names(args.out, len(prompts) * args.batch)
+    names = _output_names(args, len(prompts) * args.batch)
     rank, mine = _share(len(prompts))
     if not mine:
         return
@@ -163,11 +169,11 @@ def _run(args: argparse.Namespace) -> None:
                 facts, **_places(args), loras=lora_cli.files(args), controlnets=control_cli.files(args)
             )
             info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
-            with atomic_path(path) as temporary:
-                picture.image.save(temporary, format="PNG", pnginfo=info)
-            if args.captions:
-                with atomic_path(path.with_suffix(".txt")) as temporary:
-                    temporary.write_text(picture.prompt + "\n", encoding="utf-8")
+            file = io.BytesIO()
+            picture.image.save(file, format="PNG", pnginfo=info)
+            beside = {".txt": f"{picture.prompt}\n".encode()} if args.captions else {}
+            overwrite = args.overwrite and names.stem is not None
+            path = write_new(path, file.getvalue(), beside, overwrite=overwrite)
             bar.clear()
             print(path, flush=True)
 
@@ -175,10 +181,7 @@ def _run(args: argparse.Namespace) -> None:
 def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts is not None:
-        try:
-            lines = args.prompts.read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts {args.prompts}: cannot be read as UTF-8 text: {error}") from error
+        lines = read_text(args.prompts, error=ConfigError).splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with a prompt a line")
@@ -259,22 +262,21 @@ class _Names:
     def path(self, number: int, index: int, picture: Picture) -> Path:
         """For picture ``number`` of the run, of prompt ``index``, both counting from 0."""
         if self.stem is not None:
-            return self.folder / (f"{self.stem}.png" if self.count == 1 else f"{self.stem}-{number + 1}.png")
+            return self._named(number)
         words = re.sub(r"\W+", "-", picture.prompt).strip("-")[:40].strip("-")
-        return _unused(self.folder / f"{index + 1:03d}-{words}-{picture.seed}.png")
+        return self.folder / f"{index + 1:03d}-{words}-{picture.seed}.png"
+
+    def named(self) -> list[Path]:
+        """The pictures whose names are known before drawing."""
+        return [self._named(number) for number in range(self.count)] if self.stem is not None else []
+
+    def _named(self, number: int) -> Path:
+        return self.folder / (f"{self.stem}.png" if self.count == 1 else f"{self.stem}-{number + 1}.png")
 
 
-def _unused(path: Path) -> Path:
-    """``path``, or with a number behind it when it exists: a picture is never written over unasked."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate = path.with_name(f"{path.stem}-{number}.png")
-        number += 1
-    return candidate
-
-
-def _output_names(out: Path, count: int) -> _Names:
+def _output_names(args: argparse.Namespace, count: int) -> _Names:
     """Check, before anything is loaded, that pictures can be written to ``--out``."""
+    out = args.out
     suffix = out.suffix.lower()
     if suffix in _FOREIGN:
         raise ConfigError(f"--out {out}: pictures are written as PNG; end the name in .png, or name a folder")
@@ -285,9 +287,15 @@ def _output_names(out: Path, count: int) -> _Names:
             pass
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot write there: {error.strerror or error}") from error
-    if stem is not None and out.is_dir():
+    if stem is not None and os.path.isdir(out):
         raise ConfigError(f"--out {out}: is a folder")
-    return _Names(folder, stem, count)
+    names = _Names(folder, stem, count)
+    inputs = [path for path in (args.init_image, args.prompts, *args.control_image) if path is not None]
+    for picture in names.named():
+        for path in (picture, picture.with_suffix(".txt")) if args.captions else (picture,):
+            check_name(path)
+            check_free(path, inputs, overwrite=args.overwrite)
+    return names
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ..control import ControlInput
+from ..new_files import write_new
 from ..pipeline import Pipeline
 from ..presets import choose_settings
 from ..text import TextFeatures
@@ -79,10 +81,10 @@ def draw_samples(
             net.train(mode)
         for net, home in zip(borrowed, homes, strict=True):
             net.to(home)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:08d}.png"
-    contact_sheet(images).save(path)
-    return path
+    file = io.BytesIO()
+    contact_sheet(images).save(file, format="PNG")
+    # A run that goes on from an earlier checkpoint comes to the same step again.
+    return write_new(folder / f"step_{step:08d}.png", file.getvalue(), keep_same=True)
 
 
 def contact_sheet(images: list[Image.Image], columns: int | None = None) -> Image.Image:

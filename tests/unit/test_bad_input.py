@@ -124,7 +124,7 @@ def test_a_dit_alone_needs_its_companions(attempt, tiny_model_file, tmp_path):
         (("--strength", "0.5"), "error: --strength needs --init-image\n"),
         (("--device", "warp"), "error: device 'warp' cannot be used here"),
         (("--init-image", "absent.png"), "error: cannot read picture absent.png: no such file\n"),
-        (("--prompts", "absent.txt"), "error: --prompts absent.txt: cannot be read as UTF-8 text: "),
+        (("--prompts", "absent.txt"), "error: cannot read absent.txt: No such file or directory\n"),
         (("--out", "picture.jpg"), "error: --out picture.jpg: pictures are written as PNG"),
     ],
 )

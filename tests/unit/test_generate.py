@@ -69,9 +69,58 @@ def test_out_may_name_the_file(generate, tmp_path):
     _, paths, _ = generate("--prompt", "cat", "dog", "--steps", 1, "--out", "new/one.png")
     assert paths == [Path("new/one-1.png"), Path("new/one-2.png")]
     assert all(path.is_file() for path in paths)
-    before = paths[0].read_bytes()  # a file that is named is replaced
-    generate("--prompt", "tree", "--steps", 1, "--out", paths[0])
-    assert paths[0].read_bytes() != before
+
+
+def test_a_file_that_is_named_is_replaced_when_asked(generate, tmp_path):
+    (tmp_path / "x-2.png").write_bytes(b"mine")
+    (tmp_path / "y.txt").write_bytes(b"mine")
+    more = ["--prompt", "tree", "--steps", 1]
+    for options, name in (
+        (["--out", "x.png", "--batch", 2], "x-2.png"),
+        (["--out", "x-2.png"], "x-2.png"),
+        (["--out", "y.png", "--captions"], "y.txt"),
+    ):
+        code, paths, err = generate(*more, *options, model="absent.safetensors")  # before anything is loaded
+        assert (code, paths) == (2, []) and f"error: {name} exists; choose another name" in err
+        assert (tmp_path / name).read_bytes() == b"mine"
+    _, paths, _ = generate(*more, "--out", "x.png", "--batch", 2, "--overwrite")
+    assert paths == [Path("x-1.png"), Path("x-2.png")]
+    assert (tmp_path / "x-2.png").read_bytes() != b"mine"
+    assert generate(*more, "--out", "y.png", "--captions", "--overwrite")[0] == 0
+    assert (tmp_path / "y.txt").read_text() == "tree\n"
+    assert generate(*more, "--out", "y.png")[0] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-1.png", "x-2.png", "y.png", "y.txt"]
+
+
+def test_an_input_is_never_replaced(generate, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "start.png")
+    (tmp_path / "list.txt").write_text("cat")
+    for options, name in (
+        (["--prompt", "cat", "--init-image", "start.png", "--out", "./start.png"], "start.png"),
+        (["--prompts", "list.txt", "--captions", "--out", "list.png"], "list.txt"),
+    ):
+        before = (tmp_path / name).read_bytes()
+        code, _, err = generate(*options, "--overwrite", model="absent.safetensors")
+        assert code == 2 and f"{name} is " in err and (tmp_path / name).read_bytes() == before
+
+
+def test_captions_are_not_written_over(generate, tmp_path):
+    """A picture whose caption someone has edited and whose name is free again."""
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "001-cat-0.txt").write_text("mine")
+    _, paths, _ = generate("--prompt", "cat", "--steps", 1, "--captions")
+    assert paths == [Path("outputs/001-cat-0-2.png")]
+    assert paths[0].with_suffix(".txt").read_text() == "cat\n"
+    assert (tmp_path / "outputs" / "001-cat-0.txt").read_text() == "mine"
+
+
+def test_names_that_are_too_long_are_told_before_anything_is_loaded(generate, tmp_path):
+    code, _, err = generate("--prompt", "cat", "--out", "n" * 252 + ".png", model="absent.safetensors")
+    assert code == 2 and "File name too long" in err
+    code, paths, _ = generate("--prompt", "cat", "--steps", 1, "--out", "n" * 251 + ".png")
+    assert code == 0 and paths[0].is_file()
+    _, paths, _ = generate("--prompt", "图" * 200, "--steps", 1)
+    assert paths[0].is_file()
 
 
 def test_seeds_use_all_64_bits(generate):

@@ -116,6 +116,14 @@ def test_lines_on_nothing_are_lines_on_black(draw, folder: Path) -> None:
     assert not edges.any()
 
 
+def test_a_control_picture_with_a_very_long_name(draw, folder: Path) -> None:
+    name = "图" * 83 + ".png"
+    (folder / name).write_bytes((folder / "hint.png").read_bytes())
+    code, err, path = draw("--controlnet", "@net.safetensors", "--control-image", f"@{name}")
+    assert code == 0, err
+    assert path.with_name(read_parameters(path)["controls"][0]["picture"]).is_file()
+
+
 def test_a_run_writes_its_control_picture_once(draw) -> None:
     options = ["--controlnet", "@net.safetensors", "--control-image", "@hint.png", "--batch", "2"]
     _, said, path = draw(*options)

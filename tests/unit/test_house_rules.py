@@ -18,6 +18,7 @@ LAYERS = {
     "devices": 1,
     "embedded": 1,
     "finite": 1,
+    "new_files": 1,
     "untrusted": 1,
     "presets": 2,
     "png": 2,
