@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .section import MAX_SIDE, PlainPath, Section
+from .section import MAX_SIDE, MIN_SIDE, PlainPath, Section
 
 Size = tuple[int, int]
 """A picture's (width, height) in pixels."""
@@ -29,11 +29,11 @@ def parse_size(text: str) -> Size:
 
 
 def check_size(size: Size) -> Size:
-    """Raise ValueError unless both sides are multiples of 8 from 8 to :data:`MAX_SIDE`."""
-    if any(not 0 < side <= MAX_SIDE or side % SIZE_MULTIPLE for side in size):
+    """Raise ValueError unless both sides are multiples of 8 from :data:`MIN_SIDE` to :data:`MAX_SIDE`."""
+    if any(not MIN_SIDE <= side <= MAX_SIDE or side % SIZE_MULTIPLE for side in size):
         raise ValueError(
-            f"size {size[0]}x{size[1]}: width and height must be positive multiples of {SIZE_MULTIPLE}, "
-            f"up to {MAX_SIDE}"
+            f"size {size[0]}x{size[1]}: width and height must be multiples of {SIZE_MULTIPLE}, "
+            f"from {MIN_SIDE} to {MAX_SIDE}"
         )
     return size
 

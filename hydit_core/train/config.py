@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from ..data.config import DataConfig
-from ..data.section import MAX_COUNT, MAX_SIDE, Section, leaves
+from ..data.section import MAX_COUNT, MAX_SIDE, MIN_SIDE, Section, leaves
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SPACINGS
 from ..errors import ConfigError
@@ -177,8 +177,8 @@ class SamplesSection(Section):
     guidance_rescale: float | None = Field(default=None, ge=0, le=1)
     sampler: str | None = None
     spacing: str | None = None
-    width: int | None = Field(default=None, gt=0, le=MAX_SIDE, multiple_of=8)
-    height: int | None = Field(default=None, gt=0, le=MAX_SIDE, multiple_of=8)
+    width: int | None = Field(default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)
+    height: int | None = Field(default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)
     control_images: tuple[ConfigPath, ...] = Field(
         default=(), description="controlnet: pictures that data.control makes the control pictures from"
     )

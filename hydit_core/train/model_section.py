@@ -18,10 +18,13 @@ from pydantic import (
     model_validator,
 )
 
+from .. import facts
 from ..config import DiffusionConfig, DiTConfig, ModelInfo, SamplingDefaults
 from ..data.section import Section, plain_path
 from ..errors import ConfigError
 
+_MIN_TOKENS = 4
+"""A word between the two marks that BERT puts around a text, and one to spare."""
 _MAX_DEPTH, _MAX_WIDTH = 512, 65536
 """Far beyond what is trained: a digit too many is told before memory for it is asked for."""
 
@@ -112,9 +115,10 @@ class ModelSection(Section):
         if section is None:
             return None
         for name, value in section.model_dump().items():
+            least = _MIN_TOKENS if name in ("text_len", "t5_len") else 1
             most = _MAX_DEPTH if name == "depth" else _MAX_WIDTH
-            if not isinstance(value, bool) and not 1 <= value <= most:
-                raise ValueError(f"{name} = {value}: use 1 to {most}")
+            if not isinstance(value, bool) and not least <= value <= most:
+                raise ValueError(f"{name} = {value}: use {least} to {most}")
         try:
             DiTConfig.from_dict(section.model_dump())
         except ConfigError as error:
@@ -124,9 +128,13 @@ class ModelSection(Section):
     @field_validator("info")
     @classmethod
     def _possible_info(cls, section: InfoSection) -> InfoSection:
-        """As far as this is known before the base is opened, whose other values stay."""
+        """Each value by itself: whether they go together is known when the base is opened."""
+        values = section.model_dump(exclude_unset=True)
+        tables = {name: values.pop(name) or {} for name in ("diffusion", "defaults") if name in values}
         try:
-            section.applied_to(ModelInfo.published("v1.2"))
+            facts.check("", {name: value for name, value in values.items() if value is not None})
+            for name, table in tables.items():
+                facts.check(name, table)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return section

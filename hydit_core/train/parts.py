@@ -13,7 +13,7 @@ import torch
 from ..config import DiTConfig, ModelInfo
 from ..control import check_fit
 from ..data import hash_int
-from ..errors import ConfigError
+from ..errors import ConfigError, HyditError
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..text import TextEncoders, TextFeatures, load_text_encoders
@@ -151,7 +151,9 @@ def load_text(config: TrainConfig, dit: DiTConfig, *, like_file: bool = False) -
         encoders = TextEncoders.build(
             source.bert, source.t5, vocab, spiece, dit.text_len, dit.t5_len, seed=seed
         )
-    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except HyditError:
+        raise
+    except Exception as error:  # transformers has classes of its own for what it does not like
         raise ConfigError(f"model.text_encoders: cannot be built so: {error}") from error
     return encoders.requires_grad_(trained).eval()
 

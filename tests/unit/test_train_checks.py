@@ -56,6 +56,8 @@ def refusals(config: Path, *overrides: str) -> list[str]:
         ),
         (["model.text_encoders.bert.hiden_size=32"], "unknown key; did you mean hidden_size?"),
         (["model.text_encoders.bert.num_attention_heads=3"], "model.text_encoders: cannot be built so"),
+        (["model.text_encoders.bert.hidden_size=true"], "model.text_encoders: cannot be built so"),
+        (["model.info.diffusion.num_train_timesteps=10"], "has room for 9 with 'leading' spacing"),
         (["model.text_encoders.t5.num_heads=0"], "model.text_encoders: cannot be built so"),
         (["samples.every=1", 'samples.prompts=["a"]', "samples.steps=1000"], "samples: 1000 steps"),
         (["samples.every=1", 'samples.prompts=["a"]', "model.info.defaults.width=72"], ""),
