@@ -27,6 +27,7 @@ MAX_VALUES = 1_000_000
 MAX_BYTES = 64 << 20
 MAX_TOML_BYTES = 256 << 10
 _MAX_DIGITS = 1000
+_MAX_WHOLE_DIGITS = 40
 # TOML's reader needs time that grows with the square of this number.
 _MAX_DOTS = 100
 
@@ -85,8 +86,8 @@ def parse_json(
         max_values: how many values it may hold, about.
 
     Raises:
-        error: it is no JSON, no ``kind``, or breaks a limit: depth, digits, values that are not finite or
-            beyond 64 bits, keys that stand twice, halves of surrogate pairs.
+        error: it is no JSON, no ``kind``, or breaks a limit: depth, digits, values that are not finite, keys
+            that stand twice, halves of surrogate pairs.
     """
     text = decode(text, what, error) if isinstance(text, bytes) else text.removeprefix("\ufeff")
     if (depth := _depth(text)) > MAX_DEPTH:
@@ -235,8 +236,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
-        raise _Refused(f"the number {_shown(digits)} does not fit into 64 bits")
+    # transformers writes 10**30 for "no limit".
+    if len(digits) > _MAX_WHOLE_DIGITS:
+        raise _Refused(f"the number {_shown(digits)} has {len(digits):,} digits")
     return int(digits)
 
 

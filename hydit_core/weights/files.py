@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from ..errors import WeightsError
 from ..untrusted import is_plain_name, parse_json, read_json
 from .dtypes import SAFETENSORS_DTYPES
+from .mapped import Entry, MappedSource
 from .pickles import open_pickle
-from .source import MergedSource, TensorSource, cast
+from .source import MergedSource, TensorSource
 from .views import unwrapped
 from .writer import atomic_path, save_safetensors
 
@@ -90,60 +88,21 @@ def open_tensors(path: str | os.PathLike[str], *, load_key: str | None = None) -
     return unwrapped(SafetensorsSource(path))
 
 
-class _Entry(NamedTuple):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-class SafetensorsSource(TensorSource):
-    """A mapped safetensors file. Tensors are views of the mapping (copy on write) until they are cast."""
+class SafetensorsSource(MappedSource):
+    """A mapped safetensors file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         try:
             with open(path, "rb") as file:
                 start, header = _read_header(file, path)
-                _check_names(path, header)
                 size = os.fstat(file.fileno()).st_size
-                self.metadata = _metadata(header.pop("__metadata__", None))
-                self._entries = {
-                    key: _entry(path, key, value, start, size - start) for key, value in header.items()
-                }
-                _check_ranges(path, self._entries, start, size)
-                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise WeightsError(f"cannot read {path}: {error.strerror}") from error
-        self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
-
-    def keys(self) -> list[str]:
-        return list(self._entries)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._entries[key].shape
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self._entries[key].dtype
-
-    def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        entry = self._entries[key]
-        if entry.begin == entry.end:
-            return cast(torch.empty(entry.shape, dtype=entry.dtype), dtype)
-        data = self._bytes[entry.begin : entry.end]
-        if entry.begin % entry.dtype.itemsize:
-            data = data.clone()  # older writers did not align
-        return cast(data.view(entry.dtype).view(entry.shape), dtype)
-
-    def release(self, key: str) -> None:
-        """Give the tensor's pages back, those it shares with no other; a later use reads them again."""
-        entry, page = self._entries[key], mmap.PAGESIZE
-        begin, end = -(-entry.begin // page) * page, entry.end // page * page
-        if begin < end and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            self._mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._entries
+        _check_names(path, header)
+        metadata = _metadata(header.pop("__metadata__", None))
+        entries = {key: _entry(path, key, value, start, size - start) for key, value in header.items()}
+        _check_ranges(path, entries, start, size)
+        super().__init__(path, entries, metadata)
 
 
 def _read_header(file: Any, path: Path) -> tuple[int, dict[str, Any]]:
@@ -175,7 +134,7 @@ def _metadata(value: Any) -> dict[str, str]:
     return {str(key): str(text) for key, text in value.items()} if isinstance(value, dict) else {}
 
 
-def _entry(path: Path, key: str, value: Any, start: int, available: int) -> _Entry:
+def _entry(path: Path, key: str, value: Any, start: int, available: int) -> Entry:
     try:
         name, shape = value["dtype"], tuple(value["shape"])
         begin, end = value["data_offsets"]
@@ -197,7 +156,7 @@ def _entry(path: Path, key: str, value: Any, start: int, available: int) -> _Ent
         or end - begin != math.prod(shape) * dtype.itemsize
     ):
         raise WeightsError(f"{path}: the header entry of {key} is damaged;{_AGAIN}")
-    return _Entry(dtype, shape, start + begin, start + end)
+    return Entry(dtype, shape, start + begin, start + end)
 
 
 def _check_names(path: Path, header: dict[str, Any]) -> None:
@@ -210,7 +169,7 @@ def _check_names(path: Path, header: dict[str, Any]) -> None:
         )
 
 
-def _check_ranges(path: Path, entries: dict[str, _Entry], start: int, size: int) -> None:
+def _check_ranges(path: Path, entries: dict[str, Entry], start: int, size: int) -> None:
     """Tensors must fill the file without a gap, as the safetensors library demands: nothing hides in one."""
     reached, before = start, "the header"
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):

@@ -1,29 +1,30 @@
-"""Reading ``torch.save`` files as tensors only: no code of the file ever runs."""
+"""Weights in ``torch.save`` files: which of the tensors in one are the weights."""
 
 from __future__ import annotations
 
-import argparse
-import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import WeightsError
-from .source import MemorySource
+from .mapped import Entry, MappedSource
+from .pickle_reader import ForeignNames, Refused, StoredTensor
+from .torch_file import TorchFile
 
 LOAD_KEYS = ("ema", "module", "state_dict", "model_state_dict", "model", "distill", "merge", "params")
 """Where trainers put the weights inside the saved dictionary, the preferred first."""
+_MOST_NAMED_TWICE = 4
+_LONGEST_NAME = 1000
+_DEEPEST = 3
+
+Tensors = dict[str, StoredTensor]
 
 
-def open_pickle(path: Path, *, load_key: str | None = None) -> MemorySource:
-    """Open a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file.
+def open_pickle(path: Path, *, load_key: str | None = None) -> MappedSource:
+    """Open a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file in either of torch's formats.
 
-    Zip files (torch >= 1.6) are mapped, so nothing is read until a tensor is used; the older format is read
-    at once. Only tensors and plain data are unpickled; the one class let through is ``argparse.Namespace``,
-    the command line that DeepSpeed checkpoints of this model carry beside their weights.
+    It is mapped, so nothing is read until a tensor is used. torch's own unpickler does not see it: see
+    :mod:`.pickle_reader`.
 
     Args:
         load_key: which of several sets of weights to take (``ema``, ``module`` ...); default: the first
@@ -32,70 +33,85 @@ def open_pickle(path: Path, *, load_key: str | None = None) -> MemorySource:
     Raises:
         WeightsError: if the file holds other objects, no tensors, or not that key.
     """
-    loaded = _load(path)
-    tensors, used = _find_tensors(loaded, path, load_key)
+    file = _load(path)
+    tensors, used = _find_tensors(file.value, path, load_key)
     metadata = {"hydit.load_key": used} if used else {}
-    if len(choices := _choices(loaded)) > 1:
+    if len(choices := _choices(file.value)) > 1:
         metadata["hydit.load_keys"] = ", ".join(choices)
-    return MemorySource(tensors, path=path, metadata=metadata)
+    return MappedSource(path, _entries(file, tensors), metadata)
 
 
-def _load(path: Path) -> Any:
-    is_zip = zipfile.is_zipfile(path)
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+def _load(path: Path) -> TorchFile:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if is_zip and path.suffix != ".safetensors":  # torch goes by that suffix when it has a name
-                return torch.load(path, mmap=True, **options)
-            with open(path, "rb") as file:
-                return torch.load(file, **options)
-    except Exception as error:  # unpickling damaged bytes can raise nearly anything
-        names = _refused_globals(path, error) if is_zip else _named_in(error)
-        if names:
-            raise WeightsError(
-                f"{path} holds objects that only running its code could restore ({', '.join(names)});"
-                " refused, because such a file can run anything. Ask its author for a safetensors file,"
-                " or a file that holds nothing but the state dict."
-            ) from None
+        return TorchFile(path)
+    except ForeignNames as error:
+        raise WeightsError(
+            f"{path} holds objects that only running its code could restore ({', '.join(error.args[:8])});"
+            " refused, because such a file can run anything. Ask its author for a safetensors file,"
+            " or a file that holds nothing but the state dict."
+        ) from None
+    except Refused as error:
+        raise WeightsError(f"{path} holds {error}; it cannot be read") from None
+    except Exception as error:  # damaged bytes can raise nearly anything
         raise WeightsError(
             f"{path} cannot be read as a torch file of tensors; it is damaged, incomplete or something else"
-            f"{_reason(error)}. Download or save it again."
+            f" ({_reason(error)}). Download or save it again."
         ) from error
 
 
-def _refused_globals(path: Path, error: Exception) -> list[str]:
-    try:
-        found = list(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # the file is damaged, not dangerous
-        return _named_in(error)
-    return [name for name in found if name != "argparse.Namespace"] or _named_in(error)
-
-
-def _named_in(error: Exception) -> list[str]:
-    match = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return [match.group(1)] if match else []
-
-
 def _reason(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    # Torch's advice to switch the safety off is not ours.
-    return "" if "weights_only" in line else f" ({line})"
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _tensors_of(value: Any) -> dict[str, torch.Tensor]:
+def _entries(file: TorchFile, tensors: Tensors) -> dict[str, Entry]:
+    """Where each tensor lies.
+
+    Raises:
+        WeightsError: names are too long, or many tensors are made of the same few bytes.
+    """
+    entries = {}
+    for name, tensor in tensors.items():
+        if len(name) > _LONGEST_NAME:
+            raise WeightsError(f"{file.path}: a tensor's name has {len(name):,} characters ({name[:40]}...)")
+        begin, end = file.place(tensor)
+        stride = None if _contiguous(tensor) else tensor.stride
+        entries[name] = Entry(tensor.dtype, tensor.shape, begin, end, stride)
+    named = sum(entry.end - entry.begin for entry in entries.values())
+    if named > _MOST_NAMED_TWICE * file.size:
+        raise WeightsError(
+            f"{file.path}: its tensors name {named:,} bytes, the file has {file.size:,}: many are the same "
+            "bytes, so it is no checkpoint"
+        )
+    return entries
+
+
+def _contiguous(tensor: StoredTensor) -> bool:
+    expected = 1
+    for size, step in zip(reversed(tensor.shape), reversed(tensor.stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _tensors_of(value: Any) -> Tensors:
     if not isinstance(value, Mapping):
         return {}
-    return {key: v for key, v in value.items() if isinstance(key, str) and isinstance(v, torch.Tensor)}
+    return {key: v for key, v in value.items() if isinstance(key, str) and isinstance(v, StoredTensor)}
 
 
-def _find_tensors(loaded: Any, path: Path, load_key: str | None) -> tuple[dict[str, torch.Tensor], str]:
+def _find_tensors(
+    loaded: Any, path: Path, load_key: str | None, depth: int = _DEEPEST
+) -> tuple[Tensors, str]:
     """The flat state dict inside what was saved, and the keys that led to it."""
+    if depth < 0:
+        raise WeightsError(f"{path} holds dictionaries in dictionaries without an end")
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{path} holds a {type(loaded).__name__}; expected a dictionary of tensors")
     choices = _choices(loaded)
     if load_key is not None:
         if load_key in choices:
-            tensors, rest = _find_tensors(loaded[load_key], path, None)
+            tensors, rest = _find_tensors(loaded[load_key], path, None, depth - 1)
             return tensors, f"{load_key}.{rest}" if rest else load_key
         found = f"it has {', '.join(choices)}" if choices else "it is one plain state dict"
         raise WeightsError(f"{path} has no weights under {load_key!r}; {found}")
@@ -103,25 +119,42 @@ def _find_tensors(loaded: Any, path: Path, load_key: str | None) -> tuple[dict[s
     # A checkpoint may hold tensors beside its weights (a step counter, a random state).
     for key in (*LOAD_KEYS, *(() if tensors else choices)):
         if key in choices:
-            tensors, rest = _find_tensors(loaded[key], path, None)
+            tensors, rest = _find_tensors(loaded[key], path, None, depth - 1)
             return tensors, f"{key}.{rest}" if rest else key
-    if tensors:
-        return tensors, ""
-    raise WeightsError(f"{path} holds no tensors" + _zero_hint(path))
+    if not tensors:
+        raise WeightsError(f"{path} holds no tensors" + _zero_hint(path))
+    if not any(size for tensor in tensors.values() for size in [tensor.reach]):
+        raise WeightsError(f"{path} holds tensors without values" + _zero_hint(path))
+    return tensors, ""
 
 
-def _choices(loaded: Mapping[Any, Any]) -> list[str]:
+def _choices(loaded: Any) -> list[str]:
     """The keys under which there are tensors."""
-    return [str(key) for key, value in loaded.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+    seen: set[tuple[int, int]] = set()
+    items = loaded.items() if isinstance(loaded, Mapping) else ()
+    return [key for key, value in items if isinstance(key, str) and _holds_tensors(value, seen)]
 
 
-def _holds_tensors(value: Any, depth: int = 3) -> bool:
-    if not isinstance(value, Mapping) or depth == 0:
+def _holds_tensors(value: Any, seen: set[tuple[int, int]], depth: int = _DEEPEST) -> bool:
+    """``seen`` has the dictionaries without tensors: a file can name one of them a million times."""
+    if not isinstance(value, Mapping) or depth == 0 or (id(value), depth) in seen:
         return False
-    return bool(_tensors_of(value)) or any(_holds_tensors(inner, depth - 1) for inner in value.values())
+    if _tensors_of(value) or any(_holds_tensors(inner, seen, depth - 1) for inner in value.values()):
+        return True
+    seen.add((id(value), depth))
+    return False
 
 
 def _zero_hint(path: Path) -> str:
-    if "zero_pp_rank" in path.name or "optim_states" in path.name:
-        return "; it is an optimizer shard of DeepSpeed, the weights are in mp_rank_00_model_states.pt"
+    """What a shard of DeepSpeed's ZeRO is, and where the weights are."""
+    if "optim_states" in path.name:
+        return (
+            "; it is an optimizer shard of DeepSpeed. With ZeRO 1 and 2 the weights are in "
+            "mp_rank_00_model_states.pt; with ZeRO 3 join the shards with the zero_to_fp32.py beside them"
+        )
+    if "zero_pp_rank" in path.name or "model_states" in path.name:
+        return (
+            "; it is one process's share of a DeepSpeed ZeRO 3 checkpoint: join the shards with the "
+            "zero_to_fp32.py beside them"
+        )
     return ""

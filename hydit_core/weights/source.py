@@ -172,10 +172,10 @@ class CastSource(TensorSource):
         wanted = self._dtypes.get(key)
         made = self._source.get(key, wanted)  # a source that computes rounds once, to what is asked for
         if wanted == torch.float16 and torch.isinf(made).any():
-            stored = self._source.get(key)
-            if torch.isfinite(stored).all():
+            exact = self._source.get(key, torch.float32)
+            if torch.isfinite(exact).all():
                 raise WeightsError(
-                    f"{self.path}: {key} has values up to {stored.abs().max().item():.4g}, which float16 "
+                    f"{self.path}: {key} has values up to {exact.abs().max().item():.4g}, which float16 "
                     "cannot hold (65504 at most); use bf16 or fp32"
                 )
         return cast(made, dtype)

@@ -18,9 +18,8 @@ from key_lists import key_list, sparse_safetensors
 
 from hydit_core.errors import WeightsError
 from hydit_core.weights.files import atomic_path, open_tensors, save_safetensors
-from hydit_core.weights.load import assign_weights, open_model
+from hydit_core.weights.load import open_model
 from hydit_core.weights.source import MemorySource, TensorSource
-from hydit_core.weights.views import without_prefix
 
 EVERY_DTYPE = {
     "half": torch.randn(3, 5, dtype=torch.float16),
@@ -336,25 +335,12 @@ def test_code_in_a_file_is_named_and_never_run(tmp_path, old_format):
     assert not target.exists()
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_bare_pickle_with_code_is_refused(tmp_path):
     path = tmp_path / "bare.bin"
     path.write_bytes(pickle.dumps(Bomb(str(tmp_path / "ran"))))
-    with pytest.raises(WeightsError, match=r"bare\.bin cannot be read as a torch file") as error:
+    with pytest.raises(WeightsError, match=r"bare\.bin holds objects .*\(posix\.mkdir\)"):
         open_tensors(path)
     assert not (tmp_path / "ran").exists()
-    assert "weights_only" not in str(error.value)
-
-
-def test_what_is_read_into_memory_is_freed_while_a_model_loads(tmp_path):
-    """The older torch format cannot be mapped; the file's tensors go as the model's come."""
-    torch.save({"x.weight": torch.ones(2, 3)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
-    source = open_tensors(tmp_path / "w.pt")
-    holder = torch.nn.ModuleDict({"x": torch.nn.Linear(3, 2, bias=False, device="meta")})
-    assign_weights(holder, without_prefix(source, ""), dtype=torch.float16, device="cpu")
-    assert holder["x"].weight.dtype == torch.float16 and holder["x"].weight.sum() == 6
-    with pytest.raises(KeyError):
-        source.get("x.weight")
 
 
 # --- folders ---------------------------------------------------------------------------------------------

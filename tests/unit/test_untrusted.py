@@ -24,8 +24,8 @@ BAD_JSON = {
     "closed brackets": ('{"a":' + "[" * 5000 + "]" * 5000 + "}", "x: nested 5,001 deep"),
     "objects": ('{"a":' * 5000 + "1" + "}" * 5000, "x: nested 5,000 deep"),
     "behind a string": ('{"[]}\\"}": ' + "[" * 200 + "]" * 200 + "}", "x: nested 201 deep"),
-    "digits": ('{"a": ' + "9" * 100_000 + "}", r"x: the number 9{40}\.\.\. does not fit into 64 bits"),
-    "negative": ('{"a": -9223372036854775809}', "x: the number -9223372036854775809 does not fit"),
+    "digits": ('{"a": ' + "9" * 100_000 + "}", r"x: the number 9{40}\.\.\. has 100,000 digits"),
+    "negative": ('{"a": -' + "1" * 41 + "}", "has 42 digits"),
     "infinite": ('{"a": 1e999}', "x: the number 1e999 is too large"),
     "long fraction": ('{"a": 0.' + "1" * 5000 + "}", r"x: the number 0\.1{38}\.\.\. is too large"),
     "Infinity": ('{"a": Infinity}', "x: Infinity is no number of JSON"),
@@ -45,7 +45,7 @@ def test_json_that_is_refused(text, message):
 
 
 def test_json_that_is_read():
-    value = {"a": [1, -(2**63), 2**64 - 1, 1e300, True, None, '[[[{{\\"', "\U0001f34e"], "": {}}
+    value = {"a": [1, -(2**63), 2**64 - 1, 10**30, 1e300, True, None, '[[[{{\\"', "\U0001f34e"], "": {}}
     for text in (json.dumps(value), json.dumps(value, ensure_ascii=False), "\ufeff" + json.dumps(value)):
         assert parse_json(text, "x") == value
         assert parse_json(text.encode(), "x") == value

@@ -1,0 +1,73 @@
+"""Tensors that lie in a file as they are in memory: mapped, and read when they are used."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..errors import WeightsError
+from .source import TensorSource, cast
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: bytes ``begin`` to ``end`` of the file; ``stride`` unless it is contiguous."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    stride: tuple[int, ...] | None = None
+
+
+class MappedSource(TensorSource):
+    """Tensors of a mapped file, views of the mapping (copy on write) until they are cast.
+
+    The entries must lie in the file: whoever makes them has checked that.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._entries = dict(entries)
+        try:
+            with open(path, "rb") as file:
+                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+        self._bytes = torch.frombuffer(self._mapped, dtype=torch.uint8)
+
+    def keys(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._entries[key].shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._entries[key].dtype
+
+    def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        entry = self._entries[key]
+        if not math.prod(entry.shape):
+            return cast(torch.empty(entry.shape, dtype=entry.dtype), dtype)
+        data = self._bytes[entry.begin : entry.end]
+        if entry.begin % entry.dtype.itemsize:
+            data = data.clone()  # older writers did not align
+        values = data.view(entry.dtype)
+        if entry.stride is None:
+            return cast(values.view(entry.shape), dtype)
+        return cast(values.as_strided(entry.shape, entry.stride), dtype)
+
+    def release(self, key: str) -> None:
+        """Give the tensor's pages back, those it shares with no other; a later use reads them again."""
+        entry, page = self._entries[key], mmap.PAGESIZE
+        begin, end = -(-entry.begin // page) * page, entry.end // page * page
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
