@@ -122,6 +122,10 @@ class LatentCache:
         stored = self.store.contains(self._keys)
         return (self._keys != b"") & ~stored
 
+    def verify(self) -> int:
+        """Compare what is stored with its checksums; what differs is missing then. Gives its number."""
+        return self.store.verify(key.decode() for key in self._keys[self._keys != b""])
+
     def matches(self, row: int, digest: str, size: Size) -> bool:
         """Whether ``digest`` is still the picture that ``row`` was opened with."""
         return self._keys[row, 0] == self.key(digest, size, False).encode()
@@ -164,7 +168,7 @@ def build_latent_cache(
     folder: Path | None = None,
     batch_size: int = 4,
 ) -> None:
-    """Encode the pictures that have no latents on disk yet, and write them.
+    """Encode the pictures that have no latents on disk yet, or damaged ones, and write them.
 
     With several ranks each does its share; let all finish before :func:`open_latent_cache`.
     Interrupted at any moment, it goes on next time after the last shard written. ``folder`` is used
@@ -177,6 +181,7 @@ def build_latent_cache(
     """
     share = range(data.rank, len(data.manifest), data.order.world_size)
     cache = LatentCache(data, vae, cache_folder(data.config, folder), rows=share)
+    cache.verify()
     missing = cache.missing()
     rows = np.flatnonzero(missing.any(axis=1))
     cache.store.clean()

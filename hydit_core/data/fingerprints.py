@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from .sources import PictureFile
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
+_HASH = re.compile(r"[0-9a-f]{64}")
 _RACY_SECONDS = 2.0
 _SAVED_AT_ONCE = 1000
 
@@ -57,21 +59,18 @@ class PictureHashes:
         self._known: dict[str, tuple[int, int, str]] = {}
         self._new: list[str] = []
         for path in sorted(folder.glob("pictures-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    name, size, changed, digest = parse_json(line, str(path), kind=list, error=DataError)
-                except (DataError, ValueError):  # the last line of a process that was killed
-                    continue
-                self._known[name] = (size, changed, digest)
+            for name, status in _read_hashes(path):
+                self._known[name] = status
 
     def of(self, picture: PictureFile) -> str:
         """The hash of a picture's bytes. Raises :class:`DataError` if it cannot be read."""
         path = picture.path
-        name = str(path.resolve()) + (f"#{picture.row}" if picture.row >= 0 else "")
         try:
             status = path.stat()
-        except OSError as error:
-            raise DataError(f"cannot read picture {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a zero character in the name
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"cannot read picture {path}: {reason}") from error
+        name = str(path.resolve()) + (f"#{picture.row}" if picture.row >= 0 else "")
         known = self._known.get(name)
         if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
             return known[2]
@@ -95,3 +94,20 @@ class PictureHashes:
         except OSError as error:
             raise DataError(f"cannot write {self._file}: {error.strerror}") from error
         self._new.clear()
+
+
+def _read_hashes(path: Path) -> Iterator[tuple[str, tuple[int, int, str]]]:
+    """(name, (size, time of change, hash)) of a file's lines. Others are passed over: a killed process may
+    have left one, and what is not known is hashed again.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    for line in filter(None, lines):
+        try:
+            values = parse_json(line, str(path), kind=list, error=DataError)
+        except DataError:
+            continue
+        if [type(value) for value in values] == [str, int, int, str] and _HASH.fullmatch(values[3]):
+            yield values[0], (values[1], values[2], values[3])

@@ -85,6 +85,7 @@ def build_text_cache(
     """
     cache = TextCache(data.config, encoders, folder)
     texts = sorted({"", *data.captions(), *others})[data.rank :: data.order.world_size]
+    cache.store.verify(key for text in texts for key in cache.keys(text))
     todo = [text for text in texts if not cache.store.contains(cache.keys(text)).all()]
     cache.store.clean()
     try:

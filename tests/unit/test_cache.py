@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import bert_vocab, spiece_model
 
 from hydit_core.data import (
@@ -196,6 +198,107 @@ def test_a_killed_writer_leaves_nothing_that_counts(pictures: Path) -> None:
     assert vae.encoded == 12 and len(data.batch(0)) == 3
     assert [p.name for p in shard.parent.iterdir()] == [s.name for s in shards(pictures)]
     assert shards(pictures)[0].read_bytes() == whole
+
+
+def flip_a_bit(shard: Path, entry: int = 0) -> None:
+    """Of the numbers of one of a shard's entries."""
+    content = bytearray(shard.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    offsets = [v["data_offsets"][0] for k, v in json.loads(content[8 : 8 + header]).items() if k[0] != "_"]
+    content[8 + header + sorted(offsets)[entry] + 3] ^= 1
+    shard.write_bytes(content)
+
+
+@pytest.mark.parametrize("ram_mb", [0, 64])
+def test_a_flipped_bit_is_found_and_encoded_anew(pictures: Path, ram_mb: int) -> None:
+    expected = [cached(open_data(pictures), CountingVAE()).batch(step).moments for step in range(4)]
+    (shard,) = shards(pictures)
+    flip_a_bit(shard, 2)
+    flip_a_bit(shard, 7)
+    with pytest.warns(UserWarning, match="2 damaged entries are made anew"):
+        data = cached(open_data(pictures, cache={"ram_mb": ram_mb}), vae := CountingVAE())
+    assert vae.encoded == 2
+    assert all(torch.equal(data.batch(step).moments, expected[step]) for step in range(4))
+    again = cached(open_data(pictures), vae := CountingVAE())
+    assert vae.encoded == 0, "the damaged ones are still there, and good ones beside them"
+    assert all(torch.equal(again.batch(step).moments, expected[step]) for step in range(4))
+
+
+def test_a_bit_that_flips_during_training_is_an_error_or_skipped(pictures: Path) -> None:
+    for choice in ("error", "skip"):
+        data = cached(open_data(pictures, cache={"ram_mb": 0}, on_unreadable=choice), CountingVAE())
+        flip_a_bit(shards(pictures)[0])
+        if choice == "error":
+            with pytest.raises(DataError, match=r"shard-.* is damaged: .*made anew"):
+                [data.batch(step) for step in range(4)]
+            flip_a_bit(shards(pictures)[0])  # back
+        else:
+            assert len([key for step in range(4) for key in data.batch(step).skipped]) == 1
+
+
+def test_ranks_repair_their_share(pictures: Path) -> None:
+    alone = cached(open_data(pictures, batch_size=6), CountingVAE())
+    expected = alone.batch(1).moments
+    for entry in range(12):
+        flip_a_bit(shards(pictures)[0], entry)
+    ranks = [open_data(pictures, rank=rank, world=2) for rank in range(2)]
+    with pytest.warns(UserWarning, match="6 damaged entries"):
+        for data in ranks:
+            build_latent_cache(data, CountingVAE())
+    for data in ranks:
+        data.use_latents(open_latent_cache(data, CountingVAE()))
+    assert torch.equal(torch.cat([data.batch(1).moments for data in ranks]), expected)
+
+
+def test_shards_of_earlier_releases_have_no_checksums(pictures: Path) -> None:
+    expected = cached(open_data(pictures), CountingVAE()).batch(0).moments
+    (shard,) = shards(pictures)
+    save_file(load_file(shard), shard)
+    data = cached(open_data(pictures), vae := CountingVAE())
+    assert vae.encoded == 0 and torch.equal(data.batch(0).moments, expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "metadata"),
+    [("é", None), ("x" * 32, None), ("A" * 32, None), ("0" * 32, {"hydit.crc32": "["}),
+     ("0" * 32, {"hydit.crc32": "[]"}), ("0" * 32, {"hydit.crc32": '{"0": -5}'}),
+     ("0" * 32, {"hydit.crc32": '{"0": "a"}'})],
+)  # fmt: skip
+def test_what_is_no_shard_of_ours_is_left_out(tmp_path: Path, key: str, metadata: dict | None) -> None:
+    path = tmp_path / f"shard-{'0' * 32}.safetensors"
+    save_file({key: torch.zeros(2)}, path, metadata)
+    with pytest.warns(UserWarning, match="left out of the cache"):
+        store = TensorStore(tmp_path)
+    assert not store.contains(["0" * 32]).any()
+    store.clean()
+    assert not path.exists()
+
+
+def test_features_of_texts_have_checksums_too(pictures: Path, encoders: TextEncoders) -> None:
+    data = open_data(pictures, cache={"text": True})
+    cache = build_text_cache(data, encoders)
+    (shard,) = cache.store.folder.iterdir()
+    flip_a_bit(shard)
+    done = []
+    with pytest.warns(UserWarning, match="1 damaged entries"):
+        cache = build_text_cache(data, encoders, lambda *p: done.append(p))
+    assert done[-1] == (1, 1)
+    cache.store.refresh()
+    for text in set(data.captions()):
+        for found, wanted in zip(cache(text), encoders.encode(text), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_damaged_lines_of_hashes_are_hashed_again(pictures: Path) -> None:
+    cached(open_data(pictures), CountingVAE())
+    (file,) = (pictures.parent / "cache").glob("pictures-*.jsonl")
+    lines = file.read_bytes().split(b"\n")
+    name = str(pictures / "00.png").encode()
+    damaged = [b"[]", b"{}", b"7", b"\xff\xfe", b"[" * 10**5, b'["a", 1, 2]', b'[["a"], 1, 2, "b"]']
+    damaged += [b'["%s", 1, 2, 3]' % name, b'{"a": NaN}', lines[1][:-9]]
+    file.write_bytes(b"\n".join([*damaged, *lines[3:]]))
+    cached(open_data(pictures), vae := CountingVAE())
+    assert vae.encoded == 0
 
 
 def test_a_writer_that_finishes_meanwhile_is_no_fault(tmp_path: Path) -> None:
