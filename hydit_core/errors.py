@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -86,12 +88,33 @@ def _printable_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = stdout, stderr
 
 
+@contextlib.contextmanager
+def _unwound_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, unless somebody else handles or ignores them."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    changed = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in changed:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def cli_main(run: Callable[[], int | None]) -> int:
     """Run a command line; a :class:`HyditError` becomes ``error: ...`` on stderr and exit code 2.
 
-    Whatever it prints on the way, characters that a terminal would obey come out escaped.
+    Whatever it prints on the way, characters that a terminal would obey come out escaped. A signal that ends
+    the process lets it remove its temporary files.
     """
-    with _printable_streams():
+    with _printable_streams(), _unwound_by_signals():
         try:
             return run() or 0
         except HyditError as error:

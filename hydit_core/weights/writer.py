@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
+import re
+import secrets
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from ..errors import WeightsError
+from ..errors import WeightsError, printable
 from .dtypes import SAFETENSORS_NAMES
 from .source import TensorSource, as_source
 
 _ALIGNMENT = 64
-_counter = itertools.count()
+_TEMPORARY = re.compile(r"\..*\.(\d{1,9})-[0-9a-f]{16}\.tmp", re.DOTALL)
+_GRACE_SECONDS = 600
 
 Progress = Callable[[int, int], object]
 """``(bytes written, bytes in all)``, called after each tensor."""
@@ -30,17 +34,22 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The block writes a file or makes a folder there. What it wrote reaches the disk before the rename, so
     ``path`` holds either its old content or the complete new one, also after a crash. An existing file is
-    replaced, an existing folder is not. Parent folders are made.
+    replaced, an existing folder is not. Parent folders are made. Nobody can guess the temporary name, and so
+    put a link in its place; what a killed process left under such a name is warned of.
 
     Raises:
         WeightsError: if the place cannot be written to. The temporary file is gone then, unless it is
             complete and only the old file cannot be replaced.
     """
     path = Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{next(_counter)}.tmp"
+    # Short: the name itself may be as long as a name can be.
+    temporary = path.parent / f".{path.name[:40]}.{os.getpid()}-{secrets.token_hex(8)}.tmp"
     complete = kept = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # a name that cannot be, before hours of work
+        _warn_of_abandoned(path.parent)
         yield temporary
         _sync(temporary)
         complete = True
@@ -54,6 +63,39 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if not kept:
             _remove(temporary)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Temporary files in a folder whose process has died without removing them."""
+    found = []
+    for entry in os.scandir(folder):
+        match = _TEMPORARY.fullmatch(entry.name)
+        # A moment's grace: processes of another machine, on a shared disk, cannot be asked.
+        if match and not _runs(int(match[1])) and time.time() - entry.stat().st_mtime > _GRACE_SECONDS:
+            found.append(Path(entry.path))
+    return sorted(found)
+
+
+def _warn_of_abandoned(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if left := abandoned(folder):
+            names = printable(", ".join(path.name for path in left[:5]))
+            warnings.warn(
+                f"{folder} has {len(left)} unfinished files of processes that died; delete them: {names}",
+                stacklevel=4,
+            )
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # there, asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _remove(path: Path) -> None:
@@ -103,7 +145,7 @@ def save_safetensors(
     order = sorted(source.keys(), key=lambda key: (-source.dtype(key).itemsize, key))
     header = _header(source, order, dict(metadata or {}))
     done, total = 0, sum(source.nbytes(key) for key in order)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary, open(temporary, "xb") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for key in order:

@@ -8,7 +8,10 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
+import warnings
 import weakref
 
 import pytest
@@ -254,6 +257,68 @@ def test_complete_content_is_kept_where_the_old_file_cannot_be_replaced(tmp_path
         save_safetensors(path, {"x": torch.ones(1)})
     assert open_tensors(str(error.value).rpartition(" is in ")[2])["x"] == 1
     assert open_tensors(path)["x"] == 0
+
+
+def test_temporary_names_cannot_be_guessed_and_are_short(tmp_path):
+    names = set()
+    for _ in range(2):
+        with atomic_path(tmp_path / ("é" * 120)) as temporary:
+            names.add(temporary.name)
+            temporary.write_text("x")
+    assert len(names) == 2 and (tmp_path / ("é" * 120)).read_text() == "x"
+    assert all(len(name.rpartition("-")[2]) == 16 + len(".tmp") for name in names)
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 2 * size)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    temporary = tmp_path / f".f.safetensors.{os.getpid()}-{'0' * 16}.tmp"
+    temporary.symlink_to(victim)
+    with pytest.raises(WeightsError, match="cannot write"):
+        save_safetensors(tmp_path / "f.safetensors", {"x": torch.ones(1)})
+    assert victim.read_text() == "precious" and not (tmp_path / "f.safetensors").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no way to ask for a process that harms none")
+def test_what_a_killed_process_left_is_named(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f".big.safetensors.{dead.pid}-0123456789abcdef.tmp"
+    others = [tmp_path / f".big.safetensors.{os.getpid()}-0123456789abcdef.tmp", tmp_path / ".x.tmp"]
+    for path in (left, *others):
+        path.write_text("half")
+        os.utime(path, (time.time() - 3600,) * 2)
+    with pytest.warns(UserWarning, match=rf"1 unfinished files of processes that died; .*{left.name}$"):
+        save_safetensors(tmp_path / "f.safetensors", {"x": torch.ones(1)})
+    assert left.exists()  # it is the user's to delete
+    left.touch()  # perhaps a process of another machine
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_safetensors(tmp_path / "f.safetensors", {"x": torch.ones(1)})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends processes without a signal")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_process_that_is_ended_removes_its_temporary_files(tmp_path, name):
+    script = """
+import sys, time
+from hydit_core.errors import cli_main
+from hydit_core.weights.writer import atomic_path
+def run():
+    with atomic_path(sys.argv[1]) as temporary:
+        temporary.write_text("half")
+        print("writing", flush=True)
+        time.sleep(60)
+sys.exit(cli_main(run))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "f")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "writing\n" and len(os.listdir(tmp_path)) == 1
+    process.send_signal(getattr(signal, name))
+    assert process.wait(30) == 128 + getattr(signal, name) and not os.listdir(tmp_path)
+    process.stdout.close()
 
 
 # --- torch files -----------------------------------------------------------------------------------------
