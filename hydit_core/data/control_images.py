@@ -106,8 +106,13 @@ class ControlImages:
     def _depth(self) -> Any:
         from transformers import pipeline
 
-        assert self.config.model is not None
-        return pipeline("depth-estimation", model=str(self.config.model), device="cpu")
+        folder = self.config.model
+        assert folder is not None
+        try:
+            return pipeline("depth-estimation", model=str(folder), device="cpu")
+        except Exception as error:  # transformers raises what its many parts raise
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"cannot load the depth model {folder}: {reason}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "alpha_color": self.alpha_color}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageColor, TiffImagePlugin, UnidentifiedImageError
 
 from ..errors import DataError
+from ..png import png_head
 from .config import Size
 
 _ORIENTATION_TAG = 0x0112
@@ -30,10 +30,6 @@ _TURNS = {
 }
 """What shows a picture upright, by its orientation."""
 _SWAPPING = (5, 6, 7, 8)
-
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PNG_HEAD = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-_LONGEST_CHUNK = 1 << 24
 
 _ASPECT = 0.02
 """How far two aspect ratios may differ and still be one: rounding of a smaller picture's sides."""
@@ -136,37 +132,9 @@ def _file(source: Path | bytes) -> BinaryIO:
 
 @contextlib.contextmanager
 def _head(source: Path | bytes) -> Iterator[BinaryIO]:
-    """The file, or of a PNG what stands beside its pixels.
-
-    EXIF, XMP and texts may follow the pixels there, and Pillow would decode all of these to come to them.
-    """
+    """The file, or of a PNG all but its pixels: Pillow would decode these to come to EXIF and XMP behind them."""
     with _file(source) as file:
-        if file.read(len(_PNG)) == _PNG:
-            yield io.BytesIO(_PNG + b"".join(_png_chunks(file)) + _chunk(b"IEND", b""))
-        else:
-            file.seek(0)
-            yield file
-
-
-def _png_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """The chunks of :data:`_PNG_HEAD` that follow in ``file``, up to where it breaks off."""
-    behind = False
-    while len(start := file.read(8)) == 8:
-        length, kind = int.from_bytes(start[:4], "big"), start[4:]
-        if kind not in _PNG_HEAD or length > _LONGEST_CHUNK:
-            behind |= kind == b"IDAT"
-            file.seek(length + 4, io.SEEK_CUR)
-            continue
-        content, checksum = file.read(length), file.read(4)
-        if len(checksum) < 4:
-            return
-        # Behind the pixels Pillow does not look at the checksum when it decodes.
-        yield _chunk(kind, content) if behind else start + content + checksum
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    checksum = zlib.crc32(kind + content).to_bytes(4, "big")
-    return len(content).to_bytes(4, "big") + kind + content + checksum
+        yield png_head(file) or file
 
 
 def _orientation(opened: Image.Image) -> int:

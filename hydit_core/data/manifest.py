@@ -297,6 +297,7 @@ def _raise_findings(config: DataConfig, findings: Findings) -> None:
         raise DataError(
             f"pictures without a caption: {missing.count}",
             *missing.lines(),
+            *findings.passed_over.hint(),
             "Give each a caption, or its source one for all (caption = ...), or set "
             "data.allow_missing_captions = true to train them with data.empty_caption",
         )

@@ -109,6 +109,20 @@ def test_a_folder_of_nothing_that_is_read_says_what_it_holds(tmp_path: Path) -> 
         open_data(tmp_path)
 
 
+def test_a_table_beside_the_pictures_may_hold_the_captions(pictures: Path, tmp_path: Path) -> None:
+    """As in the folders that `datasets` loads."""
+    (pictures / "metadata.jsonl").write_text(json.dumps({"file_name": "00.png", "text": "x"}))
+    (pictures / "00.txt").unlink()
+    with pytest.raises(DataError, match=r"without a caption: 1\n.*\nThere is metadata\.jsonl: "):
+        open_data(pictures)
+    assert open_data(pictures / "metadata.jsonl").summary().pictures == 1
+    assert open_data(pictures, allow_missing_captions=True).summary().passed_over == []
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train-00000-of-00002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"no pictures found .*\nThere is train-00000-of-00002\.parquet: "):
+        open_data(tmp_path / "shards")
+
+
 def test_nothing_is_told_of_a_plain_folder(pictures: Path) -> None:
     (pictures / "mask").mkdir()
     paint(pictures / "mask" / "00.png", 0)

@@ -66,6 +66,13 @@ class PassedOver:
     """Their suffixes."""
     alone: Tally = field(default_factory=Tally)
     """Captions without a picture."""
+    tables: Tally = field(default_factory=Tally)
+    """Tables, which may be what was meant."""
+
+    def hint(self) -> list[str]:
+        """Where captions or pictures that are missed in a folder may be."""
+        shown = ", ".join(self.tables.shown[:2])
+        return [f"There is {shown}: if the captions are in it, give it as the path"] if shown else []
 
     def lines(self) -> list[str]:
         """What there is to tell, one fact a line."""

@@ -24,6 +24,7 @@ _OTHER_PICTURES = frozenset(
         *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw"),
     )
 )
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".parquet")
 _CAPTION_LIKE = (".caption", ".captions", ".txt", ".text", ".json", ".md", ".cap")
 
 
@@ -59,6 +60,7 @@ def read_folder(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry
         raise DataError(
             f"data source {root}: no pictures found ({', '.join(sorted(PICTURE_SUFFIXES))})",
             *passed_over.lines(),
+            *passed_over.hint(),
         )
 
 
@@ -69,6 +71,9 @@ def _note_others(folder: Path, names: list[str], pictures: list[str], passed_ove
     unread = set()
     for name in names:
         stem, suffix = _composed(Path(name).stem), _suffix(name)
+        if suffix in TABLE_SUFFIXES:
+            passed_over.tables.add((folder / name).as_posix())
+            continue
         described = stem in captions and stem not in read and suffix not in _CAPTION_LIKE
         if suffix in _OTHER_PICTURES or (described and suffix not in PICTURE_SUFFIXES):
             unread.add(stem)
