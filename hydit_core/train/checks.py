@@ -9,20 +9,19 @@ import difflib
 import os
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from ..config import DiTConfig, ModelInfo
 from ..data import require_outside_sources
 from ..data.cache import cache_folder
 from ..data.control_images import require_maker
-from ..devices import choose_device
 from ..diffusion.schedule import Schedule
 from ..errors import ConfigError
 from ..presets import check_settings, choose_settings
 from ..text import TextEncoders
 from ..vae import VAE
 from .config import SamplesSection, TrainConfig
+from .distributed import find_device
 from .frozen import quantizer
 from .model_section import TextScratch
 from .optim import require_muon
@@ -30,7 +29,7 @@ from .optim import require_muon
 
 def check_machine(config: TrainConfig) -> None:
     """Raise :class:`ConfigError` for what this machine lacks: a device, a library, a place to write."""
-    _check_device(config.run.device)
+    find_device(config.run.device)
     require_outside_sources(config.run.output_dir, config.data, "the run")
     _require_writable(config.run.output_dir, "run.output_dir")
     if config.data.cache.latents or config.data.cache.text:
@@ -43,19 +42,6 @@ def check_machine(config: TrainConfig) -> None:
         require_maker(config.data.control)
         for path in config.samples.control_images if config.samples.every else ():
             _require_picture(path)
-
-
-def _check_device(name: str) -> None:
-    """Each process of several takes a CUDA device of its own later: none is touched here."""
-    if name == "auto":
-        return
-    if name.partition(":")[0] != "cuda":
-        try:
-            choose_device(name)
-        except ConfigError as error:
-            raise ConfigError(f"run.device: {error}") from None
-    elif not torch.cuda.is_available():
-        raise ConfigError(f"run.device = {name!r}: torch sees no CUDA device; use cpu or auto")
 
 
 def _require_writable(folder: Path, key: str) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..devices import choose_device
 from ..errors import ConfigError, HyditError
 
 T = TypeVar("T")
@@ -228,8 +229,9 @@ def start(device: str = "auto", limit: float = 240.0) -> Processes:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _device(device, rank, local)
+    chosen = find_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if world == 1:
         return Processes(rank, world, chosen, limit)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -246,21 +248,29 @@ def start(device: str = "auto", limit: float = 240.0) -> Processes:
     return Processes(rank, world, chosen, limit, signs)
 
 
-def _device(device: str, rank: int, local: int) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """The device of this process among those of the machine; nothing is put on it yet.
+
+    Raises :class:`ConfigError` for a device that this machine does not have.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"run.device = {device!r}: not a device name; use auto, cpu or cuda") from error
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"run.device = {device!r}: torch sees no CUDA device; use cpu or auto")
-        chosen = torch.device("cuda", local if chosen.index is None else chosen.index)
-        if chosen.index >= torch.cuda.device_count():
-            raise ConfigError(
-                f"run.device = {device!r}: process {rank} wants {chosen}, but torch sees "
-                f"{torch.cuda.device_count()} CUDA devices; start no more processes than that"
-            )
-        torch.cuda.set_device(chosen)
+    if chosen.type != "cuda":
+        try:
+            return choose_device(device)
+        except ConfigError as error:
+            raise ConfigError(f"run.device: {error}") from None
+    if not torch.cuda.is_available():
+        raise ConfigError(f"run.device = {device!r}: torch sees no CUDA device; use cpu or auto")
+    if chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.index >= torch.cuda.device_count():
+        raise ConfigError(
+            f"run.device = {device!r}: process {os.environ.get('RANK', '0')} wants {chosen}, but torch sees "
+            f"{torch.cuda.device_count()} CUDA devices; start no more processes than that"
+        )
     return chosen
