@@ -132,7 +132,7 @@ def _file(source: Path | bytes) -> BinaryIO:
 
 @contextlib.contextmanager
 def _head(source: Path | bytes) -> Iterator[BinaryIO]:
-    """The file, or of a PNG all but its pixels: Pillow would decode these to come to EXIF and XMP behind them."""
+    """The file, or of a PNG all but its pixels, behind which there may be EXIF and XMP: it is not decoded."""
     with _file(source) as file:
         yield png_head(file) or file
 
