@@ -39,7 +39,13 @@ PARTIAL_HELP = "accept a LoRA of which more than a tenth is for layers that the 
 # Numbers of a layer; the widest matrices of DiT-g/2 and mT5-XL that are no tables have 10 million.
 _LARGEST = 2**27
 
-_KIND_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "diff": "full difference"}
+_KIND_NAMES = {
+    "lora": "LoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "diff": "full difference",
+    "set": "whole weights",
+}
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,13 @@ class Patch:
     Attributes:
         kind: ``lora``: ``down`` (r, in), ``up`` (out, r); ``loha``: ``w1_a`` and ``w2_a`` (out, r), ``w1_b``
             and ``w2_b`` (r, in); ``lokr``: ``w1`` or its factors ``w1_a``, ``w1_b``, likewise ``w2``;
-            ``diff``: ``diff``, the change itself. A change of the bias alone has no tensors.
+            ``diff``: ``diff``, the change itself; ``set``: ``value``, which takes the weight's place. A
+            change of the bias alone has no tensors.
         scale: the true scale, alpha / r (rank-stabilized: alpha / sqrt(r)).
         rows: which rows of a fused projection it is for; None: all.
         magnitude: DoRA's m: the norm that each output row (axis 0) or input column (axis 1) gets.
         bias: is added to the bias.
+        bias_whole: it takes the bias's place instead.
     """
 
     kind: str
@@ -65,6 +73,12 @@ class Patch:
     magnitude: Tensor | None = None
     magnitude_axis: int = 0
     bias: Tensor | None = None
+    bias_whole: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether something takes the base's place, so that what changes depends on the base."""
+        return self.kind == "set" or self.bias_whole
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -79,7 +93,8 @@ class Patch:
         if self.kind == "lokr":
             one, two = _factor_shape(t, "w1"), _factor_shape(t, "w2")
             return one[0] * two[0], one[1] * two[1]
-        return t["diff"].shape[0], _columns(t["diff"])
+        value = t["value" if self.kind == "set" else "diff"]
+        return value.shape[0], _columns(value)
 
     @property
     def rank(self) -> int:
@@ -98,11 +113,14 @@ class Patch:
         """The change as a float32 matrix (rows, in), without the magnitude.
 
         Raises:
-            LoraError: for a change of the bias alone, and for a product that is larger than any layer.
+            LoraError: for a change of the bias alone, for whole weights, and for a product that is larger
+                than any layer.
         """
         t = self.tensors
         if self.shape is None:
             raise LoraError("a change of the bias alone has no matrix")
+        if self.kind == "set":
+            raise LoraError("whole weights are no difference without the base's")
         if self.kind in ("loha", "lokr") and math.prod(self.shape) > _LARGEST:
             rows, columns = self.shape
             raise LoraError(f"its factors stand for {rows:,} x {columns:,}, which is larger than any layer")
@@ -116,9 +134,9 @@ class Patch:
         return self.scale * _matrix(t["diff"])
 
     def norm(self) -> float:
-        """The Frobenius norm of :meth:`delta`, without making that matrix."""
+        """The Frobenius norm of :meth:`delta`, without making that matrix; 0 where there is none."""
         t = {name: _matrix(tensor) for name, tensor in self.tensors.items()}
-        if not t:
+        if not t or self.kind == "set":
             return 0.0
         if self.kind == "lora":
             norm = product_norm(t["up"], t["down"])
@@ -300,6 +318,9 @@ def _add(target: Tensor, patch: Patch, strength: float) -> None:
         up, down = (_matrix(patch.tensors[name]).to(target.device) for name in ("up", "down"))
         target.addmm_(up, down, alpha=strength * patch.scale)
         return
+    if patch.kind == "set":
+        target.lerp_(_matrix(patch.tensors["value"]).to(target.device), strength)
+        return
     delta = patch.delta().to(target.device)
     if patch.magnitude is None:
         target.add_(delta, alpha=strength)
@@ -319,7 +340,9 @@ def changed_bias(bias: Tensor, patches: Iterable[Patch], strength: float = 1.0) 
     for patch in patches:
         if patch.bias is not None:
             start, stop = patch.rows or (0, len(result))
-            result[start:stop] += strength * patch.bias.detach().to(result).reshape(-1)
+            bias = patch.bias.detach().to(result).reshape(-1)
+            change = bias - result[start:stop] if patch.bias_whole else bias
+            result[start:stop] += strength * change
     return cast(result, bias.dtype)
 
 

@@ -170,9 +170,10 @@ def _spread(module: str, patch: Patch, rows: int, name: str) -> Patch:
 def _combined(module: str, given: Given, rank: int | None, energy: _Energy) -> Patch:
     """One patch that is the sum of patches of the same rows."""
     for patch, _, name in given:
-        if patch.magnitude is not None:
+        if patch.magnitude is not None or patch.whole:
+            kind = "has whole weights" if patch.whole else "is a DoRA"
             raise LoraError(
-                f"{name} is a DoRA ({module}): what it does depends on the weights that it is applied to;"
+                f"{name} {kind} ({module}): what it does depends on the weights that it is applied to;"
                 " merge it into a checkpoint and extract the difference"
             )
     rows, bias = given[0][0].rows, _bias(given)

@@ -28,7 +28,9 @@ def swap_halves(patch: Patch) -> Patch:
 
 
 def _swap_rows(patch: Patch, given: Patch) -> Patch:
-    per_row = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "diff": ("diff",)}.get(patch.kind, ())
+    per_row = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "diff": ("diff",), "set": ("value",)}.get(
+        patch.kind, ()
+    )
     tensors = {k: _swapped(v) if k in per_row else v for k, v in patch.tensors.items()}
     magnitude, bias = given.magnitude, given.bias
     if magnitude is not None and given.magnitude_axis == 0:
@@ -53,10 +55,16 @@ def fused(patches: Sequence[Patch], rows: int, *, where: str = "a module") -> Pa
     their difference. A DoRA on each slice of rows stays one if no row is left out.
 
     Raises:
-        LoraError: a DoRA that cannot be one patch: it shares rows with another, or leaves some out.
+        LoraError: a DoRA that cannot be one patch: it shares rows with another, or leaves some out; whole
+            weights or biases of some rows.
     """
     if len(patches) == 1 and patches[0].rows in (None, (0, rows)):
         return replace(patches[0], rows=None)
+    if any(patch.whole for patch in patches):
+        raise LoraError(
+            f"{where}: whole weights of a part of it, or beside changes, cannot be written as one; merge the "
+            "LoRA into a base instead"
+        )
     magnitude = _fused_magnitude(patches, rows, where)
     bias = _fused_bias(patches, rows)
     shaped = [patch for patch in patches if patch.tensors]

@@ -41,12 +41,14 @@ _ROLES = {
     "lora_embedding_B": "embedding.B",
     "diff": "diff",
     "w_norm": "diff",
+    "set_weight": "set",
     "diff_b": "bias",
     "b_norm": "bias",
     **{f"hada_{name}": f"loha.{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
     **{f"lokr_{name}": f"lokr.{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
 }
 _LONGEST_NAME = 1000
+_PLAIN = (".weight", ".bias")
 _KEY = re.compile(
     r"(?P<module>.+?)[._](?P<role>" + "|".join(map(re.escape, sorted(_ROLES, key=len, reverse=True))) + ")"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?P<end>\.weight|\.bias)?"
@@ -56,7 +58,6 @@ _REFUSED = (
     (("oft_blocks", "oft_diag", ".oft_"), "OFT, which is not supported"),
     (("boft_",), "BOFT, which is not supported"),
     ((".a1.weight", ".b1.weight"), "GLoRA, which is not supported"),
-    (("set_weight", "modules_to_save"), "whole weights instead of changes, which only fit their own base"),
     (("trainable_tokens_",), "rows of an embedding, which are not supported"),
 )
 
@@ -67,6 +68,7 @@ class _Module:
 
     roles: dict[str, Tensor] = field(default_factory=dict)
     up_bias: Tensor | None = None
+    whole_bias: Tensor | None = None
 
 
 def read(path: str | os.PathLike[str]) -> Adapter:
@@ -126,7 +128,7 @@ def _read_one(path: Path, part: str = "") -> Adapter:
 
 
 def _from_source(source: TensorSource, config: PeftConfig | None, part: str = "") -> Adapter:
-    modules = _group(source)
+    modules = _group(source, config is not None and config.whole)
     if not modules:
         raise LoraError(_not_a_lora(source))
     diffusers = is_diffusers(modules)
@@ -156,14 +158,26 @@ def _on_rows(patch: Patch, index: int) -> Patch:
     return replace(patch, rows=(index * tall, (index + 1) * tall))
 
 
-def _group(source: TensorSource) -> dict[str, _Module]:
-    """The file's tensors by module; empty if it has none that a LoRA has."""
+def _group(source: TensorSource, whole: bool = False) -> dict[str, _Module]:
+    """The file's tensors by module; empty if it has none that a LoRA has.
+
+    ``whole``: peft says that there are weights and biases too, which take the base's place.
+    """
     for key in source:
         if len(key) > _LONGEST_NAME:
             raise LoraError(f"{source.path}: a tensor name of {len(key):,} characters; this is no LoRA")
     matches = {key: _KEY.fullmatch(key) for key in source}
-    _refuse(source, matches)
+    plain = dict.fromkeys(k for k, match in matches.items() if whole and not match and k.endswith(_PLAIN))
+    _refuse(source, {key: match for key, match in matches.items() if key not in plain})
     modules: dict[str, _Module] = {}
+    for key in plain:
+        # Inside an adapted layer, peft's name of what it adapts stands between.
+        name, _, kind = key.replace("modules_to_save.", "").rpartition(".")
+        module = modules.setdefault(name.removesuffix(".base_layer"), _Module())
+        if kind == "bias":
+            module.whole_bias = _checked(source, key, "bias")
+        else:
+            module.roles["set"] = _checked(source, key, "set")
     for key, match in matches.items():
         if match is None:
             continue
@@ -184,7 +198,7 @@ def _checked(source: TensorSource, key: str, role: str) -> Tensor:
     shape, dtype = source.shape(key), source.dtype(key)
     count = math.prod(shape)
     # Differences and lengths of norms and biases are vectors; alphas need not be floating-point numbers.
-    least = {"alpha": 0, "bias": 1, "diff": 1, "magnitude": 1, "peft_magnitude": 1}.get(role, 2)
+    least = {"alpha": 0, "bias": 1, "diff": 1, "set": 1, "magnitude": 1, "peft_magnitude": 1}.get(role, 2)
     if len(shape) < least or (count != 1 if role == "alpha" else count == 0):
         wanted = "one number" if role == "alpha" else f"{least} dimensions or more, and none empty"
         raise LoraError(f"{source.path}: {key} has the shape {tuple(shape)}; expected {wanted}")
@@ -209,8 +223,8 @@ def _refuse(source: TensorSource, matches: Mapping[str, re.Match[str] | None]) -
     if odd:
         raise LoraError(
             f"{source.path}: {len(odd)} of its {len(matches)} tensors are no part of a LoRA that is known"
-            f" here, such as {odd[0]} (whole weights or biases, as of peft's modules_to_save and bias, only"
-            " fit their own base: merge such a LoRA with peft)"
+            f" here, such as {odd[0]} (whole weights or biases are read if peft's adapter_config.json tells of"
+            " them: modules_to_save, bias)"
         )
 
 
@@ -258,7 +272,9 @@ def _patch(module: _Module, name: str, scaling: Scaling, source: TensorSource) -
         axis = 0 if peft or (magnitude.shape[0] == rows and count == rows) else 1
         if count != (columns if axis else rows):
             raise LoraError(f"{source.path}: {name} has a magnitude of {count} values for {rows} x {columns}")
-    return Patch(kind, tensors, scale, magnitude=magnitude, magnitude_axis=axis, bias=bias)
+    whole = module.whole_bias is not None
+    bias = module.whole_bias if whole else bias
+    return Patch(kind, tensors, scale, None, magnitude, axis, bias, whole)
 
 
 def _kind(roles: Mapping[str, Tensor], name: str, source: TensorSource) -> tuple[str, dict[str, Tensor]]:
@@ -275,6 +291,8 @@ def _kind(roles: Mapping[str, Tensor], name: str, source: TensorSource) -> tuple
         good = all(t.ndim == 2 for t in tensors.values()) and len(tensors["down"]) == tensors["up"].shape[1]
     elif roles.keys() == {"diff"}:
         return "diff", dict(roles)
+    elif roles.keys() == {"set"}:
+        return "set", {"value": roles["set"]}
     else:
         kind = next(iter(roles)).partition(".")[0]
         tensors = {role.partition(".")[2]: tensor for role, tensor in roles.items()}

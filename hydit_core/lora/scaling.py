@@ -34,6 +34,7 @@ class PeftConfig:
     Attributes:
         rank, alpha: of the modules that no pattern names; None where it is not said.
         ranks, alphas: those of others, by name or end of a name.
+        whole: weights or biases stand beside the factors that take the base's place.
     """
 
     rank: float | None = None
@@ -41,6 +42,7 @@ class PeftConfig:
     rslora: bool = False
     ranks: Mapping[str, float] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    whole: bool = False
 
     def of(self, module: str, rank: int) -> float:
         """The scale of a module with factors of this rank."""
@@ -89,6 +91,7 @@ def read_peft_config(path: Path) -> PeftConfig | None:
         rslora=config.get("use_rslora") is True,
         ranks=_patterns(file, config, "rank_pattern", above=0) if kind == "LOKR" else {},
         alphas=_patterns(file, config, "alpha_pattern"),
+        whole=bool(config.get("modules_to_save")) or config.get("bias") in ("all", "lora_only"),
     )
 
 

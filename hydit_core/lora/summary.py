@@ -125,6 +125,8 @@ def _rows(adapter: Adapter) -> Iterator[tuple[str, str]]:
     axes = Counter(patch.magnitude_axis for patch in patches if patch.magnitude is not None)
     for axis, number in sorted(axes.items()):
         yield "DoRA", f"{number} modules, one length for each {('output row', 'input column')[axis]}"
+    if whole := sum(patch.whole for patch in patches):
+        yield "whole", f"{whole} modules with weights or biases that take the place of the base's"
     if biases := sum(patch.bias is not None for patch in patches):
         yield "biases", f"{biases}"
     wrong = {module: sum(p.not_finite() for p in own) for module, own in adapter.modules.items()}

@@ -84,9 +84,10 @@ def recipe_entry(adapter: Adapter, strength: float, weights: BlockWeights) -> di
 def _scaled(patch: Patch, factor: float, name: str) -> Patch:
     if factor == 1:
         return patch
-    if patch.magnitude is not None:
+    if patch.magnitude is not None or patch.whole:
+        kind = "has whole weights" if patch.whole else "is a DoRA"
         raise LoraError(
-            f"{name} is a DoRA, into which no strength but 1 can be worked: leave it at 1 here, and set it "
+            f"{name} {kind}, into which no strength but 1 can be worked: leave it at 1 here, and set it "
             "where the LoRA is loaded"
         )
     return replace(

@@ -137,9 +137,13 @@ def _file_tensors(patch: Patch, module: str, name: Callable[[str], str]) -> list
     found: list[tuple[str, Tensor]] = []
     if patch.rank == 0 and patch.scale != 1 and patch.tensors:
         patch = _scaled(patch)  # the spelling has no alpha for these
+    if patch.bias_whole or (patch.kind == "set" and name is not comfy_name):
+        raise LoraError(f"no format for {module}: whole weights go into comfy alone, whole biases into none")
     prefixes = {"loha": "hada_", "lokr": "lokr_", "diff": ""}
     if patch.kind == "lora":
         found += [(f"{key}.lora_{role}.weight", patch.tensors[role]) for role in ("up", "down")]
+    elif patch.kind == "set":
+        found.append((f"{key}.set_weight", patch.tensors["value"]))
     else:
         found += [(f"{key}.{prefixes[patch.kind]}{role}", value) for role, value in patch.tensors.items()]
     if patch.rank:

@@ -157,6 +157,9 @@ def _patches(patch: Patch, key: str) -> Iterator[tuple[Target, Any]]:
         yield from _weight_patch(patch, key)
     if patch.bias is not None:
         bias = key.removesuffix("weight") + "bias"
+        if patch.bias_whole:
+            yield bias, PatchAdapter.of(Patch("set", {"value": patch.bias}, rows=patch.rows))
+            return
         yield _sliced(bias, patch.rows), ("diff", (patch.bias.reshape(-1),))
 
 

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from hydit_core.config import DIT_G2_V11, DiTConfig
 from hydit_core.errors import LoraError
-from hydit_core.lora.formats import read
+from hydit_core.lora.adapter import changed
+from hydit_core.lora.extract import combine
+from hydit_core.lora.formats import FORMATS, from_tensors, read, to_tensors, write
 from hydit_core.lora.merge import apply
+from hydit_core.lora.summary import describe
 from hydit_core.model.dit import DiT
 
 ATTENTION = ["Wqkv", "q_proj", "kv_proj", "out_proj"]
@@ -150,17 +153,63 @@ def test_a_model_under_torch_compile(compiled: str, tmp_path: Path) -> None:
     same(tmp_path, base, expected)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [({"modules_to_save": ["final_layer.linear"]}, "modules_to_save"), ({"bias": "lora_only"}, "bias")],
-)
-def test_whole_weights_are_refused_by_name(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    theirs = trained(
-        peft.LoraConfig(r=2, target_modules=ATTENTION, **options), randomize(DiT(TINY), 1), tmp_path
-    )
+WHOLE: dict[str, dict[str, Any]] = {
+    "a module": {"modules_to_save": ["final_layer.linear", "mlp_t5.0"]},
+    "a module of diffusers' fused rows": {
+        "modules_to_save": ["blocks.0.attn1.Wqkv"],
+        "target_modules": ["q_proj"],
+    },
+    "biases of adapted layers": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},
+    "both, DoRA": {"bias": "lora_only", "modules_to_save": ["final_layer.linear"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_weights_and_biases(name: str, tmp_path: Path) -> None:
+    """What peft saves whole takes the base's place, at a strength: so much of the way there."""
+    model = randomize(DiT(TINY), 1)
+    base = copy.deepcopy(model)
+    options = {"target_modules": ATTENTION, **WHOLE[name]}
+    theirs = trained(peft.LoraConfig(r=2, lora_alpha=3, **options), model, tmp_path)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if parameter.requires_grad and "lora_" not in key:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
     theirs.save_pretrained(tmp_path)
-    with pytest.raises(LoraError, match=rf"{said}.* fit their own base"):
+    before, expected = copy.deepcopy(base.state_dict()), merged(theirs)
+    half = copy.deepcopy(base)
+    apply(read(tmp_path), half, 0.25)
+    same(tmp_path, base, expected)
+    if "use_dora" in WHOLE[name]:
+        return
+    for key, value in half.state_dict().items():
+        wanted = before[key] + 0.25 * (expected[key] - before[key])
+        torch.testing.assert_close(value, wanted, atol=2e-6 * float(value.abs().max()), rtol=0)
+
+
+def test_what_cannot_be_done_with_whole_weights(tmp_path: Path) -> None:
+    key = "base_model.model.blocks.0.mlp.fc1"
+    tensors = {f"{key}.weight": torch.ones(128, 64), f"{key}.bias": torch.ones(128)}
+    tensors |= {f"{KEY}.lora_A.weight": torch.ones(4, 64), f"{KEY}.lora_B.weight": torch.ones(64, 4)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LoraError, match=r"no part of a LoRA that is known here, such as .*fc1"):
         read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"modules_to_save": ["blocks.0.mlp.fc1"]}')
+    adapter = read(tmp_path)
+    assert "1 modules with weights or biases that take the place" in describe(adapter)
+    with pytest.raises(LoraError, match="has whole weights"):
+        combine([(adapter, 0.5)])
+    for format in FORMATS:
+        with pytest.raises(LoraError, match=r"whole|cannot hold"):
+            write(adapter, tmp_path / ("out" if format == "peft" else "out.safetensors"), format=format)
+    # ComfyUI's own name of a whole weight comes and goes.
+    own = {"diffusion_model.blocks.0.mlp.fc1.set_weight": torch.ones(128, 64)}
+    assert torch.equal(to_tensors(from_tensors(own))[next(iter(own))], torch.ones(128, 64))
+    weight = torch.zeros(128, 64)
+    ((patch,),) = from_tensors(own).modules.values()
+    assert torch.equal(changed(weight, [patch], 0.5), torch.full((128, 64), 0.5))
 
 
 @pytest.mark.parametrize("config", ["IA3Config", "OFTConfig", "VeraConfig"])
