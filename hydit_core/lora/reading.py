@@ -223,8 +223,8 @@ def _refuse(source: TensorSource, matches: Mapping[str, re.Match[str] | None]) -
     if odd:
         raise LoraError(
             f"{source.path}: {len(odd)} of its {len(matches)} tensors are no part of a LoRA that is known"
-            f" here, such as {odd[0]} (whole weights or biases are read if peft's adapter_config.json tells of"
-            " them: modules_to_save, bias)"
+            f" here, such as {odd[0]} (whole weights or biases are read if peft's adapter_config.json tells"
+            " of them: modules_to_save, bias)"
         )
 
 
