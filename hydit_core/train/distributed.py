@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,8 +24,10 @@ from ..devices import choose_device
 from ..errors import ConfigError, HyditError
 
 T = TypeVar("T")
-_JOINING_SECONDS = 600.0
+_JOINING_SECONDS = 300.0
 """For all processes to be there at the start, imports and a busy machine included."""
+_LEAVING_SECONDS = 5.0
+"""For all processes to leave together."""
 
 
 class Unanswered(HyditError):
@@ -52,13 +57,21 @@ class Processes:
         Raises :class:`Unanswered` if one does not: it failed, ended, or gave no sign of life for ``limit``.
         """
         if self.signs is not None:
-            self.signs.wait_for_all(self.limit)
+            self.signs.wait_for_all()
 
     def fail(self, cause: str) -> None:
         """Tell those who wait in :meth:`barrier` that this process will not come."""
         if self.signs is not None:
-            with contextlib.suppress(RuntimeError):  # whoever keeps the store may be gone already
-                self.signs.fail(cause)
+            self.signs.fail(cause)
+
+    def failure(self) -> str:
+        """What another process said when it failed; empty if none did, or if that cannot be told any more."""
+        if self.signs is None:
+            return ""
+        try:
+            return self.signs.failure()
+        except Unanswered:
+            return ""
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of ``values`` over the processes (in place)."""
@@ -137,7 +150,7 @@ class Processes:
 
     def close(self) -> None:
         if self.signs is not None:
-            self.signs.stop()
+            self.signs.close()
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -157,68 +170,113 @@ def answered(limit: float) -> Iterator[None]:
 
 
 def _unanswered(error: Exception, limit: float) -> Unanswered:
-    silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-    what = f"did not answer for {limit:g} s (run.answer_within)" if silent else "ended or failed"
-    return Unanswered(f"another process of this run {what}")
+    if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+        return Unanswered(_silence("another process", limit))
+    return Unanswered("another process of this run ended or failed")
+
+
+def _silence(who: str, limit: float) -> str:
+    return f"{who} of this run did not answer for {limit:g} s (run.answer_within)"
 
 
 class _SignsOfLife:
     """What each process tells of itself in the store that all of them share: that it lives, arrived, failed.
 
-    A thread says that the process lives. Stopped, killed, or on a machine that is gone, it falls silent.
+    A thread says that the process lives. Stopped, killed, or on a machine that is gone, it falls silent. The
+    same thread asks the store, for a store whose keeper is stopped never answers.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, limit: float) -> None:
         self._store = store
         self._rank = rank
         self._world = world
+        self._limit = limit
         self._barriers = 0
-        self._ended = threading.Event()
+        self._no_answer = ""
+        self._questions: queue.Queue[Callable[[], None] | None] = queue.Queue()
         store.set(f"alive-{rank}", "0")
         self._thread = threading.Thread(target=self._tell, args=(min(5.0, limit / 5),), daemon=True)
         self._thread.start()
 
     def _tell(self, pause: float) -> None:
-        beats = 0
-        while not self._ended.wait(pause):
-            beats += 1
+        beats, last = 0, 0.0
+        while True:
+            with contextlib.suppress(queue.Empty):
+                question = self._questions.get(timeout=pause)
+                if question is None:
+                    return
+                question()
+            if time.monotonic() - last >= pause:
+                beats, last = beats + 1, time.monotonic()
+                with contextlib.suppress(RuntimeError):  # the store has gone with the process that kept it
+                    self._store.set(f"alive-{self._rank}", str(beats))
+
+    def _ask(self, ask: Callable[[dist.Store], T], limit: float | None = None) -> T:
+        """What ``ask`` gets from the store. Raises :class:`Unanswered`, from then on at once."""
+        if self._no_answer:
+            raise Unanswered(self._no_answer)
+        answer: Future[T] = Future()
+
+        def question() -> None:
             try:
-                self._store.set(f"alive-{self._rank}", str(beats))
-            except RuntimeError:  # the store has gone with the process that kept it
-                return
+                answer.set_result(ask(self._store))
+            except RuntimeError as error:
+                answer.set_exception(error)
 
-    def stop(self) -> None:
-        self._ended.set()
-        self._thread.join(timeout=5)
-
-    def fail(self, cause: str) -> None:
-        self._store.set("failed", f"process {self._rank}: {cause}")
-
-    def wait_for_all(self, limit: float) -> None:
-        self._barriers += 1
-        here = f"here-{self._barriers}"
+        self._questions.put(question)
+        limit = self._limit if limit is None else limit
         try:
-            self._store.add(here, 1)
-            last: dict[int, tuple[bytes, float]] = {}
-            while self._store.add(here, 0) < self._world:
-                if self._store.check(["failed"]):
-                    raise Unanswered(self._store.get("failed").decode("utf-8", "replace"))
-                self._look_for_silent(last, limit)
-                time.sleep(0.05)
-        except (dist.DistError, RuntimeError) as error:
+            return answer.result(timeout=limit)
+        except FutureTimeout:
+            self._no_answer = _silence("process 0", limit)
+            raise Unanswered(self._no_answer) from None
+        except RuntimeError as error:
             raise _unanswered(error, limit) from error
 
-    def _look_for_silent(self, last: dict[int, tuple[bytes, float]], limit: float) -> None:
-        """Raise if a process has said nothing new for ``limit`` seconds; ``last`` is what each said."""
+    def close(self) -> None:
+        """Leave, the keeper of the store (maybe this process) last, as far as the others leave soon."""
+        with contextlib.suppress(Unanswered):
+            self._ask(lambda store: store.add("closed", 1), _LEAVING_SECONDS)
+            deadline = time.monotonic() + _LEAVING_SECONDS
+            while self._rank == 0 and time.monotonic() < deadline:
+                if self._ask(lambda store: store.add("closed", 0), _LEAVING_SECONDS) >= self._world:
+                    break
+                time.sleep(0.02)
+        self._questions.put(None)
+        self._thread.join(timeout=1)
+
+    def fail(self, cause: str) -> None:
+        with contextlib.suppress(Unanswered):
+            text = f"process {self._rank}: {cause}"
+            self._ask(lambda store: store.set("failed", text), _LEAVING_SECONDS)
+
+    def failure(self) -> str:
+        """What a process said when it failed; empty if none did."""
+        found = self._ask(lambda store: store.get("failed") if store.check(["failed"]) else b"")
+        return found.decode("utf-8", "replace")
+
+    def wait_for_all(self) -> None:
+        self._barriers += 1
+        here = f"here-{self._barriers}"
+        arrived = self._ask(lambda store: store.add(here, 1))
+        last: dict[int, tuple[bytes, float]] = {}
+        while arrived < self._world:
+            if failure := self.failure():
+                raise Unanswered(failure)
+            self._look_for_silent(last)
+            time.sleep(0.05)
+            arrived = self._ask(lambda store: store.add(here, 0))
+
+    def _look_for_silent(self, last: dict[int, tuple[bytes, float]]) -> None:
+        """Raise if a process has said nothing new for too long; ``last`` is what each said, and when."""
+        names = [f"alive-{rank}" for rank in range(self._world)]
+        said = self._ask(lambda store: store.multi_get(names))
         now = time.monotonic()
-        said = self._store.multi_get([f"alive-{rank}" for rank in range(self._world)])
         for rank, beat in enumerate(said):
             if rank not in last or last[rank][0] != beat:
                 last[rank] = (beat, now)
-            elif now - last[rank][1] > limit:
-                raise Unanswered(
-                    f"process {rank} of this run did not answer for {limit:g} s (run.answer_within)"
-                )
+            elif now - last[rank][1] > self._limit:
+                raise Unanswered(_silence(f"process {rank}", self._limit))
 
 
 def start(device: str = "auto", limit: float = 240.0) -> Processes:

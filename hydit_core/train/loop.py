@@ -7,7 +7,6 @@ import math
 import time
 import traceback
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
 
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from ..data import Batch, TrainData, hash_int
 from ..errors import HyditError
+from .batches import Pair, with_draws
 from .checkpoint import Checkpoint, NotWritten, Progress
 from .config import TrainConfig
-from .distributed import Processes
+from .distributed import Processes, Unanswered
 from .draws import Draws, TrainingDraws
 from .health import Health
 from .metrics import LossWindow, Metrics
@@ -26,7 +26,7 @@ from .objectives import Objective
 from .optim import Ema, Optimizers, learning_rate_factor, parameter_groups
 from .samples import draw_samples
 from .saving import Saver, is_numbered
-from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames, starting_workers
+from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames
 from .validation import validate
 
 ERROR_FILE = "error.txt"
@@ -146,38 +146,25 @@ class Trainer:
                 + f"; everything is saved. Continue with --resume {self.folder}"
             )
 
-    def _batches(self) -> Generator[tuple[Batch, Draws], None, None]:
-        """Every micro-batch with its draws, made in a thread while the one before is trained on."""
+    def _batches(self) -> Generator[Pair, None, None]:
         run, progress = self.config.run, self.progress
         start, end = progress.step * run.grad_accumulation + progress.micro, run.steps * run.grad_accumulation
-        batches = self.data.loader(start, end)
-        with starting_workers():
-            first = next(batches)
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(self._with_draws, start, first)
-            for number in range(start + 1, end):
-                ready = ahead.result()
-                ahead = thread.submit(self._next_with_draws, number, batches)
-                yield ready
-            yield ahead.result()
 
-    def _next_with_draws(self, number: int, batches: Iterator[Batch]) -> tuple[Batch, Draws]:
-        return self._with_draws(number, next(batches))
+        def draw(number: int, batch: Batch) -> Draws:
+            step, micro = divmod(number, run.grad_accumulation)
+            places = (batch.positions + micro * self.global_batch).tolist()
+            return self.draws(step, places, self.objective.latent_shape(batch))
 
-    def _with_draws(self, number: int, batch: Batch) -> tuple[Batch, Draws]:
-        """``number`` counts micro-batches through the run."""
-        step, micro = divmod(number, self.config.run.grad_accumulation)
-        places = (batch.positions + micro * self.global_batch).tolist()
-        return batch, self.draws(step, places, self.objective.latent_shape(batch))
+        return with_draws(self.data.loader(start, end), range(start, end), draw)
 
-    def _ready(self, batches: Iterator[tuple[Batch, Draws]]) -> list[tuple[Batch, Draws]]:
+    def _ready(self, batches: Iterator[Pair]) -> list[Pair]:
         """What comes next: a micro-batch, of several processes all those of a step; nothing to stop.
 
         Processes must agree, and must not wait for each other inside an accumulation.
         """
         if self.processes.world == 1:
             return [] if self._stop.name else [next(batches)]
-        ahead: list[tuple[Batch, Draws]] = []
+        ahead: list[Pair] = []
         cause = ""
         try:
             ahead = list(islice(batches, self.config.run.grad_accumulation - self.progress.micro))
@@ -195,6 +182,8 @@ class Trainer:
     def _stopped(self, error: Exception) -> TrainingStopped:
         """Save what is worth it; the error that says what happened and how to go on."""
         cause = cause_of(error)
+        if isinstance(error, Unanswered):
+            cause = self.processes.failure() or cause
         if not isinstance(error, HyditError):
             cause += self._keep_traceback(error)
         forget_frames(error)

@@ -12,6 +12,7 @@ from test_train_arithmetic import PROCESSES, LineData, LineObjective, batch_of
 from hydit_core.data import Batch
 from hydit_core.train.checkpoint import Checkpoint
 from hydit_core.train.config import TrainConfig
+from hydit_core.train.distributed import Processes
 from hydit_core.train.loop import Trainer
 from hydit_core.train.restoring import find_checkpoint, restore
 
@@ -67,6 +68,7 @@ def line_trainer(
     loading: During = nothing,
     factors: Callable[[int], float] = lambda number: 1.0,
     resume: Path | None = None,
+    processes: Processes = PROCESSES,
     **sections: dict[str, Any],
 ) -> Trainer:
     """A trainer that writes to ``folder``, continued from the checkpoint or run in ``resume``."""
@@ -83,7 +85,7 @@ def line_trainer(
         tables[name] = {**tables.get(name, {}), **values}
     tables["run"]["device"] = "cpu"
     config = TrainConfig.model_validate(tables)
-    trainer = Trainer(config, Objective(during, factors), Data(loading), PROCESSES)
+    trainer = Trainer(config, Objective(during, factors), Data(loading), processes)
     if resume is not None:
         found = find_checkpoint(resume, print)
         assert isinstance(found, Checkpoint)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +92,54 @@ def test_two_processes_share_a_base_in_few_bits(tmp_path: Path, tiny_model_file:
     assert [code for code, _ in finished] == [0, 0], finished
     for mine, theirs in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
         assert theirs == pytest.approx(mine, rel=1e-3, abs=2e-4)
+
+
+# -- processes that fail, or do not answer -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What became of the pairs of processes in line_pairs.py."""
+    here = Path(__file__).parent
+    env = {**environment(), "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here)))}
+    command = [sys.executable, here / "line_pairs.py", tmp_path_factory.mktemp("pairs") / "all"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def codes(pair: list[dict[str, Any]]) -> list[int | None]:
+    return [one["code"] for one in pair]
+
+
+@several_processes
+def test_only_the_first_process_needs_the_checkpoint(pairs: dict[str, list[dict[str, Any]]]) -> None:
+    assert codes(pairs["resumes"]) == [0, 0], pairs["resumes"]
+    assert codes(pairs["finds_nothing"]) == [0, 0], pairs["finds_nothing"]
+
+
+@several_processes
+def test_the_others_wait_for_one_that_works(pairs: dict[str, list[dict[str, Any]]]) -> None:
+    assert codes(pairs["works_alone"]) == [0, 0], pairs["works_alone"]
+
+
+@several_processes
+def test_an_error_of_one_ends_all_and_loses_nothing(pairs: dict[str, list[dict[str, Any]]]) -> None:
+    for name, told in (("unreadable", "process 1: cannot read picture 7.png"), ("crashes", "process 1: out")):
+        assert codes(pairs[name]) == [3, 3], pairs[name]
+        first, other = pairs[name]
+        assert told in first["said"] and "Stopped at step 2; everything is saved" in first["said"]
+        assert "Process 0 tells what is saved" in other["said"]
+        assert "Traceback" not in first["said"] + other["said"]
+
+
+@several_processes
+def test_one_that_does_not_answer_ends_the_run(pairs: dict[str, list[dict[str, Any]]]) -> None:
+    """Stopped with SIGSTOP, in a step and while the others wait for it; the limit was 2 seconds."""
+    for name, alive in (("other_is_silent", 0), ("first_is_silent", 1), ("silent_alone", 1)):
+        survivor = pairs[name][alive]
+        assert survivor["code"] == (2 if name == "silent_alone" else 3), pairs[name]
+        assert survivor["seconds"] < 60
+        assert "did not answer for 2 s (run.answer_within)" in survivor["said"]
+        assert pairs[name][1 - alive]["code"] is None
+    assert "Stopped at step 3; everything is saved" in pairs["other_is_silent"][0]["said"]

@@ -1,0 +1,171 @@
+"""Pairs of training processes, forked from one that has imported everything: ``line_pairs.py FOLDER``.
+
+Prints one JSON object: for each case and rank the exit code (None: it had to be killed), what it said, and
+after how many seconds it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+from line_run import line_trainer
+
+from hydit_core.errors import DataError
+from hydit_core.train import distributed
+from hydit_core.train.distributed import Processes
+from hydit_core.train.restoring import restore, shared_checkpoint
+from hydit_core.train.stopping import TrainingStopped
+
+LIMIT = 2.0
+GRACE = 15.0
+"""Seconds that a process has to end by itself after the first one did."""
+STEPS = 6
+
+
+def resumes(processes: Processes, folder: Path) -> None:
+    """Only the first process's folder holds a checkpoint."""
+    if processes.is_main:
+        assert not line_trainer(folder).run(stop_after_micro=3)
+    trainer = line_trainer(folder, processes=processes, run={"batch_size": 3})
+    found = shared_checkpoint(folder, processes, print)
+    assert found is not None
+    restore(trainer, found)
+    assert trainer.progress.step == 3
+    assert trainer.run()
+    total = processes.sum(torch.stack([p.detach().sum() for p in trainer.trained.values()]))
+    mine = torch.stack([p.detach().sum() for p in trainer.trained.values()])
+    torch.testing.assert_close(total, 2 * mine)
+    assert (folder / "model.safetensors").exists() == processes.is_main
+
+
+def finds_nothing(processes: Processes, folder: Path) -> None:
+    assert shared_checkpoint(folder, processes, print) is None
+
+
+def works_alone(processes: Processes, folder: Path) -> None:
+    """The first process takes longer than the limit, and the other waits for it."""
+    if processes.is_main:
+        time.sleep(2 * LIMIT)
+    processes.barrier()
+
+
+def unreadable(processes: Processes, folder: Path) -> None:
+    def loading(number: int) -> None:
+        if processes.rank == 1 and number == 5:
+            raise DataError("cannot read picture 7.png: no such file")
+
+    line_trainer(folder, processes=processes, micro=2, loading=loading).run()
+
+
+def crashes(processes: Processes, folder: Path) -> None:
+    def during(number: int) -> None:
+        if processes.rank == 1 and number == 5:
+            raise RuntimeError("out of memory: tried to allocate 2 GiB")
+
+    line_trainer(folder, processes=processes, micro=2, during=during).run()
+
+
+def silent(rank: int, processes: Processes, folder: Path) -> None:
+    def during(number: int) -> None:
+        if processes.rank == rank and number == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    line_trainer(folder, processes=processes, during=during).run()
+
+
+def other_is_silent(processes: Processes, folder: Path) -> None:
+    silent(1, processes, folder)
+
+
+def first_is_silent(processes: Processes, folder: Path) -> None:
+    silent(0, processes, folder)
+
+
+def silent_alone(processes: Processes, folder: Path) -> None:
+    """While it draws pictures or saves, with the other waiting."""
+    processes.barrier()
+    if processes.is_main:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    processes.barrier()
+
+
+CASES = [
+    resumes,
+    finds_nothing,
+    works_alone,
+    unreadable,
+    crashes,
+    other_is_silent,
+    first_is_silent,
+    silent_alone,
+]
+
+
+def child(case: int, rank: int, port: int, folder: Path) -> int:
+    folder.mkdir(parents=True)
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(
+        {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    )
+    try:
+        processes = distributed.start("cpu", LIMIT)
+        try:
+            CASES[case](processes, folder)
+        finally:
+            processes.close()
+    except TrainingStopped as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 3
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def pair(case: int, folder: Path) -> list[dict[str, object]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    begun = time.monotonic()
+    ranks = {}
+    for rank in (0, 1):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(child(case, rank, port, folder / str(rank)))
+        ranks[pid] = rank
+    ended: dict[int, tuple[int | None, float]] = {}
+    deadline = begun + 120.0
+    while len(ended) < 2 and time.monotonic() < deadline:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            time.sleep(0.02)
+            continue
+        ended[ranks[pid]] = (os.waitstatus_to_exitcode(status), time.monotonic() - begun)
+        grace = 0 if "silent" in CASES[case].__name__ else GRACE  # what was stopped stays so
+        deadline = min(deadline, time.monotonic() + grace)
+    for pid, rank in ranks.items():
+        if rank not in ended:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            ended[rank] = (None, time.monotonic() - begun)
+    return [
+        {
+            "code": ended[rank][0],
+            "seconds": ended[rank][1],
+            "said": (folder / str(rank) / "stderr").read_text("utf-8", "replace"),
+        }
+        for rank in (0, 1)
+    ]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    places = Path(sys.argv[1])
+    print(json.dumps({c.__name__: pair(i, places / c.__name__) for i, c in enumerate(CASES)}))
