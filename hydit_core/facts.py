@@ -90,8 +90,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "steps": whole(1, 100_000),
         "cfg": number(1, 1000),
         "guidance_rescale": number(0, 1),
-        "width": whole(8, 65_536, 8),
-        "height": whole(8, 65_536, 8),
+        "width": whole(8, 8192, 8),
+        "height": whole(8, 8192, 8),
         "negative": text(100_000),
     },
     "bert": {

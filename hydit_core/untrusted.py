@@ -151,6 +151,17 @@ def read_text(path: str | os.PathLike[str], *, error: type[HyditError], max_byte
     Raises:
         error: it cannot be read, is larger than ``max_bytes``, or is not UTF-8.
     """
+    return decode(read_bytes(path, error=error, max_bytes=max_bytes), str(path), error)
+
+
+def read_bytes(
+    path: str | os.PathLike[str], *, error: type[HyditError] = WeightsError, max_bytes: int = MAX_BYTES
+) -> bytes:
+    """The content of a file.
+
+    Raises:
+        error: it cannot be read, or is larger than ``max_bytes``.
+    """
     try:
         with Path(path).open("rb") as file:
             content = file.read(max_bytes + 1)
@@ -158,7 +169,7 @@ def read_text(path: str | os.PathLike[str], *, error: type[HyditError], max_byte
         raise error(f"cannot read {path}: {getattr(problem, 'strerror', None) or problem}") from problem
     if len(content) > max_bytes:
         raise error(f"{path} is larger than {max_bytes:,} bytes: too large for what it should be")
-    return decode(content, str(path), error)
+    return content
 
 
 def decode(content: bytes, what: str, error: type[HyditError]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import WeightsError
-from ..untrusted import read_json
+from ..untrusted import read_bytes, read_json
 from ..weights.companions import vocabulary
 from ..weights.parts import Parts
 from .dimensions import LOWERCASE
@@ -98,14 +98,14 @@ def _folder(path: Path) -> Path:
 def _vocabulary(places: Sequence[Path]) -> Vocabulary | None:
     for place in places:
         if place.is_file():
-            return Vocabulary(place.read_bytes(), _lowercase(place.parent))
+            return Vocabulary(read_bytes(place), _lowercase(place.parent))
         if (content := vocabulary(place)) is not None:
             return Vocabulary(content, _lowercase(place))
     return None
 
 
 def _content(places: Sequence[Path]) -> bytes | None:
-    return next((place.read_bytes() for place in places if place.is_file()), None)
+    return next((read_bytes(place) for place in places if place.is_file()), None)
 
 
 def _lowercase(folder: Path) -> bool | None:

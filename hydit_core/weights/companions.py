@@ -11,7 +11,7 @@ from typing import Any
 from .. import facts
 from ..config import ModelInfo
 from ..errors import ConfigError, WeightsError
-from ..untrusted import read_json
+from ..untrusted import read_bytes, read_json
 from . import vae_layout
 from .detect import expect
 from .files import has_weights, open_tensors
@@ -112,7 +112,7 @@ def vocabulary(folder: Path) -> bytes | None:
         WeightsError: if a ``tokenizer.json`` there is damaged.
     """
     if (folder / "vocab.txt").is_file():
-        return (folder / "vocab.txt").read_bytes()
+        return read_bytes(folder / "vocab.txt")
     # transformers 5 writes the vocabulary into tokenizer.json only.
     model = _config(folder, "model", file_name="tokenizer.json").get("model")
     if not isinstance(model, dict) or model.get("type") != "WordPiece":
@@ -128,7 +128,7 @@ def _weights_folder(root: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _content(root: Path, names: tuple[str, ...]) -> bytes | None:
-    return next(((root / name).read_bytes() for name in names if (root / name).is_file()), None)
+    return next((read_bytes(root / name) for name in names if (root / name).is_file()), None)
 
 
 def _config(folder: Path | None, *names: str, file_name: str = "config.json") -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hydit_core.config import METADATA_KEY
 from hydit_core.errors import WeightsError
 from hydit_core.generate import main as generate
 from hydit_core.text import load_text_encoders
+from hydit_core.text.tokenizer_files import vocabulary_of
 from hydit_core.untrusted import count_numbered, is_plain_name
 from hydit_core.vae import load_vae
 from hydit_core.weights import files
@@ -310,3 +311,40 @@ def test_a_controlnet_is_held_to_the_same(tiny, tmp_path):
         {f"_orig_mod.{key}": value for key, value in tensors.items()}, tmp_path / "c.safetensors", metadata
     )
     load_controlnet(tmp_path / "c.safetensors")
+
+
+WORDS = '{"model": {"type": "WordPiece", "vocab": %s}}'
+COMPANIONS = {
+    "config": ("config.json", "[]", "holds a list; expected an object"),
+    "config's kind": ("config.json", '{"model_type": ["bert"], "num_attention_heads": "2"}', "is '2';"),
+    "tokenizer": ("tokenizer.json", "[]", "holds a list; expected an object"),
+    "a model's kind": ("tokenizer.json", '{"model": []}', "vocabulary was found neither"),
+    "a vocabulary of texts": ("tokenizer.json", WORDS % '["a"]', "no object of"),
+    "numbers of texts": ("tokenizer.json", WORDS % '{"a": "b"}', "no object of"),
+    "settings": ("tokenizer_config.json", "[]", "holds a list; expected an object"),
+    "deep settings": ("tokenizer_config.json", "[" * 100_000, "nested 100,000 deep"),
+    "not UTF-8": ("config.json", "\xff\xfe", "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("what", COMPANIONS)
+def test_files_beside_a_text_encoder(tiny, tmp_path, capsys, what):
+    name, content, message = COMPANIONS[what]
+    bert = {key[len(BERT) :]: value for key, value in load_file(tiny).items() if key.startswith(BERT)}
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    save_file(bert, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    if "settings" in what:
+        (folder / "vocab.txt").write_text("[UNK]\n")
+    (folder / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(WeightsError, match=message) as error:
+        vocabulary_of(bundle(folder, only=("bert",)))
+    assert str(folder) in str(error.value) and len(str(error.value)) < 800
+
+
+def test_a_vocabulary_of_any_size_is_not_read(tiny, tmp_path):
+    with open(tmp_path / "vocab.txt", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(WeightsError, match=r"vocab\.txt is larger than 67,108,864 bytes"):
+        vocabulary_of(bundle(tiny), tmp_path)

@@ -9,8 +9,11 @@ import threading
 import time
 
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hydit_core.errors import ConfigError, DataError, HyditError, PrintableOutput, cli_main, printable
+from hydit_core.png import read_parameters
 from hydit_core.untrusted import parse_json, parse_toml, read_json, read_toml
 
 BAD_JSON = {
@@ -171,3 +174,33 @@ def test_printable_output_is_a_stream():
     output = PrintableOutput(stream)
     print("x\x00", end="", file=output, flush=True)
     assert stream.getvalue() == "x\\x00" and not output.isatty()
+
+
+PICTURES = {
+    "not JSON": ("{", "chunk 'hydit' is not valid JSON"),
+    "a list": ("[]", "chunk 'hydit' holds a list; expected an object"),
+    "deep": ("[" * 100_000, "chunk 'hydit': nested 100,000 deep"),
+    "a bomb of text": ("x" * (8 << 20), "not a readable picture"),
+}
+
+
+@pytest.mark.parametrize("text, message", PICTURES.values(), ids=PICTURES)
+def test_pictures_that_say_strange_things(tmp_path, text, message):
+    info = PngInfo()
+    info.add_itxt("hydit", text, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(DataError, match=message) as error:
+        read_parameters(tmp_path / "a.png")
+    assert str(error.value).startswith(str(tmp_path / "a.png"))
+
+
+def test_the_pixels_of_a_picture_are_not_read_for_what_it_says(tmp_path):
+    info = PngInfo()
+    info.add_itxt("hydit", '{"steps": 3}')
+    Image.new("1", (30_000, 5_000)).save(tmp_path / "big.png", pnginfo=info)
+    content = (tmp_path / "big.png").read_bytes()
+    (tmp_path / "big.png").write_bytes(content[: content.index(b"IDAT") + 8])
+    assert read_parameters(tmp_path / "big.png") == {"steps": 3}
+    Image.new("1", (30_000, 5_000)).save(tmp_path / "bare.png")
+    with pytest.raises(DataError, match="carries no `hydit` chunk"):
+        read_parameters(tmp_path / "bare.png")
