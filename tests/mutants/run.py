@@ -34,6 +34,8 @@ from typing import Any
 from sites import Site, find, sample
 
 ROOT = Path(__file__).resolve().parents[2]
+FIRST = 12
+TESTS = ("tests/unit", "tests/parity")
 PARTS = ("model", "diffusion", "lora", "train", "data", "text", "weights")
 EQUIVALENT = Path(__file__).with_name("equivalent.jsonl")
 HEAVY = (
@@ -120,6 +122,11 @@ def copy_tree(target: Path) -> Path:
             shutil.copy2(ROOT / name, target / name)
     checked = py_compile.PycInvalidationMode.CHECKED_HASH
     compileall.compile_dir(target / "hydit_core", quiet=1, invalidation_mode=checked)
+    # pytest keeps what it makes of the tests, which do not change here.
+    collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-c", "tests/pytest.ini", *TESTS]
+    subprocess.run(
+        collect, cwd=target, env={**os.environ, "PYTHONPATH": str(target)}, capture_output=True, check=False
+    )
     return target
 
 
@@ -181,7 +188,7 @@ def cover(tree: Path, store: Path) -> dict[str, dict[str, Any]]:
 
     known: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
     prefix = f"{tree}/hydit_core/"
-    files = sorted(path for part in ("unit", "parity") for path in (tree / "tests" / part).glob("test_*.py"))
+    files = sorted(path for folder in TESTS for path in (tree / folder).glob("test_*.py"))
     for path in files:
         name = path.relative_to(tree).as_posix()
         if name in known and _fresh(tree, name, known[name]):
@@ -223,17 +230,21 @@ def _hash(path: Path) -> str:
 
 
 def tests_of(site: Site, covered: dict[str, dict[str, Any]], budget: float) -> list[str]:
-    """The tests that run the changed lines, fast ones that run little else first, as far as time allows."""
+    """The tests that run the changed lines, fast ones that run little else first, as far as time allows.
+
+    After them come those that run other lines of the file: what a function keeps for later calls was run by
+    the first test that called it, and only there.
+    """
     file = site.path.removeprefix("hydit_core/")
     chosen = []
     for name, entry in covered.items():
-        lines = entry["lines"].get(file, ())
-        if lines and (site.lines is None or any(site.lines[0] <= n <= site.lines[1] for n in lines)):
+        if lines := entry["lines"].get(file):
+            near = site.lines is None or any(site.lines[0] <= n <= site.lines[1] for n in lines)
             breadth = sum(map(len, entry["lines"].values()))
-            chosen.append((entry["seconds"] * breadth**0.5, name))
+            chosen.append((not near, entry["seconds"] * breadth**0.5, name))
     chosen.sort()
     spent, names = 0.0, []
-    for _, name in chosen:
+    for _, _, name in chosen:
         spent += covered[name]["seconds"]
         if names and spent > budget:
             break
@@ -245,26 +256,34 @@ def tests_of(site: Site, covered: dict[str, dict[str, Any]], budget: float) -> l
 
 
 def try_site(site: Site, tree: Path, covered: dict[str, dict[str, Any]], budget: float) -> dict[str, Any]:
+    """Most changes are seen by the first few tests; the others are only collected for those that are not."""
     path, start = tree / site.path, time.monotonic()
     source = path.read_bytes()
     names = tests_of(site, covered, budget)
-    verdict, killer = "survived", tree.parent / "killer"
-    killer.write_text("")
-    if names:
-        from cover import Selection
-
-        selection = Selection(names)
-        files = list(dict.fromkeys(covered[name]["file"] for name in names))
-        limit = 60 + 4 * sum(covered[name]["seconds"] for name in names)
-        path.write_bytes(site.apply(source))
-        try:
-            code = run_tests(tree, files, selection, limit, lambda: killer.write_text(selection.failed))
-        finally:
-            path.write_bytes(source)
-        verdict = "timeout" if code is None else "survived" if code in (0, 5) else "killed"
+    verdict, killer = "survived", ""
+    path.write_bytes(site.apply(source))
+    try:
+        for some in (names[:FIRST], names[FIRST:]):
+            if some and verdict == "survived":
+                verdict, killer = _verdict(tree, covered, some)
+    finally:
+        path.write_bytes(source)
     seconds = round(time.monotonic() - start, 1)
-    by = killer.read_text()
-    return {"id": site.id, "verdict": verdict, "by": by, "tests": len(names), "seconds": seconds}
+    return {"id": site.id, "verdict": verdict, "by": killer, "tests": len(names), "seconds": seconds}
+
+
+def _verdict(tree: Path, covered: dict[str, dict[str, Any]], names: list[str]) -> tuple[str, str]:
+    """What becomes of the changed tree under these tests, and the first test that failed."""
+    from cover import Selection
+
+    selection, failed = Selection(names), tree.parent / "failed"
+    failed.write_text("")
+    files = list(dict.fromkeys(covered[name]["file"] for name in names))
+    limit = 60 + 4 * sum(covered[name]["seconds"] for name in names)
+    code = run_tests(tree, files, selection, limit, lambda: failed.write_text(selection.failed))
+    if code is None:
+        return "timeout", ""
+    return "survived" if code in (0, 5) else "killed", failed.read_text()
 
 
 def report(sites: list[Site], results: dict[str, dict[str, Any]]) -> int:

@@ -413,3 +413,14 @@ def test_checkpoints_with_such_numbers_are_not_extracted(
     named = base if which == "base" else tuned
     assert said == f"error: {named}: {key} has 2 numbers that are not finite; it is damaged"
     assert not Path(out).exists()
+
+
+def test_a_plot_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    adapter = from_tensors(
+        {
+            f"diffusion_model.{FC1}.lora_up.weight": rand(ROWS[FC1], 2),
+            f"diffusion_model.{FC1}.lora_down.weight": rand(2, WIDTH),
+        }
+    )
+    with pytest.raises(LoraError, match=r"cannot write .*no-folder"):
+        plot(adapter, tmp_path / "no-folder" / "norms.png")

@@ -235,6 +235,13 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     assert load_text_encoders(path, **LENGTHS).encode("cat").bert.shape == (1, 12, 32)
 
 
+def test_fresh_encoders_take_the_lengths_of_the_published_model_by_default() -> None:
+    encoders = TextEncoders.build(BERT, T5, bert_vocab(), spiece_model())
+    tokens = encoders.tokenize(["a red apple", "cat"])
+    assert tokens.bert_ids.shape == (2, 77) and tokens.t5_ids.shape == (2, 256)
+    assert encoders.bert.config.max_position_embeddings == 77
+
+
 def test_heads_default_to_64_wide(tmp_path: Path) -> None:
     wide = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     encoders = TextEncoders.build(wide, T5, bert_vocab(), spiece_model(), **LENGTHS).eval()
