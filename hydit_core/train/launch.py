@@ -25,7 +25,7 @@ from .loop import Trainer
 from .lora import LoraObjective
 from .objectives import ControlNetObjective, FullObjective, Objective
 from .parts import ModelParts, build
-from .posterior import choose
+from .posterior import Choice, choose
 from .restoring import picture_stamps, require_same_data, restore, shared_checkpoint
 from .samples import sample_texts
 from .stopping import cause_of, ending_at_once, tell
@@ -57,7 +57,7 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
             _warn_of_cut_captions(data, parts)
             _warn_of_trigger(config, data)
         prepare_data(config, data, parts, processes)
-        config = with_posterior(config, data, parts, processes.device, say)
+        config = with_posterior(config, data, parts, processes, say)
         objective = make_objective(config, parts, processes.device)
         objective.use_checkpointing(float(run.gradient_checkpointing))
         trainer = Trainer(config, objective, data, processes)
@@ -125,11 +125,16 @@ def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, proces
 
 
 def with_posterior(
-    config: TrainConfig, data: TrainData, parts: ModelParts, device: torch.device, say: Callable[[str], None]
+    config: TrainConfig,
+    data: TrainData,
+    parts: ModelParts,
+    processes: Processes,
+    say: Callable[[str], None],
 ) -> TrainConfig:
     """``config`` with ``data.posterior`` decided, for the loop and for what the exported file says."""
-    measured = config.data.posterior == "auto" and not config.data.cache.latents
-    choice = choose(config, parts.info, data, parts.vae.to(device) if measured else parts.vae)
+    if config.data.posterior == "auto" and not config.data.cache.latents:
+        parts.vae.to(processes.device)
+    choice = Choice(*processes.from_main(lambda: (*choose(config, parts.info, data, parts.vae),)))
     say(choice.line)
     parts.info = dataclasses.replace(parts.info, posterior=choice.kind)
     return config.model_copy(update={"data": config.data.model_copy(update={"posterior": choice.kind})})
