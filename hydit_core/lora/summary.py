@@ -19,6 +19,7 @@ from ..model import DiT
 from ..untrusted import parse_json
 from ..weights.dtypes import dtype_name
 from ..weights.parts import bundle
+from ..weights.writer import atomic_path
 from .adapter import Adapter, Match, module_shapes
 from .blocks import depth_of
 
@@ -199,10 +200,14 @@ def plot(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """Draw the norms as a picture: a row for each kind of module, a column for each block.
 
     Raises:
-        LoraError: if the picture cannot be written.
+        LoraError: if the name is no picture's.
+        WeightsError: if it cannot be written.
     """
     from PIL import Image, ImageDraw
 
+    encoding = Image.registered_extensions().get(Path(path).suffix.lower())
+    if encoding not in Image.SAVE:
+        raise LoraError(f"cannot write {path}: give it the suffix of a picture, such as .png")
     table = norms(adapter)
     kinds = list(dict.fromkeys(_kind(place, name) for place, row in table.items() for name in row))
     # Those that occur: a LoRA of two blocks is no wide picture, whatever their numbers.
@@ -229,10 +234,8 @@ def plot(adapter: Adapter, path: str | os.PathLike[str]) -> None:
             y = head + kinds.index(_kind(place, name)) * cell
             share = value / top if math.isfinite(value) else 1.0
             draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=_color(share), outline="lightgray")
-    try:
-        image.save(Path(path))
-    except (OSError, ValueError) as error:
-        raise LoraError(f"cannot write {path}: {error}") from None
+    with atomic_path(path) as temporary:
+        image.save(temporary, format=encoding)
 
 
 def _kind(place: str, name: str) -> str:

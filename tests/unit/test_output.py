@@ -220,6 +220,11 @@ def test_a_plot_replaces_nothing_unasked(place: Path, capsys: pytest.CaptureFixt
     assert run("inspect", a, "--plot", picture) == 2
     assert "exists" in capsys.readouterr().err and picture.read_bytes() == b"older"
     assert run("inspect", a, "--plot", picture, "--overwrite") == 0
+    for name in ("norms", "norms.txt", "norms.nothing"):
+        assert run("inspect", a, "--plot", place / name) == 2
+        assert "give it the suffix of a picture" in capsys.readouterr().err and not (place / name).exists()
+    assert run("inspect", a, "--plot", place / "gone" / "deeper" / ("n" * 300 + ".png")) == 2
+    assert "cannot write" in capsys.readouterr().err
     disguised = shutil.copy(a, place / "a.png")
     assert run("inspect", disguised, "--plot", disguised, "--overwrite") == 2
     assert "the input itself" in capsys.readouterr().err
