@@ -257,6 +257,20 @@ def test_tables_that_came_from_windows(pictures: Path, tmp_path: Path) -> None:
         assert open_data(file).manifest.picture(0).path == tmp_path / "a\\b.png"
 
 
+def test_objects_with_a_path(pictures: Path, tmp_path: Path) -> None:
+    """As `datasets` writes pictures into JSON Lines."""
+    file = tmp_path / "data.jsonl"
+    cell = {"bytes": None, "path": "pictures/00.png"}
+    file.write_text(json.dumps({"image": cell, "text": "x", "pose": cell}))
+    record = open_data({"path": file, "control_field": "pose"}).manifest[0]
+    assert record.key == "data/pictures/00.png"
+    assert record.extra["control"] == record.picture == PictureFile(pictures / "00.png")
+    for other in ({"bytes": "iVBO", "path": "pictures/00.png"}, {"path": 7}, {"path": None}, {}):
+        file.write_text(json.dumps({"image": other, "text": "x"}))
+        with pytest.raises(DataError, match="line 1: no picture path"):
+            open_data(file)
+
+
 def test_names_that_no_file_can_have(tmp_path: Path) -> None:
     file = tmp_path / "data.jsonl"
     told = {"width": 32, "height": 32}

@@ -42,7 +42,7 @@ def row_entry(row: Mapping[str, Any], source: SourceConfig, where: str) -> Entry
     A picture is a path, or a :class:`PictureFile` inside the table.
     """
     image_field = source.image_field or next((f for f in IMAGE_FIELDS if row.get(f)), None)
-    value = row.get(image_field) if image_field else None
+    value = _named(row.get(image_field)) if image_field else None
     if not (isinstance(value, str) and value.strip()) and not isinstance(value, PictureFile):
         wanted = source.image_field or "one of " + ", ".join(IMAGE_FIELDS)
         raise DataError(
@@ -65,6 +65,11 @@ def row_entry(row: Mapping[str, Any], source: SourceConfig, where: str) -> Entry
         row=picture.row,
         column=picture.column,
     )
+
+
+def _named(value: Any) -> Any:
+    """A cell, or the path in it where it is an object as `datasets` writes them into JSON."""
+    return value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
 
 
 def _file(value: str | PictureFile, source: SourceConfig) -> PictureFile:
@@ -114,7 +119,7 @@ def row_extra(row: Mapping[str, Any], source: SourceConfig, where: str) -> dict[
     """A row's control picture and mask, where the source has columns for them."""
     extra: dict[str, PictureFile] = {}
     for kind, field in (("control", source.control_field), ("mask", source.mask_field)):
-        value = row.get(field) if field else None
+        value = _named(row.get(field)) if field else None
         if not isinstance(value, (str, PictureFile, type(None))):
             raise DataError(f"{where}: {field} holds {type(value).__name__}, expected a path")
         if isinstance(value, PictureFile) or (value and value.strip()):
