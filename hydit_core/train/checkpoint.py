@@ -197,15 +197,16 @@ def load_latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
     None when there are no checkpoints. Raises :class:`HyditError` when all of them are damaged.
     """
-    damaged = []
-    for path in listing(folder):
+    found = listing(folder)
+    for number, path in enumerate(found, 1):
         try:
             return load(path)
         except HyditError as error:
-            damaged.append(path)
+            if number == len(found):
+                raise HyditError(
+                    f"{folder}: all {number} checkpoints are damaged; none can be resumed ({error})"
+                ) from error
             warn(f"{error}; trying the checkpoint before it")
-    if damaged:
-        raise HyditError(f"{folder}: all {len(damaged)} checkpoints are damaged; none can be resumed")
     return None
 
 

@@ -169,7 +169,8 @@ def _changed_pictures(before: Mapping[str, Tensor], trainer: Trainer) -> list[st
     if not names:
         return []
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return [f"data: the files of {len(names)} pictures were written anew: {', '.join(names[:5])}{more}"]
+    files = "1 picture file was" if len(names) == 1 else f"{len(names)} picture files were"
+    return [f"data: {files} written anew: {', '.join(names[:5])}{more}"]
 
 
 def require_same_data(fingerprint: str, processes: Processes) -> None:

@@ -1,5 +1,7 @@
 """Pairs of training processes, forked from one that has imported everything: ``line_pairs.py FOLDER``.
 
+Under torchrun ``line_pairs.py FOLDER CASE``.
+
 Prints one JSON object: for each case and rank the exit code (None: it had to be killed), what it said, and
 after how many seconds it ended.
 """
@@ -114,6 +116,11 @@ def child(case: int, rank: int, port: int, folder: Path) -> int:
     os.environ.update(
         {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     )
+    return work(case, folder)
+
+
+def work(case: int, folder: Path) -> int:
+    """One process's part; its exit code."""
     try:
         processes = distributed.start("cpu", LIMIT)
         try:
@@ -168,4 +175,7 @@ def pair(case: int, folder: Path) -> list[dict[str, object]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     places = Path(sys.argv[1])
+    if len(sys.argv) > 2:  # started by torchrun, for one case
+        number = [c.__name__ for c in CASES].index(sys.argv[2])
+        sys.exit(work(number, places / os.environ["RANK"]))
     print(json.dumps({c.__name__: pair(i, places / c.__name__) for i, c in enumerate(CASES)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -208,6 +209,104 @@ def test_all_checkpoints_damaged_is_an_error(tmp_path: Path) -> None:
     (write(tmp_path, 1) / "state.json").unlink()
     with pytest.raises(HyditError, match="all 1 checkpoints are damaged"):
         load_latest(tmp_path, lambda text: None)
+
+
+def rewrite(path: Path, name: str, content: object) -> None:
+    """Replace a JSON file of a checkpoint, with a manifest that agrees."""
+    (path / name).write_text(json.dumps(content))
+    if name != "manifest.json":
+        manifest = json.loads((path / "manifest.json").read_text())
+        data = (path / name).read_bytes()
+        manifest[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([], "holds a list; expected an object"),
+        ({}, "does not name state.json, weights.safetensors"),
+        ("state only", "does not name weights.safetensors"),
+        ({"../state.json": {"size": 1, "sha256": ""}}, "does not name"),
+        ("outside", r"names '\.\./x', which is no file in this folder"),
+        ({"state.json": 3, "weights.safetensors": None}, "not a complete checkpoint"),
+    ],
+)
+def test_a_manifest_that_names_nothing_is_no_checkpoint(tmp_path: Path, content: object, told: str) -> None:
+    path = write(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    if content == "state only":
+        content = {"state.json": manifest["state.json"]}
+    elif content == "outside":
+        (tmp_path / "x").touch()
+        content = {**manifest, "../x": {"size": 0, "sha256": hashlib.sha256().hexdigest()}}
+    rewrite(path, "manifest.json", content)
+    with pytest.raises(HyditError, match=told):
+        load(path)
+    with pytest.raises(HyditError, match="all 1 checkpoints are damaged"):
+        load_latest(tmp_path, lambda text: pytest.fail("there is none before it"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "2"},
+        {"step": -1},
+        {"step": True},
+        {"micro": 1.5},
+        {"window": []},
+        {"good": {}},
+        {"another": 1},
+        {"unreadable": "x"},
+    ],
+)
+def test_a_state_of_another_kind_is_no_checkpoint(tmp_path: Path, changes: dict[str, object]) -> None:
+    path = write(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    state["progress"] |= changes
+    rewrite(path, "state.json", state)
+    with pytest.raises(HyditError, match="not a complete checkpoint"):
+        load(path)
+
+
+def test_what_the_manifest_does_not_name_is_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    (path / "optimizer.safetensors").write_bytes(b"rubbish")
+    assert load(path).tensors.keys() == {"weights"}
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, {"optimizer": []}, {"optimizer": {"name": "adamw"}}])
+def test_a_checkpoint_without_a_configuration_is_refused(
+    config: Path, tmp_path: Path, content: object
+) -> None:
+    output = [f"run.output_dir={tmp_path}", "schedule.warmup_steps=0"]
+    run_training(config, *output, stop_after_micro=1)
+    path = listing(tmp_path / "checkpoints")[0]
+    state = json.loads((path / "state.json").read_text())
+    rewrite(
+        path,
+        "state.json",
+        {**state, "config": content, "progress": {**state["progress"], "health": {"x": 1}}},
+    )
+    with pytest.raises(ConfigError, match=r"state\.json holds no training configuration"):
+        run_training(config, *output, resume="auto")
+
+
+def test_pictures_that_were_written_anew_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_run(tmp_path)
+    output = [f"run.output_dir={tmp_path / 'run'}", "run.steps=3", "schedule.warmup_steps=0"]
+    run_training(config, *output, stop_after_micro=1)
+    assert not run_training(config, *output, resume="auto", stop_after_micro=1)
+    assert "written anew" not in capsys.readouterr().err
+    path = tmp_path / "pictures/3.png"
+    path.write_bytes((tmp_path / "pictures/4.png").read_bytes())
+    assert not run_training(config, *output, resume="auto", stop_after_micro=1)
+    told = capsys.readouterr().err
+    assert (
+        "changed since the checkpoint: data: 1 picture file was written anew: pictures/3.png"
+        in told
+    )
+    assert "in another order" not in told
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -97,13 +98,17 @@ def test_two_processes_share_a_base_in_few_bits(tmp_path: Path, tiny_model_file:
 # -- processes that fail, or do not answer -----------------------------------------------------------
 
 
+def run_script(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    here = Path(__file__).parent
+    env = {**environment(), "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here)))}
+    command = [sys.executable, *launcher, here / "line_pairs.py", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+
+
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What became of the pairs of processes in line_pairs.py."""
-    here = Path(__file__).parent
-    env = {**environment(), "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here)))}
-    command = [sys.executable, here / "line_pairs.py", tmp_path_factory.mktemp("pairs") / "all"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    done = run_script(tmp_path_factory.mktemp("pairs") / "all")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -143,3 +148,14 @@ def test_one_that_does_not_answer_ends_the_run(pairs: dict[str, list[dict[str, A
         assert "did not answer for 2 s (run.answer_within)" in survivor["said"]
         assert pairs[name][1 - alive]["code"] is None
     assert "Stopped at step 3; everything is saved" in pairs["other_is_silent"][0]["said"]
+
+
+@several_processes
+def test_torchrun_reports_exit_code_3_and_ends_with_1(tmp_path: Path) -> None:
+    """What docs/training.md says of it: a launcher's own code is not ours to choose."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = run_script(tmp_path, "unreadable", launcher=launcher)
+    assert done.returncode == 1
+    assert re.search(r"exitcode +: 3 ", done.stderr), done.stderr
+    assert "process 1: cannot read picture 7.png" in done.stderr
+    assert [path.name for path in (tmp_path / "0/checkpoints").iterdir()] == ["step_00000002"]

@@ -200,3 +200,14 @@ def test_a_window_with_a_skipped_step_can_be_saved_and_read(tmp_path: Path) -> N
         for name in ("parts", "whole")
     )
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_damaged_lines_of_the_records_are_passed_over(tmp_path: Path) -> None:
+    assert not line_trainer(tmp_path).run(stop_after_micro=3)
+    path = tmp_path / "metrics.jsonl"
+    kept = records(tmp_path)
+    rubbish = b'5\n[]\nnull\n{"a": 1}\n{"step": "x"}\n\xff\xfe\n{"step": 2, "lo' + b"[" * 500
+    path.write_bytes(rubbish + b"\n" + path.read_bytes())
+    assert line_trainer(tmp_path, resume=tmp_path).run()
+    assert records(tmp_path)[:3] == kept and len(records(tmp_path)) == 6
+    assert not list(tmp_path.glob("*.writing"))
