@@ -294,6 +294,17 @@ def test_csv_errors(pictures: Path, tmp_path: Path) -> None:
         open_data(file)
 
 
+def test_a_cell_without_end_is_told_and_other_readers_keep_their_limit(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydit_core.data.sources.csv._LONGEST_CELL", 1000)
+    file, before = tmp_path / "data.csv", csv.field_size_limit()
+    file.write_text(f'img_path,text_zh\n{pictures / "00.png"},"a bird{" and a bird" * 100}\n')
+    with pytest.raises(DataError, match=r"data\.csv is not valid CSV: field larger than field limit"):
+        open_data(file)
+    assert csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize("name", ["00.txt", "data.jsonl"])
 def test_texts_in_other_encodings_are_named(pictures: Path, name: str) -> None:
     text = json.dumps({"image": "00.png", "caption": "一只鸟"}, ensure_ascii=False)

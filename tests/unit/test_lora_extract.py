@@ -21,6 +21,7 @@ from hydit_core.lora.adapter import Adapter, Patch
 from hydit_core.lora.blocks import BlockWeights
 from hydit_core.lora.extract import combine, cut, extract
 from hydit_core.lora.merge import apply, merge_files
+from hydit_core.lora.output_cli import lowest
 from hydit_core.lora.summary import plot
 from hydit_core.lora.weighted import weighted
 from hydit_core.model.dit import DiT
@@ -172,6 +173,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name, model in (("base", base), ("tuned", tuned)):
         save_checkpoint(folder / f"{name}.safetensors", dit=model.state_dict(), info=info)
     return folder / "base.safetensors", folder / "tuned.safetensors"
+
+
+def test_extraction_tells_how_far_it_is(pair) -> None:
+    base, tuned = pair
+    steps: list[tuple[int, int]] = []
+    extract(tuned, base, 2, progress=lambda *step: steps.append(step))
+    total = len(load_file(base))
+    assert steps == [(number, total) for number in range(1, total + 1)]
+
+
+def test_the_three_modules_that_lose_most_are_told() -> None:
+    energies = {"a": 0.5, "b": 0.25, "c": 1.0, "d": 0.125, "e": 0.999}
+    assert lowest(energies) == "d 12.5%, b 25.0%, a 50.0%"
+    assert lowest({"b": 0.25}) == "b 25.0%"
 
 
 def test_extract_then_merge_gives_the_tuned_weights_back(pair, tmp_path: Path) -> None:
