@@ -48,8 +48,10 @@ class Site:
     end: int
     old: str
     new: str
+    line: str
+    """the first of the lines that it stands in"""
     number: int
-    """counts equal changes of one scope"""
+    """counts equal changes of equal lines in one scope"""
     lines: tuple[int, int] | None
     """first and last of those that a test must run to see it; None: any of the file, it is run on import"""
 
@@ -57,7 +59,8 @@ class Site:
     def id(self) -> str:
         """The same after changes elsewhere in the file."""
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
-        return f"{self.path}:{self.scope}:{self.kind}:{old} -> {new}:{self.number}"
+        place = "" if old.startswith(self.line) else f" in {self.line}"
+        return f"{self.path}:{self.scope}:{self.kind}:{old} -> {new}{place}:{self.number}"
 
     def apply(self, source: bytes) -> bytes:
         return source[: self.start] + self.new.encode() + source[self.end :]
@@ -236,9 +239,9 @@ class _Finder(ast.NodeVisitor):
         )
         start, end = self._starts[line - 1] + column, self._starts[last - 1] + end_column
         lines = self._lines if self._default or self._lines is None else (min(self._lines[0], line), last)
-        site = Site(
-            self.path, ".".join(self._scope), kind, start, end, self.source[start:end].decode(), new, 0, lines
-        )
+        old = self.source[start:end].decode()
+        text = self.source[self._starts[line - 1] : self._starts[line]].decode().strip()
+        site = Site(self.path, ".".join(self._scope), kind, start, end, old, new, text, 0, lines)
         number = self._seen[site.id]
         self._seen[site.id] += 1
         self.sites.append(Site(**{**vars(site), "number": number}))
