@@ -59,12 +59,15 @@ def t5_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[str,
     first = "encoder.block.0.layer.0.SelfAttention."
     buckets, heads = _shape(source, f"{first}relative_attention_bias.weight")
     gated = "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in source
+    inner = _shape(source, f"{first}q.weight")[0]
+    if inner % heads:
+        raise WeightsError(f"mT5's attention of width {inner} cannot be split into {heads} heads")
     values: dict[str, Any] = {
         "vocab_size": vocab,
         "d_model": d_model,
         "num_layers": count_numbered(source, "encoder.block."),
         "num_heads": heads,
-        "d_kv": _shape(source, f"{first}q.weight")[0] // heads,
+        "d_kv": inner // heads,
         "d_ff": _shape(source, "encoder.block.0.layer.1.DenseReluDense.wo.weight")[1],
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu" if gated else "relu",

@@ -29,6 +29,7 @@ from hydit_core.weights.views import Piece, TensorView, unwrapped_name
 DIT = "model.diffusion_model."
 BERT = "text_encoders.hydit_clip.transformer.bert."
 MT5 = "text_encoders.mt5xl.transformer."
+BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 ONE = torch.ones(1)
 
 
@@ -67,6 +68,8 @@ NUMBERS = {
     "flat VAE": ({"vae.encoder.conv_in.weight": torch.ones(5)}, "expected a convolution's"),
     "empty VAE": ({"vae.decoder.conv_in.weight": torch.ones(32, 0, 3, 3)}, "expected a convolution's"),
     "VAE attention": ({"vae.encoder.mid.attn_1.q.weight": torch.ones(32, 32, 2, 2)}, ""),
+    "mT5 heads": ({f"{MT5}{BIAS}": torch.ones(32, 50)}, "cannot be split into 50 heads"),
+    "mT5 positions": ({f"{MT5}{BIAS}": torch.ones(2, 2)}, "mT5's 2 relative positions"),
     "integers": ({f"{DIT}blocks.0.norm1.weight": torch.ones(64, dtype=torch.int32)}, "fractions: blocks.0"),
     "integers, VAE": ({"vae.encoder.conv_in.bias": torch.ones(32).byte()}, "not floating-point"),
     "integers, BERT": ({f"{BERT}encoder.layer.0.output.dense.bias": torch.ones(32).byte()}, "without"),
