@@ -53,7 +53,7 @@ class HyDiTControlNetLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, control_net_name: str | None = None) -> bool | str:
+    def validate_inputs(cls, control_net_name: Any = None) -> bool | str:
         return folders.check(control_net_name, *folders.CONTROLNETS)
 
     @classmethod

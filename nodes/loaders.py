@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -64,7 +65,7 @@ class HyDiTCheckpointLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name: str | None = None) -> bool | str:
+    def validate_inputs(cls, ckpt_name: Any = None) -> bool | str:
         return folders.check(ckpt_name, *folders.CHECKPOINTS)
 
     @classmethod
@@ -110,7 +111,7 @@ class HyDiTDiTLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+    def validate_inputs(cls, model_name: Any = None) -> bool | str:
         return folders.check(model_name, *folders.DIT)
 
     @classmethod
@@ -162,7 +163,7 @@ class HyDiTTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, bert_name: str | None = None, mt5_name: str | None = None) -> bool | str:
+    def validate_inputs(cls, bert_name: Any = None, mt5_name: Any = None) -> bool | str:
         found = folders.check(bert_name, *folders.TEXT_ENCODERS)
         if found is not True or mt5_name == _SAME:
             return found

@@ -44,7 +44,7 @@ class _FromFile(io.ComfyNode):
     """What nodes with ``lora_name`` have in common."""
 
     @classmethod
-    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+    def validate_inputs(cls, lora_name: Any = None) -> bool | str:
         return folders.check(lora_name, *folders.LORAS)
 
     @classmethod

@@ -88,12 +88,27 @@ class SelfAttention(nn.Module):
         self.k_norm = operations.LayerNorm(dim // num_heads, eps=1e-6, **factory)
         self.out_proj = operations.Linear(dim, dim, **factory)
 
-    def forward(self, x: Tensor, rope: Rope, options: Options = None) -> Tensor:
-        """``x`` (B, N, D) -> (B, N, D)."""
-        q, k, v = self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, heads, head_dim)
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        options: Options = None,
+        *,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> Tensor:
+        """``x`` (B, N, D) -> (B, N, D); ``keys`` and ``values`` (B, N, D) are attended to, not ``x``."""
+        q, k, v = self._project(x)
+        if keys is not None and keys is not x:
+            k = self._project(keys)[1]
+        if values is not None and values is not x:
+            v = self._project(values)[2]
         q = apply_rope(self.q_norm(q), *rope).to(v.dtype)
         k = apply_rope(self.k_norm(k), *rope).to(v.dtype)
         return self.out_proj(self.attention(q, k, v, options=options))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, heads, head_dim)
 
 
 class CrossAttention(nn.Module):
@@ -111,10 +126,17 @@ class CrossAttention(nn.Module):
         self.k_norm = operations.LayerNorm(dim // num_heads, eps=1e-6, **factory)
         self.out_proj = operations.Linear(dim, dim, **factory)
 
-    def forward(self, x: Tensor, text: Tensor, rope: Rope, options: Options = None) -> Tensor:
-        """``x`` (B, N, D), ``text`` (B, L, text_dim) -> (B, N, D)."""
+    def forward(
+        self, x: Tensor, text: Tensor, rope: Rope, options: Options = None, *, values: Tensor | None = None
+    ) -> Tensor:
+        """``x`` (B, N, D), ``text`` (B, L, text_dim) -> (B, N, D); ``values`` are others than ``text``'s."""
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # (B, N, heads, head_dim)
-        k, v = self.kv_proj(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # (B, L, heads, head_dim)
+        k, v = self._project(text)
+        if values is not None and values is not text:
+            v = self._project(values)[1]
         q = apply_rope(self.q_norm(q), *rope).to(v.dtype)
         k = self.k_norm(k).to(v.dtype)
         return self.out_proj(self.attention(q, k, v, options=options))
+
+    def _project(self, text: Tensor) -> tuple[Tensor, ...]:
+        return self.kv_proj(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # (B, L, heads, head_dim)

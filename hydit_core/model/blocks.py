@@ -68,9 +68,16 @@ class Block(nn.Module):
         if skip is not None:
             x = self.skip_linear(self.skip_norm(torch.cat((x, skip), dim=-1)))
         shift = self.default_modulation(vector)[:, None]  # (B, 1, D)
-        x = x + self.attn1(self.norm1(x) + shift, rope, options)
-        x = x + self.attn2(self.norm3(x), text, rope, options)
+        x = x + self._attend(self.norm1(x) + shift, rope, options)
+        x = x + self._attend_text(self.norm3(x), text, rope, options)
         return x + self.mlp(self.norm2(x))
+
+    def _attend(self, x: Tensor, rope: Rope, options: Options) -> Tensor:
+        """Self-attention; subclasses override both to change what goes in and comes out."""
+        return self.attn1(x, rope, options)
+
+    def _attend_text(self, x: Tensor, text: Tensor, rope: Rope, options: Options) -> Tensor:
+        return self.attn2(x, text, rope, options)
 
 
 class FinalLayer(nn.Module):

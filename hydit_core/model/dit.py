@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DiTConfig
-from .attention import AttentionFn, Options, sdpa
+from .attention import AttentionFn, Options, Rope, sdpa
 from .blocks import FinalLayer
 from .rope import rope_table
 from .trunk import Context, Trunk
@@ -73,7 +73,7 @@ class DiT(Trunk):
                 f"{config.num_controls} skips to add them to"
             )
         th, tw = (-(-size // config.patch_size) for size in x.shape[-2:])
-        rope = rope_table(th, tw, config.head_dim, base=config.rope_base, device=x.device)
+        rope = self._rope(th, tw, x.device, options)
         vector = self._condition(t, context)  # (B, D)
         tokens = self.x_embedder(x.to(context.text.dtype))  # (B, N, D)
 
@@ -89,6 +89,10 @@ class DiT(Trunk):
 
         out = self._unpatchify(self.final_layer(tokens, vector), th, tw)
         return out[..., : x.shape[-2], : x.shape[-1]].to(x.dtype)
+
+    def _rope(self, th: int, tw: int, device: torch.device, options: Options) -> Rope:
+        """The positions of the tokens; subclasses override it to move them."""
+        return rope_table(th, tw, self.config.head_dim, base=self.config.rope_base, device=device)
 
     def _unpatchify(self, tokens: Tensor, th: int, tw: int) -> Tensor:
         """(B, th*tw, p*p*C) -> (B, C, th*p, tw*p)."""

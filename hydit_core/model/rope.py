@@ -7,12 +7,20 @@ from torch import Tensor
 
 
 def rope_table(
-    th: int, tw: int, head_dim: int, *, base: int = 32, device: torch.device | str | None = None
+    th: int,
+    tw: int,
+    head_dim: int,
+    *,
+    base: int = 32,
+    scale: tuple[float, float] = (1.0, 1.0),
+    shift: tuple[float, float] = (0.0, 0.0),
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines for a grid of ``th`` x ``tw`` tokens, each (th*tw, head_dim) float32, row-major.
 
     Whatever the resolution, the longer side spans ``base`` positions and the shorter one is centered in
     them, as HunyuanDiT was trained (Tencent/HunyuanDiT, ``get_fill_resize_and_crop``).
+    ``scale`` multiplies the distances between rows and between columns, ``shift`` moves all of them.
     The first half of a head turns with the column, the second with the row; the values come in pairs.
     """
     if th > tw:
@@ -21,8 +29,8 @@ def rope_table(
         rh, rw = round(base / tw * th), base
     # Python's round is half-to-even, as in the code that the weights were trained with
     top, left = round((base - rh) / 2), round((base - rw) / 2)
-    rows = top + torch.arange(th, dtype=torch.float32, device=device) * (rh / th)
-    columns = left + torch.arange(tw, dtype=torch.float32, device=device) * (rw / tw)
+    rows = top + shift[0] + torch.arange(th, dtype=torch.float32, device=device) * (scale[0] * rh / th)
+    columns = left + shift[1] + torch.arange(tw, dtype=torch.float32, device=device) * (scale[1] * rw / tw)
 
     half = head_dim // 2
     exponents = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half

@@ -37,6 +37,7 @@ class Trunk(nn.Module):
     in the backward pass instead of being kept.
     """
 
+    block_class: type[Block] = Block
     gradient_checkpointing: float = 0.0
     random_blocks: bool = False  # dropout of adapters: what is computed again must draw the same
 
@@ -75,7 +76,7 @@ class Trunk(nn.Module):
         self.t_embedder = TimestepEmbedder(dim, operations, **factory)
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, dim, operations, **factory)
         self.blocks = nn.ModuleList(
-            Block(config, attention, operations, skip=i > config.depth // 2, **factory)
+            self.block_class(config, attention, operations, skip=i > config.depth // 2, **factory)
             for i in range(num_blocks)
         )
 

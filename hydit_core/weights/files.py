@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..config import METADATA_KEY
 from ..errors import WeightsError
 from ..untrusted import is_plain_name, parse_json, read_json
 from .dtypes import SAFETENSORS_DTYPES
@@ -40,6 +43,7 @@ _SHARD = re.compile(r"-\d{5}-of-(?!00001\.)\d{5}\.")
 _AGAIN = " download or save it again"
 _HEADER_LIMIT = 100_000_000
 _MOST_TENSORS = 1_000_000
+_LONGEST_NOTE = 1_000_000
 _MOST_DIMENSIONS = 16
 _LONGEST = 1 << 48
 _LONGEST_NAME = 1000
@@ -102,7 +106,22 @@ class SafetensorsSource(MappedSource):
         metadata = _metadata(header.pop("__metadata__", None))
         entries = {key: _entry(path, key, value, start, size - start) for key, value in header.items()}
         _check_ranges(path, entries, start, size)
+        note = entries.pop(METADATA_KEY, None)
         super().__init__(path, entries, metadata)
+        if note is not None:
+            self.metadata = {METADATA_KEY: _note(path, note), **metadata}
+
+
+def _note(path: Path, entry: Entry) -> str:
+    """What a file says of itself as a tensor of bytes: ComfyUI's own nodes keep no metadata of ours."""
+    if entry.dtype != torch.uint8 or entry.end - entry.begin > _LONGEST_NOTE:
+        raise WeightsError(
+            f"{path}: tensor {METADATA_KEY} is {entry.dtype} {entry.shape}; expected at most "
+            f"{_LONGEST_NOTE} bytes of text"
+        )
+    with open(path, "rb") as file:
+        file.seek(entry.begin)
+        return file.read(entry.end - entry.begin).decode("utf-8", "replace")
 
 
 def _read_header(file: Any, path: Path) -> tuple[int, dict[str, Any]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...hydit_core.model.attention import Options
+from .patches import REPLACEMENT
 
 
 class HostAttention:
@@ -21,8 +22,11 @@ class HostAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
         """``q`` (B, N, heads, head_dim), ``k``, ``v`` (B, M, heads, head_dim) -> (B, N, heads * head_dim).
 
-        ``options`` are ComfyUI's ``transformer_options``: an ``optimized_attention_override`` is called.
+        ``options`` are ComfyUI's ``transformer_options``: an ``optimized_attention_override`` is called, and
+        what :mod:`.patches` puts in the place of the attention.
         """
+        if options is not None and REPLACEMENT in options:
+            return options[REPLACEMENT](q.flatten(2), k.flatten(2), v.flatten(2))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, head_dim)
         # Looked up at each call: some nodes replace the module's function.
         return comfy.ldm.modules.attention.optimized_attention(

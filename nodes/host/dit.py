@@ -13,7 +13,9 @@ from ...hydit_core.config import DiTConfig
 from ...hydit_core.errors import HyditError
 from ...hydit_core.model.attention import Options, Rope
 from ...hydit_core.model.dit import DiT
+from ...hydit_core.model.rope import rope_table
 from .attention import HostAttention
+from .patches import PatchedBlock, block_options, check_patches
 
 
 class HostDiT(DiT):
@@ -22,6 +24,8 @@ class HostDiT(DiT):
     ``config`` and the rest are the model configuration's ``unet_config``; ``attn_precision`` is the dtype of
     the attention scores (:class:`HostAttention`).
     """
+
+    block_class = PatchedBlock
 
     def __init__(
         self,
@@ -90,12 +94,29 @@ class HostDiT(DiT):
         control: Mapping[str, Any] | None,
         transformer_options: Options,
     ) -> Tensor:
+        options = transformer_options or {}
+        check_patches(options, self.config.depth)
         residuals = _residuals(control, self.config)
         context = self.encode_context(
             bert.to(x.dtype), bert_mask, t5, t5_mask, image_meta_size=image_meta_size, style=style
         )
-        out = super().forward(x, t, context, residuals, options=transformer_options)
+        height, width = (-(-side // self.config.patch_size) for side in x.shape[-2:])
+        shapes = {
+            "original_shape": list(x.shape),
+            "activations_shape": [len(x), self.config.hidden_size, height, width],
+        }
+        out = super().forward(x, t, context, residuals, options={**options, **shapes})
         return out[:, : self.config.in_channels]
+
+    def _rope(self, th: int, tw: int, device: torch.device, options: Options) -> Rope:
+        """As ComfyUI's other models: ScaleROPE's numbers stretch and move the grid."""
+        given = (options or {}).get("rope_options") or {}
+        scale = given.get("scale_y", 1.0), given.get("scale_x", 1.0)
+        shift = given.get("shift_y", 0.0), given.get("shift_x", 0.0)
+        config = self.config
+        return rope_table(
+            th, tw, config.head_dim, base=config.rope_base, scale=scale, shift=shift, device=device
+        )
 
     def _run_block(
         self,
@@ -108,15 +129,16 @@ class HostDiT(DiT):
         options: Options = None,
     ) -> Tensor:
         run = super()._run_block
-        replaced = (options or {}).get("patches_replace", {}).get("dit", {})
+        own = block_options(options or {}, index, self.config.depth)
+        replaced = own.get("patches_replace", {}).get("dit", {})
         if ("double_block", index) not in replaced:
-            return run(index, x, text, vector, rope, skip, options)
+            return run(index, x, text, vector, rope, skip, own)
 
         def original(args: Mapping[str, Any]) -> dict[str, Tensor]:
             img, txt, vec, pe, skip = (args[name] for name in ("img", "txt", "vec", "pe", "skip"))
-            return {"img": run(index, img, txt, vec, pe, skip, options)}
+            return {"img": run(index, img, txt, vec, pe, skip, own)}
 
-        args = {"img": x, "txt": text, "vec": vector, "pe": rope, "skip": skip}
+        args = {"img": x, "txt": text, "vec": vector, "pe": rope, "skip": skip, "transformer_options": own}
         return replaced["double_block", index](args, {"original_block": original})["img"]
 
 

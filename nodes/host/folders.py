@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 
 from ...hydit_core.embedded import embedded_controlnets, embedded_loras, embedded_model
-from ...hydit_core.errors import HyditError, WeightsError
+from ...hydit_core.errors import HyditError, WeightsError, printable
 from ...hydit_core.weights.companions import FOLDERS
 from ...hydit_core.weights.files import SUFFIXES
 
@@ -33,7 +34,7 @@ _OWN_WEIGHTS = ("model.", "model-", "pytorch_model")
 # Other folders with a file of the same name in a pipeline.
 _PIPELINE_PARTS = (("transformer",), ("unet",), ("vae",), ("prior",))
 _READ = (*SUFFIXES, ".json", ".txt", ".model")
-_SHOWN = 10
+_SHOWN, _LONGEST = 10, 100
 Parts = tuple[str, ...]
 
 
@@ -78,11 +79,15 @@ def resolve(name: str, *kinds: str) -> Path:
     Raises:
         HyditError: if it is not there any more; names what is.
     """
+    if not isinstance(name, str):  # from a prompt that no page wrote
+        raise HyditError(f"{_shortened(repr(name))} is no name of a file; choose one of the list")
     if name.startswith(_EMBEDDED):
         own = _embedded(kinds)
         if name in own:
             return own[name]
-        raise HyditError(f"{name} is not part of this version of hydit; it has {_shown(list(own))}")
+        raise HyditError(
+            f"{_shortened(name)} is not part of this version of hydit; it has {_shown(list(own))}"
+        )
     for kind in kinds:
         if found := _find(kind, name):
             return found
@@ -91,11 +96,12 @@ def resolve(name: str, *kinds: str) -> Path:
     there = [*_files(kinds), *(folder for rule in rules for folder in _folders(kinds, rule))]
     places = ", ".join(path for kind in kinds for path in _roots(kind))
     raise HyditError(
-        f"{name} is not there (any more): looked in {places}; choose another. There is: {_shown(there)}"
+        f"{_shortened(name)} is not there (any more): looked in {places}; choose another. "
+        f"There is: {_shown(there)}"
     )
 
 
-def check(name: str | None, *kinds: str) -> bool | str:
+def check(name: Any, *kinds: str) -> bool | str:
     """True, or what :func:`resolve` would raise, as ``validate_inputs`` wants it. None: linked, not known."""
     try:
         return name is None or bool(resolve(name, *kinds))
@@ -142,7 +148,14 @@ def _find(kind: str, name: str) -> Path | None:
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if not parts or any(part == ".." or ":" in part for part in parts):
         return None
-    return next((path for root in _roots(kind) if (path := Path(root, *parts)).is_dir()), None)
+    # os.path: a name that is too long for any folder is not there
+    return next(
+        (Path(path) for root in _roots(kind) if os.path.isdir(path := os.path.join(root, *parts))), None
+    )
+
+
+def _shortened(name: str) -> str:
+    return printable(name if len(name) <= _LONGEST else f"{name[:_LONGEST]}...")
 
 
 def _shown(names: Sequence[str]) -> str:

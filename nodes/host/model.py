@@ -17,7 +17,7 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ...hydit_core.config import DiTConfig, ModelInfo
+from ...hydit_core.config import METADATA_KEY, DiTConfig, ModelInfo
 from ...hydit_core.errors import HyditError
 from ...hydit_core.model.dit import DiT
 from ...hydit_core.weights.detect import expect
@@ -67,6 +67,8 @@ class _PredictsSample(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sa
 class HyDiTModel(comfy.model_base.HunyuanDiT):
     """ComfyUI's HunyuanDiT with :class:`HostDiT` in it; ``hydit_info`` is what its file says about itself."""
 
+    info_in_tensors = True
+
     def __init__(self, model_config: HyDiTModelConfig, model_type: Any, device: Any = None) -> None:
         # The parent's own constructor makes ComfyUI's network.
         comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=HostDiT)
@@ -99,9 +101,16 @@ class HyDiTModel(comfy.model_base.HunyuanDiT):
         return out
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """As the parent's, without its ``v_pred``, a mark that only Stable Diffusion's loaders read."""
+        """As the parent's, without its ``v_pred``, a mark that only Stable Diffusion's loaders read.
+
+        Where ComfyUI's own nodes save, the metadata is theirs: what the file said about itself goes with the
+        tensors.
+        """
         tensors: dict[str, Tensor] = super().state_dict_for_saving(*args, **kwargs)
         tensors.pop("v_pred", None)
+        if self.info_in_tensors:
+            text = self.hydit_info.to_json().encode()
+            tensors[METADATA_KEY] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         return tensors
 
 

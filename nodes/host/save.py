@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def save_model(
         info = replace(info, vae={key: value for key, value in info.vae.items() if key not in _FIXED})
         _check_vae(vae, config)
     graph = {} if args.disable_metadata else graph_texts(prompt, extra_pnginfo)
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, _info_in_metadata(model.model):
         try:
             comfy.sd.save_checkpoint(
                 str(temporary),
@@ -122,6 +123,16 @@ def save_model(
     for note in notes:
         log.warning("hydit: %s", note)
     return notes
+
+
+@contextmanager
+def _info_in_metadata(network: Any) -> Iterator[None]:
+    """Where this module saves, ``hydit_info`` is in the metadata alone."""
+    network.info_in_tensors = False
+    try:
+        yield
+    finally:
+        del network.info_in_tensors
 
 
 def _held(model: Any, info: ModelInfo) -> tuple[DiTConfig, torch.dtype | None]:

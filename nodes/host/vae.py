@@ -19,6 +19,8 @@ _GROUPS = 32
 # What ComfyUI's two architectures have, and files can only say so.
 _ACTIVATIONS = {"kl": "silu", "tiny": "relu"}
 _SCALES = ("vae_scale", "vae_shift")
+# What decoders had once, and tiling packs ask for still
+_ASKED_FOR = ("give_pre_end", "tanh_out")
 # Where a VAE keeps what its file had and ComfyUI changed: name -> tensor, or the dtype alone.
 _STORED = "hydit_stored"
 
@@ -105,6 +107,10 @@ def _kl(source: TensorSource, info: ModelInfo) -> comfy.sd.VAE:
     }
     embed_dim = shape("post_quant_conv.weight")[1]
     vae = _build(source, {"params": {"ddconfig": ddconfig, "embed_dim": embed_dim}})
+    decoder = vae.first_stage_model.decoder
+    for name in _ASKED_FOR:
+        if not hasattr(decoder, name):
+            setattr(decoder, name, False)
     vae.latent_channels = embed_dim
     vae.downscale_ratio = vae.upscale_ratio = 2 ** (len(channels) - 1)
     setattr(vae, _STORED, {name: source.dtype(name) for name in source})

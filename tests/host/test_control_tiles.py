@@ -148,6 +148,28 @@ def test_tiled_diffusion_cuts_the_mask(host, tiled, model, control):
     assert error(full[..., 4:], none[..., 4:]) > 0.01
 
 
+@pytest.mark.parametrize("side", [128, 512])
+def test_its_tiled_vae_takes_our_vae(host, tiled, side):
+    """One tile is the VAE itself; of several, norms are estimated."""
+    g = text_to_image(save=False)
+    samples = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(3)) * 5
+    latent = host.give(g, {"samples": samples})
+    cut = g.add("VAEDecodeTiled_TiledDiffusion", samples=latent, vae=["1", 2], tile_size=384, fast=False)
+    whole = g.add("VAEDecode", samples=latent, vae=["1", 2])
+    encoded = g.add(
+        "VAEEncodeTiled_TiledDiffusion",
+        pixels=whole,
+        vae=["1", 2],
+        tile_size=256,
+        fast=False,
+        color_fix=False,
+    )
+    found, expected, again = host.values(g, cut, whole, encoded)
+    assert found.shape == expected.shape == (1, side, side, 3)
+    assert (found - expected).abs().mean() < (1e-5 if side == 128 else 0.02)
+    assert again["samples"].shape == samples.shape
+
+
 # -- UltimateSDUpscale ---------------------------------------------------------------------------------------
 
 

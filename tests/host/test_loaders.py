@@ -348,3 +348,32 @@ def test_a_linked_name_is_judged_when_it_is_known(host, models):
     graph.add("HyDiTTestCapture", value=node.out(0))
     result = host.run(graph)
     assert result.error.node_id == node.id and "is not there" in result.error.exception_message
+
+
+NAMED = {
+    "HyDiTCheckpointLoader": ("ckpt_name",),
+    "HyDiTDiTLoader": ("model_name",),
+    "HyDiTTextEncoderLoader": ("bert_name", "mt5_name"),
+    "HyDiTControlNetLoader": ("control_net_name",),
+    "HyDiTLoraMerge": ("lora_name",),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_names_of_odd_types_give_one_line(host, kind):
+    """Prompts come from programs as well as from pages."""
+    for widget in NAMED[kind]:
+        for name in (None, 3, 1.5, True, {"a": 1}, [], ["1"], "a" * 5000, "\x1b[31m"):
+            g = Graph()
+            node = g.add(kind, _defaults=True, **{widget: name})
+            g.add("PreviewAny", source=node)
+            result = host.run(g)
+            assert not result.ok
+            if name is None:  # as a name that another node gives is, before it runs
+                said = result.error.exception_message
+            else:
+                told = result.error.node_errors[node.id]["errors"][-1]
+                assert told["type"] == "custom_validation_failed", (name, told)
+                said = told["details"]
+            expected = "is not there" if isinstance(name, str) else f"{name!r} is no name of a file; choose"
+            assert expected in said and said.isprintable() and len(said) < 1500

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graphs import Graph
+from graphs import Graph, text_to_image
+from loader_files import EMBEDDED
 from safetensors.torch import load_file, save_file
 from sampling_models import native_model, weights
 from text_models import PUBLISHED_ROWS, SPIECE, bert_model, data, grown_spiece, t5_model, t5_tensors
@@ -157,3 +158,19 @@ def test_the_stock_loader_opens_what_was_saved(host):
     assert opened.bert_vocab == host.module("nodes.host.tokens").shipped_vocabulary()
     assert len(load_file(path)) == len(tensors) + 2
     path.unlink()
+
+
+def test_comfyuis_own_node_keeps_what_the_file_says_of_itself(host):
+    """Betas, recommended steps and preview colors: the picture drawn from the copy is the same."""
+    g = text_to_image(save=False, steps=0, cfg=0.0)
+    g.add("CheckpointSave", model=["1", 0], clip=["1", 1], vae=["1", 2], filename_prefix="checkpoints/stock")
+    (picture,) = host.values(g, ("6", 0))
+    path = max((host.output_dir / "checkpoints").glob("stock_*"))
+    opened = bundle(path)
+    assert opened.info == bundle(EMBEDDED).info and METADATA_KEY not in opened.dit
+    host.refresh()
+    again = text_to_image(ckpt=path.name, save=False, steps=0, cfg=0.0)
+    (found,) = host.values(again, ("6", 0))
+    assert (found - picture).abs().max() < 1e-3
+    path.unlink()
+    host.refresh()

@@ -565,3 +565,23 @@ def test_what_is_not_there_is_named(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "no_tensors.pt")
     with pytest.raises(WeightsError, match="holds no tensors"):
         open_tensors(tmp_path / "no_tensors.pt")
+
+
+def test_what_a_file_says_of_itself_may_be_a_tensor(tmp_path):
+    """ComfyUI's own save node writes tensors alone; metadata, where there is some, goes first."""
+    path, said = tmp_path / "a.safetensors", '{"format": 1, "version": "v1.0"}'
+    tensors = {
+        "w": torch.ones(2),
+        "hydit.config": torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8),
+    }
+    safetensors.torch.save_file(tensors, path, {"prompt": "{}"})
+    source = open_tensors(path)
+    assert source.keys() == ["w"] and "hydit.config" not in source
+    assert source.metadata == {"hydit.config": said, "prompt": "{}"}
+    safetensors.torch.save_file(tensors, path, {"hydit.config": "other"})
+    assert open_tensors(path).metadata == {"hydit.config": "other"}
+    safetensors.torch.save_file({**tensors, "hydit.config": torch.ones(3)}, path)
+    with pytest.raises(
+        WeightsError, match=r"a\.safetensors: tensor hydit\.config is torch\.float32 \(3,\); expected"
+    ):
+        open_tensors(path)
