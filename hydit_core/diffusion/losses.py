@@ -51,7 +51,7 @@ def diffusion_loss(
     channels = x0.shape[1]
     predicted = model_output[:, :channels].float()
     mse = mse_loss(predicted, training_target(x0, noise, t, schedule), mask)
-    weighted = mse * loss_weight(t, schedule, weighting, snr_gamma)
+    weighted = mse * loss_weight(t, schedule, weighting, snr_gamma).to(mse.device)
     if not vlb:
         return LossTerms(weighted, mse, torch.zeros_like(mse))
     if model_output.shape[1] != 2 * channels:

@@ -165,17 +165,20 @@ def test_inputs_that_are_no_contiguous_tensors(figure: Figure) -> None:
     assert_close(found, expected, 2e-5, figure)
 
 
-def test_small_inputs_may_stay_on_the_cpu() -> None:
-    """Timesteps, masks and sizes: what is made by hand is made on the CPU."""
+def test_small_inputs_may_stay_on_the_cpu(figure: Figure) -> None:
+    """Timesteps, masks and sizes: what is made by hand is made on the CPU.
+
+    Equal up to rounding: the sines of the timesteps are then the CPU's.
+    """
     config = CONFIGS["v1.1"]
     model, values = made(DiT, config).to(DEVICE), inputs(config, SIZE)
     moved = on_device(values, torch.float32)
     mixed = moved | {key: values[key] for key in ("t", "bert_mask", "t5_mask", "sizes")}
-    assert torch.equal(dit_output(model, mixed), dit_output(model, moved))
+    assert_close(dit_output(model, mixed), dit_output(model, moved), 2e-5, figure)
     net = made(ControlNet, config).to(DEVICE)
     with torch.no_grad():
         outputs = [net(moved["x"], mixed["t"], encode(net, mixed), v["hint"])[-1] for v in (values, moved)]
-    assert torch.equal(*outputs)
+    assert_close(*outputs, 2e-5, figure)
 
 
 @pytest.mark.skipif(not CUDA, reason="there is only one device")
@@ -183,7 +186,7 @@ def test_a_picture_on_another_device_is_told() -> None:
     config = CONFIGS["v1.2"]
     model, values = made(DiT, config).to(DEVICE), inputs(config, SIZE)
     context = encode(model, on_device(values, torch.float32))
-    with pytest.raises(RuntimeError, match="device"):
+    with pytest.raises(RuntimeError, match="device|should be the same"):
         model(values["x"], values["t"], context)
 
 
