@@ -17,6 +17,7 @@ from ..model.dit import DiT
 from .detect import FileKind, expect, tencent_view
 from .dtypes import dtype_name
 from .parts import Parts, model_info, open_controlnet, open_model, parts
+from .quantised import refuse_quantised
 from .save import save_checkpoint
 from .source import FP8_DTYPES, TensorSource, cast
 
@@ -131,8 +132,10 @@ def assign_weights(
 def check_names(expected: Mapping[str, tuple[int, ...]], source: TensorSource) -> None:
     """Raise a WeightsError that lists tensors of a model that are missing, unexpected or of another shape.
 
-    Integers are no weights either: they are those of something quantised, or of something else.
+    Integers are no weights either: they are those of something quantised, or of something else. Weights
+    with scales are refused by name.
     """
+    refuse_quantised(source)
     found = source.shapes()
     problems = []
     missing = [key for key in expected if key not in found]
