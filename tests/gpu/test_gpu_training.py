@@ -197,31 +197,33 @@ def test_losses_are_those_of_the_cpu(
     assert_close(found, expected, 3e-2, figure, "all")
 
 
-@pytest.mark.skipif(not CUDA, reason="synchronizations are CUDA's")
-@pytest.mark.parametrize("name", ["full-bf16", "lora-fp8", "controlnet-bf16"])
+@pytest.mark.parametrize(
+    "name", [name for name in ("full-bf16", "lora-fp8", "controlnet-bf16") if name in RUNS]
+)
 def test_waits_of_the_host_in_a_step(folder: Path, name: str, figure: Figure) -> None:
-    """One wait an update, for the gradient's norm; others keep the device idle between kernels."""
+    """Two an update, for the gradient's norm and the loss; others keep the device idle between kernels."""
     settings = job(folder, name, "waits", str(DEVICE))
     config = load_config(Path(settings["config"]), settings["overrides"])
     processes = distributed.start(str(DEVICE))
-    trainer = Trainer(
-        config, make_objective(config, build(config), processes.device), open_data(config), processes
-    )
+    objective = make_objective(config, build(config), processes.device)
+    trainer = Trainer(config, objective, open_data(config), processes)
     batches = trainer._batches()
     places: Counter[str] = Counter()
     for step in range(4):
-        if step == 2:  # every caption is encoded by now
+        if CUDA and step == 2:  # every caption is encoded by now
             torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer._micro_step(*next(batches))
         if step >= 2:
             places.update(_place(w) for w in caught if "synchroniz" in str(w.message))
-    torch.cuda.set_sync_debug_mode("default")
+    batches.close()
+    if CUDA:
+        torch.cuda.set_sync_debug_mode("default")
     figure("waits in 2 micro-steps", sum(places.values()))
     for place, count in places.most_common():
         figure(place, count)
-    assert sum(places.values()) <= 4, dict(places)
+    assert trainer.progress.step == 2 and sum(places.values()) <= 4, dict(places)
 
 
 def _place(warning: Any) -> str:
