@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,15 @@ def test_pictures_beside_a_picture_may_be_cells(tmp_path: Path, field: str, name
     else:
         with pytest.raises(DataError, match="row 1: no control picture in 'beside'"):
             open_data(path, {field: "beside"}, control={"kind": "files"})
+
+
+def test_many_threads_read_cells(tmp_path: Path) -> None:
+    contents = [encoded("red", (8 + i, 8)) for i in range(64)]
+    table = pa.table({"image": contents, "text": ["x"] * 64})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=4)
+    files = [PictureFile(tmp_path / "t.parquet", row, "image") for row in range(64)] * 8
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(PictureFile.read, files)) == contents * 8
 
 
 SIDES = {

@@ -155,6 +155,12 @@ def test_orientations_that_mean_nothing_are_passed_over() -> None:
     assert load_picture(content).size == probe_size(content) == (8, 4)
 
 
+def test_behind_the_pixels_a_wrong_checksum_does_not_matter() -> None:
+    content = with_orientation(halves(), "PNG late-exif", 6)
+    wrong = content[:-16] + bytes(4) + content[-12:]
+    assert wrong != content and load_picture(wrong).size == probe_size(wrong) == (4, 8)
+
+
 def test_a_header_is_read_without_the_pixels(tmp_path: Path) -> None:
     """A PNG of 3,000 x 3,000 pixels that are not there, with its texts behind them."""
     size = (3000).to_bytes(4, "big") * 2

@@ -120,6 +120,7 @@ class Table:
             self._ends = [sum(counts[: i + 1]) for i in range(len(counts))] or [0]
             if len(self) > max(_CROWDED, path.stat().st_size):
                 raise DataError(f"{path} claims {len(self):,} rows, more than it has bytes")
+        self._lock = threading.Lock()
         self._read_last: dict[tuple[str, ...], tuple[int, Any]] = {}
 
     def __len__(self) -> int:
@@ -220,11 +221,12 @@ class Table:
         """A table with these columns of a row group; a cell cannot be read without all of it."""
         if self._parquet is None:
             return self._table
-        held, table = self._read_last.get(tuple(columns), (-1, None))
-        if held != group:
-            table = self._parquet.read_row_group(group, columns=list(columns), use_threads=False)
-            self._read_last[tuple(columns)] = (group, table)  # for the rows that follow
-        return table
+        with self._lock:  # Parquet's reader is not made for several threads, and ends the process
+            held, table = self._read_last.get(tuple(columns), (-1, None))
+            if held != group:
+                table = self._parquet.read_row_group(group, columns=list(columns), use_threads=False)
+                self._read_last[tuple(columns)] = (group, table)  # for the rows that follow
+            return table
 
     def _all_embedded(self, group: int, column: str) -> bool:
         """Whether the file itself says that no cell is without its picture."""
