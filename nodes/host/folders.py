@@ -36,6 +36,8 @@ _PIPELINE_PARTS = (("transformer",), ("unet",), ("vae",), ("prior",))
 _READ = (*SUFFIXES, ".json", ".txt", ".model")
 _SHOWN, _LONGEST = 10, 100
 Parts = tuple[str, ...]
+_TREES: dict[str, tuple[dict[str, int], list[Parts]]] = {}
+"""Of folders: when each folder below was changed, and the weights files there."""
 
 
 def checkpoint_names() -> list[str]:
@@ -169,12 +171,34 @@ def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _weights(kind: str) -> Iterator[Parts]:
-    """The path, below its root, of every weights file of a kind."""
+    """The path, below its root, of every weights file of a kind that is in a folder of its own."""
     if kind == "diffusers":  # ComfyUI lists no files there
-        for root in map(Path, _roots(kind)):
-            yield from (path.relative_to(root).parts for path in _walk(root, SUFFIXES))
+        for root in _roots(kind):
+            yield from _tree(root)
     else:
-        yield from (tuple(name.replace("\\", "/").split("/")) for name in _files([kind]))
+        # Names alone first: a folder may hold a hundred thousand files
+        nested = (name.replace("\\", "/") for name in _files([kind]) if "/" in name or "\\" in name)
+        yield from (tuple(name.split("/")) for name in nested)
+
+
+def _tree(root: str) -> list[Parts]:
+    """The weights files below a folder, which is walked again when it has changed, as ComfyUI's lists are."""
+    times, files = _TREES.get(root, ({}, []))
+    if root not in times or any(_changed(folder) != time for folder, time in times.items()):
+        times, files = {root: _changed(root)}, []
+        for parent, _, names in os.walk(root, followlinks=True):
+            times[parent] = _changed(parent)
+            parts = tuple(filter(None, parent[len(root) :].split(os.sep)))
+            files += [(*parts, name) for name in names if name.endswith(SUFFIXES)]
+        _TREES[root] = times, files
+    return files
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:  # not there
+        return -1
 
 
 def _folders(kinds: Iterable[str], rule: Callable[[Parts], Parts]) -> list[str]:

@@ -350,6 +350,41 @@ def test_a_linked_name_is_judged_when_it_is_known(host, models):
     assert result.error.node_id == node.id and "is not there" in result.error.exception_message
 
 
+def test_every_folder_is_walked_once(host, monkeypatch, tmp_path):
+    """Lists of many files: all nodes together, and again only where something changed."""
+    folders = host.module("nodes.host.folders")
+    roots = {
+        kind: [str(tmp_path / kind)] for kind in (*folders.DIT, *folders.TEXT_ENCODERS, "controlnet", "loras")
+    }
+    for kind in roots:
+        (tmp_path / kind / "pipeline" / "transformer").mkdir(parents=True)
+        (tmp_path / kind / "pipeline" / "transformer" / "model.safetensors").write_bytes(b"")
+    known = host.folder_paths.folder_names_and_paths
+    for kind, paths in roots.items():
+        monkeypatch.setitem(known, kind, (paths, known[kind][1]))
+    host.refresh()
+    walked: list[str] = []
+    walk = os.walk
+    monkeypatch.setattr(
+        os, "walk", lambda top, *args, **given: walked.append(str(top)) or walk(top, *args, **given)
+    )
+
+    def lists() -> list[list[str]]:
+        names = "checkpoint_names", "dit_names", "text_encoder_names", "control_names", "lora_names"
+        return [getattr(folders, name)() for name in names]
+
+    found = lists()
+    assert "pipeline/" in found[0] and sorted(walked) == sorted(
+        path for paths in roots.values() for path in paths
+    )
+    assert lists() == found and len(walked) == len(roots)
+    new = tmp_path / "diffusers" / "other" / "transformer"
+    new.mkdir(parents=True)
+    (new / "model.safetensors").write_bytes(b"")
+    assert "other/" in lists()[0] and walked[len(roots) :] == roots["diffusers"]
+    host.refresh()
+
+
 NAMED = {
     "HyDiTCheckpointLoader": ("ckpt_name",),
     "HyDiTDiTLoader": ("model_name",),
