@@ -1,7 +1,7 @@
 """Train the whole second edition on one GPU in minutes: autoencoder, DiT and text encoders, ControlNet.
 
-    python gpu_run.py --out OUT --trial             speeds, and whether everything works; about 90 s
-    python gpu_run.py --out OUT --seconds 470 --dit-rate R --control-rate R     as the trial printed them
+    python gpu_run.py --out OUT --trial             speeds, and whether everything works; about 200 s
+    python gpu_run.py --out OUT --seconds 520
 
 Every stage has its share of the time and leaves what it made in OUT: ``vae.safetensors``,
 ``model.safetensors`` (copied at every checkpoint), ``canny.safetensors``, ``judge.zip``, ``logs.txt``,
@@ -138,6 +138,35 @@ class Driver:
         command = ["-m", "hydit_core.train", config, *(x for s in sets for x in ("--set", s))]
         return self.wait(self.start(name, command, {run / "model.safetensors": self.out / export}), limit)
 
+    def train_until(self, name: str, config: str, seconds: float, export: str) -> bool:
+        """Train for ``seconds`` in all, the learning rate's decay included.
+
+        The first steps, at a constant rate, tell how many there is time for; where that is not what the run
+        was started with, it is stopped and goes on with that number.
+        """
+        end = time.monotonic() + seconds
+        metrics = WORK / name / "metrics.jsonl"
+        exports = {WORK / name / "model.safetensors": self.out / export}
+        guess = self.args.guess_steps
+        sets = [f"run.device={self.args.device}", *self.args.sets]
+        command = ["-m", "hydit_core.train", config, *(x for s in sets for x in ("--set", s))]
+        job = self.start(name, [*command, "--set", f"run.steps={guess}"], exports)
+        while job.process.poll() is None and time.monotonic() < end:
+            time.sleep(0.2)
+            last = last_record(metrics)
+            if last["seconds"] >= self.args.measure_seconds and last["step"] >= 50:
+                break
+        step, pace = last_record(metrics)["step"], guarded_rate(metrics, 20)
+        if job.process.poll() is not None or not pace:
+            return self.wait(job, end - time.monotonic())
+        steps = step + int(pace * 0.96 * (end - time.monotonic() - self.args.restart_seconds))
+        self.say(f"{name}: {pace:.2f} steps/s at step {step}, time for {steps} steps")
+        if abs(steps / guess - 1) > 0.05 and step < 0.4 * min(guess, steps):
+            self.wait(job, 0)
+            more = ["--resume", "auto", "--set", f"run.steps={steps}"]
+            job = self.start(f"{name}-on", [*command, *more], exports)
+        return self.wait(job, end - time.monotonic())
+
     def cache(self, config: str) -> bool:
         sets = [f"run.device={self.args.device}", *self.args.sets]
         command = ["-m", "hydit_core.train", "cache", config, *(x for s in sets for x in ("--set", s))]
@@ -154,6 +183,15 @@ class Driver:
         with zipfile.ZipFile(self.out / "judge.zip", "w") as archive:
             for path in sorted((WORK / "judge").glob("*")):
                 archive.write(path, path.name)
+
+
+def last_record(metrics: Path) -> dict[str, float]:
+    """The last line with a time; zeros before there is one."""
+    lines = metrics.read_text("utf-8").splitlines() if metrics.exists() else []
+    for line in reversed(lines):
+        if '"seconds"' in line and line.endswith("}"):
+            return json.loads(line)
+    return {"step": 0, "seconds": 0.0}
 
 
 def rate(metrics: Path, skip: int) -> float:
@@ -183,10 +221,11 @@ def main() -> None:
     parser.add_argument("--vae-seconds", type=float, default=100)
     parser.add_argument("--vae-grace", type=float, default=60, help="seconds for its start and its end")
     parser.add_argument("--vae-options", default="")
-    parser.add_argument("--dit-rate", type=float, default=0, help="steps a second")
-    parser.add_argument("--dit-steps", type=int, default=0, help="instead of a rate")
-    parser.add_argument("--control-rate", type=float, default=0, help="steps a second; 0: no ControlNet")
-    parser.add_argument("--control-steps", type=int, default=0, help="instead of a rate")
+    parser.add_argument("--dit-steps", type=int, default=0, help="default: as many as there is time for")
+    parser.add_argument("--guess-steps", type=int, default=6000, help="until the pace is known")
+    parser.add_argument("--measure-seconds", type=float, default=35, help="of training, to know the pace")
+    parser.add_argument("--restart-seconds", type=float, default=25, help="what going on costs")
+    parser.add_argument("--control-steps", type=int, default=0, help="default: as many as there is time for")
     parser.add_argument("--reserve", type=float, default=105, help="seconds kept for ControlNet and judge")
     parser.add_argument("--judge-options", default="")
     parser.add_argument("--judge-batch", type=int, default=64)
@@ -216,21 +255,22 @@ def everything(driver: Driver) -> None:
         return
     driver.say("vae: " + " ".join((WORK / "vae" / "vae_report.json").read_text("utf-8").split()))
     driver.cache("icons256.toml")
-    startup = 20.0
-    steps = args.dit_steps or int(args.dit_rate * 0.97 * (driver.left() - args.reserve - startup))
-    driver.say(f"DiT: {steps} steps")
-    driver.train("run", "icons256.toml", steps, driver.left() - args.reserve + 10, "model.safetensors")
-    driver.say(f"DiT rate: --dit-rate {guarded_rate(WORK / 'run' / 'metrics.jsonl', 100):.2f}")
+    seconds = driver.left() - args.reserve
+    if args.dit_steps:
+        driver.train("run", "icons256.toml", args.dit_steps, seconds, "model.safetensors")
+    else:
+        driver.train_until("run", "icons256.toml", seconds, "model.safetensors")
+    pace = guarded_rate(WORK / "run" / "metrics.jsonl", 100)
+    driver.say(f"DiT: {pace:.2f} steps/s")
     if not (driver.out / "model.safetensors").exists():
         return
     judge = driver.judge()
-    steps = args.control_steps or int(args.control_rate * 0.9 * max(0, driver.left() - 50))
-    if steps:
+    # A step of the ControlNet takes about as long as one of the whole DiT.
+    steps = args.control_steps or int(0.8 * pace * max(0.0, driver.left() - 45))
+    if steps > 100 or args.control_steps:
         driver.say(f"ControlNet: {steps} steps")
-        driver.train("canny", "../controlnet/canny256.toml", steps, driver.left() - 20, "canny.safetensors")
-        driver.say(
-            f"ControlNet rate: --control-rate {guarded_rate(WORK / 'canny' / 'metrics.jsonl', 30):.2f}"
-        )
+        driver.train("canny", "../controlnet/canny256.toml", steps, driver.left() - 14, "canny.safetensors")
+        driver.say(f"ControlNet: {guarded_rate(WORK / 'canny' / 'metrics.jsonl', 30):.2f} steps/s")
     driver.wait(judge, driver.left() - 5)
     driver.pack_judge()
 

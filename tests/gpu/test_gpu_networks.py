@@ -186,7 +186,7 @@ def test_a_picture_on_another_device_is_told() -> None:
     config = CONFIGS["v1.2"]
     model, values = made(DiT, config).to(DEVICE), inputs(config, SIZE)
     context = encode(model, on_device(values, torch.float32))
-    with pytest.raises(RuntimeError, match="device|should be the same"):
+    with pytest.raises(RuntimeError, match=r"device|should be the same"):
         model(values["x"], values["t"], context)
 
 
