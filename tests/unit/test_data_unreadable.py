@@ -105,11 +105,12 @@ def test_held_out_pictures(folder: Path) -> None:
     """What stands in for a held-out picture does not count."""
     for name in ("d", "e", "f", "g"):
         paint(folder / f"{name}.png")
-    data = open_data(folder, validation=7)
+    cut(paint(folder / "broad.png", (64, 32)))
+    data = open_data(folder, validation=8)
     keys = {data.manifest.keys[row] for row in data.validation}
-    assert "d/wide.png" in keys, "the names decide which are held out"
-    broken = {"d/wide.png", min(keys)}
-    cut(folder.parent / min(keys))
+    broken = {"d/wide.png", "d/broad.png", "d/e.png"}
+    assert broken <= keys, "the names decide which are held out"
+    cut(folder / "e.png")
     counted: Counter[str] = Counter()
     for batch in data.validation_batches():
         for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True):
