@@ -283,6 +283,21 @@ def test_logit_normal_has_the_median_and_spread_of_its_normal():
     assert logits.std().item() == pytest.approx(0.8, rel=0.02)
 
 
+def test_logit_normal_is_the_sigmoid_of_its_normal():
+    z = torch.randn(1000, generator=torch.Generator().manual_seed(1)).double()
+    expected = 1000 / (1 + torch.exp(-(0.5 + 0.8 * z)))
+    found = sample_timesteps(1000, "logit_normal", torch.Generator().manual_seed(1), mean=0.5, std=0.8)
+    assert ((found - expected.floor()).abs() <= 1).all()
+    assert (found == expected.floor()).double().mean() > 0.99
+
+
+def test_noise_offset_is_added_plane_by_plane():
+    generator = torch.Generator().manual_seed(2)
+    plain, shifts = torch.randn(3, 4, 5, generator=generator), torch.randn(3, 1, 1, generator=generator)
+    found = training_noise((3, 4, 5), torch.Generator().manual_seed(2), 0.25)
+    torch.testing.assert_close(found, plain + 0.25 * shifts)
+
+
 def test_unknown_timestep_distribution_is_refused():
     with pytest.raises(ConfigError, match="unknown timestep distribution 'cosine': use one of uniform"):
         sample_timesteps(4, "cosine", torch.Generator())
