@@ -2,7 +2,8 @@
 
 The schemas are read by importing the pack with stand-ins for ComfyUI, so this runs without one.
 
-    python -m tests.unit.test_locales      writes locales/en/nodeDefs.json from the schemas
+    python -m tests.unit.test_locales      writes locales/en/nodeDefs.json from the schemas, and locales/zh-TW
+                                           from locales/zh
 """
 
 from __future__ import annotations
@@ -231,6 +232,12 @@ def test_chinese_is_chinese():
                 assert CHINESE.search(text), f"{node}{path}: {text}"
 
 
+@pytest.mark.parametrize("name", ["nodeDefs", "main"])
+def test_pages_in_the_other_chinese_are_not_english(name):
+    """Such pages fall back to English: what is written for one Chinese is served for both."""
+    assert load("zh-TW", name) == load("zh", name)
+
+
 def test_chinese_options_are_distinct():
     for said in load("zh", "nodeDefs").values():
         for slot in said["inputs"].values():
@@ -381,3 +388,7 @@ if __name__ == "__main__":
     said = {node: said_in_english(schema) for node, schema in schemas_by_id.items() if node in NODES}
     target = ROOT / "locales" / "en" / "nodeDefs.json"
     target.write_text(json.dumps(said, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    for name in ("main.json", "nodeDefs.json"):
+        copy = ROOT / "locales" / "zh-TW" / name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes((ROOT / "locales" / "zh" / name).read_bytes())

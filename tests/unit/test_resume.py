@@ -302,10 +302,7 @@ def test_pictures_that_were_written_anew_are_told(tmp_path: Path, capsys: pytest
     path.write_bytes((tmp_path / "pictures/4.png").read_bytes())
     assert not run_training(config, *output, resume="auto", stop_after_micro=1)
     told = capsys.readouterr().err
-    assert (
-        "changed since the checkpoint: data: 1 picture file was written anew: pictures/3.png"
-        in told
-    )
+    assert "changed since the checkpoint: data: 1 picture file was written anew: pictures/3.png" in told
     assert "in another order" not in told
 
 
