@@ -21,6 +21,7 @@ from train_setup import records
 from hydit_core.data import Batch
 from hydit_core.diffusion.losses import LossTerms
 from hydit_core.model.attention import attention_by_products, sdpa
+from hydit_core.train import attention
 from hydit_core.train.attention import training_attention
 from hydit_core.train.config import TrainConfig
 from hydit_core.train.distributed import Processes
@@ -257,6 +258,15 @@ def test_attention_is_the_softmax_formula(function: Any, n: int, m: int, width: 
         out = function(*(torch.from_numpy(x).to(dtype) for x in arrays))
         assert out.dtype == dtype and out.shape == (2, n, 3 * width)
         np.testing.assert_allclose(out.float().unflatten(-1, (3, width)), exact, rtol=0, atol=error)
+
+
+def test_only_short_attention_goes_through_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(attention, "sdpa", lambda q, k, v, **_: seen.append((q.shape[1], k.shape[1])))
+    for n, m in ((128, 128), (129, 128), (1, 128 * 128), (2, 128 * 128), (16, 20)):
+        q, k, v = (torch.zeros(1, length, 1, 4) for length in (n, m, m))
+        training_attention(q, k, v)
+    assert seen == [(129, 128), (2, 128 * 128)]
 
 
 def by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
