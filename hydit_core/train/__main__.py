@@ -135,4 +135,8 @@ def _report(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    from .stopping import ignore_signals
+
+    ignore_signals()
+    sys.exit(code)

@@ -45,7 +45,8 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
     if run.device != "cpu":
         torch.set_float32_matmul_precision("high")
     check_machine(config)
-    with ending_at_once(), _processes(config) as processes, ExitStack() as held:
+    with ending_at_once() as over, _processes(config) as processes, ExitStack() as held:
+        held.callback(over.set)
         processes.from_main(lambda: _claim(config, resume, held))
         say = tell if processes.is_main else _silent
         data = open_data(config, processes.rank, processes.world)

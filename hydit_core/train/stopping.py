@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -54,15 +55,26 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Signals that would kill this process end it by an exception, so that what is half done is put away."""
+def ending_at_once() -> Iterator[threading.Event]:
+    """Signals that would kill this process end it by an exception, so that what is half done is put away.
+
+    Once the event is set, when training is over, they do nothing any more.
+    """
+    over = threading.Event()
 
     def handle(number: int, frame: Any) -> None:
-        tell(f"stopped ({signal.Signals(number).name}) before training began")
-        raise SystemExit(128 + number)
+        if not over.is_set():
+            tell(f"stopped ({signal.Signals(number).name}) before training began")
+            raise SystemExit(128 + number)
 
     with _handlers(handle, *(number for number in _ASKING if number != signal.SIGINT)):
-        yield
+        yield over
+
+
+def ignore_signals() -> None:
+    """For a process that is about to end with its own exit code: a closing terminal tells it twice."""
+    for number in _ASKING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
