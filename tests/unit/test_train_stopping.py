@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from line_run import line_trainer, names
 from safetensors.torch import load_file
 from train_setup import command_line, records, run_training, write_run
 
+from hydit_core.data import cache
 from hydit_core.errors import DataError
 from hydit_core.train import stopping
+from hydit_core.train.config import load_config
+from hydit_core.train.launch import build_caches
 from hydit_core.train.loop import Trainer
 from hydit_core.train.stopping import TrainingStopped
 
@@ -296,3 +300,24 @@ def test_the_command_ends_with_3_and_one_line(tmp_path: Path) -> None:
     )
     path.write_bytes(whole)
     assert run_training(config, *sets, resume="auto")
+
+
+@posix
+def test_sigterm_while_pictures_are_encoded_keeps_what_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = cache._encode
+    calls = []
+
+    def encode(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(cache, "_encode", encode)
+    sets = ["data.cache.latents=true", f"data.cache.dir={tmp_path / 'cache'}"]
+    with pytest.raises(SystemExit):
+        build_caches(load_config(write_run(tmp_path), sets))
+    shards = list((tmp_path / "cache").rglob("shard-*.safetensors"))
+    assert len(shards) == 1 and len(load_file(shards[0])) == 4
