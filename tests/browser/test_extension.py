@@ -453,7 +453,7 @@ OVERLAPS = """() => {
     a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
   const wrong = [];
   const widgets = app.graph.nodes.flatMap((n) => n.widgets ?? []);
-  const wanted = widgets.filter((w) => w.name.startsWith("hydit_")).length;
+  const wanted = widgets.filter((w) => w.name.startsWith("hydit_") && w.computeSize(200)[1] > 0).length;
   if (rows.length !== wanted) wrong.push(`${rows.length} of ${wanted} rows`);
   for (const a of rows) {
     if (fields.some((b) => hit(a, b))) wrong.push("over a text field");
@@ -475,3 +475,25 @@ def nothing_overlaps(page: Any) -> int:
         if not wrong:
             return rows
     pytest.fail(f"{wrong}; see {page.screenshot('overlap')}")
+
+
+def test_the_sampler_says_what_is_wrong_with_the_size(either_page):
+    page = either_page
+    page.load(ROOT / "workflows" / "hydit_text_to_image_embedded.json")
+    page.set_widget("HyDiTKSampler", "steps", 1)
+    room = """() => app.graph.nodes.find((n) => n.type === "HyDiTKSampler")
+        .widgets.find((w) => w.name === "hydit_notes").computeSize(200)[1]"""
+    for side, said in ((32, "32x32 is far below the size"), (128, "")):
+        for name in ("width", "height"):
+            page.set_widget("HyDiTEmptyLatent", name, side)
+        page.queue().check()
+        wait_told(page, "HyDiTKSampler")
+        page.page.wait_for_function(
+            "(said) => { const told = app.graph.nodes.find((n) => n.type === 'HyDiTKSampler')"
+            ".properties.hydit_notes; return said ? told.startsWith(said) : told === '' }",
+            arg=said,
+            timeout=10_000,
+        )
+        if rows_are_shown(page):
+            assert row(page, "hydit_notes").is_visible() == bool(said)
+            assert (page.evaluate(room) > 0) == bool(said)
