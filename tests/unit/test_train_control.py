@@ -76,6 +76,16 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_checkpointing_reaches_both_networks(config: Path) -> None:
+    """The frozen base keeps activations too: gradients flow through it to the residuals."""
+    settings = load_config(config)
+    objective = make_objective(settings, build(settings), torch.device("cpu"))
+    networks = (objective.parts.dit, objective.parts.controlnet)
+    assert [net.gradient_checkpointing for net in networks] == [0.0, 0.0]
+    objective.use_checkpointing(0.5)
+    assert [net.gradient_checkpointing for net in networks] == [0.5, 0.5]
+
+
 def test_the_export_is_a_controlnet_that_says_how_it_is_used(finished: Path, tiny_model_file: Path) -> None:
     path = finished / "model.safetensors"
     assert detect(open_tensors(path)).kind == "controlnet"
