@@ -318,13 +318,16 @@ class TrainData:
         members = self.order.bucket_members(bucket)
         own = int(self.samples.buckets[index]) == bucket
         start = int(np.searchsorted(members, index)) if own else index
-        after = [int(members[(start + i) % len(members)]) for i in range(len(members))]
+
+        def after() -> Iterator[int]:  # nearly always only its first is asked for
+            return (int(members[(start + i) % len(members)]) for i in range(len(members)))
+
         prior = self.samples.is_prior(index)
         if own and prior:
             yield from self.samples.prior_from(index, epoch)
         for kind in (prior, not prior):
             if not (own and prior and kind):
-                yield from (self.samples.row(i, epoch) for i in after if self.samples.is_prior(i) == kind)
+                yield from (self.samples.row(i, epoch) for i in after() if self.samples.is_prior(i) == kind)
 
     def _validation_rows(self, rows: np.ndarray, number: int, bucket: int) -> Iterator[int]:
         row = int(rows[number])

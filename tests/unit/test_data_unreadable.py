@@ -169,3 +169,31 @@ def test_sizes_in_tables_are_compared_with_the_picture(tmp_path: Path, cached: b
     first(width=160, height=318)  # of a larger original, rounded
     with pytest.raises(DataError, match=r"a\.png is 32x64 as it is shown, but 64x32 was told of it"):
         first(width=64, height=32)
+
+
+class Counted:
+    """An array that counts how often one of its values is taken."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.taken = values, 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __array__(self, *args: object, **options: object) -> np.ndarray:
+        return self.values
+
+    def __getitem__(self, place: int) -> np.int64:
+        self.taken += 1
+        return self.values[place]
+
+
+def test_a_sample_costs_the_same_in_a_large_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stand-ins are looked for when they are needed, not listed for every sample."""
+    for i in range(8):
+        paint(tmp_path / "d" / f"{i}.png")
+    data = open_data({"path": tmp_path / "d", "repeats": 500}, batch_size=4)
+    members = Counted(data.order.bucket_members(0))
+    monkeypatch.setattr(data.order, "bucket_members", lambda bucket: members)
+    data.batch(0)
+    assert len(members) == 4000 and 4 <= members.taken <= 8
