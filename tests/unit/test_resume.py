@@ -17,7 +17,15 @@ from safetensors.torch import load_file
 from train_setup import command_line, environment, records, run_training, write_run
 
 from hydit_core.errors import ConfigError, HyditError
-from hydit_core.train.checkpoint import Checkpoint, Progress, listing, load, load_latest, save
+from hydit_core.train.checkpoint import (
+    Checkpoint,
+    Progress,
+    listing,
+    load,
+    load_latest,
+    save,
+    set_aside_newer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +186,27 @@ def test_what_was_just_written_is_kept(tmp_path: Path) -> None:
     for step in (1, 9, 2):
         path = write(tmp_path, step, keep_last=1)
         assert listing(tmp_path) == [path]
+
+
+def test_what_is_set_aside_again_gets_a_number(tmp_path: Path) -> None:
+    for name in ("", "-2", "-3"):
+        back, newer = write(tmp_path, 1), write(tmp_path, 2)
+        assert set_aside_newer(back) == [tmp_path / f"set-aside-{newer.name}{name}"]
+        assert listing(tmp_path) == [back]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be flushed there")
+def test_a_checkpoint_and_its_folder_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a power cut a renamed folder may be empty whose content was not on the disk before."""
+    flushed: list[tuple[int, int]] = []
+
+    def note(handle: int) -> None:
+        flushed.append((os.fstat(handle).st_dev, os.fstat(handle).st_ino))
+
+    monkeypatch.setattr(os, "fsync", note)
+    path = write(tmp_path, 1)
+    places = [(found.stat().st_dev, found.stat().st_ino) for found in (*path.iterdir(), path, tmp_path)]
+    assert set(places) <= set(flushed)
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "manifest", "unfinished"])

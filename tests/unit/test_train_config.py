@@ -50,6 +50,8 @@ def test_paths_start_at_the_file_but_overrides_at_the_current_folder(
         ("validation.every=5", ["validation.every", "data.validation holds out no pictures"]),
         ("optimizer.groups=[{match='re:('}]", ["optimizer.groups.0.match", "not a regular expression"]),
         ("schedule.warmup_steps=21", ["warmup_steps is larger than run.steps"]),
+        ("objective.kind='lora'", ["a LoRA is trained for finished weights", "model.init_from"]),
+        ("lora.rank=4", ["the table lora needs objective.kind = 'lora'"]),
     ],
 )
 def test_faults_are_named_with_their_place(config_file: Path, override: str, words: list[str]) -> None:
@@ -60,6 +62,11 @@ def test_faults_are_named_with_their_place(config_file: Path, override: str, wor
     assert str(config_file) in message
     for word in words:
         assert word in message
+
+
+def test_all_steps_may_be_warm_up(config_file: Path) -> None:
+    config = load_config(config_file, ["run.steps=20", "schedule.warmup_steps=20"])
+    assert config.schedule.warmup_steps == config.run.steps
 
 
 @pytest.mark.parametrize(

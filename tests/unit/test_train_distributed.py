@@ -8,17 +8,19 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from test_train_lora import write_lora_run
 from train_setup import environment, records, run_training, write_run
 
 from hydit_core.errors import ConfigError
-from hydit_core.train.distributed import start
+from hydit_core.train.distributed import Processes, _SignsOfLife, start
 
 STEPS = ["run.steps=2", "schedule.warmup_steps=0", "validation.every=2"]
 
@@ -60,6 +62,23 @@ several_processes = pytest.mark.skipif(
     os.name == "nt" or not torch.distributed.is_available(),
     reason="this torch has no distributed package, or gloo over TCP is not tested on this system",
 )
+
+
+@several_processes
+def test_the_first_process_leaves_last_and_the_group_ends() -> None:
+    """Its store answers the others until they have left."""
+    store, device = dist.HashStore(), torch.device("cpu")
+    dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=0, world_size=1)
+    signs = [_SignsOfLife(dist.PrefixStore("signs", store), rank, 2, 10.0) for rank in (0, 1)]
+    first, other = (Processes(rank, 2, device, 10.0, signs[rank]) for rank in (0, 1))
+    leaving = threading.Thread(target=first.close, daemon=True)
+    leaving.start()
+    leaving.join(timeout=0.3)
+    assert leaving.is_alive()
+    other.close()
+    leaving.join(timeout=4)  # it waits 5 s for those who never leave
+    assert not leaving.is_alive()
+    assert not dist.is_initialized()
 
 
 @several_processes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,15 @@ def test_what_export_refuses(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     state = run / "checkpoints/step_00000004/state.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "config": {"a": 1}}))
     assert "damaged" in error(run, "--step", "4")
+    manifest = state.with_name("manifest.json")
+    entries = json.loads(manifest.read_text())
+    entries["state.json"] = {
+        "size": state.stat().st_size,
+        "sha256": hashlib.sha256(state.read_bytes()).hexdigest(),
+    }
+    manifest.write_text(json.dumps(entries))
+    told = error(run, "--step", "4")
+    assert "its configuration is not one of this version" in told and "resume the run with" in told
 
 
 def test_a_run_killed_before_its_export_is_finished_by_resuming(config: Path, run: Path) -> None:
