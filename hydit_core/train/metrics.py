@@ -22,6 +22,8 @@ from .distributed import Processes
 from .stopping import silence_stderr
 
 FILE = "metrics.jsonl"
+_STEPS = 1 << 53
+"""More than any run has; what tensorboard and floating-point numbers hold."""
 
 
 class Metrics:
@@ -132,7 +134,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 record = parse_json(line, str(path), error=DataError)
             except DataError:
                 continue
-            if isinstance(record.get("step"), int):
+            step = record.get("step")
+            if type(step) is int and 0 <= step < _STEPS:
                 yield record
 
 

@@ -15,6 +15,7 @@ from . import metrics
 _COLUMNS = ("loss", "mse", "vlb", "val_loss", "val_loss_ema", "grad_norm", "lr")
 _CURVES = {"loss": (66, 120, 190), "val_loss": (214, 110, 50), "val_loss_ema": (60, 150, 90)}
 _ROWS = 12
+_LARGEST = 1e100
 _SIZE = (960, 540)
 _MARGIN = (70, 30, 20, 50)  # left, top, right, bottom
 
@@ -32,18 +33,20 @@ def report(run: Path, picture: Path) -> str:
     if not series["loss"]:
         raise HyditError(f"{path}: no losses recorded there; give the output_dir of a run")
     curves = {name: series[name] for name in _CURVES if series[name]}
-    _plot(curves, run.name).save(picture)
+    try:
+        _plot(curves, run.name).save(picture)
+    except (OSError, ValueError) as error:  # ValueError: a name that tells no format
+        raise HyditError(f"{picture}: cannot be written: {error}") from error
     last = records[-1]["step"]
-    skipped = max((r.get("skipped", 0) for r in records), default=0)
-    seconds = max((r.get("seconds", 0.0) for r in records), default=0.0)
-    footer = f"{last} steps in {seconds / 3600:.2f} h, {skipped} skipped; curve in {picture}"
+    skipped, seconds = (max(v for _, v in [(0, 0.0), *_points(records, n)]) for n in ("skipped", "seconds"))
+    footer = f"{last} steps in {seconds / 3600:.2f} h, {skipped:.0f} skipped; curve in {picture}"
     return "\n".join([*_table(series, last), footer])
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> Points:
-    """(step, value) of every record that has a finite value of that name."""
+    """(step, value) of every record that has a number of that name, and none that sums would overflow with."""
     found = ((r["step"], r.get(name)) for r in records)
-    return [(step, float(v)) for step, v in found if isinstance(v, (int, float)) and math.isfinite(v)]
+    return [(step, float(v)) for step, v in found if type(v) in (int, float) and abs(v) < _LARGEST]
 
 
 def _table(series: dict[str, Points], last: int) -> list[str]:

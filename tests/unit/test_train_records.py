@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import bert_vocab, spiece_model
 
 from hydit_core.diffusion.losses import LossTerms
+from hydit_core.errors import HyditError
 from hydit_core.text import Tokenizers
 from hydit_core.train.conditioning import caption_fits
 from hydit_core.train.distributed import Processes
@@ -201,3 +202,28 @@ def test_the_training_loss_is_smoothed_over_a_fiftieth_of_the_records(tmp_path: 
     report(tmp_path, tmp_path / "curve.png")
     heights = [y for x, y in colored(tmp_path / "curve.png", BLUE) if x > 120]
     assert max(heights) - min(heights) > 400  # fifty records: as they are
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *('"seconds": "1"', '"skipped": []', '"lr": {}', '"loss": true', '"loss": "0.5"', '"loss": null'),
+        *('"loss": 1e300', '"loss": -1e300', '"step": true', '"step": -3', '"step": "2"', '"step": null'),
+        *('"step": 1e3', f'"step": {10**39}', '"seconds": 1e308'),
+    ],
+)
+def test_odd_values_in_a_record_do_not_count(odd: str, tmp_path: Path) -> None:
+    """Somebody edited the file, or another program wrote into it."""
+    write_records(tmp_path, [{"step": 1, "loss": 2.0, "seconds": 36.0}])
+    wanted = report(tmp_path, tmp_path / "a.png")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        fields = {"step": "1", "loss": "2.0", "seconds": "36.0"} | {odd.split('"')[1]: odd.split(": ")[1]}
+        file.write("{" + ", ".join(f'"{key}": {value}' for key, value in fields.items()) + "}\n")
+    assert report(tmp_path, tmp_path / "a.png") == wanted
+
+
+def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    write_records(tmp_path, [{"step": 1, "loss": 2.0}])
+    for name in ("missing/a.png", "a.nothing"):
+        with pytest.raises(HyditError, match="cannot be written"):
+            report(tmp_path, tmp_path / name)
