@@ -44,9 +44,10 @@ def report(run: Path, picture: Path) -> str:
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> Points:
-    """(step, value) of every record that has a number of that name, and none that sums would overflow with."""
+    """(step, value) of every record that has a number of that name, of a size that can be summed."""
     found = ((r["step"], r.get(name)) for r in records)
-    return [(step, float(v)) for step, v in found if type(v) in (int, float) and abs(v) < _LARGEST]
+    numbers = ((step, v) for step, v in found if isinstance(v, (int, float)) and not isinstance(v, bool))
+    return [(step, float(v)) for step, v in numbers if abs(v) < _LARGEST]
 
 
 def _table(series: dict[str, Points], last: int) -> list[str]:
