@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +32,13 @@ class TextFeatures(NamedTuple):
         return TextFeatures(*(torch.cat(parts) for parts in zip(*features, strict=True)))
 
     def to(self, device: torch.device | str) -> TextFeatures:
-        return TextFeatures(*(part.to(device) for part in self))
+        return TextFeatures(*_moved(self, device))
+
+
+def _moved(tensors: Iterable[Tensor], device: torch.device | str) -> list[Tensor]:
+    """On ``device``; copies to a GPU do not hold up the host, copies from one are complete."""
+    to_host = torch.device(device).type == "cpu"
+    return [tensor.to(device, non_blocking=not to_host) for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -126,5 +132,5 @@ class Tokens(NamedTuple):
     """one a prompt"""
 
     def to(self, device: torch.device | str) -> Tokens:
-        bert_ids, bert_mask, t5_ids, t5_mask = (part.to(device) for part in self[:4])
+        bert_ids, bert_mask, t5_ids, t5_mask = _moved(self[:4], device)
         return Tokens(bert_ids, bert_mask, t5_ids, t5_mask, self.reports)
