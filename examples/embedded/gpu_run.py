@@ -1,7 +1,7 @@
 """Train the whole second edition on one GPU in minutes: autoencoder, DiT and text encoders, ControlNet.
 
     python gpu_run.py --out OUT --trial             speeds, and whether everything works; about 200 s
-    python gpu_run.py --out OUT --seconds 520
+    python gpu_run.py --out OUT --seconds 520 [--vae stages/vae.safetensors]
 
 Every stage has its share of the time and leaves what it made in OUT: ``vae.safetensors``,
 ``model.safetensors`` (copied at every checkpoint), ``canny.safetensors``, ``judge.zip``, ``logs.txt``,
@@ -127,6 +127,10 @@ class Driver:
 
     def vae(self) -> bool:
         args = self.args
+        if args.vae:
+            (WORK / "vae").mkdir(parents=True)
+            shutil.copyfile(args.vae, WORK / "vae" / "vae.safetensors")
+            return True
         command = ["train_vae.py", "--icons", "work/icons.zip", "--out", "work/vae", "--device", args.device]
         command += ["--seconds", str(args.vae_seconds), *args.vae_options.split()]
         job = self.start("vae", command, {WORK / "vae" / "vae.safetensors": self.out / "vae.safetensors"})
@@ -218,6 +222,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=470, help="for everything")
     parser.add_argument("--trial", action="store_true", help="few pictures and steps, to measure the rates")
     parser.add_argument("--share", type=float, default=1.0, help="of the pictures")
+    parser.add_argument("--vae", type=Path, help="a finished autoencoder, instead of training one")
     parser.add_argument("--vae-seconds", type=float, default=100)
     parser.add_argument("--vae-grace", type=float, default=60, help="seconds for its start and its end")
     parser.add_argument("--vae-options", default="")
@@ -253,7 +258,9 @@ def everything(driver: Driver) -> None:
     scenes = driver.scenes()
     if not (driver.vae() and driver.wait(scenes, 120)):
         return
-    driver.say("vae: " + " ".join((WORK / "vae" / "vae_report.json").read_text("utf-8").split()))
+    report = WORK / "vae" / "vae_report.json"
+    if report.exists():
+        driver.say("vae: " + " ".join(report.read_text("utf-8").split()))
     driver.cache("icons256.toml")
     seconds = driver.left() - args.reserve
     if args.dit_steps:
