@@ -233,6 +233,7 @@ def test_timesteps_may_be_scalars_integers_and_fractions():
 def test_gradient_checkpointing_changes_no_gradient(kind, frozen):
     """With frozen inputs too, where only the inner weights (as with LoRA) ask for gradients."""
     model = build(kind)
+    assert not model.gradient_checkpointing  # unless asked for
     if frozen:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("blocks.1." in name)

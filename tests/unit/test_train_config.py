@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 from train_setup import CONFIG, ROOT
 
 from hydit_core.errors import ConfigError
@@ -62,6 +63,15 @@ def test_faults_are_named_with_their_place(config_file: Path, override: str, wor
     assert str(config_file) in message
     for word in words:
         assert word in message
+
+
+def test_defaults_are_those_of_the_documentation(config_file: Path) -> None:
+    config = load_config(config_file)
+    assert config.run.answer_within == 240
+    assert config.objective.dropout_control == 0
+    assert config.ema.power == pytest.approx(2 / 3)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.run.steps = 3
 
 
 def test_all_steps_may_be_warm_up(config_file: Path) -> None:
