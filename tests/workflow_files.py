@@ -55,12 +55,24 @@ def linked(workflow: dict[str, Any]) -> dict[str, Any]:
     return prompt
 
 
+def box(node: dict[str, Any], title: float = 30) -> Box:
+    """Left, top, right and bottom of what a node covers; its title is above its position.
+
+    A collapsed node is only its title, and at most as wide as it was.
+    """
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - title, x + width, y + (0 if node["flags"].get("collapsed") else height)
+
+
+def extent(workflow: dict[str, Any]) -> tuple[float, float]:
+    """Width and height of all nodes, which is what the page fits into its window."""
+    left, top, right, bottom = zip(*map(box, workflow["nodes"]), strict=True)
+    return max(right) - min(left), max(bottom) - min(top)
+
+
 def overlaps(workflow: dict[str, Any], title: float = 40) -> list[tuple[str, str]]:
-    """Pairs of nodes that cover each other; a node's title is above its position."""
-    boxes: list[tuple[str, Box]] = []
-    for node in workflow["nodes"]:
-        (x, y), (width, height) = node["pos"], node["size"]
-        boxes.append((f"{node['id']} {node['type']}", (x, y - title, x + width, y + height)))
+    """Pairs of nodes that cover each other."""
+    boxes = [(f"{node['id']} {node['type']}", box(node, title)) for node in workflow["nodes"]]
     return [
         (a, b)
         for i, (a, p) in enumerate(boxes)
@@ -70,14 +82,13 @@ def overlaps(workflow: dict[str, Any], title: float = 40) -> list[tuple[str, str
 
 
 def backward(workflow: dict[str, Any]) -> list[tuple[str, str]]:
-    """Links that lead neither to the right nor down a column."""
+    """Links that lead neither to the right nor down."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
     found = []
     for _, source, _, target, *_ in workflow["links"]:
-        a, b = nodes[source], nodes[target]
-        below = a["pos"][0] == b["pos"][0] and a["pos"][1] < b["pos"][1]
-        if not below and a["pos"][0] + a["size"][0] > b["pos"][0]:
-            found.append((a["type"], b["type"]))
+        a, b = box(nodes[source]), box(nodes[target])
+        if b[1] < a[3] and b[0] < a[2]:
+            found.append((nodes[source]["type"], nodes[target]["type"]))
     return found
 
 
@@ -160,8 +171,16 @@ def shrink(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
-    """Assert that a workflow drew what its prompts ask for."""
-    shown = [np.asarray(picture.convert("RGB"), float) for picture in pictures]
+    """Assert that a workflow drew what its prompts ask for, and shows its results larger than they are.
+
+    What enlarges has the highest numbers of all nodes.
+    """
+    count = len(pictures) - sum(node["class_type"] == "ImageScaleBy" for node in api(name).values())
+    shown = [np.asarray(picture.convert("RGB"), float) for picture in pictures[:count]]
+    for large in pictures[count:]:
+        assert min(large.size) >= 256
+        again = [np.asarray(large.resize(p.size, Image.Resampling.BOX), float) for p in pictures[:count]]
+        assert min(np.abs(a - b).mean() for a, b in zip(again, shown, strict=True)) < 3
     edges = [picture for picture in shown if _is_edges(picture)]
     shown = [picture for picture in shown if not _is_edges(picture)]
     for picture in shown:

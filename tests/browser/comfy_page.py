@@ -114,6 +114,21 @@ class ComfyPage:
         self.evaluate("async (workflow) => { await app.loadGraphData(workflow) }", workflow)
         self.settle(len(workflow["nodes"]))
 
+    def open_template(self, name: str, nodes: int) -> float:
+        """Open a workflow of ours in the template browser, as a newcomer does; returns the page's scale."""
+        self.reset()
+        self.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        self.page.locator("[role=dialog]").get_by_text("hydit", exact=True).last.dispatch_event("click")
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.settle(nodes)
+        self.close_dialogs()
+        return self.evaluate("() => app.canvas.ds.scale")
+
+    def offers_nodes2(self) -> bool:
+        """Whether users can choose Nodes 2.0; older pages hide an experiment that shows no prompts."""
+        setting = 'app.ui.settings.settingsLookup["Comfy.VueNodes.Enabled"]'
+        return self.evaluate(f"() => {setting}.type !== 'hidden'")
+
     def drop(self, path: Path, *, selector: str = "#graph-canvas", nodes: int | None = None) -> None:
         """Drop a file on the page; with `nodes`, wait until the graph has that many."""
         kind = {".png": "image/png", ".json": "application/json"}.get(path.suffix, "application/octet-stream")

@@ -5,8 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lay_out_workflows import LAYOUTS, ROOM, ROOM_OTHERS, laid_out
 from PIL import Image
-from workflow_files import API, MUTED, PAGE_ONLY, WORKFLOWS, api, backward, linked, overlaps, read
+from workflow_files import (
+    API,
+    MUTED,
+    PAGE_ONLY,
+    WORKFLOWS,
+    api,
+    backward,
+    box,
+    extent,
+    linked,
+    overlaps,
+    read,
+)
 
 from hydit_core.workflow import CORE, PACK
 
@@ -84,17 +97,43 @@ def test_what_a_shared_workflow_carries(path):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_it_reads_from_left_to_right(path):
     workflow = read(path)
-    assert overlaps(workflow) == []
+    assert overlaps(workflow, title=30) == []
     assert backward(workflow) == []
-    nodes = {node["id"]: node for node in workflow["nodes"]}
     grouped = 0
     for group in workflow["groups"]:
         left, top, width, height = group["bounding"]
         assert " · " in group["title"]
-        for node in nodes.values():
-            (x, y), (w, h) = node["pos"], node["size"]
-            inside = left <= x and x + w <= left + width and top <= y - 30 and y + h <= top + height
-            outside = x >= left + width or x + w <= left or y - 30 >= top + height or y + h <= top
+        for node in workflow["nodes"]:
+            x, y, right, bottom = box(node)
+            inside = left <= x and right <= left + width and top <= y and bottom <= top + height
+            outside = x >= left + width or right <= left or y >= top + height or bottom <= top
             assert inside or outside, (group["title"], node["type"])
             grouped += inside
-    assert grouped == len(nodes) - 2  # the notes
+    assert grouped == len(workflow["nodes"]) - 2  # the notes
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_it_opens_large_enough_to_be_read(path):
+    """The page fits it into three quarters of the window, and leaves texts out below a scale of 0.58."""
+    width, height = extent(read(path))
+    room = ROOM.get(path.stem, ROOM_OTHERS)
+    assert width <= room[0] and height <= room[1]
+    assert "ds" not in read(path)["extra"]  # some versions would take it for the view to open with
+
+
+def test_places_are_those_of_the_script():
+    assert set(LAYOUTS) == NAMES
+    for path in WORKFLOWS:
+        assert laid_out(path.stem, read(path)) == read(path), "run tests/lay_out_workflows.py"
+
+
+def test_results_of_the_small_model_are_shown_large():
+    """Beside the file as it was decoded: the enlarged picture is only looked at."""
+    for path in WORKFLOWS:
+        prompt = api(path.stem)
+        saved = [n["inputs"]["images"] for n in prompt.values() if n["class_type"] == "SaveImage"]
+        larger = {k: n["inputs"]["image"] for k, n in prompt.items() if n["class_type"] == "ImageScaleBy"}
+        previews = [n["inputs"]["images"] for n in prompt.values() if n["class_type"] == "PreviewImage"]
+        small = any(str(value).startswith("[embedded]") for value in prompt["3"]["inputs"].values())
+        assert list(larger.values()) == (saved if small else [])
+        assert all([number, 0] in previews for number in larger)
