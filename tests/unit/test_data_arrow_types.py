@@ -16,6 +16,7 @@ from PIL import Image
 
 from hydit_core.data import DataConfig, TrainData, open_dataset
 from hydit_core.data.sources import PictureFile, columnar
+from hydit_core.data.sources.arrow_table import Table
 from hydit_core.errors import DataError
 
 
@@ -88,6 +89,16 @@ TEXTS = {
         [["a"], ["b"], ["c"]], pa.list_(pa.dictionary(pa.int8(), pa.string()))
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("letters", "shown"), [(45, "{}"), (46, "{}..."), (200, "{}...")])
+def test_long_names_of_types_are_cut(tmp_path: Path, letters: int, shown: str) -> None:
+    """At 60 characters, with the dots."""
+    kind = pa.struct([("a" * letters, pa.int32())])
+    path = write(tmp_path / "t.arrow", pa.table({"c": pa.array([None], kind)}))
+    name = str(kind)
+    assert (letters > 45) == (len(name) > 60)
+    assert Table(path).type_name("c") == shown.format(name if letters == 45 else name[:57])
 
 
 @pytest.mark.parametrize("kind", TEXTS)

@@ -126,6 +126,7 @@ def test_index_of_several_resolutions(project: Path) -> None:
         ({"indices": [1], "arrow_files": None}, "not an index of Arrow files"),
         ({"indices": [1], "cum_length": [10, 5]}, "do not fit together"),
         ({"indices": [7], "cum_length": [8, 20]}, "has 5 rows, row 7 is asked for"),
+        ({"indices": [0, 1, 7], "cum_length": [8, 20]}, "has 5 rows, row 7 is asked for"),
         ({"indices": [1.5]}, "no list of whole numbers"),
         ({"indices": [[1]]}, "no list of whole numbers"),
         ({"indices": ["1"]}, "no list of whole numbers"),

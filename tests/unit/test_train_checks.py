@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from train_setup import run_training, write_run
 
 from hydit_core.errors import ConfigError, HyditError
 from hydit_core.train import checks
-from hydit_core.train.config import load_config
+from hydit_core.train.config import TrainConfig, load_config
 from hydit_core.train.dryrun import describe
-from hydit_core.train.launch import build_caches
+from hydit_core.train.launch import build_caches, train
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,22 @@ def refusals(config: Path, *overrides: str) -> list[str]:
         except HyditError as error:
             said.append(str(error))
     return said
+
+
+@pytest.mark.parametrize("start", [train, build_caches])
+def test_torch_gets_the_threads_that_are_asked_for(
+    config: Path, start: Callable[[TrainConfig], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for threads in ([], ["run.threads=3"]):  # refused after that, before anything is loaded
+        sets = ["run.device=gpu", "data.cache.latents=true", *threads]
+        loaded = load_config(config, sets)
+        if not threads:
+            loaded = loaded.model_copy(update={"run": loaded.run.model_copy(update={"threads": None})})
+        with pytest.raises(ConfigError, match="not a device name"):
+            start(loaded)
+    assert asked == [3]
 
 
 @pytest.mark.parametrize(
