@@ -5,24 +5,25 @@
     python tests/mutants/run.py --report        the figure and the survivors, nothing is run
 
 A change is tried in a copy of the tree, with the tests that run the changed lines. Results go line by line
-into FOLDER/results.jsonl, so that it may be stopped at any time. What no test can tell from the right code is
-listed with a reason in tests/mutants/equivalent.jsonl and left out of the figure. Python's heavy imports are
-made once: each change is tried in a forked child. Linux and macOS.
+into FOLDER/results.jsonl, so that it may be stopped at any time; earlier ones, kept in
+tests/mutants/results.jsonl, count as well. What no test can tell from the right code is listed with a reason
+in tests/mutants/equivalent.jsonl and left out of the figure. Python's heavy imports are made once: each
+change is tried in a forked child. Linux and macOS.
 """
 
 from __future__ import annotations
 
 import argparse
 import compileall
-import contextlib
 import difflib
+import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import py_compile
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -31,8 +32,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cover import Recorder, Selection
 from sites import Site, find, sample
+from warm import Loop, Pairs, replacements, wait
 
+Run = Callable[[list[str]], tuple[str, str]]
+"""runs tests by name: "survived", "killed" or "timeout", and the one that failed"""
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 12
 """tests of a change that are run before the others are collected"""
@@ -41,6 +46,7 @@ SURE = 0.5
 TESTS = ("tests/unit", "tests/parity")
 PARTS = ("model", "diffusion", "lora", "train", "data", "text", "weights")
 EQUIVALENT = Path(__file__).with_name("equivalent.jsonl")
+EARLIER = Path(__file__).with_name("results.jsonl")
 HEAVY = (
     "torch", "torch.utils.data", "torch.utils.checkpoint", "torch.utils.tensorboard", "numpy",
     "PIL.ImageDraw", "safetensors.torch", "pydantic", "pyarrow", "pyarrow.parquet", "transformers",
@@ -54,7 +60,8 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "mutants")
-    parser.add_argument("--budget", type=float, default=150.0, help="seconds of tests for one change")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of tests for one change")
+    parser.add_argument("--jobs", type=int, default=1, help="changes that are tried at the same time")
     parser.add_argument("--again", action="store_true", help="try survivors again")
     parser.add_argument("--report", action="store_true", help="only say what was found")
     parser.add_argument("--collect", action="store_true", help="only find out which test runs which line")
@@ -68,15 +75,15 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="mutants-") as name:
             tree = copy_tree(Path(name) / "tree")
             covered = cover(tree, args.folder / "lines.json")
-            done = read(results)
-            for site in sites if not args.collect else ():
-                before = done.get(site.id)
-                if before is None or (args.again and before["verdict"] == "survived"):
-                    result = try_site(site, tree, covered, args.budget)
-                    with results.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(result, ensure_ascii=False) + "\n")
-                    print(f"{result['verdict']:9} {result['seconds']:6.1f} s  {site.id}", flush=True)
-    return report(sites, read(results))
+            done = read(EARLIER) | read(results)
+            todo = [
+                site
+                for site in sites
+                if site.id not in done or (args.again and done[site.id]["verdict"] == "survived")
+            ]
+            if not args.collect:
+                try_all(todo, tree, covered, args.budget, results, args.jobs)
+    return report(sites, read(EARLIER) | read(results))
 
 
 def all_sites() -> list[Site]:
@@ -127,9 +134,8 @@ def copy_tree(target: Path) -> Path:
     compileall.compile_dir(target / "hydit_core", quiet=1, invalidation_mode=checked)
     # pytest keeps what it makes of the tests, which do not change here.
     collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-c", "tests/pytest.ini", *TESTS]
-    subprocess.run(
-        collect, cwd=target, env={**os.environ, "PYTHONPATH": str(target)}, capture_output=True, check=False
-    )
+    env = {**os.environ, "PYTHONPATH": str(target), "PYTHONDONTWRITEBYTECODE": ""}
+    subprocess.run(collect, cwd=target, env=env, capture_output=True, check=False)
     return target
 
 
@@ -165,21 +171,8 @@ def run_tests(
             os._exit(code)
         finally:
             os._exit(70)
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            _kill(child)  # what it started
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
-    _kill(child)
-    os.waitpid(child, 0)
-    return None
-
-
-def _kill(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
+    ended, status = wait(child, timeout)
+    return os.waitstatus_to_exitcode(status) if ended else None
 
 
 # -- which test runs which line ----------------------------------------------------------------------------
@@ -187,8 +180,6 @@ def _kill(group: int) -> None:
 
 def cover(tree: Path, store: Path) -> dict[str, dict[str, Any]]:
     """Tests by name with their seconds and lines; what ``store`` has up to date is taken from there."""
-    from cover import Recorder
-
     known: dict[str, Any] = json.loads(store.read_text()) if store.exists() else {}
     prefix = f"{tree}/hydit_core/"
     files = sorted(path for folder in TESTS for path in (tree / folder).glob("test_*.py"))
@@ -236,12 +227,14 @@ def tests_of(site: Site, covered: dict[str, dict[str, Any]], budget: float) -> l
     """The tests that run the changed lines, fast ones that run little else first, as far as time allows.
 
     After them come those that run other lines of the file: what a function keeps for later calls was run by
-    the first test that called it, and only there.
+    the first test that called it, and only there. So do tests that are named after the file: they may run it
+    in processes of their own.
     """
     file = site.path.removeprefix("hydit_core/")
     chosen = []
     for name, entry in covered.items():
-        if lines := entry["lines"].get(file):
+        lines = entry["lines"].get(file, [])
+        if lines or entry["file"].endswith(f"_{Path(file).name}"):
             near = site.lines is None or any(site.lines[0] <= n <= site.lines[1] for n in lines)
             breadth = sum(map(len, entry["lines"].values()))
             chosen.append((not near, entry["seconds"] * breadth**0.5, name))
@@ -255,48 +248,112 @@ def tests_of(site: Site, covered: dict[str, dict[str, Any]], budget: float) -> l
     return names
 
 
-# -- one change --------------------------------------------------------------------------------------------
+# -- the changes -------------------------------------------------------------------------------------------
 
 
-def try_site(site: Site, tree: Path, covered: dict[str, dict[str, Any]], budget: float) -> dict[str, Any]:
-    """Most changes are seen by the first few tests; the others are only collected for those that are not."""
+def try_all(
+    sites: list[Site],
+    tree: Path,
+    covered: dict[str, dict[str, Any]],
+    budget: float,
+    results: Path,
+    jobs: int,
+) -> None:
+    """Try the sites in ``jobs`` processes, each with a tree of its own, and append to ``results``."""
+    for number in range(1, jobs):
+        own = shutil.copytree(tree, tree.parent / str(number) / "tree")
+        if os.fork() == 0:
+            try:
+                try_all(sites[number::jobs], own, covered, budget, results, 1)
+            finally:
+                os._exit(0)
+    screen = os.dup(1)
+
+    def note(site: Site, run: Run) -> None:
+        result = try_site(site, tree, covered, budget, run)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+        os.write(screen, f"{result['verdict']:9} {result['seconds']:6.1f} s  {site.id}\n".encode())
+
+    warm: list[tuple[Site, Pairs]] = []
+    cold: list[Site] = []
+    for site in sites[::jobs]:
+        source = (tree / site.path).read_bytes()
+        pairs = replacements(str(tree / site.path), source, site.apply(source))
+        if pairs is None:
+            cold.append(site)
+        else:
+            warm.append((site, pairs))
+
+    def work(loop: Loop) -> None:
+        for site, pairs in warm:
+            note(site, functools.partial(_warm, loop, pairs, covered))
+
+    if warm:
+        run_tests(tree, list(TESTS), Loop(work), math.inf, lambda: None)
+    for site in cold:
+        note(site, functools.partial(_cold, tree, covered))
+    for _ in range(1, jobs):
+        os.wait()
+
+
+def try_site(
+    site: Site, tree: Path, covered: dict[str, dict[str, Any]], budget: float, run: Run
+) -> dict[str, Any]:
+    """Most changes are seen by the first few tests; ``run`` tells of each lot which one failed."""
     path, start = tree / site.path, time.monotonic()
     source = path.read_bytes()
     names = tests_of(site, covered, budget)
     verdict, killer = "survived", ""
     path.write_bytes(site.apply(source))
     try:
-        for some in (names[:FIRST], names[FIRST:]):
+        for some in (names[:FIRST], sorted(names[FIRST:], key=lambda name: covered[name]["file"])):
             if some and verdict == "survived":
-                verdict, killer = _verdict(tree, covered, some)
+                verdict, killer = _verdict(run, covered, some)
     finally:
         path.write_bytes(source)
     seconds = round(time.monotonic() - start, 1)
     return {"id": site.id, "verdict": verdict, "by": killer, "tests": len(names), "seconds": seconds}
 
 
-def _verdict(tree: Path, covered: dict[str, dict[str, Any]], names: list[str]) -> tuple[str, str]:
+def _verdict(run: Run, covered: dict[str, dict[str, Any]], names: list[str]) -> tuple[str, str]:
     """What becomes of the changed tree under these tests, and the first test that failed.
 
     A slow one, which a busy machine may have made fail, must fail again when it runs alone.
     """
-    from cover import Selection
+    verdict, name = run(names)
+    if (
+        len(names) > 1
+        and name in covered
+        and covered[name]["seconds"] > SURE
+        and run([name])[0] == "survived"
+    ):
+        return _verdict(run, covered, [other for other in names if other != name])
+    return verdict, name
 
+
+def _seconds(covered: dict[str, dict[str, Any]], names: list[str]) -> float:
+    return sum(covered[name]["seconds"] for name in names)
+
+
+def _warm(loop: Loop, pairs: Pairs, covered: dict[str, dict[str, Any]], names: list[str]) -> tuple[str, str]:
+    """In a child that has imported and collected everything, and gets the changed functions."""
+    verdict, name = loop.try_tests(pairs, names, 20 + 3 * _seconds(covered, names))
+    if name and not loop.is_sound(name):
+        return _warm(loop, pairs, covered, [other for other in names if other != name])
+    return verdict, name
+
+
+def _cold(tree: Path, covered: dict[str, dict[str, Any]], names: list[str]) -> tuple[str, str]:
+    """In a child that has imported nothing of the library: for what is run on import."""
     selection, failed = Selection(names), tree.parent / "failed"
     failed.write_text("")
     files = list(dict.fromkeys(covered[name]["file"] for name in names))
-    limit = 60 + 4 * sum(covered[name]["seconds"] for name in names)
+    limit = 60 + 4 * _seconds(covered, names)
     code = run_tests(tree, files, selection, limit, lambda: failed.write_text(selection.failed))
     if code is None:
         return "timeout", ""
-    name = failed.read_text()
-    if code in (0, 5):
-        return "survived", ""
-    if len(names) > 1 and name in covered and covered[name]["seconds"] > SURE:
-        alone = _verdict(tree, covered, [name])
-        if alone[0] == "survived":
-            return _verdict(tree, covered, [other for other in names if other != name])
-    return "killed", name
+    return ("survived", "") if code in (0, 5) else ("killed", failed.read_text())
 
 
 def report(sites: list[Site], results: dict[str, dict[str, Any]]) -> int:

@@ -370,6 +370,14 @@ def test_other_nestings_are_found(tmp_path, key):
     assert torch.equal(open_tensors(tmp_path / "w.ckpt")["b"], WEIGHTS["b"] + 3)
 
 
+def test_how_deep_tensors_are_sought(tmp_path):
+    torch.save({"a": {"b": {"c": shifted(3)}}}, tmp_path / "w.ckpt")
+    assert torch.equal(open_tensors(tmp_path / "w.ckpt")["b"], WEIGHTS["b"] + 3)
+    torch.save({"a": {"b": {"c": {"d": shifted(3)}}}}, tmp_path / "w.ckpt")
+    with pytest.raises(WeightsError, match="holds no tensors"):
+        open_tensors(tmp_path / "w.ckpt")
+
+
 def test_tensors_beside_the_weights_are_not_taken_for_them(tmp_path):
     torch.save({"global_step": torch.tensor(4), "state_dict": shifted(3)}, tmp_path / "w.ckpt")
     assert torch.equal(open_tensors(tmp_path / "w.ckpt")["b"], WEIGHTS["b"] + 3)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "mutants"))
 
 from cover import Recorder
@@ -82,3 +84,20 @@ def test_recorded_lines_are_those_that_ran(tmp_path: Path) -> None:
     finally:
         sys.settrace(None)
     assert {line for _, line in recorder._stack[0]} == {2, 4}
+
+
+def test_what_is_imported_gets_the_changed_code_of_functions_alone(tmp_path: Path) -> None:
+    warm = pytest.importorskip("warm")  # needs a system that can fork
+    source = (
+        b"LIMIT = 3\n\ndef f(x, more=1):\n    def inner(y):\n        return y + more\n    return inner(x)\n"
+    )
+    path = str(tmp_path / "a.py")
+    names: dict = {}
+    exec(compile(source, path, "exec"), names)
+    changes = {site.old: site.apply(source) for site in find("a.py", source)}
+    assert warm.replacements(path, source, changes["1"]) is None  # a default
+    assert warm.replacements(path, source, changes["3"]) is None  # a constant
+    function = names["f"]
+    assert function(5) == 6
+    warm.put_in(warm.replacements(path, source, changes["y + more"]))
+    assert function(5) == 4 and function is names["f"]
