@@ -281,6 +281,15 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
                 open_data(file, batch_size=1).batch(0)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_lines_without_end_are_refused(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"data.{suffix}"
+    with file.open("wb") as out:
+        out.truncate((64 << 20) + 1)
+    with pytest.raises(DataError, match=r"line 1 is longer than 64 MB"):
+        open_data(file)
+
+
 def test_csv_errors(pictures: Path, tmp_path: Path) -> None:
     file = tmp_path / "data.csv"
     file.write_text(f"img_path,text_zh\n{pictures / '00.png'},a bird, on the left\n")
