@@ -282,8 +282,10 @@ def _output_names(args: argparse.Namespace, count: int) -> _Names:
         raise ConfigError(f"--out {out}: pictures are written as PNG; end the name in .png, or name a folder")
     folder, stem = (out.parent, out.stem) if suffix == ".png" else (out, None)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = folder  # made with the first picture: a run that is refused leaves nothing
+        while not os.path.lexists(there) and there != there.parent:
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot write there: {error.strerror or error}") from error

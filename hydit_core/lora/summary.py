@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def _fitting(adapter: Adapter) -> tuple[str, Match, Mapping[str, Sequence[int]]]
     return max(found, key=lambda item: len(item[1].matched), default=None)
 
 
+@cache
 def _published(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return module_shapes({key: tuple(t.shape) for key, t in DiT(config).state_dict().items()})

@@ -26,6 +26,7 @@ class Outcome:
     seconds: float  # CPU
     memory: int  # bytes of peak residence above the parent's at the fork
     signal: int = 0
+    left: tuple[str, ...] = ()  # what it began and left behind although it refused
 
 
 def _resident(field: str = "VmRSS") -> int:
@@ -34,9 +35,13 @@ def _resident(field: str = "VmRSS") -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def run(command: Callable[[], int], folder: Path, seconds: float = 30.0) -> Outcome:
-    """Fork, limit, run ``command`` inside ``folder`` and wait; ``seconds`` of CPU at most."""
+def run(command: Callable[[], int], folder: Path, seconds: float = 30.0, whole: bool = False) -> Outcome:
+    """Fork, limit, run ``command`` inside ``folder`` and wait; ``seconds`` of CPU at most.
+
+    ``whole``: it makes what it is to make or nothing.
+    """
     output = folder / "output.txt"
+    there = set(folder.rglob("*"))
     receive, send = os.pipe()
     started = time.monotonic()
     child = os.fork()
@@ -52,7 +57,8 @@ def run(command: Callable[[], int], folder: Path, seconds: float = 30.0) -> Outc
     cpu = usage.ru_utime + usage.ru_stime
     if code < 0 or killed:
         return Outcome(None, text, cpu, memory, signal=-code)
-    return Outcome(code, text, cpu, memory)
+    left = set(folder.rglob("*")) - there - {output} if code and whole else ()
+    return Outcome(code, text, cpu, memory, left=tuple(sorted(str(p.relative_to(folder)) for p in left)))
 
 
 def _wait(child: int, started: float, limit: float) -> tuple[int, resource.struct_rusage, bool]:
@@ -108,6 +114,11 @@ def _run(command: Callable[[], int]) -> int:
         return 70
 
 
+def is_costly(outcome: Outcome, good: Outcome) -> bool:
+    """Whether it took more time or memory than is allowed."""
+    return outcome.seconds > good.seconds + SECONDS or outcome.memory > good.memory + MEMORY
+
+
 def complaint(outcome: Outcome, good: Outcome) -> str | None:
     """What is wrong with how a command took a damaged file; None if nothing is."""
     lines = outcome.text.splitlines()
@@ -122,6 +133,8 @@ def complaint(outcome: Outcome, good: Outcome) -> str | None:
         return "control characters on the terminal"
     if outcome.code and not any(line.startswith("error:") or ": error:" in line for line in lines):
         return f"exit code {outcome.code} without an `error:` line"
+    if outcome.left:
+        return f"refused, but left {outcome.left[:3]} behind"
     if outcome.seconds > good.seconds + SECONDS:
         return f"{outcome.seconds:.1f} s of CPU, {good.seconds:.1f} s for the good file"
     if outcome.memory > good.memory + MEMORY:

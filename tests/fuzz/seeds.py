@@ -8,9 +8,12 @@ import io
 import json
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.csv
@@ -21,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import TINY, bert_vocab, randomize, spiece_model, write_tiny_model
 
+from hydit_core.data.sources import arrow_table, table_check
 from hydit_core.errors import cli_main
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
@@ -69,7 +73,7 @@ class Seed:
     door: str  # a module of hydit_core with a main(argv), or `data`: read_data
     arguments: tuple[str, ...]
     knowing: tuple[str, ...] = ()  # the mutations that know this format
-    weight: int = 1  # how often, relative to the others
+    weight: float = 1  # how often, relative to the others
 
     def prepare(self, into: Path, content: bytes | None = None) -> None:
         """A copy of the folder with ``content`` in place of the file; unchanged files are linked."""
@@ -85,7 +89,14 @@ class Seed:
 
 
 def read_data(arguments: list[str]) -> int:
-    """Gather the data of a configuration and load a batch: the trainer's reading without its model."""
+    """Gather the data of a configuration and load a batch: the trainer's reading without its model.
+
+    Tables are checked in a fork of this warm process, which starts sooner than the interpreter that the other
+    commands start for it.
+    """
+    arrow_table.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        Popen=ForkedTableCheck, PIPE=None, DEVNULL=None
+    )
 
     def read() -> None:
         config = load_config(Path(arguments[0]))
@@ -94,6 +105,39 @@ def read_data(arguments: list[str]) -> int:
         data.batch(0)
 
     return cli_main(read)
+
+
+class ForkedTableCheck:
+    """The part of ``subprocess.Popen`` that check_tables uses, around table_check.main in a forked child."""
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        assert command[-1] == table_check.__file__
+        asked, ask = os.pipe()
+        answers, answer = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                os.close(ask)
+                os.close(answers)
+                sys.stdin, sys.stdout = os.fdopen(asked), os.fdopen(answer, "w")
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+                table_check._MEMORY += used
+                table_check.main()
+            finally:
+                os._exit(0)
+        os.close(asked)
+        os.close(answer)
+        self.stdin, self.stdout = os.fdopen(ask, "w"), os.fdopen(answers)
+
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+
+    def __enter__(self) -> ForkedTableCheck:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stdout.close()
+        os.waitpid(self._pid, 0)
 
 
 class Seeds:
@@ -326,11 +370,12 @@ class Seeds:
         source: str,
         knowing: tuple[str, ...],
         more: str = "",
-        weight: int = 12,
+        weight: float = 12,
     ) -> None:
         settings = TRAINING.format(model=self.model, source=source, more=more)
         (folder / "run.toml").write_text(settings)
-        self._add(name, folder, file, "train.__main__", "run.toml", "--dry-run", knowing=knowing)
+        dry = ("run.toml", "--dry-run")
+        self._add(name, folder, file, "train.__main__", *dry, knowing=knowing, weight=0.5)
         self._add(f"{name}, data alone", folder, file, "data", "run.toml", knowing=knowing, weight=weight)
 
     def _tables(self) -> None:
