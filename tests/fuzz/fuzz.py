@@ -34,6 +34,7 @@ from seeds import Seed, Seeds  # noqa: E402
 from hydit_core.lora.adapter import Adapter  # noqa: E402
 from hydit_core.lora.summary import fitting  # noqa: E402
 
+ROUND = 1000
 WRITERS = ("generate", "weights.__main__", "lora.__main__")
 """What these make is one file or folder, which a refusal must not leave begun."""
 
@@ -65,6 +66,11 @@ class Run:
             wrong = child.complaint(outcome, self.good[seed.name])
         if wrong:
             self._record(seed, drawn, damaged, wrong, outcome)
+
+    def verdict(self) -> str:
+        counts = self.counts
+        told = f"{counts['accepted']} accepted, {counts['refused']} refused, {counts['wrong']} wrong"
+        return f"{told} in {len(self.failures)} places"
 
     def _run(self, seed: Seed, content: bytes | None) -> child.Outcome:
         folder = self.work / "case"
@@ -110,14 +116,20 @@ def warm(seeds: list[Seed]) -> None:
 
 
 def fuzz(run: Run, seeds: list[Seed], inputs: int, number: int) -> None:
-    """``inputs`` inputs over the seeds, each as often as its weight says."""
-    chances = random.Random(number)
-    shares = collections.Counter(chances.choices(seeds, [seed.weight for seed in seeds], k=inputs))
-    for seed, share in sorted(shares.items(), key=lambda pair: pair[0].name):
-        started = _cpu()
-        _inputs(run, seed, share, number)
-        took = (_cpu() - started) / share
-        print(f"{seed.name}: {share} inputs, {took * 1000:.0f} ms of CPU each", flush=True)
+    """``inputs`` inputs over the seeds, each as often as its weight says, in rounds over all of them."""
+    cpu: collections.Counter[str] = collections.Counter()
+    shares: collections.Counter[str] = collections.Counter()
+    for start in range(0, inputs, ROUND):
+        chances = random.Random(f"{number} {start}")
+        drawn = chances.choices(seeds, [seed.weight for seed in seeds], k=min(ROUND, inputs - start))
+        for seed, share in sorted(collections.Counter(drawn).items(), key=lambda pair: pair[0].name):
+            before = _cpu()
+            _inputs(run, seed, share, f"{number} {start} {seed.name}")
+            cpu[seed.name] += _cpu() - before  # type: ignore[assignment]
+            shares[seed.name] += share
+        print(f"{shares.total()} inputs, {sum(cpu.values()):.0f} s of CPU: {run.verdict()}", flush=True)
+    for name, seconds in cpu.most_common():
+        print(f"{name}: {shares[name]} inputs, {seconds / shares[name] * 1000:.0f} ms of CPU each")
 
 
 def _cpu() -> float:
@@ -125,8 +137,8 @@ def _cpu() -> float:
     return sum(os.times()[:4])
 
 
-def _inputs(run: Run, seed: Seed, share: int, number: int) -> None:
-    @with_seed(f"{number} {seed.name}")
+def _inputs(run: Run, seed: Seed, share: int, chances: str) -> None:
+    @with_seed(chances)
     @settings(
         max_examples=share, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
@@ -157,10 +169,7 @@ def main() -> int:
             raise SystemExit("\n".join(broken))
         fuzz(run, seeds, args.inputs, args.seed)
     total = run.counts["accepted"] + run.counts["refused"]
-    print(
-        f"seed {args.seed}: {total} inputs of {len(seeds)} kinds; {run.counts['accepted']} accepted, "
-        f"{run.counts['refused']} refused, {run.counts['wrong']} wrong in {len(run.failures)} places"
-    )
+    print(f"seed {args.seed}: {total} inputs of {len(seeds)} kinds; {run.verdict()}")
     return 1 if run.failures else 0
 
 
