@@ -91,6 +91,22 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
+def look_into(args: argparse.Namespace) -> None:
+    """Refuse files that are no ControlNets before their model is loaded, which takes longer.
+
+    Raises :class:`HyditError`.
+    """
+    if not args.controlnet:
+        return
+    from .weights.detect import expect
+    from .weights.parts import open_controlnet
+
+    for path in files(args):
+        source = open_controlnet(path)
+        expect(source, "controlnet")
+        _thresholds(source)
+
+
 def _weights(args: argparse.Namespace) -> list[LayerWeights]:
     count = len(args.controlnet)
     return read_each(args.control_weights, _WEIGHTS, count, "--controlnet") or [LayerWeights()] * count

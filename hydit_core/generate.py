@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import re
@@ -120,6 +121,8 @@ def _run(args: argparse.Namespace) -> None:
     rank, mine = _share(len(prompts))
     if not mine:
         return
+    adapters = lora_cli.read(args)
+    control_cli.look_into(args)
     pipe = load(
         args.model,
         text_encoders=args.text_encoders,
@@ -127,7 +130,7 @@ def _run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         device=_device(args.device),
     )
-    loras = lora_cli.load(args, pipe, quiet=rank != 0)
+    loras = lora_cli.load(args, adapters, pipe, quiet=rank != 0)
     settings = _settings(pipe, args, init)
     strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
     controls, control_facts = control_cli.read(args, pipe, settings, names.folder)
@@ -274,6 +277,23 @@ class _Names:
         return self.folder / (f"{self.stem}.png" if self.count == 1 else f"{self.stem}-{number + 1}.png")
 
 
+def _nearest(folder: Path) -> Path:
+    """The folder itself or the one in which it is made, with the first picture.
+
+    Raises :class:`OSError` if it can never be made: its name is too long, or a file is in the way.
+    """
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
+        if folder == folder.parent:
+            raise
+        there = _nearest(folder.parent)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(there / folder.name)
+        return there
+    return folder
+
+
 def _output_names(args: argparse.Namespace, count: int) -> _Names:
     """Check, before anything is loaded, that pictures can be written to ``--out``."""
     out = args.out
@@ -282,10 +302,7 @@ def _output_names(args: argparse.Namespace, count: int) -> _Names:
         raise ConfigError(f"--out {out}: pictures are written as PNG; end the name in .png, or name a folder")
     folder, stem = (out.parent, out.stem) if suffix == ".png" else (out, None)
     try:
-        there = folder  # made with the first picture: a run that is refused leaves nothing
-        while not os.path.lexists(there) and there != there.parent:
-            there = there.parent
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=_nearest(folder)):
             pass
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot write there: {error.strerror or error}") from error

@@ -11,6 +11,7 @@ from .errors import ConfigError
 from .model.layer_weights import CURVES, LayerWeights, read_each, split_weight
 
 if TYPE_CHECKING:
+    from .lora.adapter import Adapter
     from .pipeline import Pipeline
 
 MAX_STRENGTH = 10
@@ -64,21 +65,31 @@ def files(args: argparse.Namespace) -> list[Path]:
     return [split_weight(text)[0].expanduser() for text in args.lora]
 
 
-def load(args: argparse.Namespace, pipe: Pipeline, *, quiet: bool = False) -> list[dict[str, Any]]:
-    """Put the LoRAs of a command line into a pipeline; gives what a picture remembers of them.
+def read(args: argparse.Namespace) -> list[Adapter]:
+    """The LoRAs of a command line, before their model is loaded: that takes longer, and may be for nothing.
 
-    Says on stderr what fits, and what words call each one up.
-
-    Raises :class:`HyditError` for files that cannot be read or do not fit the model.
+    Raises :class:`HyditError` for files that cannot be read.
     """
     if not args.lora:
         return []
-    from .lora.formats import read
+    from .lora import formats
 
+    return [formats.read(path) for path in files(args)]
+
+
+def load(
+    args: argparse.Namespace, adapters: list[Adapter], pipe: Pipeline, *, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """Put the LoRAs that :func:`read` gave into a pipeline; gives what a picture remembers of them.
+
+    Says on stderr what fits, and what words call each one up.
+
+    Raises :class:`HyditError` for LoRAs that do not fit the model.
+    """
     facts = []
-    for path, text, weights in zip(files(args), args.lora, _weights(args), strict=True):
+    given = zip(adapters, files(args), args.lora, _weights(args), strict=True)
+    for adapter, path, text, weights in given:
         strength = split_weight(text)[1]
-        adapter = read(path)
         match = pipe.load_lora(adapter, strength, weights, partial=args.partial)
         words = f"; trigger words: {adapter.trigger()}" if adapter.trigger() else ""
         if not quiet:

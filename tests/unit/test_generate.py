@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from hydit_core import WeightsError, load
 from hydit_core.config import NEGATIVE_PROMPT
@@ -121,6 +123,39 @@ def test_names_that_are_too_long_are_told_before_anything_is_loaded(generate, tm
     assert code == 0 and paths[0].is_file()
     _, paths, _ = generate("--prompt", "图" * 200, "--steps", 1)
     assert paths[0].is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_loaded(generate, tmp_path):
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    for out in ("n" * 256, "new/" + "n" * 256, "nowhere"):
+        code, _, err = generate("--prompt", "cat", "--out", out, model="absent.safetensors")
+        assert code == 2 and err.startswith(f"error: --out {out}: cannot write there: ")
+
+
+def test_a_refusal_leaves_no_empty_folder(generate, tmp_path):
+    for options in (("--out", "new/deep"), ("--out", "new/a.png")):
+        code, _, err = generate("--prompt", "cat", *options, model="absent.safetensors")
+        assert code == 2 and "absent.safetensors" in err
+        assert not (tmp_path / "new").exists()
+    code, (path,), _ = generate("--prompt", "cat", "--steps", 1, "--out", "new/deep")
+    assert code == 0 and path.parent == Path("new/deep") and path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--lora", "a.safetensors"), "error: a.safetensors"),
+        (("--lora", "none.bin"), "none.bin"),
+        (("--controlnet", "a.safetensors", "--control-image", "a.png"), "error: a.safetensors"),
+        (("--controlnet", "none.bin", "--control-image", "a.png"), "none.bin"),
+        (("--controlnet", "other.safetensors", "--control-image", "a.png"), "error: other.safetensors"),
+    ],
+)
+def test_small_files_are_looked_into_before_the_model_is_loaded(generate, tmp_path, options, error):
+    (tmp_path / "a.safetensors").write_bytes(b"no weights")
+    save_file({"a": torch.zeros(3)}, tmp_path / "other.safetensors")
+    code, _, err = generate("--prompt", "cat", *options, model="absent.safetensors")
+    assert code == 2 and error in err and "absent" not in err and len(err.splitlines()) == 1
 
 
 def test_seeds_use_all_64_bits(generate):
