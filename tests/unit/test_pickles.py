@@ -231,6 +231,16 @@ BROKEN = {
     "small entry": (tensor_pickle(8, (2,), (1,)), {"0": bytes(16)}, "storage 0 is larger than its entry"),
     "no entry": (tensor_pickle(4, (2,), (1,)), {}, "cannot be read as a torch file"),
     "no dimensions": (tensor_pickle(4, (1,) * 50, (1,) * 50), {"0": bytes(16)}, "shape, stride or offset"),
+    "untyped": (
+        tensor_pickle(4, (2,), (1,)).replace(b"ctorch\nFloatStorage", b"ctorch\nUntypedStorage"),
+        {"0": bytes(16)},
+        "a tensor without a storage of its dtype",
+    ),
+    "a number for a storage": (
+        b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n(K\x05K\x00K\x02\x85K\x01\x85\x89}tRs.",
+        {},
+        "a tensor without a storage of its dtype",
+    ),
     "memo": (b"\x80\x02}r\xff\xff\xff\x7f.", {}, "a memo index beyond the pickle"),
     "long": (b"\x80\x02}\x8a\x20" + b"\x7f" * 32 + b"K\x01s.", {}, "a whole number of more than 64 bits"),
     "extension": (b"\x80\x02\x82\x01.", {}, "the instruction EXT1"),
