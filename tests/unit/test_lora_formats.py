@@ -264,6 +264,22 @@ def test_nothing_is_sized_by_a_number_in_a_name(tmp_path: Path, number: str) -> 
     plot(adapter, tmp_path / "plot.png")
 
 
+def test_a_plot_goes_from_white_over_blue_to_black(tmp_path: Path) -> None:
+    tensors = {}
+    for block, share in enumerate((0.01, 0.5, 1.0)):
+        key = f"diffusion_model.blocks.{block}.mlp.fc1"
+        tensors[f"{key}.lora_up.weight"] = torch.full((2 * WIDTH, 1), share)
+        tensors[f"{key}.lora_down.weight"] = torch.ones(1, WIDTH)
+    plot(from_tensors(tensors), tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as image:
+        colors = image.convert("RGB").getcolors(2**16) or []
+    areas = [color for count, color in sorted(colors, reverse=True) if count > 300]
+    assert areas[0] == (255, 255, 255)
+    black, blue, light = sorted(areas[1:])
+    assert black == (0, 0, 0) and min(light) > 245
+    assert 30 < blue[0] < blue[1] < blue[2] - 50 < 200
+
+
 def test_far_blocks_make_no_wide_picture(tmp_path: Path) -> None:
     tensors = pair("diffusion_model.blocks.9999.mlp.fc1", "lora_up.weight", "lora_down.weight")
     tensors |= pair(f"diffusion_model.{WQKV}", "lora_up.weight", "lora_down.weight")
