@@ -14,7 +14,7 @@ from tiny import TINY, randomize
 from torch import Tensor
 
 from hydit_core.config import ModelInfo
-from hydit_core.errors import LoraError
+from hydit_core.errors import HyditError, LoraError
 from hydit_core.lora.__main__ import main
 from hydit_core.lora.adapter import Adapter, Patch, changed
 from hydit_core.lora.extract import combine
@@ -422,5 +422,6 @@ def test_a_plot_that_cannot_be_written_is_told(tmp_path: Path) -> None:
             f"diffusion_model.{FC1}.lora_down.weight": rand(2, WIDTH),
         }
     )
-    with pytest.raises(LoraError, match=r"cannot write .*no-folder"):
+    (tmp_path / "no-folder").write_text("a file")
+    with pytest.raises(HyditError, match=r"cannot write .*no-folder"):
         plot(adapter, tmp_path / "no-folder" / "norms.png")
