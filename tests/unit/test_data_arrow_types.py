@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from hydit_core.data import DataConfig, TrainData, open_dataset
 from hydit_core.data.sources import PictureFile, columnar
 from hydit_core.data.sources.arrow_table import Table
-from hydit_core.errors import DataError
+from hydit_core.errors import ConfigError, DataError
 
 
 def encoded(color: str, size: tuple[int, int] = (40, 32)) -> bytes:
@@ -89,6 +90,16 @@ TEXTS = {
         [["a"], ["b"], ["c"]], pa.list_(pa.dictionary(pa.int8(), pa.string()))
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_without_pyarrow_the_error_says_how_to_get_it(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / f"t.{suffix}", pa.table({"image": [RED], "text": ["a"]}))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match="pip install pyarrow"):
+        open_data(path)
 
 
 @pytest.mark.parametrize(("letters", "shown"), [(45, "{}"), (46, "{}..."), (200, "{}...")])
