@@ -14,10 +14,12 @@ from .workflow import KINDS, Graph, Output
 
 _INNER = ("transformer", "t2i", "controlnet")
 """Folders that ComfyUI's lists show by the one above them."""
-_BELOW = 1050
+_BELOW = 740
 """Height of the second row, below loaders and prompts."""
-_COLUMN = 490
-"""From the left of a node to the next one's."""
+_COLUMN = 360
+"""From the left of a node to the next one's. The page draws no texts where a graph is too wide for it."""
+_GAP = 50
+"""Between two nodes of a column: the title of the lower one."""
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -55,7 +57,9 @@ def redraw(
         )
     else:
         pixels = _start_picture(graph, init_image, (width, height))
-        (latent,) = graph.add("VAEEncode", (490, _BELOW + 300), {"pixels": pixels, "vae": parts["VAE"]})
+        (latent,) = graph.add(
+            "VAEEncode", (_COLUMN, _beneath("ImageCrop", _BELOW)), {"pixels": pixels, "vae": parts["VAE"]}
+        )
     texts = [
         graph.add(
             "HyDiTTextEncode",
@@ -64,7 +68,10 @@ def redraw(
             {"text": parameters[name], "text_mt5": "", "mode": "exact", "width": 0, "height": 0},
             title=title,
         )[0]
-        for name, title, y in (("prompt", "Prompt", 0), ("negative", "Negative prompt", 490))
+        for name, title, y in (
+            ("prompt", "Prompt", 0),
+            ("negative", "Negative prompt", _beneath("HyDiTTextEncode")),
+        )
     ]
     texts, right = _steer(graph, parameters, controlnets, texts, parts["VAE"], left + _COLUMN)
     (sampled,) = graph.add(
@@ -81,19 +88,27 @@ def redraw(
     )
     right += _COLUMN
     (image,) = graph.add("VAEDecode", (right, 0), {"samples": sampled, "vae": parts["VAE"]})
-    graph.add("SaveImage", (right + 290, 0), {"images": image}, {"filename_prefix": "hydit"})
+    graph.add("SaveImage", (right, _beneath("VAEDecode")), {"images": image}, {"filename_prefix": "hydit"})
     return graph
+
+
+def _beneath(kind: str, top: int = 0) -> int:
+    """Where the next node of a column is, below one of this kind."""
+    return top + KINDS[kind].size[1] + _GAP
 
 
 def _adapt(
     graph: Graph, parameters: Mapping[str, Any], files: Sequence[Path], parts: dict[str, Output]
 ) -> int:
-    """Add the LoRAs, one after the other, to what is in ``parts``; gives where the next column is."""
-    left = _COLUMN
-    for file, lora in zip(files, parameters.get("loras", ()), strict=True):
+    """Add the LoRAs, one after the other, to what is in ``parts``; gives where the next column is.
+
+    Two stand in a column.
+    """
+    for number, (file, lora) in enumerate(zip(files, parameters.get("loras", ()), strict=True)):
+        top = _beneath("HyDiTLoraLoader") if number % 2 else 0
         parts["MODEL"], parts["CLIP"], _ = graph.add(
             "HyDiTLoraLoader",
-            (left, 0),
+            (_COLUMN * (1 + number // 2), top),
             {"model": parts["MODEL"], "clip": parts["CLIP"]},
             {
                 "lora_name": list_name(file),
@@ -102,8 +117,7 @@ def _adapt(
                 "block_weights": lora["block_weights"],
             },
         )
-        left += _COLUMN
-    return left
+    return _COLUMN * (1 + (len(files) + 1) // 2)
 
 
 def _steer(
@@ -120,13 +134,13 @@ def _steer(
         (net,) = graph.add("HyDiTControlNetLoader", (left, 0), widgets=loader)
         image, _ = graph.add(
             "LoadImage",
-            (left, KINDS["HyDiTControlNetLoader"].size[1] + 70),
+            (left, _beneath("HyDiTControlNetLoader")),
             widgets={"image": control["picture"], "upload": "image"},
             title="Control picture",
         )
         texts = graph.add(
             "HyDiTControlNetApply",
-            (left + _COLUMN, 0),
+            (left, _beneath("LoadImage", _beneath("HyDiTControlNetLoader"))),
             {"positive": texts[0], "negative": texts[1], "control_net": net, "image": image, "vae": vae},
             {
                 "strength": control["scale"],
@@ -135,7 +149,7 @@ def _steer(
                 "layer_weights": control["weights"],
             },
         )
-        left += 2 * _COLUMN
+        left += _COLUMN
     return texts, left
 
 
@@ -154,7 +168,7 @@ def _load(
     def add(type: str, take: Iterable[str], **widgets: Any) -> None:
         nonlocal top
         found = graph.add(type, (0, top), widgets=widgets)
-        top += KINDS[type].size[1] + 70
+        top = _beneath(type, top)
         names = [name for name, _ in KINDS[type].outputs]
         outputs.update({name: found[names.index(name)] for name in take})
 
@@ -200,29 +214,32 @@ def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
     geometry = Geometry.cover(original, size)
     image, mask = graph.add(
         "LoadImage",
-        (-1270 if alpha else -490, _BELOW),
+        (-_COLUMN, 0),
         widgets={"image": path.name, "upload": "image"},
         title="Start picture",
     )
+    top = _BELOW
     if alpha:
         # Laid on white, as load_picture does.
         width, height = geometry.original
+        below = _beneath("LoadImage")
         (white,) = graph.add(
             "EmptyImage",
-            (-1270, _BELOW + 550),
+            (-_COLUMN, below),
             widgets={"width": width, "height": height, "batch_size": 1, "color": 0xFFFFFF},
         )
-        (opaque,) = graph.add("InvertMask", (-780, _BELOW), {"mask": mask})
+        (opaque,) = graph.add("InvertMask", (-_COLUMN, _beneath("EmptyImage", below)), {"mask": mask})
         (image,) = graph.add(
             "ImageCompositeMasked",
-            (-490, _BELOW),
+            (0, top),
             {"destination": white, "source": image, "mask": opaque},
             {"x": 0, "y": 0, "resize_source": False},
         )
+        top = _beneath("ImageCompositeMasked", top)
     width, height = geometry.resized
     (image,) = graph.add(
         "ImageScale",
-        (0, _BELOW),
+        (0, top),
         {"image": image},
         {"upscale_method": "lanczos", "width": width, "height": height, "crop": "disabled"},
     )
@@ -230,7 +247,7 @@ def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
         # Not ImageScale's own crop: it cuts before it scales, up to half a pixel of the original off.
         (image,) = graph.add(
             "ImageCrop",
-            (490, _BELOW),
+            (_COLUMN, _BELOW),
             {"image": image},
             {"width": size[0], "height": size[1], "x": geometry.left, "y": geometry.top},
         )

@@ -25,6 +25,8 @@ _DYNAMIC = ("text", "text_mt5")
 class Kind(NamedTuple):
     """What the page must know of a node type: sockets in order as (name, type), and a size in pixels.
 
+    The size is what the node needs in either look of the page, its picture included: a smaller one grows.
+
     A widget that is linked is among the sockets too.
     """
 
@@ -37,16 +39,16 @@ _PARTS = (("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE"))
 _IMAGE = (("IMAGE", "IMAGE"),)
 _LATENT = (("LATENT", "LATENT"),)
 KINDS: dict[str, Kind] = {
-    "HyDiTCheckpointLoader": Kind((), _PARTS, (430, 220)),
-    "HyDiTDiTLoader": Kind((), _PARTS[:1], (430, 190)),
-    "HyDiTTextEncoderLoader": Kind((), _PARTS[1:2], (430, 220)),
+    "HyDiTCheckpointLoader": Kind((), _PARTS, (320, 180)),
+    "HyDiTDiTLoader": Kind((), _PARTS[:1], (320, 140)),
+    "HyDiTTextEncoderLoader": Kind((), _PARTS[1:2], (320, 170)),
     "HyDiTTextEncode": Kind(
-        (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (430, 420)
+        (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (320, 320)
     ),
     "HyDiTLoraLoader": Kind(
-        (("model", "MODEL"), ("clip", "CLIP")), (*_PARTS[:2], ("report", "STRING")), (430, 300)
+        (("model", "MODEL"), ("clip", "CLIP")), (*_PARTS[:2], ("report", "STRING")), (320, 280)
     ),
-    "HyDiTControlNetLoader": Kind((), (("CONTROL_NET", "CONTROL_NET"),), (430, 190)),
+    "HyDiTControlNetLoader": Kind((), (("CONTROL_NET", "CONTROL_NET"),), (320, 140)),
     "HyDiTControlNetApply": Kind(
         (
             ("positive", "CONDITIONING"),
@@ -57,9 +59,9 @@ KINDS: dict[str, Kind] = {
             ("mask", "MASK"),
         ),
         (("POSITIVE", "CONDITIONING"), ("NEGATIVE", "CONDITIONING")),
-        (430, 400),
+        (320, 280),
     ),
-    "HyDiTEmptyLatent": Kind((), _LATENT, (430, 260)),
+    "HyDiTEmptyLatent": Kind((), _LATENT, (320, 220)),
     "HyDiTKSampler": Kind(
         (
             ("model", "MODEL"),
@@ -68,20 +70,20 @@ KINDS: dict[str, Kind] = {
             ("latent_image", "LATENT"),
         ),
         _LATENT,
-        (430, 600),
+        (320, 570),
     ),
-    "EmptyLatentImage": Kind((), _LATENT, (430, 180)),
-    "VAELoader": Kind((), _PARTS[2:], (430, 130)),
-    "LoadImage": Kind((), (("IMAGE", "IMAGE"), ("MASK", "MASK")), (430, 480)),
-    "InvertMask": Kind((("mask", "MASK"),), (("MASK", "MASK"),), (230, 80)),
-    "EmptyImage": Kind((), _IMAGE, (430, 200)),
+    "EmptyLatentImage": Kind((), _LATENT, (320, 120)),
+    "VAELoader": Kind((), _PARTS[2:], (320, 70)),
+    "LoadImage": Kind((), (("IMAGE", "IMAGE"), ("MASK", "MASK")), (320, 330)),
+    "InvertMask": Kind((("mask", "MASK"),), (("MASK", "MASK"),), (230, 40)),
+    "EmptyImage": Kind((), _IMAGE, (320, 160)),
     "ImageCompositeMasked": Kind(
-        (("destination", "IMAGE"), ("source", "IMAGE"), ("mask", "MASK")), _IMAGE, (430, 260)
+        (("destination", "IMAGE"), ("source", "IMAGE"), ("mask", "MASK")), _IMAGE, (320, 170)
     ),
-    "ImageScale": Kind((("image", "IMAGE"),), _IMAGE, (430, 230)),
-    "ImageCrop": Kind((("image", "IMAGE"),), _IMAGE, (430, 230)),
-    "VAEEncode": Kind((("pixels", "IMAGE"), ("vae", "VAE")), _LATENT, (230, 110)),
-    "VAEDecode": Kind((("samples", "LATENT"), ("vae", "VAE")), _IMAGE, (230, 110)),
+    "ImageScale": Kind((("image", "IMAGE"),), _IMAGE, (320, 150)),
+    "ImageCrop": Kind((("image", "IMAGE"),), _IMAGE, (320, 150)),
+    "VAEEncode": Kind((("pixels", "IMAGE"), ("vae", "VAE")), _LATENT, (230, 60)),
+    "VAEDecode": Kind((("samples", "LATENT"), ("vae", "VAE")), _IMAGE, (230, 60)),
     "SaveImage": Kind((("images", "IMAGE"),), (), (430, 480)),
 }
 

@@ -36,9 +36,9 @@ SIZES = {
     "CFGGuider": (210, 102), "Canny": (210, 90), "ConditioningCombine": (217, 54),
     "ConditioningSetMask": (210, 110), "HyDiTCheckpointLoader": (251, 174),
     "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 134), "HyDiTDiTLoader": (210, 134),
-    "HyDiTEmptyLatent": (213, 212), "HyDiTKSampler": (210, 560), "HyDiTLayerWeights": (219, 302),
+    "HyDiTEmptyLatent": (213, 224), "HyDiTKSampler": (210, 560), "HyDiTLayerWeights": (219, 302),
     "HyDiTLoraLoader": (211, 266), "HyDiTLoraMerge": (210, 258), "HyDiTLoraSave": (210, 170),
-    "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 318),
+    "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 358),
     "HyDiTTextEncoderLoader": (263, 162), "ImageCompositeMasked": (212, 158), "ImageScale": (210, 146),
     "ImageScaleBy": (210, 90), "ImageStitch": (210, 150), "InvertMask": (140, 34), "LoadImage": (223, 322),
     "MarkdownNote": (210, 88), "MaskComposite": (210, 138), "PreviewImage": (140, 256),
@@ -48,6 +48,10 @@ SIZES = {
 }  # fmt: skip
 """Width and height that a node needs below its title in either look of the page, with its picture: a smaller
 one grows over its neighbours. Muted nodes may be less high."""
+
+
+COLLAPSED = 226
+"""Width of a collapsed node in Nodes 2.0."""
 
 
 class Placed(NamedTuple):
@@ -81,21 +85,24 @@ def node(number: int, width: float = 300, height: float = 0, *, collapsed: bool 
     """A node; a collapsed one takes the place of its title."""
 
     def full(sheet: Sheet) -> float:
-        return height or SIZES[sheet.types[number]][1]
+        # Nodes 2.0 fits collapsed nodes in as if they were open; any page gives them what they need.
+        return TITLE if collapsed else height or SIZES[sheet.types[number]][1]
 
     def size(sheet: Sheet) -> tuple[float, float]:
         return width, TITLE + (0 if collapsed else full(sheet))
 
     def put(sheet: Sheet, left: float, top: float, wide: float) -> None:
         least = SIZES[sheet.types[number]]
+        if collapsed:
+            least = (COLLAPSED, 0)
         enough = wide >= least[0] and (full(sheet) >= least[1] or number in sheet.muted)
-        assert collapsed or enough, f"node {number} needs {least}, has {(wide, full(sheet))}"
+        assert enough, f"node {number} needs {least}, has {(wide, full(sheet))}"
         sheet.placed[number] = Placed(left, top + TITLE, wide, full(sheet), collapsed)
 
     return Box(size, put)
 
 
-def shut(number: int, width: float = 200) -> Box:
+def shut(number: int, width: float = COLLAPSED) -> Box:
     """A collapsed node: `width` must hold its title."""
     return node(number, width, collapsed=True)
 
@@ -185,15 +192,15 @@ LAYOUTS: dict[str, Box] = {
         drawn(node(11, 600, 760)),
     ),
     "hydit_custom_sampling": stages(
-        first(group(MODEL, column(3, 4, width=290)), width=318, note=190),
+        first(group(MODEL, column(3, 4, width=290)), width=318, note=150),
         group(WORDS, column(node(5, 290), node(6, 290))),
         group("Parts · 部件", column(7, 8, 9, 10, width=270)),
         group(SAMPLING, column(node(11, 280, 440), shut(12), node(14, 280))),
         drawn(node(15, 470, 520), node(13, 470)),
     ),
     "hydit_image_to_image": stages(
-        first(group(MODEL, column(3, 4, width=290)), width=318, note=190),
-        group(WORDS, column(5, 6, 7, width=290)),
+        first(group(MODEL, column(3, 4, width=290)), width=318, note=150),
+        group(WORDS, column(5, 6, shut(7), width=290)),
         column(
             group(FIRST, column(shut(8, 280), shut(9, 280), node(10, 280, 280))),
             group("Its latent · 转为 Latent", column(node(11, 280), shut(12, 280))),
@@ -202,8 +209,8 @@ LAYOUTS: dict[str, Box] = {
         drawn(node(17, 480, 520), node(15, 480)),
     ),
     "hydit_inpaint": stages(
-        first(group(MODEL, column(3, 4, width=290)), width=318, note=190),
-        group(WORDS, column(5, 6, 7, width=290)),
+        first(group(MODEL, column(3, 4, width=290)), width=318, note=150),
+        group(WORDS, column(5, 6, shut(7), width=290)),
         column(
             group(FIRST, column(shut(8, 270), shut(9, 270), node(10, 270))),
             group("Mask · 遮罩", column(11, 12, 13, width=270)),
@@ -212,8 +219,8 @@ LAYOUTS: dict[str, Box] = {
         drawn(node(18, 480), node(20, 480), node(21, 480, 370), node(19, 480)),
     ),
     "hydit_controlnet_canny_embedded": stages(
-        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=170),
-        group(WORDS, column(6, 7, 8, width=290)),
+        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=140),
+        group(WORDS, column(6, 7, shut(8), width=290)),
         column(
             group(FIRST, column(shut(9, 280), shut(10, 280), node(11, 280, 280))),
             group(EDGES, column(node(12, 280), node(13, 280, 280))),
@@ -222,8 +229,8 @@ LAYOUTS: dict[str, Box] = {
         drawn(node(18, 480), node(19, 480, 500), node(17, 480)),
     ),
     "hydit_controlnet_image_to_image": stages(
-        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=170),
-        group(WORDS, column(6, 7, 8, width=290)),
+        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=140),
+        group(WORDS, column(6, 7, shut(8), width=290)),
         column(
             group(FIRST, column(shut(9, 280), shut(10, 280), node(11, 280), node(12, 280))),
             group(EDGES, column(node(14, 280), node(15, 280))),
@@ -233,19 +240,21 @@ LAYOUTS: dict[str, Box] = {
     ),
     "hydit_controlnet_layer_weights": stages(
         first(group(MODEL, column(3, 4, 5, width=270)), width=298, note=130),
-        group(WORDS, column(7, 8, 9, width=270)),
+        group(WORDS, column(7, 8, shut(9), width=270)),
         column(
-            group(FIRST, column(shut(10, 220), shut(11, 220), node(12, 220))),
-            group(EDGES, column(node(13, 220), node(14, 220))),
-            group("Seed of all four · 共用种子", node(6, 220)),
+            group(FIRST, column(shut(10), shut(11), node(12), width=226)),
+            group(EDGES, column(13, 14, width=226)),
+            group("Seed of all four · 共用种子", node(6, 226)),
         ),
         column(
             *(
                 stages(
                     *(
-                        group(title, row(node(n, 300), column(
-                            shut(n + 1), shut(n + 2), shut(n + 3), shut(n + 4), width=150
-                        )))
+                        group(title, row(
+                            node(n, 232),
+                            column(shut(n + 1), shut(n + 2), shut(n + 3), shut(n + 4), width=226),
+                            gap=GAP,
+                        ))
                         for n, title in pair
                     )
                 )
@@ -255,13 +264,13 @@ LAYOUTS: dict[str, Box] = {
                 )
             ),
             group("Side by side · 并排", row(
-                column(shut(35), shut(36), shut(37), shut(39), shut(38), width=200),
-                node(40, 758, 257),
+                column(shut(35), shut(36), shut(37), shut(39), shut(38), width=226),
+                node(40, 738, 257),
             )),
         ),
     ),
     "hydit_controlnet_v1.2": stages(
-        first(group(MODEL, column(3, 4, width=262)), width=290, note=215),
+        first(group(MODEL, column(3, 4, width=262)), width=290, note=170),
         group(WORDS, column(5, 6, width=262)),
         column(
             group("Canny · 边缘", row(
@@ -270,9 +279,9 @@ LAYOUTS: dict[str, Box] = {
                 gap=GAP,
             )),
             stages(*(
-                group(title, column(
-                    row(column(node(n, 260), node(n + 1, 260, 112)), node(n + 2, 310)),
-                    row(shut(n + 3, 180), shut(n + 4, 180), shut(n + 5, 188)),
+                group(title, row(
+                    column(node(n), node(n + 1, height=154), width=330),
+                    column(shut(n + 2), shut(n + 3), shut(n + 4), shut(n + 5), width=236),
                 ))
                 for n, title in ((16, "Depth · 深度"), (22, "Pose · 姿态"))
             )),
@@ -281,15 +290,17 @@ LAYOUTS: dict[str, Box] = {
     "hydit_two_controlnets": stages(
         first(group(MODEL, column(3, 4, 5, width=260)), width=288, note=150),
         column(
-            group(WORDS, column(8, 9, width=270)),
+            group(WORDS, column(8, shut(9), width=270)),
             group("Halves · 左右两半", column(shut(20), shut(21), node(22), shut(23), width=270)),
         ),
         column(
             *(
                 group(title, row(
                     node(words, 250),
-                    column(shut(sampler), shut(sampler + 1), node(sampler + 2), width=155),
-                    column(shut(edges), node(edges + 1, height=300), width=155),
+                    column(
+                        shut(sampler), shut(sampler + 1), shut(edges),
+                        row(node(sampler + 2, 156), node(edges + 1, 156), gap=GAP),
+                    ),
                     gap=GAP,
                 ))
                 for title, words, sampler, edges in (
@@ -301,29 +312,25 @@ LAYOUTS: dict[str, Box] = {
         drawn(node(26, 330), shut(27), shut(29), node(30, 330, 360)),
     ),
     "hydit_two_prompts": stages(
-        first(group(MODEL, column(3, 4, width=270)), width=298, note=200),
+        first(group(MODEL, column(3, 4, width=270)), width=298, note=150),
+        group("Two halves · 左右两半", column(10, 11, width=250)),
         column(
-            stages(
-                group("Two encoders · 两个编码器", column(5, 6, width=250)),
-                group("Two halves · 左右两半", column(10, 11, width=250)),
-            ),
-            group("Masks · 遮罩", row(
-                column(shut(12), shut(13), node(14), shut(15), width=250), column(16, 17, width=260)
-            )),
+            group("Two encoders · 两个编码器", column(5, shut(6), width=250)),
+            group("Masks · 遮罩", column(shut(12), shut(13), node(14), shut(15), 16, 17, width=250, gap=9)),
         ),
         group("Two encoders · 两个编码器", column(node(7), shut(8), node(9), width=240)),
         group("Two halves · 左右两半", column(shut(18), node(19), shut(20), node(21), width=240)),
         drawn(shut(22, 390), node(23, 390, 420), shut(24), node(25, 390, 420)),
     ),
     "hydit_lora_strengths": stages(
-        first(group(MODEL, column(3, 4, 5, width=280)), width=308, note=200),
+        first(group(MODEL, column(3, 4, 5, width=280)), width=308, note=150),
         group(WORDS, column(6, 7, width=280)),
         column(
             *(
                 stages(
                     *(
                         group(f"Strength · 强度 {strength}", row(
-                            node(n, 330), column(shut(n + 1), shut(n + 2), shut(n + 3), width=210)
+                            node(n, 330), column(shut(n + 1), shut(n + 2), shut(n + 3), width=226)
                         ))
                         for n, strength in pair
                     )
@@ -331,13 +338,13 @@ LAYOUTS: dict[str, Box] = {
                 for pair in (((8, "0"), (12, "0.5")), ((16, "1"), (20, "1.5")))
             ),
             group("Side by side · 并排", row(
-                column(shut(24, 180), shut(25, 180), shut(26, 180), shut(28, 180)),
-                node(29, 720, 300), node(27, 222, 300),
+                column(shut(24), shut(25), shut(26), shut(28), width=226),
+                node(29, 690, 300), node(27, 222, 300),
             )),
         ),
     ),
     "hydit_lora_merge": stages(
-        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=170),
+        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=140),
         group(WORDS, column(6, 7, width=290)),
         group("Merging · 合并", column(8, 9, 10, width=290)),
         column(

@@ -72,7 +72,11 @@ def extent(workflow: dict[str, Any]) -> tuple[float, float]:
 
 def overlaps(workflow: dict[str, Any], title: float = 40) -> list[tuple[str, str]]:
     """Pairs of nodes that cover each other."""
-    boxes = [(f"{node['id']} {node['type']}", box(node, title)) for node in workflow["nodes"]]
+    return overlapping([(f"{node['id']} {node['type']}", box(node, title)) for node in workflow["nodes"]])
+
+
+def overlapping(boxes: Sequence[tuple[str, Box]]) -> list[tuple[str, str]]:
+    """Pairs of named boxes that cover each other."""
     return [
         (a, b)
         for i, (a, p) in enumerate(boxes)

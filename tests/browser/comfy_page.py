@@ -49,6 +49,14 @@ QUEUE = """async () => {
   return refused && Object.keys(refused).length ? JSON.parse(JSON.stringify(refused)) : null;
 }"""
 
+#: Each node's name and rectangle: of its element in Nodes 2.0, which alone knows how large it is.
+BOXES = """(nodes2) => app.graph.nodes.map((node) => {
+  const element = document.querySelector(`[data-node-id="${node.id}"]`);
+  const box = nodes2 && element.getBoundingClientRect();
+  const scaled = box && [box.x, box.y, box.width, box.height].map((v) => v / app.canvas.ds.scale);
+  return [`${node.id} ${node.type}`, scaled || [...node.boundingRect]];
+})"""
+
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -148,6 +156,13 @@ class ComfyPage:
     def workflow(self) -> dict[str, Any]:
         """The graph as the page saves it."""
         return self.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+
+    def boxes(self) -> list[tuple[str, tuple[float, float, float, float]]]:
+        """What each node covers (left, top, right, bottom), as it is drawn; by number and type."""
+        return [
+            (name, (x, y, x + width, y + height))
+            for name, (x, y, width, height) in self.evaluate(BOXES, self.nodes2)
+        ]
 
     def prompt(self) -> dict[str, Any]:
         """The graph as the page's own graphToPrompt converts it to the API format."""

@@ -17,7 +17,7 @@ from workflow_files import (
     WORKFLOWS,
     api,
     check_pictures,
-    overlaps,
+    overlapping,
     read,
     without_titles,
     write_models,
@@ -82,7 +82,7 @@ def test_the_template_browser_opens_them_large_enough_to_be_read(either_page):
     for path in WORKFLOWS:
         scales[path.stem] = page.open_template(path.stem, len(read(path)["nodes"]))
         page.screenshot(f"opened-{path.stem}")
-        assert overlaps(page.workflow(), title=30) == []
+        assert overlapping(page.boxes()) == []
     assert scales.pop("hydit_text_to_image_embedded") >= 0.7
     assert min(scales.values()) >= 0.6, scales
 
@@ -105,7 +105,7 @@ def test_every_workflow_opens_converts_and_runs(either_page, models, name):
     page.screenshot(f"workflow-{name}")
     if not page.nodes2 or page.offers_nodes2():
         # As the page has it: what it found too small has grown.
-        assert overlaps(page.workflow(), title=30) == []
+        assert overlapping(page.boxes()) == []
     assert page.errors == []
 
 
@@ -115,11 +115,13 @@ def drawn_again(page: Any, path: Path, nodes: int) -> None:
         dropped.load()
     page.drop(path, nodes=nodes)
     page.close_dialogs()
+    assert page.evaluate("() => app.canvas.ds.scale") >= 0.6  # the page's own fit: texts are drawn
     assert without_titles(page.prompt()) == json.loads(dropped.text["prompt"])
     (again,) = pictures(page, page.queue().check())
     assert again.size == dropped.size
     assert np.abs(np.asarray(again, int) - np.asarray(dropped, int)).max() <= 2
-    page.fit()
+    if not page.nodes2 or page.offers_nodes2():
+        assert overlapping(page.boxes()) == []
     page.screenshot(f"dropped-{path.stem}")
 
 
