@@ -37,7 +37,7 @@ SIZES = {
     "ConditioningSetMask": (210, 110), "HyDiTCheckpointLoader": (251, 174),
     "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 134), "HyDiTDiTLoader": (210, 134),
     "HyDiTEmptyLatent": (213, 224), "HyDiTKSampler": (210, 560), "HyDiTLayerWeights": (219, 302),
-    "HyDiTLoraLoader": (211, 266), "HyDiTLoraMerge": (210, 258), "HyDiTLoraSave": (210, 170),
+    "HyDiTLoraLoader": (211, 266), "HyDiTLoraMerge": (210, 258), "HyDiTLoraSave": (210, 194),
     "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 358),
     "HyDiTTextEncoderLoader": (263, 162), "ImageCompositeMasked": (212, 158), "ImageScale": (210, 146),
     "ImageScaleBy": (210, 90), "ImageStitch": (210, 150), "InvertMask": (140, 34), "LoadImage": (223, 322),

@@ -126,8 +126,13 @@ class ComfyPage:
         """Open a workflow of ours in the template browser, as a newcomer does; returns the page's scale."""
         self.reset()
         self.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-        self.page.locator("[role=dialog]").get_by_text("hydit", exact=True).last.dispatch_event("click")
-        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        card = self.page.get_by_test_id(f"template-workflow-{name}")
+        for _ in range(20):  # what is clicked before the dialog is ready is lost
+            self.page.locator("[role=dialog]").get_by_text("hydit", exact=True).last.dispatch_event("click")
+            self.page.wait_for_timeout(500)
+            if card.count():
+                break
+        card.dispatch_event("click")
         self.settle(nodes)
         self.close_dialogs()
         return self.evaluate("() => app.canvas.ds.scale")
