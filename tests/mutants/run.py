@@ -37,7 +37,7 @@ from sites import Site, find, sample
 from warm import Loop, Pairs, replacements, wait
 
 Run = Callable[[list[str]], tuple[str, str]]
-"""runs tests by name: "survived", "killed" or "timeout", and the one that failed"""
+"""runs tests by name: "survived", "killed", "timeout" or "silent", and the one that failed"""
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 12
 """tests of a change that are run before the others are collected"""
@@ -271,18 +271,17 @@ def try_all(
 
     def note(site: Site, run: Run) -> None:
         result = try_site(site, tree, covered, budget, run)
+        if result["verdict"] == "silent":
+            return
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result, ensure_ascii=False) + "\n")
         os.write(screen, f"{result['verdict']:9} {result['seconds']:6.1f} s  {site.id}\n".encode())
 
-    warm: list[tuple[Site, Pairs]] = []
-    cold: list[Site] = []
-    for site in sites[::jobs]:
+    mine, warm = sites[::jobs], []
+    for site in mine:
         source = (tree / site.path).read_bytes()
         pairs = replacements(str(tree / site.path), source, site.apply(source))
-        if pairs is None:
-            cold.append(site)
-        else:
+        if pairs is not None:
             warm.append((site, pairs))
 
     def work(loop: Loop) -> None:
@@ -291,8 +290,10 @@ def try_all(
 
     if warm:
         run_tests(tree, list(TESTS), Loop(work), math.inf, lambda: None)
-    for site in cold:
-        note(site, functools.partial(_cold, tree, covered))
+    tried = read(results).keys() & {site.id for site, _ in warm}
+    for site in mine:
+        if site.id not in tried:
+            note(site, functools.partial(_cold, tree, covered))
     for _ in range(1, jobs):
         os.wait()
 

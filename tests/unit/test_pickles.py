@@ -175,11 +175,12 @@ TENSORS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("what", TENSORS)
-@pytest.mark.parametrize("new", [True, False])
-def test_tensors_that_are_no_plain_numbers_are_refused_by_name(tmp_path, capsys, new, what):
+@pytest.mark.parametrize("new, protocol", FORMATS)
+def test_tensors_that_are_no_plain_numbers_are_refused_by_name(tmp_path, capsys, new, protocol, what):
     tensor, message = TENSORS[what]
     path = tmp_path / "w.pt"
-    torch.save({"w": tensor, "x": torch.ones(2)}, path, _use_new_zipfile_serialization=new)
+    content = {"w": tensor, "x": torch.ones(2)}
+    torch.save(content, path, _use_new_zipfile_serialization=new, pickle_protocol=protocol)
     assert weights(["inspect", str(path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {path} holds a")
     with pytest.raises(WeightsError, match=message):
