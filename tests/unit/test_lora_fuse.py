@@ -53,3 +53,21 @@ def test_doras_on_every_slice_are_one_dora_whatever_their_order() -> None:
 def test_a_dora_that_is_not_one_change_of_the_whole_is_refused(slices: list[Patch]) -> None:
     with pytest.raises(LoraError, match=r"^blocks\.0: .*DoRA.*cannot be written as one; merge the LoRA into"):
         fused(slices, 12, where="blocks.0")
+
+
+@pytest.mark.parametrize("kind", ["diff", "lora"])
+def test_changes_of_the_whole_and_of_slices_add_up(kind: str) -> None:
+    up, down, whole = rand(4, 2, seed=1), rand(2, 5, seed=2), rand(12, 5, seed=3)
+    expected = torch.zeros(12, 5, dtype=torch.float64)
+    expected[4:8] = 0.5 * up.double() @ down.double()
+    if kind == "diff":
+        other = Patch("diff", {"diff": whole})
+        expected += whole.double()
+    else:
+        other = Patch("lora", {"up": rand(12, 1), "down": rand(1, 5)}, 2.0)
+        expected += 2 * rand(12, 1).double() @ rand(1, 5).double()
+    one = fused([Patch("lora", {"up": up, "down": down}, 0.5, rows=(4, 8)), other], 12)
+    assert one.kind == kind and one.rows is None
+    weight = rand(12, 5, seed=9)
+    found = changed(weight, [one], 0.7).double()
+    torch.testing.assert_close(found, weight.double() + 0.7 * expected, rtol=0, atol=1e-5)
