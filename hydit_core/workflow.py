@@ -46,7 +46,7 @@ KINDS: dict[str, Kind] = {
         (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (320, 320)
     ),
     "HyDiTLoraLoader": Kind(
-        (("model", "MODEL"), ("clip", "CLIP")), (*_PARTS[:2], ("report", "STRING")), (320, 280)
+        (("model", "MODEL"), ("clip", "CLIP")), (*_PARTS[:2], ("report", "STRING")), (320, 300)
     ),
     "HyDiTControlNetLoader": Kind((), (("CONTROL_NET", "CONTROL_NET"),), (320, 140)),
     "HyDiTControlNetApply": Kind(

@@ -37,7 +37,7 @@ SIZES = {
     "ConditioningSetMask": (210, 110), "HyDiTCheckpointLoader": (251, 174),
     "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 134), "HyDiTDiTLoader": (210, 134),
     "HyDiTEmptyLatent": (213, 224), "HyDiTKSampler": (210, 560), "HyDiTLayerWeights": (219, 302),
-    "HyDiTLoraLoader": (211, 266), "HyDiTLoraMerge": (210, 258), "HyDiTLoraSave": (210, 194),
+    "HyDiTLoraLoader": (211, 296), "HyDiTLoraMerge": (210, 292), "HyDiTLoraSave": (210, 208),
     "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 358),
     "HyDiTTextEncoderLoader": (263, 162), "ImageCompositeMasked": (212, 158), "ImageScale": (210, 146),
     "ImageScaleBy": (210, 90), "ImageStitch": (210, 150), "InvertMask": (140, 34), "LoadImage": (223, 322),
@@ -338,8 +338,8 @@ LAYOUTS: dict[str, Box] = {
                 for pair in (((8, "0"), (12, "0.5")), ((16, "1"), (20, "1.5")))
             ),
             group("Side by side · 并排", row(
-                column(shut(24), shut(25), shut(26), shut(28), width=226),
-                node(29, 690, 300), node(27, 222, 300),
+                column(shut(24), shut(25), shut(26), shut(28), shut(27), width=226),
+                node(29, 930, 264),
             )),
         ),
     ),

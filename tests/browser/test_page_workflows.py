@@ -73,11 +73,12 @@ def test_missing_files_are_offered_for_download(page, name):
     assert sum(line.startswith("Download") for line in lines) >= len(models)
 
 
-def test_the_template_browser_opens_them_large_enough_to_be_read(either_page):
+def test_the_template_browser_opens_them_large_enough_to_be_read(either_page, models):
     """By the page's own fit, in a window of 1600 x 1000: below 0.58 the classic page draws no texts."""
     page = either_page
     if page.nodes2 and not page.offers_nodes2():
         pytest.skip("this page hides its Nodes 2.0")
+    page.evaluate("async () => { await app.refreshComboInNodes() }")
     scales = {}
     for path in WORKFLOWS:
         scales[path.stem] = page.open_template(path.stem, len(read(path)["nodes"]))
