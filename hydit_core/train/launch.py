@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -207,14 +208,25 @@ def _claim(config: TrainConfig, resume: str | None, held: ExitStack) -> None:
         raise ConfigError(lock.in_use(folder, name))
     _require_own(folder, resume)
     try:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.touch()
         probe.unlink(missing_ok=True)  # another training that begins may have been faster
         held.enter_context(lock.hold(folder))
+        held.callback(_take_back, made)
     except OSError as error:
         raise ConfigError(f"run.output_dir: cannot write to {folder}: {error.strerror}") from error
     _require_own(folder, resume)  # another run may have begun and ended in between
+
+
+def _take_back(made: list[Path]) -> None:
+    """Remove the folders made for a run, the innermost first, that was refused before it kept anything."""
+    with suppress(OSError):  # Windows removes no file that is open
+        if made and os.listdir(made[0]) == [lock.FILE]:
+            (made[0] / lock.FILE).unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def _require_own(folder: Path, resume: str | None) -> None:

@@ -55,6 +55,8 @@ def hold(folder: Path) -> Iterator[None]:
                 "other training writes there",
                 file=sys.stderr,
             )
+        if not (folder / FILE).exists():  # a run that was refused took it back in between
+            raise ConfigError(in_use(folder, _name(handle)))
         os.ftruncate(handle, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode())

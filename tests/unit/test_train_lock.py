@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from train_setup import environment, run_training, write_run
 
-from hydit_core.errors import ConfigError
+from hydit_core.errors import ConfigError, HyditError
 from hydit_core.train import lock
 from hydit_core.train.loop import Trainer
 
@@ -85,3 +85,26 @@ def test_a_training_holds_its_folder_and_another_is_refused(
     monkeypatch.setattr(Trainer, "run", observed)
     assert run_training(config, *output)
     assert f"process {os.getpid()} on " in str(seen[0]) and lock.holder(run) is None
+
+
+def test_a_training_that_is_refused_takes_back_the_folders_it_made(tmp_path: Path) -> None:
+    config = write_run(tmp_path)
+    empty = tmp_path / "other"
+    empty.mkdir()
+    run = tmp_path / "runs" / "a"
+    output = [f"run.output_dir={run}", "run.steps=1", "schedule.warmup_steps=0"]
+    with pytest.raises(HyditError):
+        run_training(config, *output, resume=str(empty))
+    assert not run.parent.exists()
+    run.mkdir(parents=True)  # the user's own
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(HyditError):
+        run_training(config, *output, resume=str(empty))
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+def test_a_lock_that_was_taken_back_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run opened the file just before the one that made it removed it."""
+    monkeypatch.setattr(lock, "_lock_patiently", lambda _: (tmp_path / lock.FILE).unlink())
+    with pytest.raises(ConfigError, match="another training writes there"), lock.hold(tmp_path):
+        pass
