@@ -132,6 +132,9 @@ class ComfyPage:
             self.page.wait_for_timeout(500)
             if card.count():
                 break
+            if (shown := self.page.locator('[data-testid^="template-workflow-hydit_"]')).count():
+                shown.last.scroll_into_view_if_needed()  # older pages add cards as one scrolls
+                self.page.wait_for_timeout(500)
         card.dispatch_event("click")
         self.settle(nodes)
         self.close_dialogs()
