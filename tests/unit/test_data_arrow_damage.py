@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from hydit_core.data import DataConfig, TrainData, open_dataset
 from hydit_core.data.sources import arrow_table
+from hydit_core.data.sources.table_check import check
 from hydit_core.errors import DataError
 
 
@@ -92,3 +94,23 @@ def test_a_table_that_claims_more_rows_than_it_can_hold(tmp_path: Path) -> None:
         out.write_batch(pa.RecordBatch.from_arrays([many], ["image"]))
     with pytest.raises(DataError, match=r"t\.arrow"):
         open_table_data(path, caption="x")
+
+
+@pytest.mark.parametrize("column", ["text", "image"])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_texts_that_are_no_utf8_are_found_in_every_column(tmp_path: Path, suffix: str, column: str) -> None:
+    """The path inside of a picture's cell as well: small tables are decoded whole."""
+    offsets, damaged = pa.py_buffer(np.array([0, 1], np.int32)), pa.py_buffer(b"\xff")
+    text = pa.Array.from_buffers(pa.string(), 1, [None, offsets, damaged])
+    if column == "image":
+        cell = pa.StructArray.from_arrays([pa.array([b"x"]), text], names=["bytes", "path"])
+        table = pa.table({"image": cell, "text": ["a"]})
+    else:
+        table = pa.table({"image": [b"x"], "text": text})
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(table, path)
+    else:
+        write(path, table)
+    with pytest.raises(pa.ArrowInvalid, match="UTF8"):
+        check(str(path))
