@@ -370,6 +370,11 @@ def test_other_nestings_are_found(tmp_path, key):
     assert torch.equal(open_tensors(tmp_path / "w.ckpt")["b"], WEIGHTS["b"] + 3)
 
 
+def test_the_smallest_safetensors_file_is_one(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert list(open_tensors(tmp_path / "w.safetensors")) == []
+
+
 def test_how_deep_tensors_are_sought(tmp_path):
     torch.save({"a": {"b": {"c": shifted(3)}}}, tmp_path / "w.ckpt")
     assert torch.equal(open_tensors(tmp_path / "w.ckpt")["b"], WEIGHTS["b"] + 3)
