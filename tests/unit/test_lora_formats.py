@@ -265,6 +265,11 @@ def test_nothing_is_sized_by_a_number_in_a_name(tmp_path: Path, number: str) -> 
     plot(adapter, tmp_path / "plot.png")
 
 
+def test_the_changes_of_a_part_go_by_their_names_in_it() -> None:
+    adapter = from_tensors(pair(f"diffusion_model.{WQKV}", "lora_up.weight", "lora_down.weight"))
+    assert list(adapter.part("dit")) == [WQKV] and not adapter.part("bert")
+
+
 def test_a_plot_goes_from_white_over_blue_to_black(tmp_path: Path) -> None:
     tensors = {}
     for block, share in enumerate((0.01, 0.5, 1.0)):
