@@ -42,7 +42,7 @@ def test_the_files_scale_shift_and_colors_are_used(host):
 
 def test_colors_that_make_no_sense_are_told_and_left_out(host, caplog):
     caplog.set_level(logging.WARNING)
-    assert format_of(host, preview_rgb=[[1.0, 2.0]] * 4).latent_rgb_factors is None
+    assert format_of(host, preview_rgb=[[1.0, 2.0, 3.0]] * 3).latent_rgb_factors is None
     assert "preview_rgb is not 4 or 5 rows of 3" in caplog.text
 
 
