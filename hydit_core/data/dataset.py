@@ -268,13 +268,17 @@ class TrainData:
                 if isinstance(batch, DataError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            # Torch's own word, or what reading from a process gives that ended in the middle of a tensor;
+            # "Caught ..." is the error of a worker that lives.
             said = str(error).partition("\n")[0]
-            if not said.startswith("DataLoader worker"):
+            if said.startswith("Caught ") or (
+                isinstance(error, RuntimeError) and not said.startswith("DataLoader worker")
+            ):
                 raise
             raise DataError(
-                f"a process that prepares pictures ended ({said}): it may have been killed for lack of "
-                "memory; continue with fewer data.workers"
+                f"a process that prepares pictures ended ({said or type(error).__name__}): it may have been "
+                "killed for lack of memory; continue with fewer data.workers"
             ) from error
 
     def validation_batches(self) -> Iterator[Batch]:

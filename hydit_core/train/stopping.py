@@ -106,6 +106,8 @@ def starting_workers() -> Iterator[None]:
         yield
         return
     on_death = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    if getattr(on_death, "__module__", "").startswith("torch."):  # since an earlier loader of this process
+        on_death = signal.SIG_DFL
     old = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
     try:
         yield

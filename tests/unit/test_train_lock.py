@@ -21,10 +21,13 @@ import sys, time, os
 from pathlib import Path
 from hydit_core.train import lock
 with lock.hold(Path(sys.argv[1])):
-    if hasattr(os, "fork") and os.fork() == 0:  # as a data worker, which outlives its killed parent
+    ready, begun = os.pipe()
+    if os.fork() == 0:  # as a data worker, which outlives its killed parent
         os.close(1)
+        os.write(begun, b"1")
         time.sleep(float(sys.argv[2]))
         os._exit(0)
+    os.read(ready, 1)
     print("held", flush=True)
     time.sleep(60)
 """

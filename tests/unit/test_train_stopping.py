@@ -260,8 +260,10 @@ def test_a_terminal_that_is_gone_is_no_error(tmp_path: Path, monkeypatch: pytest
 
 
 @posix
-def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever the program is then; and the others end, for nobody would end them later."""
+@pytest.mark.parametrize("seconds", [0, 1], ids=["while it waits for a batch", "in the middle of a step"])
+def test_a_data_worker_that_dies(seconds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the program is then, and though torch's handler has been in place since an earlier loader;
+    and the others end, for nobody would end them later."""
     original = Trainer._update
 
     def update(self: Trainer) -> None:
@@ -270,7 +272,9 @@ def test_a_data_worker_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             children = multiprocessing.active_children()
             assert len(children) == 2
             os.kill(children[0].pid or 0, signal.SIGKILL)
+            time.sleep(seconds)  # which torch's handler would interrupt
 
+    next(iter(torch.utils.data.DataLoader([0], num_workers=1)))
     monkeypatch.setattr(Trainer, "_update", update)
     sets = ["run.steps=50", "schedule.warmup_steps=0", "data.workers=2", "data.posterior=mode"]
     with pytest.raises(TrainingStopped, match=r"prepares pictures ended.*data\.workers.*everything is saved"):
