@@ -28,7 +28,8 @@ from diffusers import HunyuanDiT2DModel
 from report import machine, table, with_peak_memory, write_section
 from torch import Tensor
 
-from hydit_core.config import DiTConfig, ModelInfo
+from hydit_core.facts import ModelInfo
+from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
 from hydit_core.model.rope import rope_table
 from hydit_core.weights.diffusers_config import transformer_config

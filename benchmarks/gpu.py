@@ -24,12 +24,13 @@ from forward import flops
 from report import table
 from torch import Tensor
 
-from hydit_core.config import DiTConfig, ModelInfo
 from hydit_core.diffusion.losses import diffusion_loss
 from hydit_core.diffusion.schedule import Schedule
+from hydit_core.facts import ModelInfo
+from hydit_core.model.attention import training_attention
+from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import Context, DiT
 from hydit_core.model.rope import rope_table
-from hydit_core.train.attention import training_attention
 from hydit_core.train.memory import activation_bytes
 from hydit_core.vae import VAE
 from hydit_core.weights.diffusers_config import transformer_config

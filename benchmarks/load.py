@@ -30,11 +30,13 @@ import torch
 from diffusers import HunyuanDiT2DModel
 from report import machine, table, write_section
 
-from hydit_core.config import DiTConfig, ModelInfo
+from hydit_core.facts import ModelInfo
+from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
 from hydit_core.weights.convert import convert
 from hydit_core.weights.files import open_tensors
-from hydit_core.weights.load import load_dit, save_checkpoint
+from hydit_core.weights.load import load_dit
+from hydit_core.weights.save import save_checkpoint
 from hydit_core.weights.source import TensorSource, cast
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}

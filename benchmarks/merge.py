@@ -34,12 +34,14 @@ from peft import PeftModel
 from report import machine, table, write_section
 from safetensors.torch import save_file
 
-from hydit_core.config import DiTConfig, ModelInfo
-from hydit_core.lora import formats
+from hydit_core.facts import ModelInfo
+from hydit_core.lora import reading, writing
 from hydit_core.lora.adapter import Adapter, Patch, changed
 from hydit_core.lora.merge import merge_files
+from hydit_core.model.config import DiTConfig
 from hydit_core.weights.files import open_tensors, save_safetensors
-from hydit_core.weights.load import load_dit, save_checkpoint
+from hydit_core.weights.load import load_dit
+from hydit_core.weights.save import save_checkpoint
 
 WHO = ("copy", "ours", "peft")
 RANK = 64
@@ -58,7 +60,7 @@ def write_files(folder: Path, config: DiTConfig) -> None:
             down = torch.randn(RANK, columns, generator=generator).half() / 64
             up = torch.randn(out, RANK, generator=generator).half() / 64
             modules[f"dit.{key.removesuffix('.weight')}"] = [Patch("lora", {"down": down, "up": up})]
-    formats.write(Adapter(modules), folder / "lora", format="peft")
+    writing.write(Adapter(modules), folder / "lora", format="peft")
 
 
 def measure(who: str, folder: Path, out: Path) -> dict[str, float]:
@@ -85,7 +87,7 @@ def check(folder: Path, out: Path) -> float:
     base, merged, adapter = (
         open_tensors(folder / "base.safetensors"),
         open_tensors(out),
-        formats.read(folder / "lora"),
+        reading.read(folder / "lora"),
     )
     worst = 0.0
     for module, patches in list(adapter.modules.items())[::20]:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError, DataError, HyditError, WeightsError
 
 if TYPE_CHECKING:
-    from .config import DiffusionConfig, DiTConfig, ModelInfo, SamplingDefaults
+    from .facts import DiffusionConfig, ModelInfo, SamplingDefaults
+    from .model.config import DiTConfig
     from .model.controlnet import ControlNet
     from .model.dit import DiT
     from .pipeline import Pipeline, load
     from .presets import PRESETS
-    from .weights.load import load_controlnet, load_dit, save_checkpoint
+    from .weights.load import load_controlnet, load_dit
+    from .weights.save import save_checkpoint
 
 __version__ = "0.1.0"
 
@@ -26,15 +28,15 @@ _HOMES = {
     "PRESETS": "presets",
     "ControlNet": "model.controlnet",
     "DiT": "model.dit",
-    "DiTConfig": "config",
-    "DiffusionConfig": "config",
-    "ModelInfo": "config",
+    "DiTConfig": "model.config",
+    "DiffusionConfig": "facts",
+    "ModelInfo": "facts",
     "Pipeline": "pipeline",
-    "SamplingDefaults": "config",
+    "SamplingDefaults": "facts",
     "load": "pipeline",
     "load_controlnet": "weights.load",
     "load_dit": "weights.load",
-    "save_checkpoint": "weights.load",
+    "save_checkpoint": "weights.save",
 }
 
 __all__ = [

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import DiTConfig
 from .errors import ConfigError, WeightsError
+from .layer_weights import LayerWeights
+from .model.config import DiTConfig
 from .model.controlnet import ControlNet, combine_controls
-from .model.layer_weights import LayerWeights
 from .model.trunk import Context
 from .untrusted import parse_json
 

@@ -1,17 +1,21 @@
-"""What a model's file may say of itself: each value's kind and range, checked when written and when read.
+"""What a model's file says of itself, and what it may say: checked when written and when read.
 
-:class:`~.config.ModelInfo` and :class:`~.config.DiffusionConfig` check themselves with these tables, so that
-a file, a training's ``[model.info]``, a config.json and a node all meet the same ones.
+:class:`ModelInfo` and :class:`DiffusionConfig` check themselves with :data:`RULES`, so that a file, a
+training's ``[model.info]``, a config.json and a node all meet the same ones.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
 
-from .errors import ConfigError
+from .errors import ConfigError, WeightsError, printable
+from .untrusted import parse_json
 
 VERSIONS = ("v1.0", "v1.1", "v1.2")
 PREDICTIONS = ("v", "epsilon", "sample")
@@ -164,3 +168,147 @@ def _dotted(section: str, name: str) -> str:
 def _shown(value: Any) -> str:
     shown = re.sub(r"\s+", " ", repr(value))
     return shown if len(shown) <= 60 else f"{shown[:60]}..."
+
+
+METADATA_KEY = "hydit.config"
+
+
+METADATA_FORMAT = 1
+
+
+NEGATIVE_PROMPT = (
+    "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变形，多余的肢体，模糊的颜色，模糊，重复，病态，残缺，"
+)
+"""Default negative prompt of Tencent/HunyuanDiT (``hydit/constants.py``)."""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise schedule (scaled linear betas) and what the model predicts; defaults of v1.2.
+
+    Raises :class:`ConfigError` for what is no such schedule (:mod:`.facts`).
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.018
+    prediction: Literal["v", "epsilon", "sample"] = "v"
+
+    def __post_init__(self) -> None:
+        check("diffusion", vars(self))
+        check_betas(self.beta_start, self.beta_end, self.num_train_timesteps)
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """The settings that a model's file recommends; defaults of the published weights."""
+
+    sampler: str = "ddpm"
+    spacing: str = "leading"
+    steps: int = 50
+    cfg: float = 6.0
+    guidance_rescale: float = 0.0
+    width: int = 1024
+    height: int = 1024
+    negative: str = NEGATIVE_PROMPT
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a file's shapes do not tell, stored as JSON in its ``hydit.config`` metadata.
+
+    ``version`` is "v1.0", "v1.1" or "v1.2"; ``variant`` is "", "ema", "module" or "distill"; ``bert``, ``t5``
+    and ``vae`` hold what those parts' shapes do not tell (attention heads, maximum relative distance, norm
+    groups, latent scale, preview colors); ``base`` names the weights that training started from;
+    ``posterior`` is "sample" or "mode", the kind of the VAE's latents that the DiT was trained on, or "".
+
+    Raises :class:`ConfigError` for values that no model can have (:mod:`.facts`): what exists can be written.
+    """
+
+    version: str
+    variant: str = ""
+    pooler_heads: int = 8
+    rope_base: int = 32
+    diffusion: DiffusionConfig = DiffusionConfig()
+    defaults: SamplingDefaults = SamplingDefaults()
+    bert: dict[str, Any] = field(default_factory=dict)
+    t5: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
+    posterior: Literal["", "sample", "mode"] = ""
+
+    def __post_init__(self) -> None:
+        check("", vars(self))
+        for section in ("bert", "t5", "vae"):
+            check(section, getattr(self, section))
+        check("defaults", vars(self.defaults))
+        most = self.diffusion.num_train_timesteps - (self.defaults.spacing != "trailing")
+        if self.defaults.steps > most:
+            raise ConfigError(
+                f"defaults.steps is {self.defaults.steps}; the schedule has room for {most} with "
+                f"{self.defaults.spacing!r} spacing"
+            )
+
+    @classmethod
+    def published(cls, version: str) -> ModelInfo:
+        """The values of Tencent's published weights of ``version``.
+
+        v1.2 was trained with ``beta_end`` 0.018, earlier versions with 0.03 (Tencent's training scripts).
+        """
+        if version not in VERSIONS:
+            raise ConfigError(f"unknown HunyuanDiT version {version!r}; known are v1.0, v1.1 and v1.2")
+        beta_end = 0.018 if version == "v1.2" else 0.03
+        return cls(version=version, diffusion=DiffusionConfig(beta_end=beta_end))
+
+    def to_json(self) -> str:
+        """The text of the ``hydit.config`` metadata key."""
+        return json.dumps({"format": METADATA_FORMAT, **asdict(self)}, ensure_ascii=False)
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], *, version: str) -> ModelInfo:
+        """Read a safetensors file's metadata; ``version`` (from the shapes) is used where it says nothing.
+
+        Values that are absent are those that were published for the version. Names that are not known, of a
+        later release or misspelt, are warned of and passed over; a release that changes what a known name
+        means raises the format number.
+
+        Raises :class:`WeightsError` when the text is no JSON object, is in a newer format than ours, or has
+        a value that cannot be meant.
+        """
+        text = metadata.get(METADATA_KEY)
+        if text is None:
+            return cls.published(version)
+        where = f"metadata {METADATA_KEY!r}"
+        values = parse_json(text, where)
+        if type(values.get("format")) is not int or values["format"] < 1:
+            raise WeightsError(f"{where} is not an object with a format number")
+        if values["format"] > METADATA_FORMAT:
+            raise WeightsError(
+                f"{where} has format {values['format']}; this version of hydit reads up to "
+                f"{METADATA_FORMAT}: update hydit"
+            )
+        if names := unknown(values):
+            shown = printable(", ".join(names[:8]))
+            warnings.warn(f"{where}: passed over what is not known here: {shown}", stacklevel=1)
+        try:
+            check("", values)
+            return _merged(cls.published(values.get("version", version)), values)
+        except ConfigError as error:
+            raise WeightsError(f"{where}: {error}") from None
+
+
+def _merged(start: ModelInfo, values: Mapping[str, Any]) -> ModelInfo:
+    """``start`` with those of its fields that ``values`` names."""
+    changes: dict[str, Any] = {name: values[name] for name in RULES[""] if name in values}
+    for section in SECTIONS:
+        inner = values.get(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{section} is {inner!r}; expected an object")
+        known = getattr(start, section)
+        if isinstance(known, dict):
+            changes[section] = inner
+        else:
+            names = {f.name for f in fields(known)}
+            check(section, inner)
+            changes[section] = replace(known, **{name: inner[name] for name in names & inner.keys()})
+    return replace(start, **changes)

@@ -13,17 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import ModelInfo, SamplingDefaults
 from .control import ControlInput, Controls, prepare
-from .data.images import Geometry, to_tensor
-from .devices import choose_device, choose_dtype
+from .devices import choose_device
 from .diffusion.denoiser import Denoiser
 from .diffusion.guidance import GuidedDenoiser
 from .diffusion.samplers import SAMPLERS, draw_noise, noise_sampler_from, start_latents
 from .diffusion.schedule import Schedule
+from .dtypes import choose_dtype
 from .embedded import embedded_model
 from .errors import ConfigError, HyditError, WeightsError
+from .facts import ModelInfo, SamplingDefaults
 from .finite import DTYPE_ADVICE, why_not_finite
+from .images import Geometry, to_tensor
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
 from .presets import check_seed, check_settings, choose_settings, size_advice
@@ -31,7 +32,7 @@ from .text.features import TextFeatures
 
 if TYPE_CHECKING:
     from .lora.adapter import Adapter, Match
-    from .text import TextEncoders
+    from .text.encoders import TextEncoders
     from .vae import VAE
 
 Progress = Callable[[int, int, Tensor], object]
@@ -97,9 +98,9 @@ class Pipeline:
             LoraError: it cannot be read or does not fit; the model is as it was then.
             ConfigError: the block weights do not fit the number of blocks.
         """
-        from .lora import formats, merge
+        from .lora import merge, reading
 
-        adapter = formats.read(lora) if isinstance(lora, (str, Path)) else lora
+        adapter = reading.read(lora) if isinstance(lora, (str, Path)) else lora
         parts = {"dit": self.dit, "bert": self.text.bert, "t5": self.text.t5}
         base = self.name or "the model"
         return merge.apply(adapter, parts, strength, block_weights, base=base, partial=partial)
@@ -386,7 +387,7 @@ def load(
         WeightsError: a file is missing, damaged, or holds something else.
         ConfigError: an unknown dtype or device.
     """
-    from .text import load_text_encoders
+    from .text.loading import load_text_encoders
     from .vae import load_vae
     from .weights.load import load_dit
 

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
-from .config import SamplingDefaults
 from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS
 from .diffusion.schedule import SPACINGS
 from .errors import ConfigError
+from .facts import SamplingDefaults
 
 PRESETS: dict[str, SamplingDefaults] = {
     # Tencent/HunyuanDiT's sample_t2i.py: DDPM, 100 steps, guidance 6, its own negative prompt.

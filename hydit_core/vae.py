@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import ModelInfo
 from .errors import HyditError, WeightsError
+from .facts import ModelInfo
 from .weights import vae_layout
 from .weights.parts import bundle
 from .weights.source import TensorSource, as_source

@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..hydit_core.control import picture_facts
-from ..hydit_core.model.layer_weights import LayerWeights
+from ..hydit_core.dtypes import dtype_name
+from ..hydit_core.layer_weights import LayerWeights
 from ..hydit_core.weights.detect import FileKind, detect, tencent_view
-from ..hydit_core.weights.dtypes import dtype_name
 from ..hydit_core.weights.parts import open_controlnet
 from ..hydit_core.weights.source import TensorSource
 from .host import folders

@@ -7,10 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..hydit_core.config import ModelInfo
+from ..hydit_core.dtypes import dtype_name
 from ..hydit_core.errors import WeightsError
+from ..hydit_core.facts import ModelInfo
 from ..hydit_core.weights.detect import FileKind
-from ..hydit_core.weights.dtypes import dtype_name
 from ..hydit_core.weights.parts import Parts, bundle
 from ..hydit_core.weights.source import TensorSource
 from .host import folders

@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..hydit_core.diffusion import SAMPLERS, SPACINGS
+from ..hydit_core.diffusion.samplers import SAMPLERS
+from ..hydit_core.diffusion.schedule import SPACINGS
 from ..hydit_core.errors import ConfigError
 from ..hydit_core.presets import PRESETS
 from .host import sampling

@@ -11,9 +11,10 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
-from hydit_core.config import DiffusionConfig, DiTConfig, ModelInfo, SamplingDefaults
+from hydit_core.facts import DiffusionConfig, ModelInfo, SamplingDefaults
+from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
-from hydit_core.weights.load import save_checkpoint
+from hydit_core.weights.save import save_checkpoint
 from hydit_core.weights.vae_layout import diffusers_to_ldm
 
 TEXT = [

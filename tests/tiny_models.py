@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hydit_core.config import DiTConfig
-from hydit_core.model import Context, ControlNet, DiT
+from hydit_core.model.config import DiTConfig
+from hydit_core.model.controlnet import ControlNet
+from hydit_core.model.dit import Context, DiT
 
 
 def tiny(depth: int = 8, hidden: int = 64, heads: int = 2, old: bool = False) -> DiTConfig:

@@ -20,8 +20,9 @@ from PIL import Image
 
 from hydit_core import load
 from hydit_core.control import ControlInput
-from hydit_core.data import canny, open_dataset
-from hydit_core.model.layer_weights import LayerWeights
+from hydit_core.data.dataset import open_dataset
+from hydit_core.images import canny
+from hydit_core.layer_weights import LayerWeights
 from hydit_core.train.config import load_config
 from hydit_core.weights.load import load_controlnet
 

@@ -29,7 +29,7 @@ from scenes import SIZE, Icons, icon_pool, standard_picture
 from things import Thing, read_things
 from torch import Tensor, nn
 
-from hydit_core.config import ModelInfo
+from hydit_core.facts import ModelInfo
 from hydit_core.weights.vae_layout import diffusers_to_ldm
 from hydit_core.weights.writer import save_safetensors
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import ConfigError
-from .config import BucketConfig, DataConfig, Size, parse_size
+from ..images import Size, parse_size
+from .config import BucketConfig, DataConfig
 
 
 def generate_buckets(

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .section import MAX_SIDE, MIN_SIDE, PlainPath, Section
-
-Size = tuple[int, int]
-"""A picture's (width, height) in pixels."""
-
-SIZE_MULTIPLE = 8
-"""The VAE makes one latent of 8 x 8 pixels, so both sides of every trained size divide by it."""
+from ..images import MAX_SIDE, SIZE_MULTIPLE, Size, check_size, parse_size
+from .section import PlainPath, Section
 
 _SOURCE_PATHS = ("path", "root", "control_dir", "mask_dir")
-_SIZE = re.compile(r"(\d+)\s*[xX×]\s*(\d+)")
-
-
-def parse_size(text: str) -> Size:
-    """Read ``"WxH"`` (width first); raises ValueError for anything else."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write width x height, for example '1024x768'")
-    return int(match[1]), int(match[2])
-
-
-def check_size(size: Size) -> Size:
-    """Raise ValueError unless both sides are multiples of 8 from :data:`MIN_SIDE` to :data:`MAX_SIDE`."""
-    if any(not MIN_SIDE <= side <= MAX_SIDE or side % SIZE_MULTIPLE for side in size):
-        raise ValueError(
-            f"size {size[0]}x{size[1]}: width and height must be multiples of {SIZE_MULTIPLE}, "
-            f"from {MIN_SIDE} to {MAX_SIDE}"
-        )
-    return size
 
 
 class SourceConfig(Section):

@@ -6,49 +6,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ..errors import ConfigError, DataError
-from .config import ControlConfig, Size
-from .fingerprints import file_hash
-from .images import Geometry, check_shape, load_picture
+from ..images import Geometry, Size, canny, check_shape, load_control, load_picture, opencv
+from .cache.fingerprints import file_hash
+from .config import ControlConfig
 from .manifest import Manifest
 from .sources import PictureFile
-
-CANNY_THRESHOLDS = (100, 200)
-"""Lower and upper threshold of the published canny ControlNets (Tencent/HunyuanDiT)."""
-
-
-def canny(picture: Image.Image, thresholds: tuple[int, int] = CANNY_THRESHOLDS) -> Image.Image:
-    """White edges on black (Canny 1986) of an RGB picture, by OpenCV on all three channels.
-
-    Raises :class:`ConfigError` when OpenCV is not installed.
-    """
-    cv2 = _opencv()
-    return Image.fromarray(cv2.Canny(np.asarray(picture.convert("RGB")), *thresholds)).convert("RGB")
-
-
-def load_control(source: Path | bytes, *, name: str | None = None) -> Image.Image:
-    """A control picture as RGB: light lines, and what is transparent is the dark ground.
-
-    Raises :class:`DataError` as :func:`load_picture` does.
-    """
-    return load_picture(source, "black", name=name)
-
-
-def _opencv() -> Any:
-    try:
-        import cv2
-    except ImportError as error:
-        raise ConfigError("canny control pictures need OpenCV: pip install opencv-python-headless") from error
-    return cv2
 
 
 def require_maker(config: ControlConfig) -> None:
     """Raise :class:`ConfigError` when what makes these control pictures is not there."""
     if config.kind == "canny":
-        _opencv()
+        opencv()
     if config.model is not None and not config.model.is_dir():
         raise ConfigError(f"data.control.model: {config.model} is no folder of a depth-estimation model")
 

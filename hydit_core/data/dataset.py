@@ -11,15 +11,12 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-from .buckets import assign_buckets, bucket_sizes
-from .cache import LatentCache
-from .config import DataConfig, Size
-from .control_images import ControlImages
-from .images import Geometry, to_tensor
-from .manifest import Findings, Manifest, gather, validation_rows
-from .mask_images import MaskImages
-from .order import BatchOrder, hash_int, uniform
-from .prior import Samples
+from ..images import Geometry, Size, to_tensor
+from .cache.latents import LatentCache
+from .config import DataConfig
+from .manifest import gather
+from .order import uniform
+from .rows import Rows
 from .summary import DataSummary, summarize
 
 
@@ -117,74 +114,14 @@ def open_dataset(
     )
 
 
-class TrainData:
+class TrainData(Rows):
     """The training and validation batches of a run.
 
     :meth:`batch` is a pure function of the step: random crop, flip and choice of caption are hashed
     from (seed, step, position in the global batch). It can be pickled to worker processes.
     """
 
-    def __init__(
-        self,
-        config: DataConfig,
-        manifest: Manifest,
-        findings: Findings,
-        *,
-        seed: int,
-        batch_size: int,
-        world_size: int = 1,
-        rank: int = 0,
-    ) -> None:
-        self.config = config
-        self.manifest = manifest
-        self.findings = findings
-        self.seed = seed
-        self.rank = rank
-        self.sizes = bucket_sizes(config)
-        self.bucket_of_row = assign_buckets(manifest.widths, manifest.heights, self.sizes)
-        self._prior = prior = np.array([source.prior for source in config.sources])[manifest.sources]
-        if prior.all():
-            raise DataError("all pictures that are left are prior ones: none shows what is to be learned")
-        held_out = validation_rows(manifest, config.validation, ~prior)
-        repeats = np.array([source.repeats for source in config.sources])[manifest.sources]
-        own, others = (np.flatnonzero(~held_out & which) for which in (~prior, prior))
-        self.train_rows = np.concatenate([own, others])
-        self.samples = Samples(
-            np.repeat(own, repeats[own]),
-            np.repeat(others, repeats[others]),
-            self.bucket_of_row,
-            config.prior.share,
-        )
-        self.validation = np.flatnonzero(held_out)
-        self.order = BatchOrder(
-            self.samples.buckets,
-            batch_size,
-            world_size,
-            seed,
-            areas=[w * h for w, h in self.sizes],
-        )
-        self.control = (
-            None if config.control is None else ControlImages(config.control, alpha_color=config.alpha_color)
-        )
-        self.masks = None if config.mask is None else MaskImages(config.mask)
-        self._latents: LatentCache | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps until every picture to be learned has been shown (as often as its source is repeated)."""
-        return self.order.steps_per_epoch
-
-    def fingerprint(self) -> str:
-        """Changes with anything that changes which sample a step sees, for a check on resuming."""
-        total = hash_int(self.seed, self.order.global_batch, str(self.sizes), str(self.config.flip))
-        if self.control is not None:
-            total = hash_int(total, self.control.recipe)
-        for record, bucket in zip(self.manifest, self.bucket_of_row, strict=True):
-            total = hash_int(total, record.key, *record.captions, int(bucket))
-        total = hash_int(total, *np.bincount(self.samples.rows))
-        if len(self.samples) > len(self.samples.rows):
-            total = hash_int(total, len(self.samples), *self.samples.prior_rows())
-        return f"{total:016x}"
+    _latents: LatentCache | None = None
 
     def use_latents(self, cache: LatentCache) -> None:
         """Take latents from a complete cache from now on, in place of pictures.
@@ -200,10 +137,6 @@ class TrainData:
             )
         cache.load(self.config.cache.ram_mb << 20)
         self._latents = cache
-
-    def captions(self) -> Iterator[str]:
-        """Every caption of every picture, with repetitions."""
-        return (self.manifest.captions[i] for i in range(len(self.manifest.captions)))
 
     def summary(self) -> DataSummary:
         """Counts of everything found, for ``--dry-run`` and the log."""
@@ -243,7 +176,7 @@ class TrainData:
         rows = partial(self._training_rows, indices[own], epochs[own])
         draws = [self._draw(step, position) for position in positions]
         bucket, samples = self._readable(self.order.bucket(step), rows, draws)
-        weights = [self.config.prior.weight if self._prior[s.row] else 1.0 for s in samples]
+        weights = [self.config.prior.weight if self.is_prior[s.row] else 1.0 for s in samples]
         return self._collate(step, samples, self.sizes[bucket], positions, weights)
 
     def loader(self, start_step: int, end_step: int, workers: int | None = None) -> Iterator[Batch]:

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError
+from ..images import Size, check_shape, load_picture, probe_size, same_shape
 from .columns import StringColumn
-from .config import DataConfig, Size, SourceConfig
-from .images import check_shape, load_picture, probe_size, same_shape
+from .config import DataConfig, SourceConfig
 from .order import hash_int
 from .sources import Entry, PassedOver, PictureFile, Tally, read_source, source_kind
 

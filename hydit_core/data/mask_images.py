@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .config import SIZE_MULTIPLE, MaskConfig
-from .images import Geometry, check_shape, load_alpha, load_picture
+from ..images import SIZE_MULTIPLE, Geometry, check_shape, load_alpha, load_picture
+from .config import MaskConfig
 from .manifest import Manifest
 
 

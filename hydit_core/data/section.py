@@ -10,10 +10,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
-MIN_SIDE = 16
-"""Pixels: one latent by itself is nothing that a VAE could normalize."""
-MAX_SIDE = 16384
-"""Pixels: more than any VAE or attention can take."""
 MAX_COUNT = 10**9
 """Of steps and the like."""
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .dataset import TrainData
+from .rows import Rows
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class DataSummary:
         return lines
 
 
-def summarize(data: TrainData) -> DataSummary:
+def summarize(data: Rows) -> DataSummary:
     """Count what a dataset holds."""
     manifest, findings, config = data.manifest, data.findings, data.config
     lengths = manifest.captions.lengths()

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import DiffusionConfig
 from ..errors import ConfigError
-from ..facts import SPACINGS
+from ..facts import SPACINGS, DiffusionConfig
 
 
 class Schedule:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
-from ..model.layer_weights import LayerWeights
+from ..layer_weights import LayerWeights
 
 # As in names.py: what has more digits is the number of no block, and sizes nothing.
 _BLOCK = re.compile(r"dit\.blocks\.(0|[1-9][0-9]{0,3})\.")

@@ -7,11 +7,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..model.layer_weights import split_weight
+from ..layer_weights import split_weight
 from ..weights import output
 from . import output_cli, weights_cli
 from .extract import combine
-from .formats import read
+from .reading import read
 
 
 def add(commands: Any) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..weights.output import take_output
-from .formats import read
 from .output_cli import add_arguments, save, target
+from .reading import read
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import DiTConfig
 from ..errors import LoraError
+from ..model.config import DiTConfig
 from ..weights.detect import expect
 from ..weights.modelspec import file_metadata
 from ..weights.parts import Parts, bundle, open_model

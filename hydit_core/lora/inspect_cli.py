@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..weights.output import check_free
-from .formats import read
+from .reading import read
 from .summary import describe, plot
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dtypes import dtype_name
 from ..errors import LoraError
 from ..untrusted import parse_json
 from ..weights.convert import convert
 from ..weights.detect import BERT_PREFIXES, MT5_PREFIXES, FileKind, expect
-from ..weights.dtypes import dtype_name
 from ..weights.layouts import PART_PREFIXES, Layout
 from ..weights.output import check_output
 from ..weights.parts import bundle, open_model
@@ -26,7 +26,7 @@ from ..weights.source import FP8_DTYPES, TensorSource, cast
 from ..weights.writer import Progress
 from .adapter import Adapter, Match, Patch, changed, changed_bias
 from .blocks import BlockWeights, check_strength, depth_of, each_weights
-from .formats import read
+from .reading import read
 
 MERGED_KEY = "hydit.merged"
 """Metadata of a merged file: a JSON list of what went in, oldest first."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..model.layer_weights import split_weight
+from ..dtypes import DTYPES
+from ..layer_weights import split_weight
 from ..weights import output
-from ..weights.dtypes import DTYPES
 from ..weights.layouts import LAYOUTS
 from . import weights_cli
 from .adapter import PARTIAL_HELP

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import torch
 
+from ..dtypes import DTYPES
 from ..weights import output
-from ..weights.dtypes import DTYPES
 from .adapter import Adapter
-from .formats import FORMATS, write
+from .writing import FORMATS, write
 
 
 class Target(NamedTuple):
-    """Where a command writes, and how; see :func:`~.formats.write`."""
+    """Where a command writes, and how; see :func:`~.writing.write`."""
 
     path: Path
     format: str

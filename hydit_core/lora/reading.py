@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..dtypes import dtype_name
 from ..errors import LoraError
 from ..weights.detect import detect
-from ..weights.dtypes import dtype_name
 from ..weights.files import open_tensors
 from ..weights.source import MemorySource, TensorSource
 from .adapter import Adapter, Patch

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from ..config import DIT_G2_V11, DIT_G2_V12, DIT_XL2_V12, DiTConfig
+from ..dtypes import dtype_name
 from ..embedded import embedded_model
 from ..errors import LoraError
-from ..model import DiT
+from ..model.config import DIT_G2_V11, DIT_G2_V12, DIT_XL2_V12, DiTConfig
+from ..model.dit import DiT
 from ..untrusted import parse_json
-from ..weights.dtypes import dtype_name
 from ..weights.parts import bundle
 from ..weights.writer import atomic_path
 from .adapter import Adapter, Match, module_shapes

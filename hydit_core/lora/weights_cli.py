@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..model.layer_weights import CURVES, read_each
+from ..layer_weights import CURVES, read_each
 from .blocks import BlockWeights
 
 _WEIGHTS = "--block-weights"

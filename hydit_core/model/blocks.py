@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import DiTConfig
 from .attention import AttentionFn, CrossAttention, Options, Rope, SelfAttention
+from .config import DiTConfig
 
 
 class Mlp(nn.Module):

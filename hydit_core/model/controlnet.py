@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import DiTConfig
 from .attention import AttentionFn, Options, sdpa
+from .config import DiTConfig
 from .dit import DiT
 from .rope import rope_table
 from .trunk import Context, Trunk

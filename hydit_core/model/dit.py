@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import DiTConfig
 from .attention import AttentionFn, Options, Rope, sdpa
 from .blocks import FinalLayer
+from .config import DiTConfig
 from .rope import rope_table
 from .trunk import Context, Trunk
 

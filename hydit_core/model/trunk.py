@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import DiTConfig
 from .attention import AttentionFn, Options, Rope, sdpa
 from .blocks import Block
+from .config import DiTConfig
 from .embeddings import AttentionPool, PatchEmbed, TimestepEmbedder, timestep_embedding
 
 

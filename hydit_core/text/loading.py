@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
-from ..config import ModelInfo
 from ..errors import WeightsError
+from ..facts import ModelInfo
 from ..weights.companions import check_rest
 from ..weights.load import assign_weights, compute_dtype
 from ..weights.parts import Parts, bundle

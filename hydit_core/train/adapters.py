@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import hash_int
+from ..data.order import hash_int
 from ..errors import ConfigError
 from ..lora.adapter import Adapter, Patch
-from ..text import TextEncoders
+from ..text.encoders import TextEncoders
+from ..weights.frozen import dense
 from .config import LoraSection
-from .frozen import dense
 from .optim import matches
 
 _NAME = "default"  # of the one adapter, inside peft's layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from ..data import Batch
+from ..data.dataset import Batch
 from .draws import Draws
 from .stopping import starting_workers
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..config import DiTConfig, ModelInfo
-from ..data import require_outside_sources
-from ..data.cache import cache_folder
+from ..data.cache.latents import cache_folder, require_outside_sources
 from ..data.control_images import require_maker
 from ..diffusion.schedule import Schedule
 from ..errors import ConfigError
+from ..facts import ModelInfo
+from ..model.config import DiTConfig
 from ..presets import check_settings, choose_settings
-from ..text import TextEncoders
+from ..text.encoders import TextEncoders
 from ..vae import VAE
+from ..weights.frozen import quantizer
 from .config import SamplesSection, TrainConfig
 from .distributed import find_device
-from .frozen import quantizer
 from .model_section import TextScratch
 from .optim import require_muon
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..text import TextEncoders, TextFeatures, Tokenizers, Tokens
+from ..text.encoders import TextEncoders
+from ..text.features import TextFeatures, Tokens
+from ..text.tokenizers import Tokenizers
 
 CACHE_BYTES = 2 << 30
 

@@ -23,10 +23,11 @@ from pydantic import (
 )
 
 from ..data.config import DataConfig
-from ..data.section import MAX_COUNT, MAX_SIDE, MIN_SIDE, Section, leaves
+from ..data.section import MAX_COUNT, Section, leaves
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SPACINGS
 from ..errors import ConfigError
+from ..images import MAX_SIDE, MIN_SIDE
 from ..untrusted import parse_toml, read_toml
 from .model_section import ConfigPath, ModelSection
 

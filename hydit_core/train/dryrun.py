@@ -6,16 +6,17 @@ from collections.abc import Iterator
 
 import torch
 
-from ..config import DiTConfig, ModelInfo
-from ..lora import formats
+from ..facts import ModelInfo
+from ..lora import reading
+from ..model.config import DiTConfig
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
+from ..weights.frozen import stored_bytes
 from ..weights.load import load_dit
 from .adapters import adapted_parts, find_targets, parameter_shapes, scale_of, starting_values
 from .checks import check_machine, check_parts
 from .conditioning import caption_fits
 from .config import TrainConfig
-from .frozen import stored_bytes
 from .launch import held_run, open_data
 from .memory import estimate, largest
 from .objectives import control_parameters
@@ -50,7 +51,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
         parts = adapted_parts(config.lora, dit, text)
         everything = parameter_shapes(find_targets(parts, config.lora), config.lora)
         if (before := config.lora.init_from) is not None:
-            starting_values(everything, config.lora, formats.read(before), str(before))
+            starting_values(everything, config.lora, reading.read(before), str(before))
     else:
         everything = {f"dit.{name}": p for name, p in dit.named_parameters()}
     if config.objective.train_text_encoders:

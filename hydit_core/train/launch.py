@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..data import LatentCache, TrainData, build_latent_cache, open_dataset
-from ..data.cache import cache_folder
-from ..data.text_cache import build_text_cache
+from ..data.cache.latents import LatentCache, build_latent_cache, cache_folder
+from ..data.cache.text import build_text_cache
+from ..data.dataset import TrainData, open_dataset
 from ..errors import ConfigError
 from . import checkpoint as checkpoints
 from . import distributed, lock, saving

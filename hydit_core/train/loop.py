@@ -13,7 +13,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, TrainData, hash_int
+from ..data.dataset import Batch, TrainData
+from ..data.order import hash_int
 from ..errors import HyditError
 from .batches import Pair, with_draws
 from .checkpoint import Checkpoint, NotWritten, Progress

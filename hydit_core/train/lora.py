@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
-from ..lora import formats
+from ..lora import reading, writing
+from ..weights.frozen import store
 from ..weights.modelspec import file_metadata
 from .adapters import (
     adapted_layers,
@@ -25,7 +26,6 @@ from .adapters import (
     to_adapter,
 )
 from .config import LoraSection, ObjectiveSection, TrainConfig
-from .frozen import store
 from .objectives import DiffusionModule, DiffusionObjective
 from .parts import ModelParts
 
@@ -57,7 +57,7 @@ class LoraObjective(DiffusionObjective):
         inject(self.networks, self.lora, seed=config.run.seed)
         if self.lora.init_from is not None:
             load_adapter(
-                self.networks, self.lora, formats.read(self.lora.init_from), str(self.lora.init_from)
+                self.networks, self.lora, reading.read(self.lora.init_from), str(self.lora.init_from)
             )
         parts.text.requires_grad_(False)
         parts.dit.requires_grad_(False)
@@ -101,9 +101,9 @@ class LoraObjective(DiffusionObjective):
             metadata |= {"hydit.trigger": lora.trigger, "modelspec.trigger_phrase": lora.trigger}
         metadata = file_metadata(self.parts.dit.config, info, role="lora", extra={**metadata, **extra})
         adapter = to_adapter(self.networks, lora, metadata)
-        formats.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata, overwrite=True)
+        writing.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata, overwrite=True)
         with _replacing(path.with_suffix("")) as folder:
-            formats.write(adapter, folder, format="peft", dtype=dtype, metadata=metadata)
+            writing.write(adapter, folder, format="peft", dtype=dtype, metadata=metadata)
 
 
 @contextlib.contextmanager

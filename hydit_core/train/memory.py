@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import DiTConfig
 from ..model.attention import Options
+from ..model.config import DiTConfig
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
+from ..weights.frozen import OPERATIONS
 from .adapters import adapter_parameters, inject
 from .config import LoraSection, TrainConfig
-from .frozen import OPERATIONS
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data import Batch
+from ..data.dataset import Batch
 from ..errors import DataError, HyditError
 from ..untrusted import parse_json
 from .distributed import Processes

@@ -19,9 +19,10 @@ from pydantic import (
 )
 
 from .. import facts
-from ..config import DiffusionConfig, DiTConfig, ModelInfo, SamplingDefaults
 from ..data.section import Section, plain_path
 from ..errors import ConfigError
+from ..facts import DiffusionConfig, ModelInfo, SamplingDefaults
+from ..model.config import DiTConfig
 
 _MIN_TOKENS = 4
 """A word between the two marks that BERT puts around a text, and one to spare."""

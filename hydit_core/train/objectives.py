@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..control import CONTROL_KEY
-from ..data import Batch
+from ..data.dataset import Batch
 from ..diffusion.losses import LossTerms, diffusion_loss
 from ..diffusion.schedule import Schedule
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
-from ..text import TextEncoders, TextFeatures
+from ..text.encoders import TextEncoders
+from ..text.features import TextFeatures
 from ..weights.save import save_checkpoint
 from .conditioning import TextSource
 from .config import ObjectiveSection

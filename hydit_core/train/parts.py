@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 
-from ..config import DiTConfig, ModelInfo
 from ..control import check_fit
-from ..data import hash_int
+from ..data.order import hash_int
 from ..errors import ConfigError, HyditError
+from ..facts import ModelInfo
+from ..model.attention import training_attention
+from ..model.config import DiTConfig
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
-from ..text import TextEncoders, TextFeatures, load_text_encoders
+from ..text.encoders import TextEncoders
+from ..text.features import TextFeatures
+from ..text.loading import load_text_encoders
 from ..vae import VAE, load_vae
+from ..weights.frozen import OPERATIONS
 from ..weights.load import load_controlnet, load_dit
 from ..weights.save import save_checkpoint
-from .attention import training_attention
 from .checks import check_parts, check_text_options
 from .config import TrainConfig
-from .frozen import OPERATIONS
 from .model_section import TextScratch
 
 # What load_vae takes from a file's description.

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import ModelInfo
-from ..data import TrainData
+from ..data.dataset import TrainData
+from ..facts import ModelInfo
 from ..vae import VAE
 from ..weights.parts import bundle
 from .config import TrainConfig

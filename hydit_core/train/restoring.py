@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data import TrainData, hash_int
+from ..data.dataset import TrainData
+from ..data.order import hash_int
 from ..errors import ConfigError, DataError
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Progress

@@ -15,11 +15,11 @@ from ..control import ControlInput
 from ..new_files import write_new
 from ..pipeline import Pipeline
 from ..presets import choose_settings
-from ..text import TextFeatures
+from ..text.features import TextFeatures
 from .config import SamplesSection
 
 if TYPE_CHECKING:
-    from ..data import ControlImages
+    from ..data.control_images import ControlImages
     from .parts import ModelParts
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..data import TrainData
+from ..data.dataset import TrainData
 from .distributed import Processes
 from .draws import validation_draws
 from .objectives import Objective

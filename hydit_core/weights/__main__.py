@@ -6,11 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..dtypes import DTYPES
 from ..errors import cli_main
 from . import output
 from .convert import convert
 from .describe import describe
-from .dtypes import DTYPES
 from .layouts import LAYOUTS
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import facts
-from ..config import ModelInfo
 from ..errors import ConfigError, WeightsError
+from ..facts import ModelInfo
 from ..untrusted import read_bytes, read_json
 from . import vae_layout
 from .detect import expect

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..config import METADATA_KEY, DiTConfig, ModelInfo
 from ..errors import WeightsError
+from ..facts import METADATA_KEY, ModelInfo
+from ..model.config import DiTConfig
 from .companions import Companions, companions
 from .detect import FileKind, expect, tencent_view
 from .diffusers_config import controlnet_config, scheduler_config, transformer_config

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..config import DiTConfig
+from ..dtypes import dtype_name
 from ..errors import printable
+from ..model.config import DiTConfig
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, version_text
-from .dtypes import dtype_name
 from .parts import model_info, open_model
 from .quantised import quantised
 from .source import TensorSource

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..config import DIT_G2_V12, DIT_XL2_V12, METADATA_KEY, DiTConfig, ModelInfo
 from ..errors import HyditError, WeightsError
+from ..facts import METADATA_KEY, ModelInfo
+from ..model.config import DIT_G2_V12, DIT_XL2_V12, DiTConfig
 from .families import other_family
 from .layouts import find_model, to_tencent
 from .quantised import refuse_quantised

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..config import DiTConfig, ModelInfo
 from ..errors import WeightsError
+from ..facts import ModelInfo
+from ..model.config import DiTConfig
 
 
 def transformer_config(config: DiTConfig, info: ModelInfo) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..config import METADATA_KEY
+from ..dtypes import SAFETENSORS_DTYPES
 from ..errors import WeightsError
+from ..facts import METADATA_KEY
 from ..untrusted import is_plain_name, parse_json, read_json
-from .dtypes import SAFETENSORS_DTYPES
 from .mapped import Entry, MappedSource
 from .pickles import open_pickle
 from .source import MergedSource, TensorSource

@@ -1,4 +1,4 @@
-"""From a file or folder to a model, and from a model to a file."""
+"""From a file or folder to a model."""
 
 from __future__ import annotations
 
@@ -9,30 +9,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..config import DiTConfig, ModelInfo
+from ..dtypes import dtype_name
 from ..errors import WeightsError
+from ..facts import ModelInfo
 from ..model.attention import AttentionFn, sdpa
+from ..model.config import DiTConfig
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from .detect import FileKind, expect, tencent_view
-from .dtypes import dtype_name
-from .parts import Parts, model_info, open_controlnet, open_model, parts
+from .parts import model_info, open_controlnet, open_model
 from .quantised import refuse_quantised
-from .save import save_checkpoint
 from .source import FP8_DTYPES, TensorSource, cast
-
-__all__ = [
-    "Parts",
-    "assign_weights",
-    "check_names",
-    "compute_dtype",
-    "load_controlnet",
-    "load_dit",
-    "model_info",
-    "open_model",
-    "parts",
-    "save_checkpoint",
-]
 
 Module = TypeVar("Module", bound=nn.Module)
 Model = TypeVar("Model", DiT, ControlNet)

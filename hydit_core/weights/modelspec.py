@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import METADATA_KEY, DiTConfig, ModelInfo
+from ..facts import METADATA_KEY, ModelInfo
+from ..model.config import DiTConfig
 from .detect import model_size
 
 _IMPLEMENTATION = "https://github.com/Tencent/HunyuanDiT"

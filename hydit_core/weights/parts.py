@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import METADATA_KEY, ModelInfo
 from ..errors import ConfigError, WeightsError
+from ..facts import METADATA_KEY, ModelInfo
 from ..untrusted import read_json
 from .companions import FOLDERS, Companions, bert_part, companions, mt5_part, options_beside, vae_part
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, tencent_view

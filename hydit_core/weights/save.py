@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import DiTConfig, ModelInfo
+from ..facts import ModelInfo
+from ..model.config import DiTConfig
 from .layouts import COMFY_PREFIX
 from .modelspec import file_metadata
 from .source import FP8_DTYPES, CastSource, MemorySource, MergedSource, TensorSource, as_source

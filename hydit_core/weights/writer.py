@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..dtypes import SAFETENSORS_NAMES
 from ..errors import WeightsError, printable
-from .dtypes import SAFETENSORS_NAMES
 from .source import TensorSource, as_source
 
 _ALIGNMENT = 64

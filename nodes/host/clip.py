@@ -15,8 +15,8 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 
-from ...hydit_core.config import ModelInfo
 from ...hydit_core.errors import ConfigError, HyditError, WeightsError
+from ...hydit_core.facts import ModelInfo
 from ...hydit_core.text.dimensions import LOWERCASE, bert_dimensions, check_vocabulary, t5_dimensions
 from ...hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
 from ...hydit_core.text.tokenizers import Tokenizers
@@ -147,7 +147,7 @@ class _Recorder:
 
 
 def encoder_info(clip: Any) -> dict[str, dict[str, Any]]:
-    """``bert`` and ``t5`` of :class:`~hydit_core.config.ModelInfo` for a file that holds this CLIP.
+    """``bert`` and ``t5`` of :class:`~hydit_core.facts.ModelInfo` for a file that holds this CLIP.
 
     Raises:
         ConfigError: it is no CLIP of HunyuanDiT.

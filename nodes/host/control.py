@@ -11,8 +11,8 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ...hydit_core.config import DiTConfig
 from ...hydit_core.errors import HyditError
+from ...hydit_core.model.config import DiTConfig
 from ...hydit_core.model.controlnet import ControlNet
 from ...hydit_core.weights.detect import FileKind, tencent_view
 from ...hydit_core.weights.load import check_names, model_config

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...hydit_core.errors import HyditError
-from ...hydit_core.model.layer_weights import LayerWeights
+from ...hydit_core.layer_weights import LayerWeights
 
 # By how much the shapes of two pictures may differ that are cropped alike: sizes are rounded
 _SAME_SHAPE = 0.01

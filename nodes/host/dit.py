@@ -9,9 +9,9 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from ...hydit_core.config import DiTConfig
 from ...hydit_core.errors import HyditError
 from ...hydit_core.model.attention import Options, Rope
+from ...hydit_core.model.config import DiTConfig
 from ...hydit_core.model.dit import DiT
 from ...hydit_core.model.rope import rope_table
 from .attention import HostAttention

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...hydit_core.errors import LoraError
 from ...hydit_core.lora.adapter import PARTS, Adapter, Match, Patch, changed, module_shapes
 from ...hydit_core.lora.blocks import BlockWeights, depth_of
-from ...hydit_core.lora.formats import read
+from ...hydit_core.lora.reading import read
 from .model import model_info
 from .tokens import BERT, MT5
 

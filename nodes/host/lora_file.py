@@ -14,8 +14,9 @@ from ...hydit_core.errors import ConfigError, LoraError
 from ...hydit_core.lora.adapter import Adapter
 from ...hydit_core.lora.blocks import BlockWeights
 from ...hydit_core.lora.extract import combine
-from ...hydit_core.lora.formats import from_tensors, to_tensors, write
+from ...hydit_core.lora.reading import from_tensors
 from ...hydit_core.lora.weighted import COMBINED_KEY, told_depth, weighted
+from ...hydit_core.lora.writing import to_tensors, write
 from ...hydit_core.untrusted import parse_json
 from .lora import apply_lora, report
 from .save import graph_texts, output_name, save_path

@@ -17,8 +17,9 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ...hydit_core.config import METADATA_KEY, DiTConfig, ModelInfo
 from ...hydit_core.errors import HyditError
+from ...hydit_core.facts import METADATA_KEY, ModelInfo
+from ...hydit_core.model.config import DiTConfig
 from ...hydit_core.model.dit import DiT
 from ...hydit_core.weights.detect import expect
 from ...hydit_core.weights.load import check_names

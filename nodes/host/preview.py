@@ -6,7 +6,7 @@ import logging
 
 import comfy.latent_formats
 
-from ...hydit_core.config import ModelInfo
+from ...hydit_core.facts import ModelInfo
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,12 @@ import latent_preview
 import torch
 from torch import Tensor
 
-from ...hydit_core.config import ModelInfo, SamplingDefaults
-from ...hydit_core.diffusion import SAMPLERS, Schedule, draw_noise, guide, noise_sampler_from
 from ...hydit_core.diffusion.denoiser import predict_x0, prediction_target
-from ...hydit_core.diffusion.samplers import Generators
+from ...hydit_core.diffusion.guidance import guide
+from ...hydit_core.diffusion.samplers import SAMPLERS, Generators, draw_noise, noise_sampler_from
+from ...hydit_core.diffusion.schedule import Schedule
 from ...hydit_core.errors import ConfigError, HyditError
+from ...hydit_core.facts import ModelInfo, SamplingDefaults
 from ...hydit_core.finite import is_finite, why_not_finite
 from ...hydit_core.presets import check_seed, check_settings, choose_settings, size_advice
 from .model import model_info

@@ -8,8 +8,8 @@ from typing import Any
 import comfy.sd
 import torch
 
-from ...hydit_core.config import ModelInfo
 from ...hydit_core.errors import WeightsError
+from ...hydit_core.facts import ModelInfo
 from ...hydit_core.weights import vae_layout
 from ...hydit_core.weights.companions import vae_part
 from ...hydit_core.weights.source import TensorSource

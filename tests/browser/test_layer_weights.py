@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hydit_core.errors import ConfigError
-from hydit_core.model.layer_weights import CURVES, LayerWeights
+from hydit_core.layer_weights import CURVES, LayerWeights
 
 NODE = "HyDiTLayerWeights"
 LAYERS = 19

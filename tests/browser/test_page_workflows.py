@@ -24,7 +24,7 @@ from workflow_files import (
 )
 
 from hydit_core.embedded import embedded_controlnets
-from hydit_core.generate import main
+from hydit_core.generate.__main__ import main
 
 NAMES = [path.stem for path in WORKFLOWS]
 

@@ -28,7 +28,7 @@ from hydit_core.data.sources import arrow_table, table_check
 from hydit_core.errors import cli_main
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
-from hydit_core.png import png_info
+from hydit_core.pictures.png import png_info
 from hydit_core.train.config import load_config
 from hydit_core.train.launch import open_data
 

@@ -13,11 +13,13 @@ from tiny_models import encode, inputs, randomize, tiny
 from torch import Tensor, nn
 
 import hydit_core
-from hydit_core.config import DiTConfig
-from hydit_core.model import ControlNet, DiT, rope_table, sdpa
+from hydit_core.model.attention import sdpa, training_attention
 from hydit_core.model.blocks import Block
+from hydit_core.model.config import DiTConfig
+from hydit_core.model.controlnet import ControlNet
+from hydit_core.model.dit import DiT
+from hydit_core.model.rope import rope_table
 from hydit_core.pipeline import Pipeline
-from hydit_core.train.attention import training_attention
 
 Figure = Callable[[str, float], None]
 CONFIGS = {"v1.2": tiny(), "v1.1": tiny(old=True)}

@@ -18,14 +18,22 @@ from torch import Tensor
 from train_setup import ROOT, environment
 
 import hydit_core
-from hydit_core.config import DiffusionConfig
 from hydit_core.control import ControlInput
-from hydit_core.devices import choose_device, choose_dtype
-from hydit_core.diffusion import SAMPLERS, GuidedDenoiser, Schedule, start_latents
+from hydit_core.devices import choose_device
+from hydit_core.diffusion.guidance import GuidedDenoiser
 from hydit_core.diffusion.losses import WEIGHTINGS, diffusion_loss
-from hydit_core.diffusion.samplers import DEFAULT_SPACING, draw_noise, noise_sampler_from
+from hydit_core.diffusion.samplers import (
+    DEFAULT_SPACING,
+    SAMPLERS,
+    draw_noise,
+    noise_sampler_from,
+    start_latents,
+)
+from hydit_core.diffusion.schedule import Schedule
+from hydit_core.dtypes import choose_dtype
 from hydit_core.errors import ConfigError, HyditError
-from hydit_core.model import Context, DiT
+from hydit_core.facts import DiffusionConfig
+from hydit_core.model.dit import Context, DiT
 from hydit_core.pipeline import Pipeline
 
 Figure = Callable[[str, float], None]

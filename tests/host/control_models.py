@@ -16,8 +16,9 @@ from tiny_models import randomize
 from torch import Tensor
 
 from hydit_core import save_checkpoint
-from hydit_core.config import DiffusionConfig, DiTConfig
-from hydit_core.model import ControlNet
+from hydit_core.facts import DiffusionConfig
+from hydit_core.model.config import DiTConfig
+from hydit_core.model.controlnet import ControlNet
 
 STEERED = replace(CONFIG, depth=8)  # three skips
 STEERED_V11 = replace(STEERED, size_cond=True, style_cond=True)

@@ -10,8 +10,9 @@ import torch
 from tiny_models import randomize
 from torch import Tensor
 
-from hydit_core.config import DiffusionConfig, DiTConfig, ModelInfo, SamplingDefaults
-from hydit_core.model import DiT
+from hydit_core.facts import DiffusionConfig, ModelInfo, SamplingDefaults
+from hydit_core.model.config import DiTConfig
+from hydit_core.model.dit import DiT
 from hydit_core.model.rope import rope_table
 
 # What ComfyUI's own class can be built with: 1024 pooled values, 8 pooler heads, 4 x mT5's width.

@@ -31,8 +31,8 @@ from sampling_models import native_model, our_model, weights
 import hydit_core
 from hydit_core.control import ControlInput
 from hydit_core.embedded import embedded_controlnets
-from hydit_core.model import ControlNet
-from hydit_core.model.layer_weights import LayerWeights
+from hydit_core.layer_weights import LayerWeights
+from hydit_core.model.controlnet import ControlNet
 from hydit_core.weights.load import load_controlnet
 
 LAYERS = 3

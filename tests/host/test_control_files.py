@@ -227,7 +227,7 @@ def test_a_short_file_computes_in_float32_as_the_native_network_cannot(host, mod
 def test_computing_in_16_bits_keeps_timesteps_and_sizes(host, dtype):
     """In bfloat16, 999 would be 1000 and a size of 1083 would be 1080."""
     module = host.module("nodes.host.control")
-    config = host.module("hydit_core.config").DiTConfig(**STEERED_V11.to_dict())
+    config = host.module("hydit_core.model.config").DiTConfig(**STEERED_V11.to_dict())
     operations = host.comfy_module("comfy.ops").disable_weight_init
     nets = {}
     for compute in (dtype, torch.float32):

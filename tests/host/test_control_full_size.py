@@ -64,7 +64,7 @@ def run(host: Any, net: Any, weights: str, size: tuple[int, int]) -> list[Tensor
     g = torch.Generator().manual_seed(2)
     x, hint = (torch.randn(count, 4, *size, generator=g) for count in (2, 1))
     module = host.module("nodes.host.control_apply")
-    parsed = host.module("hydit_core.model.layer_weights").LayerWeights.parse(weights)
+    parsed = host.module("hydit_core.layer_weights").LayerWeights.parse(weights)
     (positive, _) = module.apply_control(
         [[None, {}]], [], net, torch.rand(1, 8 * size[0], 8 * size[1], 3), Vae(hint),
         strength=1.0, weights=parsed, start=0.0, end=1.0,

@@ -17,8 +17,8 @@ from test_lora import off, patched
 from test_workflows import apart, pictures, redrawn
 
 from hydit_core.embedded import embedded_loras, embedded_model
-from hydit_core.generate import main
-from hydit_core.lora import formats
+from hydit_core.generate.__main__ import main
+from hydit_core.lora import reading, writing
 from hydit_core.lora.merge import merge_files
 from hydit_core.weights.files import open_tensors
 
@@ -62,10 +62,10 @@ def test_what_is_written_here_fits_comfyuis_model_in_comfyuis_loader(
     host: Any, tmp_path: Path, format: str
 ) -> None:
     form = forms()["peft"]
-    adapter = formats.read(form.write(tmp_path / "peft"))
+    adapter = reading.read(form.write(tmp_path / "peft"))
     path = host.models_dir / "loras" / f"written-{format}.safetensors"
     path.parent.mkdir(exist_ok=True)
-    formats.write(adapter, path, format=format)
+    writing.write(adapter, path, format=format)
     host.refresh()
     try:
         g = Graph()
@@ -101,4 +101,4 @@ def test_a_model_saved_with_a_lora_is_the_merged_file(host: Any, lora: Path, tmp
         step = float(expected.abs().max()) * float(torch.finfo(found.dtype).eps)
         assert float((found.float() - expected.float()).abs().max()) <= max(step, 1e-6), key
         changed += not torch.equal(expected.float(), plain.get(key).float())
-    assert changed == len(formats.read(lora).modules)
+    assert changed == len(reading.read(lora).modules)

@@ -14,7 +14,7 @@ from sampling_models import CONFIG, CONFIG_V11, INFO, features, native_model, ou
 from tiny_models import randomize
 from torch import Tensor
 
-from hydit_core.model import DiT
+from hydit_core.model.dit import DiT
 
 LAYER = "blocks.1.attn1.Wqkv"
 

@@ -295,7 +295,7 @@ def test_the_native_unet_agrees_on_the_convention(host):
     native, seen = seen, {}
     network = host.module("nodes.host.patches").PatchedBlock
     attend = host.module("nodes.host.attention").HostAttention()
-    config = host.module("hydit_core.config").DiTConfig(**dataclasses.asdict(CONFIG))
+    config = host.module("hydit_core.model.config").DiTConfig(**dataclasses.asdict(CONFIG))
     ours = network(config, attend, torch.nn)
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

@@ -17,7 +17,7 @@ RGB = [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [-0.1, -0.2, -0.3], [0.0, 0.5, 0.0], [0
 
 
 def format_of(host: Any, **vae: Any) -> Any:
-    module, config = host.module("nodes.host.preview"), host.module("hydit_core.config")
+    module, config = host.module("nodes.host.preview"), host.module("hydit_core.facts")
     return module.latent_format(replace(config.ModelInfo("v1.2"), vae=vae))
 
 

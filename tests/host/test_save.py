@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hydit_core
-from hydit_core.config import DiffusionConfig, ModelInfo
 from hydit_core.embedded import embedded_model
-from hydit_core.text import load_text_encoders
+from hydit_core.facts import DiffusionConfig, ModelInfo
+from hydit_core.text.loading import load_text_encoders
 from hydit_core.weights.parts import bundle
 
 EMBEDDED = "[embedded] hydit-icons-128"

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from sampling_models import native_model, weights
 from text_models import PUBLISHED_ROWS, SPIECE, bert_model, data, grown_spiece, t5_model, t5_tensors
 
-from hydit_core.config import DIT_XL2_V12, METADATA_KEY, ModelInfo
-from hydit_core.model import DiT
+from hydit_core.facts import METADATA_KEY, ModelInfo
+from hydit_core.model.config import DIT_XL2_V12
+from hydit_core.model.dit import DiT
 from hydit_core.weights.parts import bundle
 
 

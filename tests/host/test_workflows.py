@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from workflow_files import MODEL_FOLDERS, WORKFLOWS, api, check_pictures, shrink, unmuted, write_models
 
 from hydit_core.embedded import embedded_controlnets, embedded_loras, embedded_model
-from hydit_core.generate import main
+from hydit_core.generate.__main__ import main
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
-from hydit_core.config import METADATA_KEY, ModelInfo
 from hydit_core.embedded import embedded_model
+from hydit_core.facts import METADATA_KEY, ModelInfo
 from hydit_core.weights.parts import parts
 
 _EMBEDDED = parts(embedded_model())

@@ -11,7 +11,7 @@ from diffusers.models.controlnets.controlnet_hunyuan import HunyuanDiT2DControlN
 from diffusers.models.transformers.hunyuan_transformer_2d import HunyuanDiT2DModel
 from torch import Tensor
 
-from hydit_core.config import DiTConfig
+from hydit_core.model.config import DiTConfig
 
 RENAMED = (
     ("x_embedder.", "pos_embed."),

@@ -15,8 +15,8 @@ from tiny import TINY, TINY_V11, randomize, write_tiny_model
 from hydit_core import load
 from hydit_core.control import ControlInput
 from hydit_core.errors import ConfigError
+from hydit_core.layer_weights import LayerWeights
 from hydit_core.model.controlnet import ControlNet
-from hydit_core.model.layer_weights import LayerWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*far (below|above)")
 

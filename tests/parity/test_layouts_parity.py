@@ -11,13 +11,17 @@ from key_lists import key_list
 from tiny_models import encode, inputs, randomize, tiny
 from torch import Tensor, nn
 
-from hydit_core.config import DIT_G2_V11, DIT_G2_V12, DIT_XL2_V11, DIT_XL2_V12, DiTConfig, ModelInfo
-from hydit_core.model import ControlNet, DiT, rope_table
+from hydit_core.facts import ModelInfo
+from hydit_core.model.config import DIT_G2_V11, DIT_G2_V12, DIT_XL2_V11, DIT_XL2_V12, DiTConfig
+from hydit_core.model.controlnet import ControlNet
+from hydit_core.model.dit import DiT
+from hydit_core.model.rope import rope_table
 from hydit_core.weights import layouts
 from hydit_core.weights.convert import convert
 from hydit_core.weights.diffusers_config import controlnet_config, transformer_config
 from hydit_core.weights.layouts import from_tencent, to_tencent
-from hydit_core.weights.load import load_controlnet, load_dit, save_checkpoint
+from hydit_core.weights.load import load_controlnet, load_dit
+from hydit_core.weights.save import save_checkpoint
 
 TOLERANCE = 1e-5
 SIZE = (16, 16)

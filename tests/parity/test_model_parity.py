@@ -8,8 +8,10 @@ from diffusers_models import diffusers_controlnet, diffusers_dit, diffusers_stat
 from tiny_models import encode, inputs, randomize, tiny
 from torch import Tensor
 
-from hydit_core.config import DiTConfig
-from hydit_core.model import ControlNet, DiT, combine_controls, rope_table
+from hydit_core.model.config import DiTConfig
+from hydit_core.model.controlnet import ControlNet, combine_controls
+from hydit_core.model.dit import DiT
+from hydit_core.model.rope import rope_table
 
 TOLERANCE = 1e-5
 SQUARE, WIDE, TALL = (16, 16), (12, 20), (20, 12)

@@ -8,14 +8,11 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import rescale_noise_cfg
 
-from hydit_core.config import DiffusionConfig
-from hydit_core.diffusion import (
-    SAMPLERS,
-    Denoiser,
-    GuidedDenoiser,
-    Schedule,
-    start_latents,
-)
+from hydit_core.diffusion.denoiser import Denoiser
+from hydit_core.diffusion.guidance import GuidedDenoiser
+from hydit_core.diffusion.samplers import SAMPLERS, start_latents
+from hydit_core.diffusion.schedule import Schedule
+from hydit_core.facts import DiffusionConfig
 
 SHAPE = (2, 4, 12, 8)
 SEED = 7

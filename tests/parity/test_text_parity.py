@@ -19,10 +19,13 @@ from transformers import (
     T5EncoderModel,
 )
 
-from hydit_core.config import ModelInfo
+from hydit_core.facts import ModelInfo
 from hydit_core.model.dit import DiT
-from hydit_core.text import TextEncoders, TextFeatures, Tokenizers, load_text_encoders
-from hydit_core.weights.load import save_checkpoint
+from hydit_core.text.encoders import TextEncoders
+from hydit_core.text.features import TextFeatures
+from hydit_core.text.loading import load_text_encoders
+from hydit_core.text.tokenizers import Tokenizers
+from hydit_core.weights.save import save_checkpoint
 
 LENGTHS = {"text_len": 20, "t5_len": 28}
 PROMPTS = [

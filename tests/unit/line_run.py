@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from test_train_arithmetic import PROCESSES, LineData, LineObjective, batch_of
 
-from hydit_core.data import Batch
+from hydit_core.data.dataset import Batch
 from hydit_core.train.checkpoint import Checkpoint
 from hydit_core.train.config import TrainConfig
 from hydit_core.train.distributed import Processes

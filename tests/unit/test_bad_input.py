@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from train_setup import write_run
 
-from hydit_core.generate import main
+from hydit_core.generate.__main__ import main
 from hydit_core.train.__main__ import main as train_main
-from hydit_core.weights.load import parts
+from hydit_core.weights.parts import parts
 
 
 @pytest.fixture

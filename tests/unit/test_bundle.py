@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tiny import TINY, bert_vocab, randomize, spiece_model
 from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
-from hydit_core.config import DiffusionConfig
 from hydit_core.errors import WeightsError
+from hydit_core.facts import DiffusionConfig
 from hydit_core.model.dit import DiT
 from hydit_core.weights.convert import convert
 from hydit_core.weights.detect import FileKind

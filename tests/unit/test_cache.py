@@ -16,20 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import bert_vocab, spiece_model
 
-from hydit_core.data import (
-    DataConfig,
-    TextCache,
-    TrainData,
-    build_latent_cache,
-    build_text_cache,
-    open_dataset,
-    open_latent_cache,
-    require_outside_sources,
-)
-from hydit_core.data.fingerprints import module_hash
-from hydit_core.data.store import TensorStore, content_key
+from hydit_core.data.cache.fingerprints import module_hash
+from hydit_core.data.cache.latents import build_latent_cache, open_latent_cache, require_outside_sources
+from hydit_core.data.cache.store import TensorStore, content_key
+from hydit_core.data.cache.text import TextCache, build_text_cache
+from hydit_core.data.config import DataConfig
+from hydit_core.data.dataset import TrainData, open_dataset
 from hydit_core.errors import ConfigError, DataError
-from hydit_core.text import TextEncoders
+from hydit_core.text.encoders import TextEncoders
 
 
 class CountingVAE(torch.nn.Module):

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 
-from hydit_core import config as presets
-from hydit_core.config import DiffusionConfig, DiTConfig, ModelInfo, SamplingDefaults
 from hydit_core.errors import ConfigError, WeightsError
-from hydit_core.model import ControlNet, DiT
+from hydit_core.facts import DiffusionConfig, ModelInfo, SamplingDefaults
+from hydit_core.model import config as presets
+from hydit_core.model.config import DiTConfig
+from hydit_core.model.controlnet import ControlNet
+from hydit_core.model.dit import DiT
 
 SMALL = DiTConfig(
     hidden_size=160,

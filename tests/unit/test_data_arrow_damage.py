@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hydit_core.data import DataConfig, TrainData, open_dataset
+from hydit_core.data.config import DataConfig
+from hydit_core.data.dataset import TrainData, open_dataset
 from hydit_core.data.sources import arrow_table
 from hydit_core.data.sources.table_check import check
 from hydit_core.errors import DataError

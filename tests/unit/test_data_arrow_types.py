@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hydit_core.data import DataConfig, TrainData, open_dataset
+from hydit_core.data.config import DataConfig
+from hydit_core.data.dataset import TrainData, open_dataset
 from hydit_core.data.sources import PictureFile, columnar
 from hydit_core.data.sources.arrow_table import Table
 from hydit_core.errors import ConfigError, DataError

@@ -16,15 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from hydit_core.data import (
-    DataConfig,
-    TrainData,
-    build_latent_cache,
-    load_picture,
-    open_dataset,
-    open_latent_cache,
-)
+from hydit_core.data.cache.latents import build_latent_cache, open_latent_cache
+from hydit_core.data.config import DataConfig
+from hydit_core.data.dataset import TrainData, open_dataset
 from hydit_core.errors import DataError
+from hydit_core.images import load_picture
 
 ROWS = 5
 

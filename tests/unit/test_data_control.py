@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from hydit_core.data import ControlImages, DataConfig, TrainData, open_dataset
-from hydit_core.data.config import ControlConfig
+from hydit_core.data.config import ControlConfig, DataConfig
+from hydit_core.data.control_images import ControlImages
+from hydit_core.data.dataset import TrainData, open_dataset
 from hydit_core.errors import DataError
 
 FILES = {"kind": "files"}

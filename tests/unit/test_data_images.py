@@ -13,9 +13,8 @@ import torch
 from PIL import Image, features
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from hydit_core.data import Geometry, load_picture, to_tensor
-from hydit_core.data.images import load_alpha, probe, probe_size
 from hydit_core.errors import DataError
+from hydit_core.images import Geometry, load_alpha, load_picture, probe, probe_size, to_tensor
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -13,10 +13,12 @@ from PIL import Image
 from pydantic import ValidationError
 from test_data_sources import paint
 
-from hydit_core.config import DiffusionConfig
-from hydit_core.data import DataConfig, TrainData, open_dataset
-from hydit_core.diffusion import Schedule, diffusion_loss
+from hydit_core.data.config import DataConfig
+from hydit_core.data.dataset import TrainData, open_dataset
+from hydit_core.diffusion.losses import diffusion_loss
+from hydit_core.diffusion.schedule import Schedule
 from hydit_core.errors import DataError
+from hydit_core.facts import DiffusionConfig
 
 
 def left_half(path: Path, size: tuple[int, int], mode: str = "L") -> Path:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from hydit_core.data import BatchOrder, BucketConfig, DataConfig, SourceConfig, sample_generator, uniform
 from hydit_core.data.buckets import assign_buckets, bucket_sizes, generate_buckets
+from hydit_core.data.config import BucketConfig, DataConfig, SourceConfig
+from hydit_core.data.order import BatchOrder, sample_generator, uniform
 from hydit_core.errors import ConfigError
 
 BUCKETS = [0] * 23 + [1] * 8 + [2] * 1 + [4] * 12

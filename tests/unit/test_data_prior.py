@@ -11,7 +11,8 @@ import pytest
 from pydantic import ValidationError
 from test_data_sources import paint
 
-from hydit_core.data import DataConfig, TrainData, open_dataset
+from hydit_core.data.config import DataConfig
+from hydit_core.data.dataset import TrainData, open_dataset
 from hydit_core.errors import DataError
 
 

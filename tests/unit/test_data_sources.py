@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hydit_core.data import DataConfig, TrainData, open_dataset
+from hydit_core.data.config import DataConfig
+from hydit_core.data.dataset import TrainData, open_dataset
 from hydit_core.data.sources import PictureFile
 from hydit_core.errors import DataError
 

@@ -7,9 +7,10 @@ import torch
 from key_lists import key_list, sparse_safetensors
 from tiny_models import randomize, tiny
 
-from hydit_core.config import DiTConfig, ModelInfo
 from hydit_core.errors import WeightsError
-from hydit_core.model import DiT
+from hydit_core.facts import ModelInfo
+from hydit_core.model.config import DiTConfig
+from hydit_core.model.dit import DiT
 from hydit_core.weights.detect import detect
 from hydit_core.weights.files import open_tensors, save_safetensors
 from hydit_core.weights.layouts import from_tencent

@@ -8,23 +8,21 @@ import math
 import pytest
 import torch
 
-from hydit_core.config import DiffusionConfig
-from hydit_core.diffusion import (
+from hydit_core.diffusion.denoiser import Denoiser
+from hydit_core.diffusion.guidance import GuidedDenoiser, guide
+from hydit_core.diffusion.samplers import (
     DEFAULT_SPACING,
     SAMPLERS,
-    SPACINGS,
-    Denoiser,
-    GuidedDenoiser,
-    Schedule,
     default_noise_sampler,
     draw_noise,
-    guide,
     noise_sampler_from,
     sample_ddim,
     sample_ddpm,
     start_latents,
 )
+from hydit_core.diffusion.schedule import SPACINGS, Schedule
 from hydit_core.errors import ConfigError
+from hydit_core.facts import DiffusionConfig
 
 SHAPE = (2, 4, 6, 5)
 MEAN, STD = 0.7, 0.5

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from hydit_core.config import DiffusionConfig
-from hydit_core.diffusion import SPACINGS, Schedule
+from hydit_core.diffusion.schedule import SPACINGS, Schedule
 from hydit_core.errors import ConfigError
+from hydit_core.facts import DiffusionConfig
 
 # beta_end -> alphas_cumprod at these timesteps, then the lowest and the highest sigma
 GOLDEN_T = (0, 250, 500, 750, 901, 961, 981, 999)

@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny_model
 
-from hydit_core import diffusion, facts
-from hydit_core.config import DiffusionConfig, ModelInfo, SamplingDefaults
+from hydit_core import facts
 from hydit_core.diffusion.denoiser import predict_x0
+from hydit_core.diffusion.samplers import SAMPLERS
 from hydit_core.errors import ConfigError, WeightsError
-from hydit_core.generate import main as generate
+from hydit_core.facts import DiffusionConfig, ModelInfo, SamplingDefaults
+from hydit_core.generate.__main__ import main as generate
 from hydit_core.weights.parts import bundle
 
 BAD = {
@@ -106,7 +107,7 @@ def test_the_ends_of_the_ranges_are_accepted():
 
 
 def test_the_lists_of_names_are_those_of_the_code():
-    assert tuple(diffusion.SAMPLERS) == facts.SAMPLER_NAMES
+    assert tuple(SAMPLERS) == facts.SAMPLER_NAMES
     for name in facts.PREDICTIONS:
         predict_x0(*(4 * [_one()]), name)
 

@@ -21,7 +21,7 @@ from key_lists import key_list, sparse_safetensors
 
 from hydit_core.errors import WeightsError
 from hydit_core.weights.files import atomic_path, open_tensors, save_safetensors
-from hydit_core.weights.load import open_model
+from hydit_core.weights.parts import open_model
 from hydit_core.weights.source import MemorySource, TensorSource
 
 EVERY_DTYPE = {

@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hydit_core import WeightsError, load
-from hydit_core.config import NEGATIVE_PROMPT
-from hydit_core.generate import main
-from hydit_core.png import read_parameters
+from hydit_core.facts import NEGATIVE_PROMPT
+from hydit_core.generate.__main__ import main
+from hydit_core.pictures.png import read_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -290,7 +290,8 @@ def test_as_a_module_in_a_fresh_process(tiny_model_file, tmp_path):
 
 
 def test_captions_beside_the_pictures_are_what_training_reads(generate):
-    from hydit_core.data import DataConfig, open_dataset
+    from hydit_core.data.config import DataConfig
+    from hydit_core.data.dataset import open_dataset
 
     code, paths, err = generate(
         "--prompt", "红苹果", "a red apple!", "--batch", 2, "--steps", 1, "--out", "dogs", "--captions"

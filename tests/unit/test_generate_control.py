@@ -10,15 +10,14 @@ import pytest
 from PIL import Image
 from tiny import TINY, randomize
 
-from hydit_core.config import ModelInfo
-from hydit_core.data.control_images import canny
-from hydit_core.data.images import Geometry, load_picture
 from hydit_core.errors import ConfigError
-from hydit_core.generate import main
+from hydit_core.facts import ModelInfo
+from hydit_core.generate.__main__ import main
+from hydit_core.images import Geometry, canny, load_picture
+from hydit_core.layer_weights import LayerWeights, split_weight
 from hydit_core.model.controlnet import ControlNet
-from hydit_core.model.layer_weights import LayerWeights, split_weight
-from hydit_core.png import read_parameters
-from hydit_core.weights.load import save_checkpoint
+from hydit_core.pictures.png import read_parameters
+from hydit_core.weights.save import save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*far (below|above)")
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny_model
 
-from hydit_core.config import METADATA_KEY
 from hydit_core.errors import WeightsError
-from hydit_core.generate import main as generate
-from hydit_core.text import load_text_encoders
+from hydit_core.facts import METADATA_KEY
+from hydit_core.generate.__main__ import main as generate
+from hydit_core.text.loading import load_text_encoders
 from hydit_core.text.tokenizer_files import vocabulary_of
 from hydit_core.untrusted import count_numbered, is_plain_name
 from hydit_core.vae import load_vae

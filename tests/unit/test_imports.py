@@ -42,7 +42,7 @@ def test_no_module_reaches_for_a_siblings_private_name():
 
 def test_importing_the_library_and_the_model_loads_no_heavy_library():
     code = (
-        "import sys, hydit_core, hydit_core.model, hydit_core.config\n"
+        "import sys, hydit_core, hydit_core.model, hydit_core.model.config\n"
         "heavy = {'transformers', 'diffusers', 'peft', 'cv2', 'pyarrow', 'PIL', 'comfy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

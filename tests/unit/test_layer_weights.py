@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hydit_core.errors import ConfigError
-from hydit_core.model.layer_weights import CURVES, LayerWeights
+from hydit_core.layer_weights import CURVES, LayerWeights
 
 
 def test_the_published_decay_is_tencents_formula() -> None:

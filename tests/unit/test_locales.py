@@ -24,7 +24,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from hydit_core.config import SamplingDefaults
+from hydit_core.facts import SamplingDefaults
 from hydit_core.lora.adapter import Adapter, Patch
 from hydit_core.presets import size_advice
 from hydit_core.text.features import PromptReport, TokenReport

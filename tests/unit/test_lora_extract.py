@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import TINY, randomize
 
-from hydit_core.config import DiTConfig, ModelInfo
 from hydit_core.embedded import ASSETS
 from hydit_core.errors import ConfigError, LoraError, WeightsError
-from hydit_core.lora import formats
+from hydit_core.facts import ModelInfo
+from hydit_core.layer_weights import LayerWeights
+from hydit_core.lora import reading, writing
 from hydit_core.lora.__main__ import main
 from hydit_core.lora.adapter import Adapter, Patch
 from hydit_core.lora.blocks import BlockWeights
@@ -24,10 +25,10 @@ from hydit_core.lora.merge import apply, merge_files
 from hydit_core.lora.output_cli import lowest
 from hydit_core.lora.summary import plot
 from hydit_core.lora.weighted import weighted
+from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
-from hydit_core.model.layer_weights import LayerWeights
 from hydit_core.weights.convert import convert
-from hydit_core.weights.load import save_checkpoint
+from hydit_core.weights.save import save_checkpoint
 
 SHAPES = {
     "dit.blocks.0.attn1.Wqkv": (192, 64),
@@ -204,7 +205,7 @@ def test_extract_then_merge_gives_the_tuned_weights_back(pair, tmp_path: Path) -
     assert {name.removeprefix("dit.") for name in done.left_out} == norms and norms
     key = sorted(norms)[0]
     assert done.left_out[f"dit.{key}"] == pytest.approx(float((after[key] - before[key]).norm()))
-    formats.write(done.adapter, tmp_path / "lora.safetensors")
+    writing.write(done.adapter, tmp_path / "lora.safetensors")
     merge_files(base, [(tmp_path / "lora.safetensors", 1.0)], tmp_path / "again.safetensors")
     found = load_file(tmp_path / "again.safetensors")
     for key in before.keys() - norms:
@@ -250,7 +251,7 @@ def test_what_cannot_be_extracted(pair, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "other.safetensors", dit=other.state_dict(), info=ModelInfo.published("v1.2"))
     with pytest.raises(LoraError, match=r"is no tuned .*blocks\.0\.mlp\.fc1\.bias: \(64,\) and \(128,\)"):
         extract(tmp_path / "other.safetensors", base, 4)
-    formats.write(lora(1, 1), tmp_path / "lora.safetensors")
+    writing.write(lora(1, 1), tmp_path / "lora.safetensors")
     with pytest.raises(WeightsError, match="is a HunyuanDiT LoRA"):
         extract(tuned, tmp_path / "lora.safetensors", 4)
 
@@ -262,7 +263,7 @@ def test_command_lines(pair, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     said, expected = capsys.readouterr().out, extract(tuned, base, 5)
     assert f"energy kept at rank 5: {expected.energy:.4%}" in said and "left out: " in said
     model, state = randomize(DiT(TINY), 1), load_file(tuned)
-    apply(formats.read(out), model)
+    apply(reading.read(out), model)
     key = "blocks.0.mlp.fc1.weight"
     close(
         model.state_dict()[key], load_file(base)[key] + expected.adapter.modules[f"dit.{key[:-7]}"][0].delta()
@@ -271,11 +272,11 @@ def test_command_lines(pair, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     folder = tmp_path / "folder"
     assert main(["combine", f"{out}:0.5", f"{out}:0.25", "-o", str(folder), "--rank", "4"]) == 0
     assert "energy kept at rank 4: " in capsys.readouterr().out
-    assert (folder / "adapter_config.json").is_file() and formats.read(folder).ranks() == [4]
+    assert (folder / "adapter_config.json").is_file() and reading.read(folder).ranks() == [4]
     both = tmp_path / "both.safetensors"
     assert main(["combine", f"{out}:0.5", f"{out}:0.25", "-o", str(both)]) == 0
     assert "exact" in capsys.readouterr().out
-    (patch,) = formats.read(both).modules[f"dit.{key[:-7]}"]
+    (patch,) = reading.read(both).modules[f"dit.{key[:-7]}"]
     close(patch.delta(), 0.75 * expected.adapter.modules[f"dit.{key[:-7]}"][0].delta())
     assert main(["extract", str(base), str(base), "-o", str(out), "--overwrite", "--rank", "5"]) == 2
     assert "nothing that a LoRA could hold" in capsys.readouterr().err
@@ -285,8 +286,8 @@ def test_combining_with_block_weights_is_merging_with_them(pair, tmp_path: Path)
     """The combined file merged at 1, against both files merged with the weights."""
     base, _ = pair
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    formats.write(lora(3, 1, 0.1), one)
-    formats.write(lora(2, 2, 0.2), two)
+    writing.write(lora(3, 1, 0.1), one)
+    writing.write(lora(2, 2, 0.2), two)
     numbers = ", ".join(["0.5", "0", *["1"] * (TINY.depth - 2)])
     given = ["--block-weights", "decay(0.5)", "--block-weights", numbers]
     files = [f"{one}:0.5", f"{two}:-2"]
@@ -299,16 +300,16 @@ def test_combining_with_block_weights_is_merging_with_them(pair, tmp_path: Path)
         close(found[key], value)
     changed = {key for key in before if not torch.equal(before[key], found[key])}
     assert changed == {f"{name.removeprefix('dit.')}.weight" for name in SHAPES}
-    adapter = formats.read(done)
+    adapter = reading.read(done)
     assert adapter.modules["dit.blocks.1.mlp.fc2"][0].rank == 3  # what weighs 0 is left out
     assert json.loads(adapter.metadata["hydit.combined"]) == [
         {"lora": "one", "strength": 0.5, "block_weights": "decay(0.5)"},
         {"lora": "two", "strength": -2.0, "block_weights": numbers},
     ]
-    whole = combine([(formats.read(one), 0.5)], block_weights="0.5").adapter
+    whole = combine([(reading.read(one), 0.5)], block_weights="0.5").adapter
     for name in SHAPES:
         share = 0.25 if "blocks" in name else 0.5
-        close(whole.modules[name][0].delta(), total(name, (formats.read(one), share)))
+        close(whole.modules[name][0].delta(), total(name, (reading.read(one), share)))
 
 
 def test_block_weights_that_cannot_be_combined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +329,7 @@ def test_block_weights_that_cannot_be_combined(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(LoraError, match="no strength but 1"):
         weighted(dora, 0.5, BlockWeights())
     assert weighted(dora, 1.0, BlockWeights.parse("decay")).modules == dora.modules
-    formats.write(lora(1, 1), tmp_path / "one.safetensors")
+    writing.write(lora(1, 1), tmp_path / "one.safetensors")
     twice = ["combine", *[str(tmp_path / "one.safetensors")] * 3, "-o", str(tmp_path / "out.safetensors")]
     assert main([*twice, "--block-weights", "1", "--block-weights", "1"]) == 2
     assert "--block-weights is given 2 times for 3 LoRAs" in capsys.readouterr().err
@@ -337,7 +338,7 @@ def test_block_weights_that_cannot_be_combined(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_depth_of_known_models() -> None:
     """Curves need none to be given where the dimensions are a known model's."""
-    style = formats.read(next((ASSETS / "lora").glob("*.safetensors")))
+    style = reading.read(next((ASSETS / "lora").glob("*.safetensors")))
     done = combine([(style, 1.0)], block_weights="only-late").adapter
     assert {name.split(".")[2] for name in done.modules if ".blocks." in name} == {"3", "4", "5"}
     down, up = torch.ones(1, 1408), torch.ones(1408, 1)
@@ -353,7 +354,7 @@ def test_the_depth_of_known_models() -> None:
 def test_a_strength_is_finite(pair, tmp_path: Path, capsys, strength: str) -> None:
     base, _ = pair
     one, out = tmp_path / "one.safetensors", tmp_path / "out.safetensors"
-    formats.write(lora(1, 1), one)
+    writing.write(lora(1, 1), one)
     for command in (["combine"], ["merge", str(base)]):
         assert main([*command, f"{one}:{strength}", "-o", str(out)]) == 2
         assert f"strength {strength} of one: use a finite number" in capsys.readouterr().err

@@ -20,8 +20,9 @@ from hydit_core.errors import HyditError, LoraError
 from hydit_core.lora.__main__ import main
 from hydit_core.lora.adapter import changed, module_shapes
 from hydit_core.lora.extract import combine
-from hydit_core.lora.formats import FORMATS, from_tensors, read, to_tensors, write
+from hydit_core.lora.reading import from_tensors, read
 from hydit_core.lora.summary import describe, plot
+from hydit_core.lora.writing import FORMATS, to_tensors, write
 from hydit_core.model.dit import DiT
 
 WIDTH = TINY.hidden_size

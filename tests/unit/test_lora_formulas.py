@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 from tiny import TINY, randomize
 from torch import Tensor
 
-from hydit_core.config import ModelInfo
 from hydit_core.errors import HyditError, LoraError
+from hydit_core.facts import ModelInfo
 from hydit_core.lora.__main__ import main
 from hydit_core.lora.adapter import Adapter, Patch, changed
 from hydit_core.lora.extract import combine
-from hydit_core.lora.formats import from_tensors, read
 from hydit_core.lora.fuse import fused
 from hydit_core.lora.merge import apply
+from hydit_core.lora.reading import from_tensors, read
 from hydit_core.lora.summary import describe, plot
 from hydit_core.model.dit import DiT
-from hydit_core.weights.load import save_checkpoint
+from hydit_core.weights.save import save_checkpoint
 
 WIDTH = TINY.hidden_size
 FC1, FINAL = "blocks.1.mlp.fc1", "final_layer.adaLN_modulation.1"

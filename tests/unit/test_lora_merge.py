@@ -16,18 +16,19 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY, randomize
 from workflow_files import backward, linked, overlaps
 
-from hydit_core import generate
-from hydit_core.config import DiTConfig, ModelInfo
 from hydit_core.errors import ConfigError, LoraError, WeightsError
-from hydit_core.lora import formats
+from hydit_core.facts import ModelInfo
+from hydit_core.generate import __main__ as generate
+from hydit_core.lora import reading, writing
 from hydit_core.lora.adapter import Adapter, Patch
 from hydit_core.lora.blocks import BlockWeights
 from hydit_core.lora.merge import apply, merge_files
+from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
-from hydit_core.png import read_parameters
+from hydit_core.pictures.png import read_parameters
 from hydit_core.weights.convert import convert
-from hydit_core.weights.load import save_checkpoint
 from hydit_core.weights.parts import bundle
+from hydit_core.weights.save import save_checkpoint
 
 TARGETS = ("attn1.Wqkv", "attn1.out_proj", "attn2.q_proj", "attn2.kv_proj", "attn2.out_proj")
 pytestmark = pytest.mark.filterwarnings("ignore:.*far (below|above)")
@@ -134,7 +135,7 @@ def test_in_memory_as_peft(options: dict, tmp_path: Path) -> None:
                 parameter.mul_(1 + torch.rand(parameter.shape, generator=generator))
     theirs.save_pretrained(tmp_path)
     merged = theirs.merge_and_unload().state_dict()
-    match = apply(formats.read(tmp_path), base)
+    match = apply(reading.read(tmp_path), base)
     assert len(match.matched) == 5 * TINY.depth + 1 and not match.unmatched
     for key, value in base.state_dict().items():
         torch.testing.assert_close(value, merged[key], atol=1e-6 * float(value.abs().max()), rtol=0)
@@ -220,7 +221,7 @@ def test_the_file_says_what_went_in(full_names, tmp_path: Path) -> None:
     lora = folder / "lora.safetensors"
     steps: list[tuple[int, int]] = []
     merge_files(folder / "base.safetensors", [(lora, 0.25)], one, progress=lambda *step: steps.append(step))
-    named = Adapter(formats.read(lora).modules, "mine", metadata={"hydit.trigger": "icn"})
+    named = Adapter(reading.read(lora).modules, "mine", metadata={"hydit.trigger": "icn"})
     done = merge_files(one, [(named, -1.0)], two, block_weights="decay(0.9)")
     merged = bundle(two, only=("dit",)).metadata
     first = {"lora": "lora", "strength": 0.25, "modules": 201}
@@ -265,7 +266,7 @@ def test_errors_leave_everything_as_it_was(full_names, tmp_path: Path) -> None:
     before = copy.deepcopy(model.state_dict())
     save_file(low_rank(targets(before)), tmp_path / "tiny.safetensors")
     with pytest.raises(LoraError, match="which fp16 does not hold"):
-        apply(formats.read(tmp_path / "tiny.safetensors"), model, 1e8)
+        apply(reading.read(tmp_path / "tiny.safetensors"), model, 1e8)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -321,7 +322,7 @@ def test_a_lora_that_is_mostly_of_another_model(
             )
             assert "--partial" in said.err and said.err.count("\n") == 1
     with pytest.raises(LoraError, match="1 of its 9 modules"):
-        apply(formats.read(path), randomize(DiT(TINY), 1))
+        apply(reading.read(path), randomize(DiT(TINY), 1))
     before = out.read_bytes()
     assert lora_cli("merge", base, path, "-o", out, "--overwrite", "--partial") == 0
     assert "8 of 9 modules, not dit.blocks.99.attn1.Wqkv" in capsys.readouterr().out
@@ -380,7 +381,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def test_generate_with_a_lora(draw, tiny_model_file: Path, tmp_path: Path) -> None:
     adapter, file = whole_adapter(tiny_model_file), tmp_path / "style.safetensors"
-    formats.write(adapter, file)
+    writing.write(adapter, file)
     code, said, path = draw("--lora", f"{file}:0.5", "--lora-block-weights", "decay(0.9)")
     assert code == 0 and f"LoRA style.safetensors: {len(adapter.modules)} of" in said
     assert "trigger words: icn" in said
@@ -420,7 +421,7 @@ def test_generate_with_a_lora(draw, tiny_model_file: Path, tmp_path: Path) -> No
 
 def test_generate_says_what_is_wrong_with_a_lora(draw, tiny_model_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "style.safetensors"
-    formats.write(whole_adapter(tiny_model_file), file)
+    writing.write(whole_adapter(tiny_model_file), file)
     for options, message in (
         (["--lora-block-weights", "1"], "--lora-block-weights needs --lora"),
         (["--lora", f"{file}:11"], "strength 11: use -10 to 10"),
@@ -433,7 +434,7 @@ def test_generate_says_what_is_wrong_with_a_lora(draw, tiny_model_file: Path, tm
     odd = whole_adapter(tiny_model_file)
     patch = odd.modules["dit.blocks.0.attn1.Wqkv"]
     odd.modules |= {"dit.blocks.7.attn1.Wqkv": patch, "dit.other": patch}
-    formats.write(odd, tmp_path / "odd.safetensors")
+    writing.write(odd, tmp_path / "odd.safetensors")
     code, said, path = draw("--lora", tmp_path / "odd.safetensors")
     assert code == 2 and "2 of its 6 modules for the DiT are not in" in said and not path.exists()
     assert draw("--lora", tmp_path / "odd.safetensors", "--partial")[0] == 0

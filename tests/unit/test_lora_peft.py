@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY, randomize
 from torch import Tensor, nn
 
-from hydit_core.config import DIT_G2_V11, DiTConfig
 from hydit_core.errors import LoraError
 from hydit_core.lora.adapter import changed
 from hydit_core.lora.extract import combine
-from hydit_core.lora.formats import FORMATS, from_tensors, read, to_tensors, write
 from hydit_core.lora.merge import apply
+from hydit_core.lora.reading import from_tensors, read
 from hydit_core.lora.summary import describe
+from hydit_core.lora.writing import FORMATS, to_tensors, write
+from hydit_core.model.config import DIT_G2_V11, DiTConfig
 from hydit_core.model.dit import DiT
 
 ATTENTION = ["Wqkv", "q_proj", "kv_proj", "out_proj"]

@@ -10,10 +10,19 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from hydit_core.config import DiffusionConfig
-from hydit_core.diffusion import Schedule, diffusion_loss, sample_timesteps, training_noise
-from hydit_core.diffusion.losses import TIMESTEP_KINDS, WEIGHTINGS, loss_weight, training_target, v_target
+from hydit_core.diffusion.losses import (
+    TIMESTEP_KINDS,
+    WEIGHTINGS,
+    diffusion_loss,
+    loss_weight,
+    sample_timesteps,
+    training_noise,
+    training_target,
+    v_target,
+)
+from hydit_core.diffusion.schedule import Schedule
 from hydit_core.errors import ConfigError
+from hydit_core.facts import DiffusionConfig
 
 TIMESTEPS = torch.tensor([0, 1, 2, 17, 250, 417, 801, 998, 999])
 SHAPE = (len(TIMESTEPS), 4, 6, 5)

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from tiny_models import encode, inputs, randomize, tiny
 from torch import nn
 
-from hydit_core import config as presets
-from hydit_core.model import Context, ControlNet, DiT, combine_controls, sdpa
+from hydit_core.model import config as presets
+from hydit_core.model.attention import sdpa
+from hydit_core.model.controlnet import ControlNet, combine_controls
+from hydit_core.model.dit import Context, DiT
 
 SIZE = (8, 12)
 

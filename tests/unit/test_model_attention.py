@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from tiny_models import encode, inputs, randomize, tiny
 
-from hydit_core.model import DiT, attention, sdpa
+from hydit_core.model import attention
+from hydit_core.model.attention import sdpa
+from hydit_core.model.dit import DiT
 
 
 def tensors(n: int, m: int, head_dim: int, dtype: torch.dtype, batch: int = 2, heads: int = 5):

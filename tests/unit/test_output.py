@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY, randomize
 
-from hydit_core.config import ModelInfo
 from hydit_core.errors import WeightsError
-from hydit_core.lora import formats
+from hydit_core.facts import ModelInfo
+from hydit_core.lora import reading, writing
 from hydit_core.lora.__main__ import main as lora_main
 from hydit_core.model.dit import DiT
 from hydit_core.weights.__main__ import main as weights_main
 from hydit_core.weights.convert import convert
-from hydit_core.weights.load import save_checkpoint
 from hydit_core.weights.output import check_output
+from hydit_core.weights.save import save_checkpoint
 
 
 def lora_file(path: Path, seed: int) -> Path:
@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(folder / "tuned.safetensors", dit=tuned, info=ModelInfo.published("v1.2"))
     for number, name in enumerate("ab"):
         lora_file(folder / f"{name}.safetensors", number)
-    formats.write(formats.read(folder / "a.safetensors"), folder / "peft", format="peft")
+    writing.write(reading.read(folder / "a.safetensors"), folder / "peft", format="peft")
     convert(folder / "base.safetensors", folder / "pipe", layout="diffusers")
     return folder
 
@@ -203,12 +203,12 @@ def test_shards_and_odd_places(tmp_path: Path) -> None:
 def test_in_python_too(place: Path) -> None:
     """What was read knows its files, so no door leads onto them."""
     a = place / "a.safetensors"
-    adapter = formats.read(a)
+    adapter = reading.read(a)
     with pytest.raises(WeightsError, match="the input itself"):
-        formats.write(adapter, a, overwrite=True)
+        writing.write(adapter, a, overwrite=True)
     with pytest.raises(WeightsError, match="exists"):
-        formats.write(adapter, place / "b.safetensors")
-    formats.write(adapter, place / "b.safetensors", overwrite=True)
+        writing.write(adapter, place / "b.safetensors")
+    writing.write(adapter, place / "b.safetensors", overwrite=True)
     assert torch.equal(*(load_file(p)["diffusion_model.blocks.0.attn1.Wqkv.lora_up.weight"] for p in
                          (a, place / "b.safetensors")))  # fmt: skip
 

@@ -17,8 +17,9 @@ from tiny import DEFAULTS, TINY_V11, write_tiny_model
 
 import hydit_core
 from hydit_core import ConfigError, HyditError, load
-from hydit_core.config import NEGATIVE_PROMPT
-from hydit_core.devices import choose_device, choose_dtype
+from hydit_core.devices import choose_device
+from hydit_core.dtypes import choose_dtype
+from hydit_core.facts import NEGATIVE_PROMPT
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hydit_core.errors import DataError
-from hydit_core.png import png_info, read_parameters
+from hydit_core.pictures.png import png_info, read_parameters
 
 FACTS = {"prompt": "红苹果", "width": 8, "height": 8, "steps": 3, "seed": 2**64 - 1}
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from hydit_core.model import apply_rope, rope_table
 from hydit_core.model.embeddings import timestep_embedding
+from hydit_core.model.rope import apply_rope, rope_table
 
 HEAD_DIM = 88
 

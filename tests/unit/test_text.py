@@ -13,11 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import TEXT, TINY, bert_vocab, randomize, spiece_model
 
-from hydit_core.config import ModelInfo
 from hydit_core.errors import ConfigError, HyditError, WeightsError
+from hydit_core.facts import ModelInfo
 from hydit_core.model.dit import DiT
-from hydit_core.text import TextEncoders, TextFeatures, Tokenizers, load_text_encoders
-from hydit_core.weights.load import parts, save_checkpoint
+from hydit_core.text.encoders import TextEncoders
+from hydit_core.text.features import TextFeatures
+from hydit_core.text.loading import load_text_encoders
+from hydit_core.text.tokenizers import Tokenizers
+from hydit_core.weights.parts import parts
+from hydit_core.weights.save import save_checkpoint
 
 LENGTHS = {"text_len": 12, "t5_len": 16}
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

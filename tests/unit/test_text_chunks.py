@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tiny import bert_vocab, spiece_model
 
 from hydit_core.errors import WeightsError
-from hydit_core.text import Tokenizers
 from hydit_core.text.chunks import piece_starts, split
 from hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
+from hydit_core.text.tokenizers import Tokenizers
 from hydit_core.weights.parts import Parts, bundle
 
 VOCAB = bert_vocab().decode().splitlines()

@@ -18,11 +18,10 @@ import torch
 from torch import nn
 from train_setup import records
 
-from hydit_core.data import Batch
+from hydit_core.data.dataset import Batch
 from hydit_core.diffusion.losses import LossTerms
-from hydit_core.model.attention import attention_by_products, sdpa
-from hydit_core.train import attention
-from hydit_core.train.attention import training_attention
+from hydit_core.model import attention
+from hydit_core.model.attention import attention_by_products, sdpa, training_attention
 from hydit_core.train.config import TrainConfig
 from hydit_core.train.distributed import Processes
 from hydit_core.train.loop import Trainer

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from tiny import TINY, TINY_V11, write_tiny_model
 from train_setup import SHORT_RUN, records, run_training, write_run
 
-from hydit_core.data import DataConfig, canny, open_dataset
+from hydit_core.data.config import DataConfig
+from hydit_core.data.dataset import open_dataset
 from hydit_core.diffusion.losses import diffusion_loss
 from hydit_core.errors import ConfigError, DataError
+from hydit_core.images import canny
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.train.config import load_config
 from hydit_core.train.draws import TrainingDraws
@@ -210,8 +212,8 @@ def test_continuing_a_controlnet(config: Path, finished: Path, tmp_path: Path) -
 def test_a_controlnet_of_other_dimensions_is_refused(config: Path, tmp_path: Path) -> None:
     net = ControlNet(TINY_V11.__class__(**{**TINY.to_dict(), "hidden_size": 32}))
     net.initialize(torch.Generator().manual_seed(0))
-    from hydit_core.config import ModelInfo
-    from hydit_core.weights.load import save_checkpoint
+    from hydit_core.facts import ModelInfo
+    from hydit_core.weights.save import save_checkpoint
 
     path = tmp_path / "other.safetensors"
     save_checkpoint(path, dit=net.state_dict(), info=ModelInfo.published("v1.2"))

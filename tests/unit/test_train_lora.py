@@ -17,7 +17,7 @@ from torch import nn
 from train_setup import SHORT_RUN, command_line, records, run_training, write_run
 
 from hydit_core.errors import ConfigError, DataError, HyditError
-from hydit_core.lora import formats
+from hydit_core.lora import reading
 from hydit_core.lora.adapter import changed
 from hydit_core.model.dit import DiT
 from hydit_core.train import distributed
@@ -25,10 +25,10 @@ from hydit_core.train.adapters import adapter_parameters, find_targets
 from hydit_core.train.config import LoraSection, load_config
 from hydit_core.train.draws import TrainingDraws
 from hydit_core.train.dryrun import describe
-from hydit_core.train.frozen import OPERATIONS, FrozenLinear, dense, store, stored_bytes
 from hydit_core.train.launch import make_objective, open_data, prepare_data
 from hydit_core.train.loop import Trainer
 from hydit_core.train.parts import build
+from hydit_core.weights.frozen import OPERATIONS, FrozenLinear, dense, store, stored_bytes
 
 
 def write_lora_run(folder: Path, model: Path) -> Path:
@@ -129,7 +129,7 @@ def test_attention_is_what_published_loras_change() -> None:
 
 
 def test_both_exports_hold_what_was_trained(finished: Path, tiny_model_file: Path) -> None:
-    comfy, peft = formats.read(finished / "lora.safetensors"), formats.read(finished / "lora")
+    comfy, peft = reading.read(finished / "lora.safetensors"), reading.read(finished / "lora")
     assert comfy.parts() == {"dit", "bert", "t5"}
     assert set(comfy.modules) == set(peft.modules)
     assert len([name for name in comfy.modules if name.startswith("dit.")]) == 5 * TINY.depth + 1
@@ -173,7 +173,7 @@ def test_the_file_does_what_the_trained_model_does(config: Path, tmp_path: Path,
 
     merged = build(load_config(config)).dit
     with torch.no_grad():
-        for name, patches in formats.read(tmp_path / "lora.safetensors").modules.items():
+        for name, patches in reading.read(tmp_path / "lora.safetensors").modules.items():
             layer = merged.get_submodule(name.removeprefix("dit."))
             layer.weight = nn.Parameter(changed(layer.weight.float(), patches))
     base.module.dit = merged
@@ -392,8 +392,8 @@ def test_continuing_a_lora(config: Path, finished: Path, tmp_path: Path) -> None
                 config, *wide, f"lora.init_from={finished / source}", f"lora.alpha={alpha}"
             )
             objective.export(tmp_path / "again.safetensors", dtype=torch.float32, all_in_one=False, extra={})
-            before = formats.read(finished / "lora.safetensors").modules
-            after = formats.read(tmp_path / "again.safetensors").modules
+            before = reading.read(finished / "lora.safetensors").modules
+            after = reading.read(tmp_path / "again.safetensors").modules
             assert set(before) == set(after)
             for name in before:
                 assert torch.allclose(before[name][0].delta(), after[name][0].delta(), atol=1e-7)

@@ -47,7 +47,7 @@ def test_the_loss_is_that_of_the_mask(config: Path, cached: bool) -> None:
     parts = build(settings)
     data = open_data(settings)
     if cached:
-        from hydit_core.data import build_latent_cache, open_latent_cache
+        from hydit_core.data.cache.latents import build_latent_cache, open_latent_cache
 
         folder = config.parent / "cache"
         build_latent_cache(data, parts.vae, folder=folder)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from train_setup import records, run_training, tiny_vae, write_run
 
-from hydit_core.config import ModelInfo
+from hydit_core.facts import ModelInfo
 from hydit_core.train.config import load_config
 from hydit_core.train.draws import validation_draws
 from hydit_core.train.dryrun import describe

@@ -16,7 +16,7 @@ from tiny import bert_vocab, spiece_model
 
 from hydit_core.diffusion.losses import LossTerms
 from hydit_core.errors import HyditError
-from hydit_core.text import Tokenizers
+from hydit_core.text.tokenizers import Tokenizers
 from hydit_core.train.conditioning import caption_fits
 from hydit_core.train.distributed import Processes
 from hydit_core.train.draws import validation_draws

@@ -18,7 +18,7 @@ from line_run import line_trainer, names
 from safetensors.torch import load_file
 from train_setup import command_line, records, run_training, write_run
 
-from hydit_core.data import cache
+from hydit_core.data.cache import latents as cache
 from hydit_core.errors import DataError
 from hydit_core.train import stopping
 from hydit_core.train.config import load_config

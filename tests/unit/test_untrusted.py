@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from hydit_core.errors import ConfigError, DataError, HyditError, PrintableOutput, cli_main, printable
-from hydit_core.png import read_parameters
+from hydit_core.pictures.png import read_parameters
 from hydit_core.untrusted import parse_json, parse_toml, read_json, read_toml
 
 BAD_JSON = {

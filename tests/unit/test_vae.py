@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import save_file
 from tiny import randomize
 
-from hydit_core.config import ModelInfo
 from hydit_core.errors import HyditError, WeightsError
+from hydit_core.facts import ModelInfo
 from hydit_core.vae import VAE, load_vae
 from hydit_core.weights.vae_layout import diffusers_to_ldm
 

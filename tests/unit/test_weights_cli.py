@@ -16,12 +16,16 @@ from key_lists import key_list, sparse_safetensors
 from tiny import TINY, bert_vocab, spiece_model, write_tiny_model
 from tiny_models import randomize, tiny
 
-from hydit_core.config import METADATA_KEY, DiTConfig, ModelInfo
-from hydit_core.model import ControlNet, DiT
+from hydit_core.facts import METADATA_KEY, ModelInfo
+from hydit_core.model.config import DiTConfig
+from hydit_core.model.controlnet import ControlNet
+from hydit_core.model.dit import DiT
 from hydit_core.weights.__main__ import main
 from hydit_core.weights.convert import convert
 from hydit_core.weights.files import SafetensorsSource, open_tensors, save_safetensors
-from hydit_core.weights.load import load_dit, parts, save_checkpoint
+from hydit_core.weights.load import load_dit
+from hydit_core.weights.parts import parts
+from hydit_core.weights.save import save_checkpoint
 
 
 def run(capsys, *args: object) -> tuple[int, str, str]:

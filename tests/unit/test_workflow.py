@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from workflow_files import backward, linked, overlaps
 
 import hydit_core
-from hydit_core.data.images import Geometry, load_picture
 from hydit_core.embedded import embedded_controlnets, embedded_model
-from hydit_core.generate import main
-from hydit_core.png import read_parameters
-from hydit_core.redraw import list_name, redraw
-from hydit_core.workflow import KINDS, PACK, Graph, Kind, literal
+from hydit_core.generate.__main__ import main
+from hydit_core.images import Geometry, load_picture
+from hydit_core.pictures.png import read_parameters
+from hydit_core.pictures.redraw import list_name, redraw
+from hydit_core.pictures.workflow import KINDS, PACK, Graph, Kind, literal
 
 FACTS = {
     "prompt": "红 apple", "negative": "", "seed": 7, "steps": 4, "sampler": "euler", "spacing": "trailing",

@@ -21,7 +21,7 @@ from workflow_files import (
     read,
 )
 
-from hydit_core.workflow import CORE, PACK
+from hydit_core.pictures.workflow import CORE, PACK
 
 NAMES = {
     "hydit_text_to_image_embedded", "hydit_text_to_image_v1.2", "hydit_split_files", "hydit_image_to_image",

@@ -1,4 +1,4 @@
-// Texts of layer weights, read as hydit_core/model/layer_weights.py reads them. Knows nothing of the page.
+// Texts of layer weights, read as hydit_core/layer_weights.py reads them. Knows nothing of the page.
 
 /** The bars' range. Text may hold any number. */
 export const MIN = 0;

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from .entry import PictureFile
 
 _OPEN_FILES = 64
 _CHECK = Path(__file__).with_name("table_check.py")
@@ -154,9 +153,9 @@ class Table:
                             found[place][name] = value
         return found
 
-    def pictures(self, column: str, rows: range | np.ndarray) -> list[PictureFile | str | None]:
-        """What stands in a column of pictures: a picture, the path of one, or nothing."""
-        found: list[PictureFile | str | None] = [PictureFile(self.path, int(row), column) for row in rows]
+    def pictures(self, column: str, rows: range | np.ndarray) -> list[int | str | None]:
+        """What stands in a column of pictures: the number of a row that holds one, a path, or nothing."""
+        found: list[int | str | None] = [int(row) for row in rows]
         with _reading(self.path):
             for group, places in self._by_group(rows):
                 if self._all_embedded(group, column):
@@ -277,3 +276,11 @@ def open_table(path: Path) -> Table:
 @lru_cache(maxsize=_OPEN_FILES)
 def _open_table(path: Path, size: int, changed: int) -> Table:
     return Table(path)
+
+
+def read_cell(path: Path, row: int, column: str) -> bytes:
+    """The encoded picture in one cell. Raises :class:`DataError` if it is empty or the file is unreadable."""
+    content = open_table(path).cell(row, column)
+    if not content:
+        raise DataError(f"{path}, row {row}: column {column} holds no picture")
+    return content

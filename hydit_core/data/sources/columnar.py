@@ -113,7 +113,7 @@ def _entries(source: SourceConfig, path: Path, rows: np.ndarray | None = None) -
         found = table.values([name for name in plain if name not in embedded], chunk)
         for name in embedded:
             for row, picture in zip(found, table.pictures(name, chunk), strict=True):
-                row[name] = picture
+                row[name] = PictureFile(path, picture, name) if isinstance(picture, int) else picture
         for number, row in zip(chunk, found, strict=True):
             if row[image_field] is None and image_field in embedded:
                 # Unreadable, which may be allowed: reading it will say that it is empty.
@@ -137,11 +137,3 @@ def _columns(table: Table, wanted: Sequence[str | None], expected: tuple[tuple[s
                 "another column, or convert it"
             )
     return present
-
-
-def read_cell(path: Path, row: int, column: str) -> bytes:
-    """The encoded picture in one cell. Raises :class:`DataError` if it is empty or the file is unreadable."""
-    content = open_table(path).cell(row, column)
-    if not content:
-        raise DataError(f"{path}, row {row}: column {column} holds no picture")
-    return content

@@ -26,7 +26,7 @@ class PictureFile:
     def read(self) -> bytes:
         """The picture as it is stored. Raises :class:`DataError` naming it if it cannot be read."""
         if self.row >= 0:
-            from .columnar import read_cell
+            from .arrow_table import read_cell
 
             return read_cell(self.path, self.row, self.column)
         try:

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ConfigError, DataError
-from .cache import cache_folder
-from .config import DataConfig
+from ...errors import ConfigError, DataError
+from ..config import DataConfig
+from ..rows import Rows
 from .fingerprints import Progress, module_hash
+from .latents import cache_folder
 from .store import TensorStore, content_key
 
 if TYPE_CHECKING:
-    from ..text import TextEncoders, TextFeatures
-    from .dataset import TrainData
+    from ...text.encoders import TextEncoders
+    from ...text.features import TextFeatures
 
 _PARTS = ("bert", "bert_mask", "t5", "t5_mask")
 
@@ -55,7 +56,7 @@ class TextCache:
 
         Raises :class:`DataError` if the encoders, whose weights have been given back, would be needed for it.
         """
-        from ..text import TextFeatures
+        from ...text.features import TextFeatures
 
         keys = self.keys(text)
         if self.store.contains(keys).all():
@@ -71,7 +72,7 @@ class TextCache:
 
 
 def build_text_cache(
-    data: TrainData,
+    data: Rows,
     encoders: TextEncoders,
     progress: Progress | None = None,
     *,

@@ -6,23 +6,19 @@ for programs; ``workflow`` and ``prompt`` are what ComfyUI looks for in a pictur
 
 from __future__ import annotations
 
-import io
 import json
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from .errors import DataError
-from .untrusted import parse_json
+from ..errors import DataError
+from ..images import png_head
+from ..untrusted import parse_json
 
 FORMAT = 1
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_HEAD = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-_LONGEST_CHUNK = 1 << 24
 # Names in the `parameters` line, in its customary order.
 _LINE = {
     "steps": "Steps",
@@ -79,35 +75,3 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
             f"{path}: carries no `hydit` chunk; it was not written by hydit, or was re-saved without it"
         )
     return parse_json(text, f"{path}: chunk 'hydit'", error=DataError)
-
-
-def png_head(file: BinaryIO) -> BinaryIO | None:
-    """A PNG without its pixels, for Pillow to open: chunks behind them are found without decoding.
-
-    None, with ``file`` at its start again, for what is no PNG. Chunks of more than 16 MB are left out.
-    """
-    if file.read(len(_SIGNATURE)) != _SIGNATURE:
-        file.seek(0)
-        return None
-    return io.BytesIO(_SIGNATURE + b"".join(_chunks_of_head(file)) + _chunk(b"IEND", b""))
-
-
-def _chunks_of_head(file: BinaryIO) -> Iterator[bytes]:
-    """The chunks of :data:`_HEAD` that follow in ``file``, up to where it breaks off."""
-    behind = False
-    while len(start := file.read(8)) == 8:
-        length, kind = int.from_bytes(start[:4], "big"), start[4:]
-        if kind not in _HEAD or length > _LONGEST_CHUNK:
-            behind |= kind == b"IDAT"
-            file.seek(length + 4, io.SEEK_CUR)
-            continue
-        content, checksum = file.read(length), file.read(4)
-        if len(checksum) < 4:
-            return
-        # Behind the pixels Pillow does not look at the checksum when it decodes.
-        yield _chunk(kind, content) if behind else start + content + checksum
-
-
-def _chunk(kind: bytes, content: bytes) -> bytes:
-    checksum = zlib.crc32(kind + content).to_bytes(4, "big")
-    return len(content).to_bytes(4, "big") + kind + content + checksum

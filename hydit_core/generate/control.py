@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .config import SamplingDefaults
-from .control import ControlInput, check_fit, picture_facts
-from .data.control_images import CANNY_THRESHOLDS, canny, load_control
-from .data.images import Geometry, load_picture
-from .errors import ConfigError
-from .model.layer_weights import CURVES, LayerWeights, read_each, split_weight
-from .new_files import write_new
+from ..control import ControlInput, check_fit, picture_facts
+from ..errors import ConfigError
+from ..facts import SamplingDefaults
+from ..images import CANNY_THRESHOLDS, Geometry, canny, load_control, load_picture
+from ..layer_weights import CURVES, LayerWeights, read_each, split_weight
+from ..new_files import write_new
 
 if TYPE_CHECKING:
-    from .pipeline import Pipeline
-    from .weights.source import TensorSource
+    from ..pipeline import Pipeline
+    from ..weights.source import TensorSource
 
 _WEIGHTS = "--control-weights"
 MAX_STRENGTH = 10
@@ -98,8 +97,8 @@ def look_into(args: argparse.Namespace) -> None:
     """
     if not args.controlnet:
         return
-    from .weights.detect import expect
-    from .weights.parts import open_controlnet
+    from ..weights.detect import expect
+    from ..weights.parts import open_controlnet
 
     for path in files(args):
         source = open_controlnet(path)
@@ -121,8 +120,8 @@ def read(
 
     Raises :class:`HyditError` for files that cannot be read or do not fit the model.
     """
-    from .weights.load import load_controlnet
-    from .weights.parts import open_controlnet
+    from ..weights.load import load_controlnet
+    from ..weights.parts import open_controlnet
 
     controls, facts = [], []
     for index, (text, chosen) in enumerate(zip(args.controlnet, _weights(args), strict=True)):

@@ -16,21 +16,21 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from . import control_cli, lora_cli
-from .config import NEGATIVE_PROMPT, SamplingDefaults
-from .data.config import parse_size
-from .data.images import load_picture
-from .devices import DTYPES
-from .diffusion.samplers import SAMPLERS
-from .diffusion.schedule import SPACINGS
-from .errors import ConfigError, cli_main
-from .new_files import check_name, write_new
-from .pipeline import Picture, Pipeline, load
-from .png import png_info
-from .presets import PRESETS, check_seed
-from .redraw import redraw
-from .untrusted import read_text
-from .weights.output import check_free
+from ..diffusion.samplers import SAMPLERS
+from ..diffusion.schedule import SPACINGS
+from ..dtypes import DTYPES
+from ..errors import ConfigError, cli_main
+from ..facts import NEGATIVE_PROMPT, SamplingDefaults
+from ..images import load_picture, parse_size
+from ..new_files import check_name, write_new
+from ..pictures.png import png_info
+from ..pictures.redraw import redraw
+from ..pipeline import Picture, Pipeline, load
+from ..presets import PRESETS, check_seed
+from ..untrusted import read_text
+from ..weights.output import check_free
+from . import control as control_cli
+from . import lora as lora_cli
 
 VERSIONS = ("v1.0", "v1.1", "v1.2")
 _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}

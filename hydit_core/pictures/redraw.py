@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import embedded
-from .data.images import Geometry, probe
-from .weights.parts import bundle
+from .. import embedded
+from ..images import Geometry, probe
+from ..weights.parts import bundle
 from .workflow import KINDS, Graph, Output
 
 _INNER = ("transformer", "t2i", "controlnet")

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..errors import ConfigError, DataError
-from .config import DataConfig, Size
+from ...errors import ConfigError, DataError
+from ...images import Geometry, Size, to_tensor
+from ..config import DataConfig
+from ..rows import Rows
+from ..sources import source_kind
 from .fingerprints import PictureHashes, Progress, file_hash, module_hash
-from .images import Geometry, to_tensor
-from .sources import source_kind
 from .store import KEY_LENGTH, TensorStore, content_key
 
 if TYPE_CHECKING:
-    from ..vae import VAE
-    from .dataset import TrainData
+    from ...vae import VAE
 
 Entries = dict[int, torch.Tensor]
 """Pixels (3, H, W) by :func:`_entry`."""
@@ -74,7 +74,7 @@ class LatentCache:
     Raises :class:`DataError` for a picture that cannot be read, unless such are to be skipped.
     """
 
-    def __init__(self, data: TrainData, vae: VAE, folder: Path, *, rows: Iterable[int] | None = None) -> None:
+    def __init__(self, data: Rows, vae: VAE, folder: Path, *, rows: Iterable[int] | None = None) -> None:
         config = data.config
         vae_hash = module_hash(vae)
         self.dtype: torch.dtype = getattr(torch, config.cache.dtype)
@@ -95,7 +95,7 @@ class LatentCache:
                 continue  # no key: get() will say that it is absent
         hashes.save()
 
-    def _row_keys(self, data: TrainData, row: int, flip: bool, hashes: PictureHashes) -> list[str]:
+    def _row_keys(self, data: Rows, row: int, flip: bool, hashes: PictureHashes) -> list[str]:
         """The store keys of a row's entries, empty for those that are not wanted; see :func:`_entry`."""
         size = data.sizes[data.bucket_of_row[row]]
         digests = [hashes.of(data.manifest.picture(row))]
@@ -155,13 +155,13 @@ def _entry(flip: bool, control: bool) -> int:
     return flip + 2 * control
 
 
-def open_latent_cache(data: TrainData, vae: VAE, *, folder: Path | None = None) -> LatentCache:
+def open_latent_cache(data: Rows, vae: VAE, *, folder: Path | None = None) -> LatentCache:
     """The cache of all pictures, for ``data.use_latents``; encodes nothing."""
     return LatentCache(data, vae, cache_folder(data.config, folder))
 
 
 def build_latent_cache(
-    data: TrainData,
+    data: Rows,
     vae: VAE,
     progress: Progress | None = None,
     *,
@@ -213,7 +213,7 @@ def _encode(vae: VAE, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _decoded(
-    data: TrainData, cache: LatentCache, missing: np.ndarray, batch_size: int
+    data: Rows, cache: LatentCache, missing: np.ndarray, batch_size: int
 ) -> Iterator[list[tuple[int, Entries]]]:
     """Batches of (row, what it lacks), of one size each; the next one is decoded while one is encoded."""
     rows = np.flatnonzero(missing.any(axis=1))
@@ -235,7 +235,7 @@ def _decoded(
                 ]
 
 
-def _pixels(data: TrainData, cache: LatentCache, row: int, missing: np.ndarray) -> Entries | None:
+def _pixels(data: Rows, cache: LatentCache, row: int, missing: np.ndarray) -> Entries | None:
     """What a row lacks, or None if it is unreadable and to be skipped."""
     file, size = data.manifest.picture(row), data.sizes[data.bucket_of_row[row]]
     entries: Entries = {}

@@ -1,27 +1,16 @@
-"""What a model is (read from shapes) and what its file says about it (read from metadata)."""
+"""The dimensions of a HunyuanDiT, read from its tensors' shapes."""
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
-from . import facts
-from .errors import ConfigError, WeightsError, printable
-from .untrusted import count_numbered, parse_json
-
-METADATA_KEY = "hydit.config"
-METADATA_FORMAT = 1
+from ..errors import ConfigError, WeightsError
+from ..untrusted import count_numbered
 
 SIZE_COND_DIM = 6 * 256
 """Columns of ``extra_embedder`` that the six sizes take: six sinusoids of 256 values."""
-
-NEGATIVE_PROMPT = (
-    "错误的眼睛，糟糕的人脸，毁容，糟糕的艺术，变形，多余的肢体，模糊的颜色，模糊，重复，病态，残缺，"
-)
-"""Default negative prompt of Tencent/HunyuanDiT (``hydit/constants.py``)."""
 
 
 @dataclass(frozen=True)
@@ -170,135 +159,3 @@ DIT_G2_V12 = DiTConfig()
 DIT_G2_V11 = DiTConfig(size_cond=True, style_cond=True)
 DIT_XL2_V12 = DiTConfig(hidden_size=1152, depth=28, mlp_hidden=4608)
 DIT_XL2_V11 = DiTConfig(hidden_size=1152, depth=28, mlp_hidden=4608, size_cond=True, style_cond=True)
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """The noise schedule (scaled linear betas) and what the model predicts; defaults of v1.2.
-
-    Raises :class:`ConfigError` for what is no such schedule (:mod:`.facts`).
-    """
-
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.018
-    prediction: Literal["v", "epsilon", "sample"] = "v"
-
-    def __post_init__(self) -> None:
-        facts.check("diffusion", vars(self))
-        facts.check_betas(self.beta_start, self.beta_end, self.num_train_timesteps)
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """The settings that a model's file recommends; defaults of the published weights."""
-
-    sampler: str = "ddpm"
-    spacing: str = "leading"
-    steps: int = 50
-    cfg: float = 6.0
-    guidance_rescale: float = 0.0
-    width: int = 1024
-    height: int = 1024
-    negative: str = NEGATIVE_PROMPT
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a file's shapes do not tell, stored as JSON in its ``hydit.config`` metadata.
-
-    ``version`` is "v1.0", "v1.1" or "v1.2"; ``variant`` is "", "ema", "module" or "distill"; ``bert``, ``t5``
-    and ``vae`` hold what those parts' shapes do not tell (attention heads, maximum relative distance, norm
-    groups, latent scale, preview colors); ``base`` names the weights that training started from;
-    ``posterior`` is "sample" or "mode", the kind of the VAE's latents that the DiT was trained on, or "".
-
-    Raises :class:`ConfigError` for values that no model can have (:mod:`.facts`): what exists can be written.
-    """
-
-    version: str
-    variant: str = ""
-    pooler_heads: int = 8
-    rope_base: int = 32
-    diffusion: DiffusionConfig = DiffusionConfig()
-    defaults: SamplingDefaults = SamplingDefaults()
-    bert: dict[str, Any] = field(default_factory=dict)
-    t5: dict[str, Any] = field(default_factory=dict)
-    vae: dict[str, Any] = field(default_factory=dict)
-    base: str = ""
-    posterior: Literal["", "sample", "mode"] = ""
-
-    def __post_init__(self) -> None:
-        facts.check("", vars(self))
-        for section in ("bert", "t5", "vae"):
-            facts.check(section, getattr(self, section))
-        facts.check("defaults", vars(self.defaults))
-        most = self.diffusion.num_train_timesteps - (self.defaults.spacing != "trailing")
-        if self.defaults.steps > most:
-            raise ConfigError(
-                f"defaults.steps is {self.defaults.steps}; the schedule has room for {most} with "
-                f"{self.defaults.spacing!r} spacing"
-            )
-
-    @classmethod
-    def published(cls, version: str) -> ModelInfo:
-        """The values of Tencent's published weights of ``version``.
-
-        v1.2 was trained with ``beta_end`` 0.018, earlier versions with 0.03 (Tencent's training scripts).
-        """
-        if version not in facts.VERSIONS:
-            raise ConfigError(f"unknown HunyuanDiT version {version!r}; known are v1.0, v1.1 and v1.2")
-        beta_end = 0.018 if version == "v1.2" else 0.03
-        return cls(version=version, diffusion=DiffusionConfig(beta_end=beta_end))
-
-    def to_json(self) -> str:
-        """The text of the ``hydit.config`` metadata key."""
-        return json.dumps({"format": METADATA_FORMAT, **asdict(self)}, ensure_ascii=False)
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str], *, version: str) -> ModelInfo:
-        """Read a safetensors file's metadata; ``version`` (from the shapes) is used where it says nothing.
-
-        Values that are absent are those that were published for the version. Names that are not known, of a
-        later release or misspelt, are warned of and passed over; a release that changes what a known name
-        means raises the format number.
-
-        Raises :class:`WeightsError` when the text is no JSON object, is in a newer format than ours, or has
-        a value that cannot be meant.
-        """
-        text = metadata.get(METADATA_KEY)
-        if text is None:
-            return cls.published(version)
-        where = f"metadata {METADATA_KEY!r}"
-        values = parse_json(text, where)
-        if type(values.get("format")) is not int or values["format"] < 1:
-            raise WeightsError(f"{where} is not an object with a format number")
-        if values["format"] > METADATA_FORMAT:
-            raise WeightsError(
-                f"{where} has format {values['format']}; this version of hydit reads up to "
-                f"{METADATA_FORMAT}: update hydit"
-            )
-        if names := facts.unknown(values):
-            shown = printable(", ".join(names[:8]))
-            warnings.warn(f"{where}: passed over what is not known here: {shown}", stacklevel=1)
-        try:
-            facts.check("", values)
-            return _merge(cls.published(values.get("version", version)), values)
-        except ConfigError as error:
-            raise WeightsError(f"{where}: {error}") from None
-
-
-def _merge(start: ModelInfo, values: Mapping[str, Any]) -> ModelInfo:
-    """``start`` with those of its fields that ``values`` names."""
-    changes: dict[str, Any] = {name: values[name] for name in facts.RULES[""] if name in values}
-    for section in facts.SECTIONS:
-        inner = values.get(section, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"{section} is {inner!r}; expected an object")
-        known = getattr(start, section)
-        if isinstance(known, dict):
-            changes[section] = inner
-        else:
-            names = {f.name for f in fields(known)}
-            facts.check(section, inner)
-            changes[section] = replace(known, **{name: inner[name] for name in names & inner.keys()})
-    return replace(start, **changes)

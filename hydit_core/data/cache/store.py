@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import DataError, WeightsError
-from ..untrusted import parse_json
-from ..weights.files import open_tensors
-from ..weights.source import TensorSource
-from ..weights.writer import save_safetensors
+from ...errors import DataError, WeightsError
+from ...untrusted import parse_json
+from ...weights.files import open_tensors
+from ...weights.source import TensorSource
+from ...weights.writer import save_safetensors
 
 KEY_LENGTH = 32
 _OPEN_SHARDS = 64

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import DataError
-from ..untrusted import parse_json
-from .sources import PictureFile
+from ...errors import DataError
+from ...untrusted import parse_json
+from ..sources import PictureFile
 
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError
-from ..untrusted import read_json
+from .errors import ConfigError
+from .untrusted import read_json
 
 PUBLISHED_DECAY = 0.825
 """The base of Tencent's example, ``1.0 * 0.825 ** (19 - i)`` for i = 0..18: later layers weigh more."""

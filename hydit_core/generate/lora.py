@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError
-from .model.layer_weights import CURVES, LayerWeights, read_each, split_weight
+from ..errors import ConfigError
+from ..layer_weights import CURVES, LayerWeights, read_each, split_weight
 
 if TYPE_CHECKING:
-    from .lora.adapter import Adapter
-    from .pipeline import Pipeline
+    from ..lora.adapter import Adapter
+    from ..pipeline import Pipeline
 
 MAX_STRENGTH = 10
 """Of HyDiTLoraLoader, in both directions."""
@@ -72,9 +72,9 @@ def read(args: argparse.Namespace) -> list[Adapter]:
     """
     if not args.lora:
         return []
-    from .lora import formats
+    from ..lora import reading
 
-    return [formats.read(path) for path in files(args)]
+    return [reading.read(path) for path in files(args)]
 
 
 def load(

@@ -1,21 +1,32 @@
-"""Pictures of every kind as RGB, and the resize, crop and flip that make them fit a training size."""
+"""Pictures of every kind as RGB, their sizes, and what makes them fit a size: resize, crop and flip."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageColor, TiffImagePlugin, UnidentifiedImageError
 
-from ..errors import DataError
-from ..png import png_head
-from .config import Size
+from .errors import ConfigError, DataError
+
+Size = tuple[int, int]
+"""A picture's (width, height) in pixels."""
+
+SIZE_MULTIPLE = 8
+"""The VAE makes one latent of 8 x 8 pixels, so both sides of every trained size divide by it."""
+MIN_SIDE = 16
+"""Pixels: one latent by itself is nothing that a VAE could normalize."""
+MAX_SIDE = 16384
+"""Pixels: more than any VAE or attention can take."""
+
 
 _ORIENTATION_TAG = 0x0112
 _WIDTH_TAG, _HEIGHT_TAG = 0x0100, 0x0101
@@ -33,6 +44,13 @@ _SWAPPING = (5, 6, 7, 8)
 
 _ASPECT = 0.02
 """How far two aspect ratios may differ and still be one: rounding of a smaller picture's sides."""
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_HEAD = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+_LONGEST_CHUNK = 1 << 24
+_SIZE = re.compile(r"(\d+)\s*[xX×]\s*(\d+)")
+
+CANNY_THRESHOLDS = (100, 200)
+"""Lower and upper threshold of the published canny ControlNets (Tencent/HunyuanDiT)."""
 
 
 class Header(NamedTuple):
@@ -66,6 +84,14 @@ def load_alpha(source: bytes, *, name: str) -> Image.Image | None:
         return picture.convert("RGBA").getchannel("A") if _is_transparent(picture) else None
 
 
+def load_control(source: Path | bytes, *, name: str | None = None) -> Image.Image:
+    """A control picture as RGB: light lines, and what is transparent is the dark ground.
+
+    Raises :class:`DataError` as :func:`load_picture` does.
+    """
+    return load_picture(source, "black", name=name)
+
+
 def probe(source: Path | bytes, *, name: str | None = None) -> Header:
     """What a picture file's header tells, without decoding it.
 
@@ -79,6 +105,24 @@ def probe(source: Path | bytes, *, name: str | None = None) -> Header:
 def probe_size(source: Path | bytes, *, name: str | None = None) -> Size:
     """(width, height) as :func:`load_picture` would return it; see :func:`probe`."""
     return probe(source, name=name).size
+
+
+def parse_size(text: str) -> Size:
+    """Read ``"WxH"`` (width first); raises ValueError for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write width x height, for example '1024x768'")
+    return int(match[1]), int(match[2])
+
+
+def check_size(size: Size) -> Size:
+    """Raise ValueError unless both sides are multiples of 8 from :data:`MIN_SIDE` to :data:`MAX_SIDE`."""
+    if any(not MIN_SIDE <= side <= MAX_SIDE or side % SIZE_MULTIPLE for side in size):
+        raise ValueError(
+            f"size {size[0]}x{size[1]}: width and height must be multiples of {SIZE_MULTIPLE}, "
+            f"from {MIN_SIDE} to {MAX_SIDE}"
+        )
+    return size
 
 
 def same_shape(size: Size, other: Size) -> bool:
@@ -135,6 +179,38 @@ def _head(source: Path | bytes) -> Iterator[BinaryIO]:
     """The file, or of a PNG all but its pixels, behind which there may be EXIF and XMP: it is not decoded."""
     with _file(source) as file:
         yield png_head(file) or file
+
+
+def png_head(file: BinaryIO) -> BinaryIO | None:
+    """A PNG without its pixels, for Pillow to open: chunks behind them are found without decoding.
+
+    None, with ``file`` at its start again, for what is no PNG. Chunks of more than 16 MB are left out.
+    """
+    if file.read(len(_PNG_SIGNATURE)) != _PNG_SIGNATURE:
+        file.seek(0)
+        return None
+    return io.BytesIO(_PNG_SIGNATURE + b"".join(_chunks_of_head(file)) + _chunk(b"IEND", b""))
+
+
+def _chunks_of_head(file: BinaryIO) -> Iterator[bytes]:
+    """The chunks of :data:`_PNG_HEAD` that follow in ``file``, up to where it breaks off."""
+    behind = False
+    while len(start := file.read(8)) == 8:
+        length, kind = int.from_bytes(start[:4], "big"), start[4:]
+        if kind not in _PNG_HEAD or length > _LONGEST_CHUNK:
+            behind |= kind == b"IDAT"
+            file.seek(length + 4, io.SEEK_CUR)
+            continue
+        content, checksum = file.read(length), file.read(4)
+        if len(checksum) < 4:
+            return
+        # Behind the pixels Pillow does not look at the checksum when it decodes.
+        yield _chunk(kind, content) if behind else start + content + checksum
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + kind + content + checksum
 
 
 def _orientation(opened: Image.Image) -> int:
@@ -224,3 +300,21 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     """RGB picture -> (3, H, W) float32 in [-1, 1]."""
     values = torch.from_numpy(np.array(picture, dtype=np.uint8))
     return values.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
+
+
+def canny(picture: Image.Image, thresholds: tuple[int, int] = CANNY_THRESHOLDS) -> Image.Image:
+    """White edges on black (Canny 1986) of an RGB picture, by OpenCV on all three channels.
+
+    Raises :class:`ConfigError` when OpenCV is not installed.
+    """
+    cv2 = opencv()
+    return Image.fromarray(cv2.Canny(np.asarray(picture.convert("RGB")), *thresholds)).convert("RGB")
+
+
+def opencv() -> Any:
+    """OpenCV's module; raises :class:`ConfigError` where it is not installed."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise ConfigError("canny control pictures need OpenCV: pip install opencv-python-headless") from error
+    return cv2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .errors import ConfigError
+
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,3 +39,28 @@ def dtype_name(dtype: torch.dtype) -> str:
     """``fp16`` for ``torch.float16`` and so on; torch's own name for what has no short one."""
     short = {value: key for key, value in DTYPES.items()}
     return short.get(dtype, str(dtype).removeprefix("torch."))
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+COMPUTE = ("auto", *_DTYPES)
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the computation; see :func:`load`. Raises ConfigError for an unknown name."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    if dtype not in _DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(COMPUTE)}")
+    return _DTYPES[dtype]

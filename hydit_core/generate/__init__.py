@@ -1,0 +1,1 @@
+"""Text to picture on the command line: ``python -m hydit_core.generate``."""
