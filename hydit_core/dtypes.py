@@ -1,4 +1,4 @@
-"""The dtypes of the safetensors format, and the short names that people type."""
+"""Every name of a dtype: what people type, what is written, what the safetensors format calls it."""
 
 from __future__ import annotations
 
@@ -31,29 +31,44 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
 }
-"""What ``--dtype`` accepts."""
+"""The names that are written; :func:`short_name` knows the others."""
+
+FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+
+COMPUTE = ("auto", "fp32", "fp16", "bf16")
+"""What a network can be computed in."""
+
+STORED = ("fp32", "fp16", "bf16", "fp8")
+"""What commands write weights in."""
+
+_OTHERS = {"fp8_e4m3fn": "fp8"} | {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+
+
+def short_name(name: str) -> str:
+    """``fp16`` for ``float16`` and so on: how a dtype is written here. Other texts as they are."""
+    return _OTHERS.get(name, name)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of any of its names. Raises :class:`ConfigError` for another text."""
+    try:
+        return DTYPES[short_name(name)]
+    except KeyError:
+        raise ConfigError(f"unknown dtype {name!r}: use one of {', '.join(DTYPES)}") from None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """``fp16`` for ``torch.float16`` and so on; torch's own name for what has no short one."""
-    short = {value: key for key, value in DTYPES.items()}
-    return short.get(dtype, str(dtype).removeprefix("torch."))
-
-
-_DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
-COMPUTE = ("auto", *_DTYPES)
+    return short_name(str(dtype).removeprefix("torch."))
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the computation; see :func:`load`. Raises ConfigError for an unknown name."""
+    """The dtype to compute in; "auto" is bf16 on a GPU that has it, else fp16, and fp32 on the CPU.
+
+    Raises :class:`ConfigError` for an unknown name, and for 8-bit floats, which nothing is computed in.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -61,6 +76,6 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
             return torch.float32
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float16
-    if dtype not in _DTYPES:
+    if short_name(dtype) not in COMPUTE:
         raise ConfigError(f"unknown dtype {dtype!r}: use one of {', '.join(COMPUTE)}")
-    return _DTYPES[dtype]
+    return DTYPES[short_name(dtype)]

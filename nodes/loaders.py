@@ -15,13 +15,13 @@ from ..hydit_core.weights.parts import Parts, bundle
 from ..hydit_core.weights.source import TensorSource
 from .host import folders
 from .host.clip import load_clip
+from .host.filling import WEIGHT_DTYPES
 from .host.model import load_model
 from .host.vae import load_vae
 from .schema import make_schema
 
 _CATEGORY = "HunyuanDiT/loaders"
 _SAME = "same as bert_name"
-_DTYPES = ["default", "fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e5m2"]
 # What to do with a file of another kind, in a graph.
 _ADVICE = {
     "dit": "load it with HyDiTDiTLoader",
@@ -189,7 +189,7 @@ def dtype_input(what: str) -> io.Combo.Input:
     """The widget ``weight_dtype`` of a loader; ``what`` it loads."""
     return io.Combo.Input(
         "weight_dtype",
-        options=_DTYPES,
+        options=["default", *WEIGHT_DTYPES],
         default="default",
         tooltip=f"How {what} is kept in memory. default: ComfyUI chooses for the file and the machine. fp8 "
         "takes half the memory of fp16 and changes the picture a little; fp16 may overflow (black pictures).",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..images import MAX_SIDE, SIZE_MULTIPLE, Size, check_size, parse_size
-from .section import PlainPath, Section
+from .section import AnyDtypeName, PlainPath, Section
 
 _SOURCE_PATHS = ("path", "root", "control_dir", "mask_dir")
 
@@ -84,7 +84,7 @@ class CacheConfig(Section):
     dir: PlainPath | None = None
     latents: bool = False
     text: bool = False
-    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], AnyDtypeName] = "fp16"
     ram_mb: Annotated[int, Field(ge=0, le=2**30)] = 4096
     """Caches up to this size are read into memory whole, once; larger ones are read as they are used."""
 

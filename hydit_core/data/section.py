@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
+from ..dtypes import short_name
+
 MAX_COUNT = 10**9
 """Of steps and the like."""
 
@@ -69,3 +71,6 @@ def plain_path(value: Any) -> Any:
 
 
 PlainPath = Annotated[Path, BeforeValidator(plain_path)]
+
+AnyDtypeName = BeforeValidator(lambda value: short_name(value) if isinstance(value, str) else value)
+"""Makes ``fp16`` of ``float16`` and so on, before it is looked at."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SPACINGS
-from ..dtypes import DTYPES
+from ..dtypes import COMPUTE, short_name
 from ..errors import ConfigError, cli_main
 from ..facts import NEGATIVE_PROMPT, SamplingDefaults
 from ..images import load_picture, parse_size
@@ -71,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--text-encoders", metavar="PATH", help="where they are, if not inside --model")
     model.add_argument("--vae", metavar="PATH", help="where it is, if not inside --model")
     model.add_argument(
-        "--dtype", default="auto", choices=DTYPES, help="of the computation (default: %(default)s)"
+        "--dtype",
+        type=short_name,
+        default="auto",
+        choices=COMPUTE,
+        help="of the computation (default: %(default)s)",
     )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     how = parser.add_argument_group("how")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dtypes import dtype_name
+from ..dtypes import FP8_DTYPES, dtype_name
 from ..errors import LoraError
 from ..untrusted import parse_json
 from ..weights.convert import convert
@@ -22,7 +22,7 @@ from ..weights.detect import BERT_PREFIXES, MT5_PREFIXES, FileKind, expect
 from ..weights.layouts import PART_PREFIXES, Layout
 from ..weights.output import check_output
 from ..weights.parts import bundle, open_model
-from ..weights.source import FP8_DTYPES, TensorSource, cast
+from ..weights.source import TensorSource, cast
 from ..weights.writer import Progress
 from .adapter import Adapter, Match, Patch, changed, changed_bias
 from .blocks import BlockWeights, check_strength, depth_of, each_weights

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..dtypes import DTYPES
+from ..dtypes import STORED, dtype_of, short_name
 from ..layer_weights import split_weight
 from ..weights import output
 from ..weights.layouts import LAYOUTS
@@ -31,7 +31,8 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        type=short_name,
+        choices=STORED,
         help="of the DiT (default: as it is); fp8: matrices of the blocks only, the rest keeps 16 bits",
     )
     weights_cli.add_arguments(parser)
@@ -57,7 +58,7 @@ def _merge(args: argparse.Namespace) -> None:
             [split_weight(text) for text in args.loras],
             out,
             layout=args.layout,
-            dtype=DTYPES[args.dtype] if args.dtype else None,
+            dtype=dtype_of(args.dtype) if args.dtype else None,
             block_weights=weights,
             load_key=args.load_key,
             overwrite=args.overwrite,

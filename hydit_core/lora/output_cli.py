@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..dtypes import DTYPES
+from ..dtypes import dtype_of, short_name
 from ..weights import output
 from .adapter import Adapter
 from .writing import FORMATS, write
@@ -37,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, dtype: str | None, positio
     )
     shown = dtype or "as they are"
     parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), default=dtype, help=f"(default: {shown})"
+        "--dtype",
+        type=short_name,
+        choices=("fp32", "fp16", "bf16"),
+        default=dtype,
+        help=f"(default: {shown})",
     )
 
 
@@ -49,7 +53,7 @@ def target(args: argparse.Namespace, out: Path, inputs: Iterable[str | Path]) ->
     format = args.format or ("comfy" if out.suffix == ".safetensors" else "peft")
     form = f"the format {format}"
     output.check_output(out, inputs, overwrite=args.overwrite, folder=format == "peft", form=form)
-    return Target(out, format, DTYPES[args.dtype] if args.dtype else None, args.overwrite)
+    return Target(out, format, dtype_of(args.dtype) if args.dtype else None, args.overwrite)
 
 
 def save(adapter: Adapter, to: Target) -> None:

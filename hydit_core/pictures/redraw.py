@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import embedded
+from ..dtypes import COMPUTE, short_name
 from ..images import Geometry, probe
 from ..weights.parts import bundle
 from .workflow import KINDS, Graph, Output
@@ -20,7 +21,6 @@ _COLUMN = 360
 """From the left of a node to the next one's. The page draws no texts where a graph is too wide for it."""
 _GAP = 50
 """Between two nodes of a column: the title of the lower one."""
-_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def redraw(
@@ -154,7 +154,8 @@ def _steer(
 
 
 def _weight_dtype(parameters: Mapping[str, Any]) -> str:
-    return _DTYPES.get(parameters["dtype"], "default")
+    dtype = short_name(parameters["dtype"])
+    return dtype if dtype in COMPUTE else "default"
 
 
 def _load(

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from ..data.config import DataConfig
-from ..data.section import MAX_COUNT, Section, leaves
+from ..data.section import MAX_COUNT, AnyDtypeName, Section, leaves
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SPACINGS
 from ..errors import ConfigError
@@ -69,8 +69,8 @@ class LoraSection(Section):
     train_bert: bool = False
     train_t5: bool = False
     init_from: ConfigPath | None = Field(default=None, description="a LoRA to continue, in any format")
-    base_precision: Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4"] | None = Field(
-        default=None, description="of the frozen DiT's matrices; default: run.precision"
+    base_precision: Annotated[Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4"] | None, AnyDtypeName] = (
+        Field(default=None, description="of the frozen DiT's matrices; default: run.precision")
     )
     trigger: str = Field(default="", description="words that call the LoRA up, for the exported files")
 
@@ -133,7 +133,7 @@ class RunSection(Section):
     batch_size: int = Field(gt=0, le=65536, description="samples per micro-batch and per process")
     grad_accumulation: int = Field(default=1, gt=0, le=65536)
     clip_norm: float = Field(default=1.0, ge=0, le=1e6, description="0 turns clipping off")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Annotated[Literal["fp32", "bf16"], AnyDtypeName] = "fp32"
     gradient_checkpointing: bool | float = Field(default=False, description="true, or the blocks' fraction")
     seed: int = Field(default=0, ge=0, lt=2**63)
     threads: int | None = Field(default=None, gt=0, le=4096, description="CPU threads, or torch's choice")
@@ -209,7 +209,7 @@ class CheckpointSection(Section):
     keep_best: bool = Field(
         default=False, description="keep the checkpoint of the lowest validation loss, and best.safetensors"
     )
-    export_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    export_dtype: Annotated[Literal["fp16", "bf16", "fp32"], AnyDtypeName] = "fp16"
     export_all_in_one: bool = Field(default=True, description="false: the exported file holds the DiT only")
     metadata: dict[str, str] = Field(
         default={}, description='of the exported file, such as "modelspec.title", "modelspec.license"'

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
-
+from ..dtypes import dtype_of
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Progress
 from .config import TrainConfig
 from .objectives import Objective
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BEST = "best.safetensors"
 CHECKPOINTS = "checkpoints"
 
@@ -114,7 +112,7 @@ class Saver:
         }
         self.objective.export(
             path,
-            dtype=DTYPES[settings.export_dtype],
+            dtype=dtype_of(settings.export_dtype),
             all_in_one=settings.export_all_in_one,
             extra=extra,
         )

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..dtypes import DTYPES
+from ..dtypes import STORED, dtype_of, short_name
 from ..errors import cli_main
 from . import output
 from .convert import convert
@@ -37,7 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     change.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        type=short_name,
+        choices=STORED,
         help="of the DiT (default: as it is); fp8: matrices of the blocks only, the rest keeps 16 bits",
     )
     change.add_argument("--load-key", help=key_help)
@@ -50,7 +51,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    dtype = dtype_of(args.dtype) if args.dtype else None
     done = convert(
         args.input,
         output.take_output(args),

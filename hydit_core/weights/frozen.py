@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtypes import STORED, dtype_of
 from ..errors import ConfigError
 from ..model.dit import DiT
 from .source import cast
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "nf4": 4}
 
 
@@ -103,10 +103,11 @@ def quantizer(precision: str) -> Any:
     Raises:
         ConfigError: int8 and nf4 without torchao.
     """
-    if precision in DTYPES:
+    if precision in STORED:
+        dtype = dtype_of(precision)
 
         def to_dtype(module: nn.Linear) -> None:
-            module.weight.data = cast(module.weight.data, DTYPES[precision])
+            module.weight.data = cast(module.weight.data, dtype)
 
         return to_dtype
     try:

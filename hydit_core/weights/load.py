@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..dtypes import dtype_name
+from ..dtypes import FP8_DTYPES, dtype_name
 from ..errors import WeightsError
 from ..facts import ModelInfo
 from ..model.attention import AttentionFn, sdpa
@@ -19,7 +19,7 @@ from ..model.dit import DiT
 from .detect import FileKind, expect, tencent_view
 from .parts import model_info, open_controlnet, open_model
 from .quantised import refuse_quantised
-from .source import FP8_DTYPES, TensorSource, cast
+from .source import TensorSource, cast
 
 Module = TypeVar("Module", bound=nn.Module)
 Model = TypeVar("Model", DiT, ControlNet)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from ..dtypes import FP8_DTYPES
 from ..facts import ModelInfo
 from ..model.config import DiTConfig
 from .layouts import COMFY_PREFIX
 from .modelspec import file_metadata
-from .source import FP8_DTYPES, CastSource, MemorySource, MergedSource, TensorSource, as_source
+from .source import CastSource, MemorySource, MergedSource, TensorSource, as_source
 from .views import rename
 from .writer import save_safetensors
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
+from ..dtypes import FP8_DTYPES
 from ..errors import WeightsError
-
-FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

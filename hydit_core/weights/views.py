@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..dtypes import FP8_DTYPES
 from ..errors import WeightsError
-from .source import FP8_DTYPES, TensorSource, cast
+from .source import TensorSource, cast
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, DDP, FSDP and checkpointing put into names."""

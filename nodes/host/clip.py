@@ -15,6 +15,7 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 
+from ...hydit_core.dtypes import dtype_of
 from ...hydit_core.errors import ConfigError, HyditError, WeightsError
 from ...hydit_core.facts import ModelInfo
 from ...hydit_core.text.dimensions import LOWERCASE, bert_dimensions, check_vocabulary, t5_dimensions
@@ -22,18 +23,11 @@ from ...hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
 from ...hydit_core.text.tokenizers import Tokenizers
 from ...hydit_core.weights.parts import Parts, bundle
 from ...hydit_core.weights.source import TensorSource
+from .filling import WEIGHT_DTYPES
 from .text_model import MT5, Bert, TextModel
 from .text_model import encoder_info as _encoder_info
 from .tokens import HyDiTTokenizer, TokenLists, shipped_vocabulary, tokenizers_of
 
-WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
-    "default": None,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
 _TEXT_LEN, _T5_LEN = 77, 256
 # BERT's vocabulary, which ComfyUI ships.
 _PUBLISHED_ROWS = 47020
@@ -41,7 +35,6 @@ _PUBLISHED_ROWS = 47020
 _OTHER_T5 = {32128: "T5 v1.1 (of SD3, Flux, PixArt ...)", 256384: "umT5 (of Wan, AuraFlow ...)"}
 # A float32 mT5 beyond this many bytes is held in the host's usual 16 bits, as Tencent runs it.
 _LARGE = 2**30
-_HOST_FLAGS = ("fp8_e4m3fn", "fp8_e5m2", "fp16", "bf16", "fp32")
 
 
 def load_clip(
@@ -56,7 +49,7 @@ def load_clip(
         bert: what holds BERT. Its vocabulary is sought in it, beside it, and for the published size it is
             ComfyUI's own.
         mt5: what holds mT5 (default: ``bert``). Its sentencepiece model is sought in it and beside it.
-        weight_dtype: a key of :data:`WEIGHT_DTYPES`. "default" is what the host was told when it was started,
+        weight_dtype: one of :data:`WEIGHT_DTYPES`, or "default": what the host was told when it was started,
             else the file's own, but 16 bits for a large mT5 in float32. In 8 bits, embeddings, norms and
             biases stay in 16.
         disable_dynamic: a patcher that loads weights at once, where ComfyUI would stream them.
@@ -70,7 +63,7 @@ def load_clip(
     bert_dims = _named(bert, bert_dimensions, bert_source, _info(bert).bert)
     mt5_dims = _named(mt5, t5_dimensions, mt5_source, _info(mt5).t5)
     tokenizers = _tokenizers(bert, mt5, bert_dims, mt5_dims)
-    dtype = WEIGHT_DTYPES[weight_dtype]
+    dtype = None if weight_dtype == "default" else dtype_of(weight_dtype)
     bert_dtype, mt5_dtype = dtype or _default(bert_source), dtype or _default(mt5_source, _LARGE)
 
     def build(model_options: Mapping[str, Any], **_: Any) -> TextModel:
@@ -216,7 +209,7 @@ def _default(source: TensorSource, large: float = float("inf")) -> torch.dtype:
     usual: torch.dtype = comfy.model_management.text_encoder_dtype(
         comfy.model_management.text_encoder_device()
     )
-    if any(getattr(args, f"{name}_text_enc", False) for name in _HOST_FLAGS):
+    if any(getattr(args, f"{name}_text_enc", False) for name in WEIGHT_DTYPES):
         return usual
     own = source.main_dtype() or torch.float32
     wide = own.itemsize >= 4

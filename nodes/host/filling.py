@@ -8,17 +8,12 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
+from ...hydit_core.dtypes import FP8_DTYPES, dtype_of
 from ...hydit_core.weights.save import dtypes_for
-from ...hydit_core.weights.source import FP8_DTYPES, TensorSource
+from ...hydit_core.weights.source import TensorSource
 from ...hydit_core.weights.views import rename
 
-WEIGHT_DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
+WEIGHT_DTYPES = ("fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e5m2")
 """What a loader's ``weight_dtype`` may be beside "default"."""
 
 
@@ -44,7 +39,7 @@ def choose_dtypes(
         if stored.itemsize > in_file.itemsize:
             stored = in_file
     else:
-        stored = WEIGHT_DTYPES[weight_dtype]
+        stored = dtype_of(weight_dtype)
     return stored, management.unet_manual_cast(stored, device, list(supported))
 
 

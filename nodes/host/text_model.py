@@ -10,11 +10,12 @@ import comfy.text_encoders.hydit
 import comfy.text_encoders.t5
 import torch
 
+from ...hydit_core.dtypes import FP8_DTYPES
 from ...hydit_core.errors import ConfigError
 from ...hydit_core.text.dimensions import LOWERCASE
 from ...hydit_core.text.tokenizers import Tokenizers
 from ...hydit_core.weights.load import check_names
-from ...hydit_core.weights.source import FP8_DTYPES, TensorSource
+from ...hydit_core.weights.source import TensorSource
 
 _COMFY_BUCKETS = 32
 # Matrices that are looked up, not multiplied: the host would expand them whole from 8 bits at each prompt.

@@ -19,13 +19,13 @@ from tiny_models import randomize
 from torch import Tensor, nn
 
 from hydit_core.diffusion.denoiser import predict_x0
+from hydit_core.dtypes import FP8_DTYPES
 from hydit_core.facts import DiffusionConfig, ModelInfo
 from hydit_core.model.config import DIT_G2_V11, DIT_G2_V12, DiTConfig
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
 from hydit_core.weights.load import load_dit
 from hydit_core.weights.save import save_checkpoint
-from hydit_core.weights.source import FP8_DTYPES
 
 SIZES = {"v1.1": [(8, 8), (9, 4)], "v1.2": [(6, 10), (7, 9)]}
 

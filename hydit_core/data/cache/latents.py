@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ...dtypes import dtype_of
 from ...errors import ConfigError, DataError
 from ...images import Geometry, Size, to_tensor
 from ..config import DataConfig
@@ -77,9 +78,9 @@ class LatentCache:
     def __init__(self, data: Rows, vae: VAE, folder: Path, *, rows: Iterable[int] | None = None) -> None:
         config = data.config
         vae_hash = module_hash(vae)
-        self.dtype: torch.dtype = getattr(torch, config.cache.dtype)
+        self.dtype: torch.dtype = dtype_of(config.cache.dtype)
         self.store = TensorStore(folder / f"latents-{vae_hash[:16]}")
-        self._recipe = (_RECIPE, vae_hash, config.alpha_color, config.cache.dtype)
+        self._recipe = (_RECIPE, vae_hash, config.alpha_color, str(self.dtype).removeprefix("torch."))
         self._memory: dict[str, torch.Tensor] = {}
         self._control_recipe = "" if data.control is None else data.control.recipe
         flips = np.full(len(data.manifest), config.flip > 0)
