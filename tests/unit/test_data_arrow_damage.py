@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +118,19 @@ def test_texts_that_are_no_utf8_are_found_in_every_column(tmp_path: Path, suffix
         write(path, table)
     with pytest.raises(pa.ArrowInvalid, match="UTF8"):
         check(str(path))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits no memory of a process")
+def test_the_process_that_reads_first_may_not_fill_the_memory(tmp_path: Path) -> None:
+    """Some gigabytes are granted for what a small file may decode to, not the whole machine."""
+    path = write(tmp_path / "a.arrow", pa.table({"text": ["first"]}))
+    code = (
+        "import resource, sys\n"
+        "from hydit_core.data.sources.table_check import _limit_memory\n"
+        "_limit_memory([sys.argv[1]])\n"
+        "print(resource.getrlimit(resource.RLIMIT_AS)[0])\n"
+        "try:\n    bytearray(64 << 30)\nexcept MemoryError:\n    print('refused')"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    limit, said = run.stdout.split()
+    assert 1 << 30 <= int(limit) <= 8 << 30 and said == "refused"

@@ -373,7 +373,9 @@ def test_validation_split_depends_on_names_alone(pictures: Path) -> None:
 
 def test_too_small_pictures_are_left_out_and_counted(pictures: Path) -> None:
     paint(pictures / "tiny.png", 1, (8, 8)).with_suffix(".txt").write_text("tiny")
-    assert open_data(pictures).summary().enlarged == 1
+    summary = open_data(pictures).summary()
+    assert summary.enlarged == 1
+    assert "smaller than their training size, so enlarged: 1" in summary.lines()
     summary = open_data(pictures, min_side=32).summary()
     assert (summary.pictures, summary.too_small, summary.enlarged) == (12, 1, 0)
 

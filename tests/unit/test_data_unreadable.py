@@ -15,6 +15,7 @@ from PIL import Image
 from hydit_core.data.cache.latents import build_latent_cache, open_latent_cache
 from hydit_core.data.config import DataConfig
 from hydit_core.data.dataset import TrainData, open_dataset
+from hydit_core.data.sources.entry import PictureFile
 from hydit_core.errors import DataError
 
 
@@ -199,3 +200,12 @@ def test_a_sample_costs_the_same_in_a_large_bucket(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(data.order, "bucket_members", lambda bucket: members)
     data.batch(0)
     assert len(members) == 4000 and 4 <= members.taken <= 8
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("a\0.png", "null"), ("b" * 300 + ".png", "name too long"), ("", "directory")]
+)
+def test_why_a_picture_cannot_be_read_is_said(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^cannot read picture ") as error:
+        PictureFile(tmp_path / name).read()
+    assert reason in str(error.value).lower().rpartition(": ")[2]
