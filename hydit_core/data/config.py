@@ -21,29 +21,49 @@ class SourceConfig(Section):
     file. Parquet and Arrow may hold the pictures themselves. ``index`` is Tencent's JSON over Arrow files.
     """
 
-    path: PlainPath
-    kind: Literal["auto", "folder", "jsonl", "csv", "arrow", "parquet", "index"] = "auto"
-    root: PlainPath | None = None
-    image_field: str | None = None
-    """Column that holds the picture's path; by default the first known name that a row has."""
-    caption_fields: tuple[str, ...] = ()
-    """Columns that hold captions; by default every known name. Several captions are alternatives."""
-    control_field: str | None = None
-    """Column with the path of a control picture."""
-    control_dir: PlainPath | None = None
-    """Folder only: where the control pictures lie, named like the pictures; default: its ``control``."""
-    mask_field: str | None = None
-    """Column with the path of a mask; empty in a row: all of that picture counts."""
-    mask_dir: PlainPath | None = None
-    """Folder only: where the masks lie, named like the pictures; default: its ``mask``, if there is one."""
-    caption_lines: bool = False
-    """Folder only: every line of a ``.txt`` is one alternative caption, not the whole file one caption."""
-    caption: str | None = None
-    """The caption of this source's pictures that have none of their own."""
-    repeats: Annotated[int, Field(ge=1, le=100_000)] = 1
-    """How many times an epoch shows each of this source's pictures."""
-    prior: bool = False
-    """The pictures show what the base knows already and shall not forget, see :class:`PriorConfig`."""
+    path: PlainPath = Field(description="a folder or a file")
+    kind: Literal["auto", "folder", "jsonl", "csv", "arrow", "parquet", "index"] = Field(
+        default="auto", description="what path is; auto goes by its name"
+    )
+    root: PlainPath | None = Field(
+        default=None, description="where relative paths in a table begin; unset: its folder"
+    )
+    image_field: str | None = Field(
+        default=None,
+        description="table: the column with the picture's path; unset: the first known name in the row",
+    )
+    caption_fields: tuple[str, ...] = Field(
+        default=(),
+        description="table: the columns with captions, which are alternatives; empty: all known names",
+    )
+    control_field: str | None = Field(
+        default=None, description="table: the column with the control picture's path"
+    )
+    control_dir: PlainPath | None = Field(
+        default=None,
+        description="folder: where control pictures lie, named as the pictures; unset: its folder control",
+    )
+    mask_field: str | None = Field(
+        default=None,
+        description="table: the column with the mask's path; where it is empty, the whole picture counts",
+    )
+    mask_dir: PlainPath | None = Field(
+        default=None,
+        description="folder: where masks lie, named as the pictures; unset: its folder mask, if there is one",
+    )
+    caption_lines: bool = Field(
+        default=False,
+        description="folder: every line of a .txt is an alternative caption, not the whole file one",
+    )
+    caption: str | None = Field(
+        default=None, description="the caption of pictures that have none of their own"
+    )
+    repeats: int = Field(
+        default=1, ge=1, le=100_000, description="how often an epoch shows each of these pictures"
+    )
+    prior: bool = Field(
+        default=False, description="these pictures show what the base already knows and should not forget"
+    )
 
 
 class BucketConfig(Section):
@@ -53,11 +73,29 @@ class BucketConfig(Section):
     shrinks by ``step`` until ``max_side`` (default 2 x base) and ``min_side`` (default base / 2).
     """
 
-    enabled: bool = False
-    step: Annotated[int, Field(ge=SIZE_MULTIPLE, le=MAX_SIDE, multiple_of=SIZE_MULTIPLE)] = 64
-    min_side: Annotated[int, Field(ge=SIZE_MULTIPLE, le=MAX_SIDE, multiple_of=SIZE_MULTIPLE)] | None = None
-    max_side: Annotated[int, Field(ge=SIZE_MULTIPLE, le=MAX_SIDE, multiple_of=SIZE_MULTIPLE)] | None = None
-    sizes: tuple[str, ...] = ()
+    enabled: bool = Field(default=False, description="train at several shapes; off: at one size")
+    step: int = Field(
+        default=64,
+        ge=SIZE_MULTIPLE,
+        le=MAX_SIDE,
+        multiple_of=SIZE_MULTIPLE,
+        description="by how much the sides differ from one size to the next",
+    )
+    min_side: int | None = Field(
+        default=None,
+        ge=SIZE_MULTIPLE,
+        le=MAX_SIDE,
+        multiple_of=SIZE_MULTIPLE,
+        description="smallest side; unset: half of data.resolution",
+    )
+    max_side: int | None = Field(
+        default=None,
+        ge=SIZE_MULTIPLE,
+        le=MAX_SIDE,
+        multiple_of=SIZE_MULTIPLE,
+        description="largest side; unset: twice data.resolution",
+    )
+    sizes: tuple[str, ...] = Field(default=(), description="these sizes instead of the computed ones")
 
     @field_validator("sizes")
     @classmethod
@@ -81,12 +119,23 @@ class CacheConfig(Section):
     encoders' outputs and is refused when the encoders are trained.
     """
 
-    dir: PlainPath | None = None
-    latents: bool = False
-    text: bool = False
-    dtype: Annotated[Literal["fp32", "fp16", "bf16"], AnyDtypeName] = "fp16"
-    ram_mb: Annotated[int, Field(ge=0, le=2**30)] = 4096
-    """Caches up to this size are read into memory whole, once; larger ones are read as they are used."""
+    dir: PlainPath | None = Field(
+        default=None,
+        description="where the caches lie, outside the picture folders; unset: the user's cache folder",
+    )
+    latents: bool = Field(default=False, description="encode each picture once, at a fixed central crop")
+    text: bool = Field(
+        default=False, description="encode each caption once; not while text encoders are trained"
+    )
+    dtype: Annotated[Literal["fp32", "fp16", "bf16"], AnyDtypeName] = Field(
+        default="fp16", description="of what is kept"
+    )
+    ram_mb: int = Field(
+        default=4096,
+        ge=0,
+        le=2**30,
+        description="caches up to this size are read into memory whole, larger ones as they are used",
+    )
 
 
 class ControlConfig(Section):
@@ -96,13 +145,17 @@ class ControlConfig(Section):
     transformers, a local folder; ``files`` reads them: from a source's ``control_dir`` or ``control_field``.
     """
 
-    kind: Literal["canny", "depth", "files"]
-    low: Annotated[int, Field(ge=0, le=10000)] = 100
-    high: Annotated[int, Field(ge=0, le=10000)] = 200
-    """Thresholds of canny; these are the published ControlNets' own."""
-    model: PlainPath | None = None
-    label: str = ""
-    """What the control pictures show ("pose", "depth"), for the file that is written; default: the kind."""
+    kind: Literal["canny", "depth", "files"] = Field(
+        description="canny: edges of the pictures; depth: by a depth-estimation model; files: ready-made ones"
+    )
+    low: int = Field(default=100, ge=0, le=10000, description="canny: lower threshold")
+    high: int = Field(default=200, ge=0, le=10000, description="canny: upper threshold")
+    model: PlainPath | None = Field(
+        default=None, description="depth: the folder of a depth-estimation model for transformers"
+    )
+    label: str = Field(
+        default="", description="what control pictures show, such as pose, for the exported file; unset: kind"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ControlConfig:
@@ -120,9 +173,10 @@ class PriorConfig(Section):
     more than that, an epoch goes on where the one before stopped. They are never held out for validation.
     """
 
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """What the loss of such a picture counts."""
+    share: float = Field(
+        default=0.5, gt=0, lt=1, description="what part of every epoch prior pictures make up"
+    )
+    weight: float = Field(default=1.0, gt=0, le=1000, description="how much their loss counts")
 
 
 class MaskConfig(Section):
@@ -133,41 +187,57 @@ class MaskConfig(Section):
     transparency. The loss is the mean over what counts, so a small part counts as much as a large one.
     """
 
-    kind: Literal["files", "alpha"]
-    outside: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """What the rest of the picture counts."""
+    kind: Literal["files", "alpha"] = Field(
+        description="files: masks in files; alpha: the pictures' own transparency"
+    )
+    outside: float = Field(default=0.0, ge=0, le=1, description="how much the rest of the picture counts")
 
 
 class DataConfig(Section):
     """Everything about the pictures and captions of a training run."""
 
-    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    resolution: int | Size = 1024
-    """Edge in pixels of the square base size, or one fixed (width, height)."""
+    sources: tuple[SourceConfig, ...] = Field(
+        min_length=1, description="where pictures and captions come from"
+    )
+    resolution: int | Size = Field(
+        default=1024, description="the side of the square base size, or one fixed [width, height]"
+    )
     buckets: BucketConfig = BucketConfig()
-    crop: Literal["random", "center"] | None = None
-    """Where the longer side is cropped; unset means random, or the center when latents are cached."""
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Probability of a left-right flip."""
-    min_side: Annotated[int, Field(ge=0, le=MAX_SIDE)] = 0
-    """Pictures whose shorter side is below this many pixels are left out, and counted."""
-    alpha_color: str = "white"
-    """What shows through transparent pixels: a CSS name or ``#rrggbb``."""
-    on_unreadable: Literal["error", "skip"] = "error"
-    allow_missing_captions: bool = False
-    empty_caption: str = ""
-    """Caption of pictures that have none, where ``allow_missing_captions`` permits them."""
-    validation: int | float = 0
-    """A count (int) or a fraction below 1 (float) of the pictures, held out by a hash of their names."""
+    crop: Literal["random", "center"] | None = Field(
+        default=None,
+        description="where the longer side is cropped; unset: random, or center with cached latents",
+    )
+    flip: float = Field(default=0.0, ge=0, le=1, description="probability of a left-right flip")
+    min_side: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_SIDE,
+        description="leave out, and count, pictures whose shorter side is less than this",
+    )
+    alpha_color: str = Field(default="white", description="what shows through transparent pixels")
+    on_unreadable: Literal["error", "skip"] = Field(
+        default="error", description="stop at an unreadable picture, or skip and count it"
+    )
+    allow_missing_captions: bool = Field(default=False, description="accept pictures without a caption")
+    empty_caption: str = Field(default="", description="the caption of those")
+    validation: int | float = Field(
+        default=0,
+        description="how many pictures to hold out, or what fraction; chosen by a hash of their names",
+    )
     control: ControlConfig | None = None
     mask: MaskConfig | None = None
     prior: PriorConfig = PriorConfig()
-    posterior: Literal["auto", "sample", "mode"] = "auto"
-    """Whether each step samples the VAE's posterior or takes its mean; ``auto`` does what the base was
-    trained with."""
+    posterior: Literal["auto", "sample", "mode"] = Field(
+        default="auto",
+        description="draw latents from the VAE's posterior, or take its mean; auto: as the base was trained",
+    )
     cache: CacheConfig = CacheConfig()
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Processes that prepare batches ahead; the batches do not depend on their number."""
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="processes that prepare batches ahead; the batches are the same with any number",
+    )
 
     @field_validator("resolution")
     @classmethod

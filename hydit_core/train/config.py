@@ -35,21 +35,37 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ObjectiveSection(Section):
-    kind: Literal["full", "controlnet", "lora"] = "full"
-    train_text_encoders: bool = False
-    timesteps: Literal["uniform", "stratified", "logit_normal"] = "uniform"
-    weighting: Literal["constant", "min_snr", "min_snr_v"] = "constant"
-    snr_gamma: float = Field(default=5.0, gt=0, le=1000)
-    vlb: bool = Field(default=True, description="add the variational bound that trains the variance channels")
-    noise_offset: float = Field(default=0.0, ge=0, le=1)
-    dropout_bert: float = Field(default=0.0, ge=0, le=1, description="probability of an empty BERT text")
-    dropout_t5: float = Field(default=0.0, ge=0, le=1, description="probability of an empty mT5 text")
-    dropout_joint: float = Field(default=0.0, ge=0, le=1, description="probability that both are empty")
+    kind: Literal["full", "controlnet", "lora"] = Field(
+        default="full", description="what is trained: all weights of the DiT, a ControlNet or a LoRA"
+    )
+    train_text_encoders: bool = Field(
+        default=False, description="full training: train BERT and mT5 along with the DiT"
+    )
+    timesteps: Literal["uniform", "stratified", "logit_normal"] = Field(
+        default="uniform",
+        description="how timesteps are drawn: independently, spread over each batch, or more in the middle",
+    )
+    weighting: Literal["constant", "min_snr", "min_snr_v"] = Field(
+        default="constant",
+        description="how much each timestep counts; min_snr holds back those with little noise",
+    )
+    snr_gamma: float = Field(
+        default=5.0, gt=0, le=1000, description="where min_snr caps the signal-to-noise ratio"
+    )
+    vlb: bool = Field(default=True, description="add the variational bound, which trains the variances")
+    noise_offset: float = Field(
+        default=0.0, ge=0, le=1, description="size of a random shift of each channel's noise"
+    )
+    dropout_bert: float = Field(default=0.0, ge=0, le=1, description="probability of an empty text for BERT")
+    dropout_t5: float = Field(default=0.0, ge=0, le=1, description="probability of an empty text for mT5")
+    dropout_joint: float = Field(
+        default=0.0, ge=0, le=1, description="probability that both get an empty text"
+    )
     dropout_control: float = Field(
-        default=0.0, ge=0, le=1, description="controlnet: probability that the control latents are 0"
+        default=0.0, ge=0, le=1, description="ControlNet: probability that the control latents are zeros"
     )
     controlnet: ConfigPath | None = Field(
-        default=None, description="controlnet: weights to start from; default: copied from the base"
+        default=None, description="ControlNet: weights to continue from; unset: copied from the base"
     )
 
 
@@ -57,22 +73,27 @@ TARGETS = ("attention", "attention+mlp", "all-linear")
 
 
 class LoraSection(Section):
-    rank: int = Field(default=16, gt=0, le=8192)
-    alpha: float | None = Field(default=None, gt=0, le=1e6, description="strength is alpha / rank, or 1")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="of what goes into the adapters")
-    rslora: bool = Field(default=False, description="strength is alpha / sqrt(rank)")
-    dora: bool = Field(default=False, description="train the length of each output's weights apart")
+    rank: int = Field(default=16, gt=0, le=8192, description="rank of the two matrices of each layer")
+    alpha: float | None = Field(
+        default=None, gt=0, le=1e6, description="the strength is alpha / rank; unset: the rank, so strength 1"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapters' inputs")
+    rslora: bool = Field(default=False, description="take alpha / sqrt(rank) as the strength instead")
+    dora: bool = Field(default=False, description="DoRA: train the norm of each output's weights separately")
     targets: str | tuple[str, ...] = Field(
-        default="attention",
-        description="which linear layers: attention, attention+mlp, all-linear, or a list of patterns",
+        default="attention", description="which linear layers get adapters"
     )
-    train_bert: bool = False
-    train_t5: bool = False
-    init_from: ConfigPath | None = Field(default=None, description="a LoRA to continue, in any format")
+    train_bert: bool = Field(default=False, description="adapters in BERT too")
+    train_t5: bool = Field(default=False, description="adapters in mT5 too")
+    init_from: ConfigPath | None = Field(
+        default=None, description="a LoRA to continue from, in any format and of the same rank"
+    )
     base_precision: Annotated[Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4"] | None, AnyDtypeName] = (
-        Field(default=None, description="of the frozen DiT's matrices; default: run.precision")
+        Field(default=None, description="how the frozen DiT's matrices are stored; unset: run.precision")
     )
-    trigger: str = Field(default="", description="words that call the LoRA up, for the exported files")
+    trigger: str = Field(
+        default="", description="words in the captions that call up the LoRA, for the exported files"
+    )
 
     @field_validator("targets")
     @classmethod
@@ -91,10 +112,12 @@ class LoraSection(Section):
 class GroupSection(Section):
     """Parameters by name: a glob (``dit.blocks.*.attn1.*``) or, after ``re:``, a regular expression."""
 
-    match: str
-    lr_scale: float = Field(default=1.0, ge=0, le=1000)
-    weight_decay: float | None = Field(default=None, ge=0, le=10)
-    freeze: bool = False
+    match: str = Field(description="the parameters' names; the first group that matches counts")
+    lr_scale: float = Field(default=1.0, ge=0, le=1000, description="factor on the learning rate")
+    weight_decay: float | None = Field(
+        default=None, ge=0, le=10, description="instead of optimizer.weight_decay"
+    )
+    freeze: bool = Field(default=False, description="leave these parameters as they are")
 
     @field_validator("match")
     @classmethod
@@ -108,41 +131,55 @@ class GroupSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=1e-4, gt=0, le=1)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0, le=1)
-    weight_decay: float = Field(
-        default=0.0, ge=0, le=10, description="of weights with two or more dimensions"
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: Muon for the matrices of the DiT's blocks and AdamW for the rest; needs torch 2.9",
     )
-    muon_lr: float = Field(default=0.02, gt=0, le=1, description="Muon's rate, for the blocks' matrices")
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
-    groups: tuple[GroupSection, ...] = ()
+    lr: float = Field(default=1e-4, gt=0, le=1, description="learning rate of AdamW")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's two decay rates")
+    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's epsilon")
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=10, description="for parameters with two or more dimensions"
+    )
+    muon_lr: float = Field(default=0.02, gt=0, le=1, description="learning rate of Muon")
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="momentum of Muon")
+    groups: tuple[GroupSection, ...] = Field(default=(), description="exceptions for some parameters")
 
 
 class ScheduleSection(Section):
-    kind: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
-    decay_start: float = Field(default=0.0, ge=0, le=1, description="fraction of the steps before decay")
+    kind: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="how the learning rate falls after the warm-up"
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, le=MAX_COUNT, description="how long the learning rate rises from 0"
+    )
+    decay_start: float = Field(default=0.0, ge=0, le=1, description="fraction of the steps before the decay")
     min_lr: float = Field(default=0.0, ge=0, le=1, description="final learning rate as a fraction of lr")
 
 
 class RunSection(Section):
-    output_dir: ConfigPath
-    steps: int = Field(gt=0, le=MAX_COUNT, description="optimizer steps")
+    output_dir: ConfigPath = Field(description="the run's folder, for all that training writes")
+    steps: int = Field(gt=0, le=MAX_COUNT, description="optimizer steps in all")
     batch_size: int = Field(gt=0, le=65536, description="samples per micro-batch and per process")
-    grad_accumulation: int = Field(default=1, gt=0, le=65536)
-    clip_norm: float = Field(default=1.0, ge=0, le=1e6, description="0 turns clipping off")
-    precision: Annotated[Literal["fp32", "bf16"], AnyDtypeName] = "fp32"
-    gradient_checkpointing: bool | float = Field(default=False, description="true, or the blocks' fraction")
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    threads: int | None = Field(default=None, gt=0, le=4096, description="CPU threads, or torch's choice")
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1")
+    grad_accumulation: int = Field(default=1, gt=0, le=65536, description="micro-batches per optimizer step")
+    clip_norm: float = Field(
+        default=1.0, ge=0, le=1e6, description="largest norm of the gradients; 0 turns clipping off"
+    )
+    precision: Annotated[Literal["fp32", "bf16"], AnyDtypeName] = Field(
+        default="fp32", description="of the computation; trained weights are kept in fp32 either way"
+    )
+    gradient_checkpointing: bool | float = Field(
+        default=False,
+        description="recompute activations instead of keeping them: true or a fraction of the blocks",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of every random draw")
+    threads: int | None = Field(default=None, gt=0, le=4096, description="CPU threads; unset: torch decides")
+    device: str = Field(default="auto", description="where to compute; auto: a GPU if there is one")
     max_bad_steps: int = Field(
-        default=10, gt=0, le=MAX_COUNT, description="stop after so many non-finite steps in a row"
+        default=10, gt=0, le=MAX_COUNT, description="stop after this many non-finite steps in a row"
     )
     answer_within: float = Field(
-        default=240.0, gt=0, le=1e6, description="several processes: seconds until a silent one ends the run"
+        default=240.0, gt=0, le=1e6, description="several processes: how long one may be silent"
     )
 
     @field_validator("gradient_checkpointing")
@@ -154,34 +191,41 @@ class RunSection(Section):
 
 
 class EmaSection(Section):
-    enabled: bool = True
-    decay: float = Field(default=0.9999, ge=0, lt=1)
-    warmup: bool = Field(default=True, description="decay at step n is min(decay, 1 - (1 + n) ** -power)")
-    power: float = Field(default=2 / 3, gt=0, le=10)
+    enabled: bool = Field(default=True, description="keep a running average of the weights, and export it")
+    decay: float = Field(default=0.9999, ge=0, lt=1, description="share of the average that a step keeps")
+    warmup: bool = Field(
+        default=True, description="begin with less: at step n, min(decay, 1 - (1 + n) ** -power)"
+    )
+    power: float = Field(default=2 / 3, gt=0, le=10, description="the exponent of that warm-up")
 
 
 class ValidationSection(Section):
-    every: int = Field(default=0, ge=0, le=MAX_COUNT, description="steps; 0 turns it off")
+    every: int = Field(default=0, ge=0, le=MAX_COUNT, description="how often to measure that loss; 0: never")
 
 
 class SamplesSection(Section):
     """Settings that are not given are those that the model's file recommends."""
 
     every: int = Field(
-        default=0, ge=0, le=MAX_COUNT, description="steps; 0 turns it off; step 0 is drawn too"
+        default=0, ge=0, le=MAX_COUNT, description="how often to draw, from step 0 on; 0: never"
     )
-    prompts: tuple[str, ...] = ()
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    negative: str | None = None
-    steps: int | None = Field(default=None, gt=0, le=100_000)
-    cfg: float | None = Field(default=None, ge=1, le=1000)
-    guidance_rescale: float | None = Field(default=None, ge=0, le=1)
-    sampler: str | None = None
-    spacing: str | None = None
-    width: int | None = Field(default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)
-    height: int | None = Field(default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8)
+    prompts: tuple[str, ...] = Field(default=(), description="one picture each")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of every sample picture")
+    negative: str | None = Field(default=None, description="negative prompt")
+    steps: int | None = Field(default=None, gt=0, le=100_000, description="sampling steps")
+    cfg: float | None = Field(default=None, ge=1, le=1000, description="guidance scale; 1 is off")
+    guidance_rescale: float | None = Field(default=None, ge=0, le=1, description="guidance rescale; 0 is off")
+    sampler: str | None = Field(default=None, description="sampler")
+    spacing: str | None = Field(default=None, description="spacing of the timesteps")
+    width: int | None = Field(
+        default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8, description="width of the samples"
+    )
+    height: int | None = Field(
+        default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8, description="height of the samples"
+    )
     control_images: tuple[ConfigPath, ...] = Field(
-        default=(), description="controlnet: pictures that data.control makes the control pictures from"
+        default=(),
+        description="ControlNet: what data.control makes control pictures from; one, or one per prompt",
     )
 
     @field_validator("sampler", "spacing")
@@ -198,21 +242,33 @@ class SamplesSection(Section):
 
 
 class CheckpointSection(Section):
-    every: int = Field(default=1000, gt=0, le=MAX_COUNT)
-    keep_last: int = Field(default=2, gt=0, le=MAX_COUNT)
+    every: int = Field(
+        default=1000, gt=0, le=MAX_COUNT, description="how often to save, and to write the model file"
+    )
+    keep_last: int = Field(
+        default=2,
+        gt=0,
+        le=MAX_COUNT,
+        description="how many of the newest checkpoints stay, and of the newest good ones",
+    )
     keep_every: int = Field(
         default=0,
         ge=0,
         le=MAX_COUNT,
-        description="steps whose checkpoints stay, each with an export of its own; 0: none",
+        description="how often a checkpoint stays for good, with its own export; 0: never",
     )
     keep_best: bool = Field(
-        default=False, description="keep the checkpoint of the lowest validation loss, and best.safetensors"
+        default=False,
+        description="keep the one of the lowest validation loss, with an export best.safetensors",
     )
-    export_dtype: Annotated[Literal["fp16", "bf16", "fp32"], AnyDtypeName] = "fp16"
-    export_all_in_one: bool = Field(default=True, description="false: the exported file holds the DiT only")
+    export_dtype: Annotated[Literal["fp16", "bf16", "fp32"], AnyDtypeName] = Field(
+        default="fp16", description="of the exported file"
+    )
+    export_all_in_one: bool = Field(
+        default=True, description="full training: text encoders and VAE go into the file too"
+    )
     metadata: dict[str, str] = Field(
-        default={}, description='of the exported file, such as "modelspec.title", "modelspec.license"'
+        default={}, description='more about the file, for example "modelspec.title" and "modelspec.license"'
     )
 
     @field_validator("metadata")
@@ -228,8 +284,8 @@ class CheckpointSection(Section):
 
 
 class MetricsSection(Section):
-    every: int = Field(default=10, gt=0, le=MAX_COUNT, description="steps between records in metrics.jsonl")
-    tensorboard: bool = Field(default=True, description="used when tensorboard is installed")
+    every: int = Field(default=10, gt=0, le=MAX_COUNT, description="how often to add a line to metrics.jsonl")
+    tensorboard: bool = Field(default=True, description="write for TensorBoard too, if it is installed")
 
 
 class TrainConfig(Section):

@@ -40,25 +40,72 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
 ConfigPath = Annotated[Path, BeforeValidator(_resolve)]
 
 
-def _mirror(name: str, source: type) -> type[Section]:
+def _mirror(name: str, source: type, descriptions: dict[str, str]) -> type[Section]:
     """A strict pydantic section with the fields and defaults of the dataclass ``source``."""
     hints = typing.get_type_hints(source)
-    fields: dict[str, Any] = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(source)}
+    fields: dict[str, Any] = {
+        f.name: (hints[f.name], Field(default=f.default, description=descriptions[f.name]))
+        for f in dataclasses.fields(source)
+    }
     return create_model(name, __base__=Section, **fields)
 
 
-DiTSection = _mirror("DiTSection", DiTConfig)
-DiffusionSection = _mirror("DiffusionSection", DiffusionConfig)
-DefaultsSection = _mirror("DefaultsSection", SamplingDefaults)
+DiTSection = _mirror(
+    "DiTSection",
+    DiTConfig,
+    {
+        "hidden_size": "width of the DiT",
+        "depth": "number of blocks; even, because the skips make a U of them",
+        "num_heads": "attention heads; each is hidden_size / num_heads wide, a multiple of 4",
+        "mlp_hidden": "inner width of the blocks' MLPs",
+        "patch_size": "side of a patch, in latents",
+        "in_channels": "latent channels of the VAE",
+        "out_channels": "twice in_channels: prediction and variance",
+        "text_dim": "width of BERT's features",
+        "text_len": "tokens of a text that BERT reads, its two marks included",
+        "t5_dim": "width of mT5's features",
+        "t5_len": "tokens of a text that mT5 reads, its end mark included",
+        "t5_hidden": "inner width of the MLP that projects mT5's features",
+        "pooled_dim": "width of the pooled text",
+        "pooler_heads": "attention heads of the text pooler; they divide t5_dim",
+        "size_cond": "condition on picture size, as in v1.0 and v1.1",
+        "style_cond": "condition on a style, as in v1.0 and v1.1",
+        "rope_base": "side, in tokens, of the grid over which rotary positions are stretched",
+    },
+)
+DiffusionSection = _mirror(
+    "DiffusionSection",
+    DiffusionConfig,
+    {
+        "num_train_timesteps": "length of the noise schedule",
+        "beta_start": "first beta of the scaled-linear schedule",
+        "beta_end": "last beta",
+        "prediction": "what the DiT predicts",
+    },
+)
+DefaultsSection = _mirror(
+    "DefaultsSection",
+    SamplingDefaults,
+    {
+        "sampler": "sampler",
+        "spacing": "spacing of the timesteps",
+        "steps": "sampling steps",
+        "cfg": "guidance scale; 1 is off",
+        "guidance_rescale": "guidance rescale; 0 is off",
+        "width": "width of a picture",
+        "height": "height of a picture",
+        "negative": "negative prompt",
+    },
+)
 
 
 class TextScratch(Section):
     """Fresh text encoders: transformers' configuration fields and the tokenizer files."""
 
-    bert: dict[str, Any]
-    t5: dict[str, Any]
-    vocab: ConfigPath
-    spiece: ConfigPath
+    bert: dict[str, Any] = Field(description="fields of transformers' BertConfig")
+    t5: dict[str, Any] = Field(description="fields of transformers' MT5Config")
+    vocab: ConfigPath = Field(description="BERT's vocab.txt")
+    spiece: ConfigPath = Field(description="mT5's sentencepiece model")
 
 
 def _text_kind(value: Any) -> str:
@@ -68,9 +115,9 @@ def _text_kind(value: Any) -> str:
 class InfoSection(Section):
     """What the exported file says of itself; unset fields keep what ``init_from`` says."""
 
-    version: str | None = None
-    variant: str | None = None
-    base: str | None = None
+    version: str | None = Field(default=None, description="HunyuanDiT version whose published values hold")
+    variant: str | None = Field(default=None, description="such as ema or distill")
+    base: str | None = Field(default=None, description="what the training started from")
     diffusion: DiffusionSection | None = None  # type: ignore[valid-type]
     defaults: DefaultsSection | None = None  # type: ignore[valid-type]
 
@@ -90,16 +137,20 @@ class InfoSection(Section):
 
 
 class ModelSection(Section):
-    init_from: ConfigPath | None = Field(default=None, description="weights to start from, in any layout")
-    from_scratch: DiTSection | None = Field(default=None, description="dimensions of a fresh DiT")  # type: ignore[valid-type]
+    init_from: ConfigPath | None = Field(
+        default=None, description="weights to start from, a file or folder in any layout"
+    )
+    from_scratch: DiTSection | None = Field(  # type: ignore[valid-type]
+        default=None, description="dimensions of a new DiT with random weights"
+    )
     text_encoders: (
         Annotated[
             Annotated[ConfigPath, Tag("path")] | Annotated[TextScratch, Tag("table")],
             Discriminator(_text_kind),
         ]
         | None
-    ) = Field(default=None, description="path, or a table for fresh ones; default: those inside init_from")
-    vae: ConfigPath | None = Field(default=None, description="default: the one inside init_from")
+    ) = Field(default=None, description="a path, or a table for new ones; unset: those of init_from")
+    vae: ConfigPath | None = Field(default=None, description="the VAE; unset: that of init_from")
     info: InfoSection = InfoSection()
 
     @model_validator(mode="after")
