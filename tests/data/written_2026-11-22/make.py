@@ -16,7 +16,7 @@ sources = [{ path = "pictures" }]
 resolution = 32
 flip = 0.5
 validation = 2
-[data.cache]
+%s[data.cache]
 dir = "cache"
 latents = true
 """
@@ -104,7 +104,8 @@ def main() -> None:
     write_base(Path("base.safetensors"))
     write_pictures(Path("pictures"))
     for name, own in CONFIGS.items():
-        text = f'[model]\ninit_from = "base.safetensors"\n{DATA}{own}{RUN % name}'
+        posterior = "" if name == "full" else 'posterior = "mode"\n'  # not given: "sample" then
+        text = f'[model]\ninit_from = "base.safetensors"\n{DATA % posterior}{own}{RUN % name}'
         Path(f"{name}.toml").write_text(text.replace("\n\n", "\n"), encoding="utf-8")
     commands = Commands(code)
     for name in CONFIGS:
