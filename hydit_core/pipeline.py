@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,10 +28,19 @@ from .finite import DTYPE_ADVICE, why_not_finite
 from .images import Geometry, to_tensor
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
-from .presets import check_seed, check_settings, choose_settings, size_advice
+from .presets import (
+    RunChoices,
+    RunSettings,
+    SamplingChoices,
+    check_settings,
+    choose_settings,
+    size_advice,
+)
 from .text.features import TextFeatures
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .lora.adapter import Adapter, Match
     from .text.encoders import TextEncoders
     from .vae import VAE
@@ -107,7 +117,9 @@ class Pipeline:
 
     # -- settings --------------------------------------------------------------------------------------------
 
-    def settings(self, preset: str | None = None, **given: Any) -> SamplingDefaults:
+    def settings(
+        self, preset: str | None = None, *, negative: str | None = None, **given: Unpack[SamplingChoices]
+    ) -> SamplingDefaults:
         """The model's recommended settings, or a preset's, with those of ``given`` that are not None.
 
         Another sampler that is chosen without a spacing brings its own (``DEFAULT_SPACING`` of the samplers).
@@ -115,7 +127,7 @@ class Pipeline:
         Raises:
             ConfigError: a value is unknown or out of range; the message lists what is possible.
         """
-        settings = choose_settings(self.info.defaults, preset, **given)
+        settings = choose_settings(self.info.defaults, preset, negative=negative, **given)
         check_settings(settings, self.vae.downscale)
         self.schedule.timesteps(settings.spacing, settings.steps)
         return settings
@@ -141,39 +153,30 @@ class Pipeline:
         prompt: str | Sequence[str],
         negative: str | None = None,
         *,
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        cfg: float | None = None,
-        guidance_rescale: float | None = None,
-        sampler: str | None = None,
-        spacing: str | None = None,
-        eta: float | None = None,
         seed: int = 0,
         batch: int = 1,
         init_image: Image.Image | None = None,
         strength: float = 1.0,
+        eta: float | None = None,
         controls: Sequence[ControlInput] = (),
         preset: str | None = None,
         callback: Progress | None = None,
+        **given: Unpack[SamplingChoices],
     ) -> list[Image.Image]:
-        """Draw ``batch`` pictures of each prompt; what is None comes from the model's own recommendation.
+        """Draw pictures of each prompt; what is not given comes from the model's own recommendation.
 
         Picture i of a prompt is drawn with ``seed + i`` and does not depend on the batch that it is part of.
 
         Args:
             prompt: one text or several.
             negative: what to steer away from; "" for nothing. Not used when ``cfg`` is 1.
-            width, height: pixels, multiples of 8.
-            steps, sampler, spacing: see ``SAMPLERS`` and :meth:`~.diffusion.schedule.Schedule.timesteps`.
-            cfg: guidance scale, 1 (off) and up.
-            guidance_rescale: 0 (off) to 1.
-            eta: noise of the ddim sampler, 0 to 1.
+            seed, batch, strength, eta: see :class:`~.presets.RunSettings`.
             init_image: start from this picture, scaled and cropped to fit.
-            strength: how far to leave it, above 0, up to 1.
             controls: ControlNets with their pictures; their residuals add up.
             preset: published settings in place of the model's recommendation, see :data:`~.presets.PRESETS`.
             callback: see :data:`Progress`.
+            given: ``width``, ``height``, ``steps``, ``cfg``, ``guidance_rescale``, ``sampler``, ``spacing``:
+                see :class:`~.presets.SamplingChoices`.
 
         Returns:
             Pictures in the order of the prompts, ``batch`` of each. Warns of cut prompts and poor sizes.
@@ -183,66 +186,43 @@ class Pipeline:
             HyditError: the networks' values overflowed.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        settings = self.settings(
-            preset,
-            negative=negative,
-            width=width,
-            height=height,
-            steps=steps,
-            cfg=cfg,
-            guidance_rescale=guidance_rescale,
-            sampler=sampler,
-            spacing=spacing,
-        )
+        settings = self.settings(preset, negative=negative, **given)
+        run = RunSettings(settings, seed=seed, batch=batch, strength=strength, eta=eta)
         for note in self.advice(prompts, settings):
             warnings.warn(note, stacklevel=2)
-        drawn = self.pictures(
-            prompts,
-            settings,
-            eta=eta,
-            seed=seed,
-            batch=batch,
-            init_image=init_image,
-            strength=strength,
-            controls=controls,
-            callback=callback,
-        )
+        drawn = self.pictures(prompts, run, init_image=init_image, controls=controls, callback=callback)
         return [picture.image for picture in drawn]
 
     def pictures(
         self,
         prompts: Sequence[str],
-        settings: SamplingDefaults,
+        settings: RunSettings | SamplingDefaults,
         *,
-        eta: float | None = None,
-        seed: int = 0,
-        batch: int = 1,
         init_image: Image.Image | None = None,
-        strength: float = 1.0,
         controls: Sequence[ControlInput] = (),
         callback: Progress | None = None,
+        **given: Unpack[RunChoices],
     ) -> Iterator[Picture]:
-        """As :meth:`__call__`, one picture at a time, so that each can be shown before the next is begun."""
-        if batch < 1:
-            raise ConfigError(f"batch {batch}: use 1 or more")
-        if eta is not None and settings.sampler != "ddim":
-            raise ConfigError(f"eta belongs to the ddim sampler; {settings.sampler} has none")
-        check_seed(seed, batch)
-        sigmas = self.schedule.sigmas_for(settings.spacing, settings.steps, strength)
-        if init_image is None and strength != 1:
-            raise ConfigError(f"strength {strength} without a picture to start from: give init_image")
-        options = {} if eta is None else {"eta": eta}
-        init = None if init_image is None else self._encode_image(init_image, settings)
-        seeds = [seed + i for i in range(batch)]
-        negative = [self._features([settings.negative])] if settings.cfg > 1 else []
+        """As :meth:`__call__`, one picture at a time, so that each can be shown before the next is begun.
+
+        ``given`` are fields of :class:`~.presets.RunSettings`, over those of ``settings``.
+        """
+        run = settings if isinstance(settings, RunSettings) else RunSettings(settings)
+        run = replace(run, **given)
+        sampling = run.sampling
+        sigmas = self.schedule.sigmas_for(sampling.spacing, sampling.steps, run.strength)
+        if init_image is None and run.strength != 1:
+            raise ConfigError(f"strength {run.strength} without a picture to start from: give init_image")
+        init = None if init_image is None else self._encode_image(init_image, sampling)
+        negative = [self._features([sampling.negative])] if sampling.cfg > 1 else []
         for index, prompt in enumerate(prompts):
             # In the order of the guided batch
             features = TextFeatures.cat([*negative, self._features([prompt])])
-            context = self._context(self.dit, features, settings, batch)
-            steering = self._controls(controls, features, settings, batch)
-            latents = self._sample(context, steering, settings, sigmas, seeds, init, callback, options)
-            for latent, one in zip(latents, seeds, strict=True):
-                yield Picture(self._decode(latent), prompt, index, one)
+            context = self._context(self.dit, features, sampling, run.batch)
+            steering = self._controls(controls, features, sampling, run.batch)
+            latents = self._sample(context, steering, run, sigmas, init, callback)
+            for latent, seed in zip(latents, run.seeds, strict=True):
+                yield Picture(self._decode(latent), prompt, index, seed)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:
@@ -299,14 +279,13 @@ class Pipeline:
         self,
         context: Context,
         controls: Controls,
-        settings: SamplingDefaults,
+        run: RunSettings,
         sigmas: Tensor,
-        seeds: Sequence[int],
         init: Tensor | None,
         callback: Progress | None,
-        options: dict[str, Any],
     ) -> Tensor:
         """Latents (B, C, h, w), float32, one for each seed."""
+        settings, seeds = run.sampling, run.seeds
         scale = self.vae.downscale
         shape = (self.dit.config.in_channels, settings.height // scale, settings.width // scale)
         generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
@@ -341,7 +320,7 @@ class Pipeline:
             disable=True,
             # The generators that drew the start noise go on: step noise is independent of it.
             noise_sampler=noise_sampler_from(x, generators),
-            **options,
+            **({} if run.eta is None else {"eta": run.eta}),
         )
 
     def _predict(self, x_t: Tensor, t: Tensor, *, context: Context, controls: Controls) -> Tensor:

@@ -1,10 +1,11 @@
-"""The settings that were published for each release, by name; and what settings can be."""
+"""What a run of pictures is asked for: the settings published for each release, and others."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS
 from .diffusion.schedule import SPACINGS
@@ -21,6 +22,66 @@ PRESETS: dict[str, SamplingDefaults] = {
     # HunyuanDiTPipeline's defaults: its negative prompt is empty.
     "diffusers": SamplingDefaults(steps=50, cfg=5.0, negative=""),
 }
+
+
+class SamplingChoices(TypedDict, total=False):
+    """Settings that may be chosen over a model's own or a preset's; None chooses nothing.
+
+    ``width`` and ``height`` are pixels, multiples of 8; ``cfg`` is the guidance scale, 1 (off) and up;
+    ``guidance_rescale`` is 0 (off) to 1; for ``sampler``, ``spacing`` and ``steps`` see ``SAMPLERS`` and
+    :meth:`~.diffusion.schedule.Schedule.timesteps`.
+    """
+
+    width: int | None
+    height: int | None
+    steps: int | None
+    cfg: float | None
+    guidance_rescale: float | None
+    sampler: str | None
+    spacing: str | None
+
+
+class RunChoices(TypedDict, total=False):
+    """The fields of :class:`RunSettings` beside ``sampling``."""
+
+    seed: int
+    batch: int
+    strength: float
+    eta: float | None
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that one run of pictures is asked for, but the prompts.
+
+    Attributes:
+        sampling: how to sample, at what size, away from what.
+        seed: of the first picture of each prompt; those of the others count up.
+        batch: pictures of each prompt.
+        strength: how far to leave the picture that it starts from, above 0, up to 1.
+        eta: noise of the ddim sampler, 0 to 1; None: its own.
+
+    Raises:
+        ConfigError: ``batch`` or ``seed`` is out of range, or another sampler is given an ``eta``.
+    """
+
+    sampling: SamplingDefaults
+    seed: int = 0
+    batch: int = 1
+    strength: float = 1.0
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ConfigError(f"batch {self.batch}: use 1 or more")
+        if self.eta is not None and self.sampling.sampler != "ddim":
+            raise ConfigError(f"eta belongs to the ddim sampler; {self.sampling.sampler} has none")
+        check_seed(self.seed, self.batch)
+
+    @property
+    def seeds(self) -> list[int]:
+        """One for each picture of a prompt."""
+        return [self.seed + i for i in range(self.batch)]
 
 
 def choose_settings(defaults: SamplingDefaults, preset: str | None = None, **given: Any) -> SamplingDefaults:

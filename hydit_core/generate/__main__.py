@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..new_files import check_name, write_new
 from ..pictures.png import png_info
 from ..pictures.redraw import redraw
 from ..pipeline import Picture, Pipeline, load
-from ..presets import PRESETS, check_seed
+from ..presets import PRESETS, RunSettings, check_seed, check_settings
 from ..untrusted import read_text
 from ..weights.output import check_free
 from . import control as control_cli
@@ -135,8 +136,8 @@ def _run(args: argparse.Namespace) -> None:
         device=_device(args.device),
     )
     loras = lora_cli.load(args, adapters, pipe, quiet=rank != 0)
-    settings = _settings(pipe, args, init)
-    strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
+    run = _settings(pipe, args, init)
+    settings = run.sampling
     controls, control_facts = control_cli.read(args, pipe, settings, names.folder)
     own = [prompts[index] for index in mine]
     # Once, for the prompts of all ranks
@@ -149,16 +150,13 @@ def _run(args: argparse.Namespace) -> None:
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
 
-    steps = len(pipe.schedule.sigmas_for(settings.spacing, settings.steps, strength)) - 1
+    steps = len(pipe.schedule.sigmas_for(settings.spacing, settings.steps, run.strength)) - 1
     # None: no bar where stderr is not a terminal.
     with tqdm(total=steps * len(own), unit="step", disable=None if rank == 0 else True) as bar:
         drawn = pipe.pictures(
             own,
-            settings,
-            seed=args.seed,
-            batch=args.batch,
+            run,
             init_image=init,
-            strength=strength,
             controls=controls,
             callback=lambda *_: bar.update(),
         )
@@ -167,7 +165,7 @@ def _run(args: argparse.Namespace) -> None:
             path = names.path(index * args.batch + picture.seed - args.seed, index, picture)
             facts = _facts(pipe, settings, picture)
             if init is not None:
-                facts |= {"init_image": args.init_image.name, "strength": strength}
+                facts |= {"init_image": args.init_image.name, "strength": run.strength}
             if loras:
                 facts["loras"] = loras
             if controls:
@@ -199,7 +197,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _settings(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | None) -> SamplingDefaults:
+def _settings(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | None) -> RunSettings:
     negative = NEGATIVE_PROMPT if args.negative == "tencent" else args.negative
     settings = pipe.settings(
         args.preset,
@@ -214,8 +212,10 @@ def _settings(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | None
     )
     if init is not None and args.size is None:
         width, height = _size_like(init.size, settings.width * settings.height)
-        settings = pipe.settings(args.preset, **{**vars(settings), "width": width, "height": height})
-    return settings
+        settings = replace(settings, width=width, height=height)
+        check_settings(settings, pipe.vae.downscale)
+    strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
+    return RunSettings(settings, args.seed, args.batch, strength)
 
 
 def _size_like(size: tuple[int, int], area: int) -> tuple[int, int]:
