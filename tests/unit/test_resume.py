@@ -334,6 +334,12 @@ def test_pictures_that_were_written_anew_are_told(tmp_path: Path, capsys: pytest
     told = capsys.readouterr().err
     assert "changed since the checkpoint: data: 1 picture file was written anew: pictures/3.png" in told
     assert "in another order" not in told
+    for number in range(7):
+        path = tmp_path / f"pictures/{number}.png"
+        path.write_bytes(path.read_bytes() + b"\0")  # behind its end: the same picture
+    assert run_training(config, *output, resume="auto")
+    told = capsys.readouterr().err
+    assert "data: 7 picture files were written anew: pictures/0.png" in told and "4.png and 2 more" in told
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
