@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .rope import apply_rope
@@ -33,12 +34,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
     Without gradients, bfloat16 on a CPU that PyTorch's fused kernel does not serve well takes
     :func:`attention_by_products`.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, tokens, head_dim)
+    q, k, v = (rearrange(x, "b n heads d -> b heads n d") for x in (q, k, v))
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _products_pay(q, k):
         out = attention_by_products(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(-2)
+    return rearrange(out, "b heads n d -> b n (heads d)")
 
 
 def training_attention(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
@@ -49,9 +50,9 @@ def training_attention(q: Tensor, k: Tensor, v: Tensor, *, options: Options = No
     """
     if q.device.type != "cpu" or q.shape[1] * k.shape[1] > _SHORT:
         return sdpa(q, k, v, options=options)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, N, head_dim)
+    q, k, v = (rearrange(x, "b n heads d -> b heads n d") for x in (q, k, v))
     weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1).to(v.dtype)  # (B, heads, N, M)
-    return (weights @ v).transpose(1, 2).flatten(-2)
+    return rearrange(weights @ v, "b heads n d -> b n (heads d)")
 
 
 def _products_pay(q: Tensor, k: Tensor) -> bool:
@@ -123,7 +124,11 @@ class SelfAttention(nn.Module):
         return self.out_proj(self.attention(q, k, v, options=options))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.Wqkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, heads, head_dim)
+        """Queries, keys and values, each (B, N, heads, head_dim)."""
+        parts = rearrange(
+            self.Wqkv(x), "b n (three heads d) -> three b n heads d", three=3, heads=self.num_heads
+        )
+        return parts.unbind()
 
 
 class CrossAttention(nn.Module):
@@ -145,7 +150,7 @@ class CrossAttention(nn.Module):
         self, x: Tensor, text: Tensor, rope: Rope, options: Options = None, *, values: Tensor | None = None
     ) -> Tensor:
         """``x`` (B, N, D), ``text`` (B, L, text_dim) -> (B, N, D); ``values`` are others than ``text``'s."""
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # (B, N, heads, head_dim)
+        q = rearrange(self.q_proj(x), "b n (heads d) -> b n heads d", heads=self.num_heads)
         k, v = self._project(text)
         if values is not None and values is not text:
             v = self._project(values)[1]
@@ -154,4 +159,8 @@ class CrossAttention(nn.Module):
         return self.out_proj(self.attention(q, k, v, options=options))
 
     def _project(self, text: Tensor) -> tuple[Tensor, ...]:
-        return self.kv_proj(text).unflatten(-1, (2, self.num_heads, -1)).unbind(2)  # (B, L, heads, head_dim)
+        """Keys and values, each (B, L, heads, head_dim)."""
+        parts = rearrange(
+            self.kv_proj(text), "b l (two heads d) -> two b l heads d", two=2, heads=self.num_heads
+        )
+        return parts.unbind()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import AttentionFn, Options, Rope, sdpa
@@ -95,10 +96,9 @@ class DiT(Trunk):
         return rope_table(th, tw, self.config.head_dim, base=self.config.rope_base, device=device)
 
     def _unpatchify(self, tokens: Tensor, th: int, tw: int) -> Tensor:
-        """(B, th*tw, p*p*C) -> (B, C, th*p, tw*p)."""
-        patches = tokens.unflatten(-1, (self.config.patch_size, self.config.patch_size, -1))
-        patches = patches.unflatten(1, (th, tw))  # (B, th, tw, p, p, C)
-        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        """Put the patches where they belong in the picture."""
+        p = self.config.patch_size
+        return rearrange(tokens, "b (th tw) (p q c) -> b c (th p) (tw q)", th=th, tw=tw, p=p, q=p)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 SINUSOID_DIM = 256
@@ -52,7 +53,7 @@ class PatchEmbed(nn.Module):
         right, bottom = -x.shape[-1] % self.patch, -x.shape[-2] % self.patch
         if right or bottom:
             x = F.pad(x, (0, right, 0, bottom), mode="circular")
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
 
 
 class AttentionPool(nn.Module):
@@ -74,8 +75,8 @@ class AttentionPool(nn.Module):
         # A slice of one row, kept three-dimensional, would make PyTorch copy the weight for every sample
         query = self.q_proj(rows[:, 0])[:, None]
         q, k, v = (
-            projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, rows, dim / heads)
+            rearrange(projected, "b rows (heads d) -> b heads rows d", heads=self.num_heads)
             for projected in (query, self.k_proj(rows), self.v_proj(rows))
         )
         pooled = F.scaled_dot_product_attention(q, k, v)
-        return self.c_proj(pooled.transpose(1, 2).flatten(1))
+        return self.c_proj(rearrange(pooled, "b heads one d -> b (one heads d)"))
