@@ -39,9 +39,10 @@ from hydit_core.lora import reading, writing
 from hydit_core.lora.adapter import Adapter, Patch, changed
 from hydit_core.lora.merge import merge_files
 from hydit_core.model.config import DiTConfig
-from hydit_core.weights.files import open_tensors, save_safetensors
+from hydit_core.weights.files import open_tensors
 from hydit_core.weights.load import load_dit
 from hydit_core.weights.save import save_checkpoint
+from hydit_core.weights.writer import save_safetensors
 
 WHO = ("copy", "ours", "peft")
 RANK = 64

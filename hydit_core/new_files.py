@@ -1,15 +1,211 @@
-"""Files that are made and never replace others, whoever else writes into the folder at that moment."""
+"""Files and folders that appear whole or not at all, whoever else writes there at that moment.
+
+What is being written has a temporary name in the folder where it will stand, which nobody can guess, and so
+put a link in its place. The content reaches the disk before it gets its own name.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
+import shutil
+import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
-from .errors import ConfigError
+from .errors import ConfigError, WeightsError, printable
+
+_TEMPORARY = re.compile(r"\.(.*)\.(\d{1,9})-[0-9a-f]{16}\.tmp", re.DOTALL)
+_KEPT_OF_NAME = 40
+_GRACE_SECONDS = 600
+
+
+class NotReplacedError(PermissionError):
+    """The old content could not be replaced; ``filename`` is where the new one is, complete."""
+
+
+# -- files that take the place of older ones ----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """As :func:`replacing`, for what a user asked to be written; an existing folder is not replaced.
+
+    What a killed process left in the same folder is warned of.
+
+    Raises:
+        WeightsError: if the place cannot be written to. The temporary file is gone then, unless it is
+            complete and only the old file cannot be replaced.
+    """
+    path = Path(path)
+    try:
+        with replacing(path) as temporary:
+            _warn_of_abandoned(path.parent)
+            yield temporary
+    except OSError as error:
+        where = ""
+        if isinstance(error, NotReplacedError):
+            where = f" (is it open in another program?); the new content is in {error.filename}"
+        raise WeightsError(f"cannot write {path}: {error.strerror or error}{where}") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Give a temporary name in the folder of ``path``; rename it to ``path`` when the block succeeds.
+
+    The block writes a file or makes a folder there. What it wrote reaches the disk before the rename, so
+    ``path`` holds either its old content or the complete new one, also after a crash. Parent folders are
+    made.
+
+    Args:
+        folder: an existing folder is replaced too. That takes two renames: after a crash between them, there
+            is none.
+
+    Raises:
+        NotReplacedError: the new content is complete and stays, but the old file cannot be replaced.
+        OSError: anything else went wrong; nothing of the new content is left.
+    """
+    temporary = temporary_beside(path)
+    kept = False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # a name that cannot be, before hours of work
+        yield temporary
+        _sync(temporary)
+        with _set_aside(path) if folder else contextlib.nullcontext():
+            try:
+                os.replace(temporary, path)
+            except PermissionError as error:
+                # Windows refuses to replace a file that is open somewhere; hours of training may be in the
+                # new one.
+                kept = not folder
+                if not kept:
+                    raise
+                raise NotReplacedError(error.errno, error.strerror, str(temporary)) from error
+            _sync_folder(path.parent)
+    finally:
+        if not kept:
+            _delete(temporary)
+
+
+@contextlib.contextmanager
+def _set_aside(folder: Path) -> Iterator[None]:
+    """Move an existing folder out of the way; it comes back if the block fails, else it is deleted."""
+    if not folder.is_dir():
+        yield
+        return
+    aside = temporary_beside(folder)
+    os.replace(folder, aside)
+    try:
+        yield
+    finally:  # after Ctrl-C too
+        if folder.exists():
+            _delete(aside)
+        else:
+            os.replace(aside, folder)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, first its name, so that a crash leaves no half of it under that.
+
+    What cannot be deleted stays, and costs nothing but room.
+    """
+    dying = folder if _TEMPORARY.fullmatch(folder.name) else temporary_beside(folder)
+    with contextlib.suppress(OSError):
+        if dying != folder:
+            os.replace(folder, dying)
+        shutil.rmtree(dying)
+
+
+def _delete(path: Path) -> None:
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long or out of reach
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or a folder with all that is in it, onto the disk."""
+    for place in [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]:
+        if place.is_dir():
+            _sync_folder(place)
+        elif place.is_file():
+            with open(place, "rb+") as handle:
+                os.fsync(handle.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    # Windows cannot open folders, and there the rename itself is journaled.
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# -- temporary names ----------------------------------------------------------------------------------------
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name for what will be ``path``: of this process, in the same folder, and impossible to guess."""
+    # Short: the name itself may be as long as a name can be.
+    start = path.name[:_KEPT_OF_NAME]
+    return path.parent / f".{start}.{os.getpid()}-{secrets.token_hex(8)}.tmp"
+
+
+def unfinished(folder: Path, name: str | None = None) -> list[Path]:
+    """What has a temporary name in a folder (of what would be ``name``), whether its process lives or not."""
+    found = ((Path(entry.path), _TEMPORARY.fullmatch(entry.name)) for entry in os.scandir(folder))
+    start = None if name is None else name[:_KEPT_OF_NAME]
+    return sorted(path for path, match in found if match and start in (None, match[1]))
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Temporary files in a folder whose process has died without removing them."""
+    # A moment's grace: processes of another machine, on a shared disk, cannot be asked.
+    return [
+        path
+        for path in unfinished(folder)
+        if not _runs(_process(path)) and time.time() - path.stat().st_mtime > _GRACE_SECONDS
+    ]
+
+
+def _process(path: Path) -> int:
+    match = _TEMPORARY.fullmatch(path.name)
+    assert match is not None  # unfinished() asked the same
+    return int(match[2])
+
+
+def _warn_of_abandoned(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        if left := abandoned(folder):
+            names = printable(", ".join(path.name for path in left[:5]))
+            warnings.warn(
+                f"{folder} has {len(left)} unfinished files of processes that died; delete them: {names}",
+                stacklevel=4,
+            )
+
+
+def _runs(process: int) -> bool:
+    if os.name == "nt":  # there, asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+# -- files that never replace others ------------------------------------------------------------------------
 
 
 def write_new(
@@ -36,7 +232,7 @@ def write_new(
     contents = {path.suffix: content, **(beside or {})}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporaries(path.parent, contents.values()) as temporaries:
+        with _temporaries(path, contents.values()) as temporaries:
             for number in count(1):
                 stem = path.stem if number == 1 else f"{path.stem}-{number}"
                 targets = [path.with_name(stem + suffix) for suffix in contents]
@@ -61,21 +257,19 @@ def check_name(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporaries(folder: Path, contents: Iterable[bytes]) -> Iterator[list[Path]]:
-    """The contents, each in a file of its own in ``folder``, on the disk; gone afterwards."""
+def _temporaries(path: Path, contents: Iterable[bytes]) -> Iterator[list[Path]]:
+    """The contents, each in a file of its own beside ``path``, on the disk; gone afterwards."""
     made: list[Path] = []
     try:
         for content in contents:
-            # A short name: the one that is asked for may be as long as a name can be.
-            made.append(folder / f".hydit-{secrets.token_hex(8)}.tmp")
+            made.append(temporary_beside(path))
             with open(made[-1], "xb") as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            _sync(made[-1])
         yield made
     finally:
         for temporary in made:
-            temporary.unlink(missing_ok=True)
+            _delete(temporary)
 
 
 def _place(temporaries: list[Path], targets: list[Path], overwrite: bool) -> bool:

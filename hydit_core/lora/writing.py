@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
+from ..new_files import atomic_path
 from ..weights.output import check_output
 from ..weights.source import cast
-from ..weights.writer import atomic_path, save_safetensors
+from ..weights.writer import save_safetensors
 from .adapter import PARTS, Adapter, Patch
 from .fuse import fused
 from .names import comfy_name, fused_count, kohya_name

@@ -16,12 +16,9 @@ complete. On loading, a checkpoint that does not match its manifest is passed ov
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import HyditError
+from ..new_files import remove_folder, replacing, unfinished
 from ..untrusted import read_json
 
 FORMAT = 1
@@ -109,39 +107,29 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises :class:`NotWritten`.
     """
     target = folder / folder_name(checkpoint.progress)
-    temporary, replaced = (folder / f"{_WRITING}{word}{target.name}" for word in ("", "replaced-"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove(folder.glob(f"{_WRITING}*"))  # of a crash
-        try:
+        with replacing(target, folder=True) as temporary:
+            remove(_unfinished(folder))
             _write(temporary, checkpoint)
-            if target.exists():  # a folder cannot be replaced in one move
-                target.rename(replaced)
-            temporary.rename(target)
-        except BaseException:  # Ctrl-C too
-            if replaced.exists() and not target.exists():
-                replaced.rename(target)
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        _flush(folder)
     except (OSError, SafetensorError) as error:
         raise NotWritten(f"{target}: the checkpoint could not be written: {error}") from error
-    remove([replaced])
     return target
 
 
 def remove(paths: Iterable[Path]) -> None:
     """Delete folders; what cannot be deleted stays, and costs nothing but room."""
     for path in list(paths):
-        # Under a name that is no checkpoint's, so that a crash leaves no half of one.
-        dying = path if path.name.startswith(_WRITING) else path.with_name(f"{_WRITING}removed-{path.name}")
-        with contextlib.suppress(OSError):
-            path.replace(dying)
-            shutil.rmtree(dying)
+        remove_folder(path)
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What a crash left here, where this run alone writes."""
+    # Earlier releases had a name of their own for it.
+    return [*unfinished(folder), *folder.glob(f"{_WRITING}*")]
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
-    """The files of a checkpoint, on the disk when this returns."""
+    """The files of a checkpoint."""
     folder.mkdir()
     for stem, tensors in checkpoint.tensors.items():
         if tensors:
@@ -157,8 +145,6 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     (folder / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*folder.iterdir(), folder]:
-        _flush(path)
 
 
 def listing(folder: Path) -> list[Path]:
@@ -265,13 +251,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

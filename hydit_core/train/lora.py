@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..lora import reading, writing
+from ..new_files import remove_folder, replacing, unfinished
 from ..weights.frozen import store
 from ..weights.modelspec import file_metadata
 from .adapters import (
@@ -102,18 +100,8 @@ class LoraObjective(DiffusionObjective):
         metadata = file_metadata(self.parts.dit.config, info, role="lora", extra={**metadata, **extra})
         adapter = to_adapter(self.networks, lora, metadata)
         writing.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata, overwrite=True)
-        with _replacing(path.with_suffix("")) as folder:
-            writing.write(adapter, folder, format="peft", dtype=dtype, metadata=metadata)
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which then takes the place of the one before it."""
-    fresh, old = (folder.with_name(f".{folder.name}-{word}") for word in ("new", "old"))
-    for rest in (fresh, old):  # of a crash
-        shutil.rmtree(rest, ignore_errors=True)
-    yield fresh
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        folder = path.with_suffix("")
+        for left in unfinished(folder.parent, folder.name):  # of a crash
+            remove_folder(left)
+        with replacing(folder, folder=True) as fresh:
+            writing.write(adapter, fresh, format="peft", dtype=dtype, metadata=metadata)

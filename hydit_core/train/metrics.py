@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from ..data.dataset import Batch
 from ..errors import DataError, HyditError
+from ..new_files import replacing
 from ..untrusted import parse_json
 from .distributed import Processes
 from .stopping import silence_stderr
@@ -143,13 +143,8 @@ def _truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [record for record in read(path) if record["step"] <= step]
-    temporary = path.with_suffix(".writing")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 class LossWindow:

@@ -14,6 +14,7 @@ import torch
 from ..errors import WeightsError
 from ..facts import METADATA_KEY, ModelInfo
 from ..model.config import DiTConfig
+from ..new_files import atomic_path
 from .companions import Companions, companions
 from .detect import FileKind, expect, tencent_view
 from .diffusers_config import controlnet_config, scheduler_config, transformer_config
@@ -25,7 +26,7 @@ from .parts import model_info, open_model
 from .save import dtypes_for
 from .source import CastSource, MergedSource, TensorSource
 from .views import rename
-from .writer import Progress, atomic_path, save_safetensors
+from .writer import Progress, save_safetensors
 
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # What we write anew, and what no longer holds of other tensors: an index's size, hashes of kohya's trainer

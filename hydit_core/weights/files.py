@@ -18,16 +18,6 @@ from .mapped import Entry, MappedSource
 from .pickles import open_pickle
 from .source import MergedSource, TensorSource
 from .views import unwrapped
-from .writer import atomic_path, save_safetensors
-
-__all__ = [
-    "SafetensorsSource",
-    "TensorSource",
-    "atomic_path",
-    "has_weights",
-    "open_tensors",
-    "save_safetensors",
-]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _STANDARD_NAMES = (

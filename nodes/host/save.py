@@ -22,10 +22,10 @@ from ...hydit_core.dtypes import FP8_DTYPES
 from ...hydit_core.errors import ConfigError, WeightsError
 from ...hydit_core.facts import DiffusionConfig, ModelInfo
 from ...hydit_core.model.config import DiTConfig
+from ...hydit_core.new_files import atomic_path
 from ...hydit_core.weights.modelspec import file_metadata
 from ...hydit_core.weights.source import MemorySource
 from ...hydit_core.weights.vae_layout import detect_vae
-from ...hydit_core.weights.writer import atomic_path
 from .clip import encoder_info
 from .model import model_info
 from .tokens import BERT, MT5, tokenizers_of

@@ -12,10 +12,11 @@ from hydit_core.facts import ModelInfo
 from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
 from hydit_core.weights.detect import detect
-from hydit_core.weights.files import open_tensors, save_safetensors
+from hydit_core.weights.files import open_tensors
 from hydit_core.weights.layouts import from_tencent
 from hydit_core.weights.load import load_controlnet, load_dit
 from hydit_core.weights.source import MemorySource
+from hydit_core.weights.writer import save_safetensors
 
 
 def kind_of(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None):

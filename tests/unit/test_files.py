@@ -20,9 +20,11 @@ import torch
 from key_lists import key_list, sparse_safetensors
 
 from hydit_core.errors import WeightsError
-from hydit_core.weights.files import atomic_path, open_tensors, save_safetensors
+from hydit_core.new_files import atomic_path
+from hydit_core.weights.files import open_tensors
 from hydit_core.weights.parts import open_model
 from hydit_core.weights.source import MemorySource, TensorSource
+from hydit_core.weights.writer import save_safetensors
 
 EVERY_DTYPE = {
     "half": torch.randn(3, 5, dtype=torch.float16),
@@ -304,7 +306,7 @@ def test_a_process_that_is_ended_removes_its_temporary_files(tmp_path, name):
     script = """
 import sys, time
 from hydit_core.errors import cli_main
-from hydit_core.weights.writer import atomic_path
+from hydit_core.new_files import atomic_path
 def run():
     with atomic_path(sys.argv[1]) as temporary:
         temporary.write_text("half")

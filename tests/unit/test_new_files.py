@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from hydit_core.errors import ConfigError
-from hydit_core.new_files import check_name, write_new
+from hydit_core.new_files import check_name, remove_folder, replacing, unfinished, write_new
 
 
 def names(folder: Path) -> set[str]:
@@ -101,3 +102,56 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot write"):
         check_name(tmp_path / "a\0.png")
+
+
+# -- folders that take the place of older ones --------------------------------------------------------------
+
+
+def fill(folder: Path, text: str) -> None:
+    folder.mkdir()
+    (folder / "a").write_text(text)
+
+
+def test_a_folder_is_replaced_only_when_that_is_meant(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with replacing(tmp_path / "out", folder=True) as temporary:
+            fill(temporary, text)
+            assert text == "old" or (tmp_path / "out" / "a").read_text() == "old"
+    assert (tmp_path / "out" / "a").read_text() == "new" and names(tmp_path) == {"out"}
+    with pytest.raises(OSError, match="not empty"), replacing(tmp_path / "out") as temporary:
+        fill(temporary, "newer")
+    assert (tmp_path / "out" / "a").read_text() == "new" and names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "denied"), KeyboardInterrupt()], ids=["denied", "Ctrl-C"]
+)
+def test_a_folder_that_cannot_be_replaced_comes_back(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of the two renames fails."""
+    fill(tmp_path / "out", "old")
+    original, calls = os.replace, []
+
+    def fails_once(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise error
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(type(error)), replacing(tmp_path / "out", folder=True) as temporary:
+        fill(temporary, "new")
+    assert (tmp_path / "out" / "a").read_text() == "old" and names(tmp_path) == {"out"}
+
+
+def test_a_folder_is_removed_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path / "out", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: None)  # killed meanwhile
+        remove_folder(tmp_path / "out")
+    (left,) = unfinished(tmp_path, "out")
+    assert names(tmp_path) == {left.name} and not unfinished(tmp_path, "other")
+    remove_folder(left)
+    remove_folder(tmp_path / "absent")
+    assert not names(tmp_path)

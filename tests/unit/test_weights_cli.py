@@ -22,10 +22,11 @@ from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
 from hydit_core.weights.__main__ import main
 from hydit_core.weights.convert import convert
-from hydit_core.weights.files import SafetensorsSource, open_tensors, save_safetensors
+from hydit_core.weights.files import SafetensorsSource, open_tensors
 from hydit_core.weights.load import load_dit
 from hydit_core.weights.parts import parts
 from hydit_core.weights.save import save_checkpoint
+from hydit_core.weights.writer import save_safetensors
 
 
 def run(capsys, *args: object) -> tuple[int, str, str]:
