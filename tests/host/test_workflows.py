@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from workflow_files import MODEL_FOLDERS, WORKFLOWS, api, check_pictures, shrink, unmuted, write_models
+from workflow_files import MODEL_FOLDERS, WORKFLOWS, api, check_pictures, read, shrink, unmuted, write_models
 
 from hydit_core.embedded import embedded_controlnets, embedded_loras, embedded_model
 from hydit_core.generate.__main__ import main
+
+OLDER = sorted(
+    (Path(__file__).parents[1] / "data" / "written_2026-11-22" / "workflows" / "api").glob("*.json")
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,6 +56,12 @@ def test_what_is_muted_runs_too(host):
         assert np.asarray(picture).std() > 10
     # One file under two names, and one picture.
     assert apart(depth, pose).max() == 0 < apart(canny, depth).max()
+
+
+@pytest.mark.parametrize("path", OLDER, ids=lambda path: path.stem)
+def test_workflows_that_were_shipped_before_still_draw(host, path):
+    drawn = pictures(host, host.run(shrink(read(path))).check())
+    assert drawn and all(np.asarray(picture).std() > 10 for picture in drawn)
 
 
 def test_custom_sampling_is_the_command_lines_picture(host, tmp_path):
