@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import draw_house
 import imports
 
 LIBRARY = Path(__file__).resolve().parents[2] / "hydit_core"
@@ -46,6 +47,15 @@ def test_there_is_no_circle():
     """Not between rooms, nor between files, imports in functions and for types included."""
     assert not imports.circle(imports.between_rooms())
     assert not imports.circle(imports.arrows())
+
+
+def test_the_picture_of_the_house_is_current():
+    assert draw_house.PICTURE.read_text("utf-8") == draw_house.svg(), "run python tests/draw_house.py"
+
+
+def test_an_arrow_that_follows_from_others_is_not_drawn():
+    pairs = {imports.Arrow(*pair) for pair in ("ab", "bc", "ac", "cd", "ad", "ae")}
+    assert draw_house.needed(pairs) == {imports.Arrow(*pair) for pair in ("ab", "bc", "cd", "ae")}
 
 
 def test_a_circle_would_be_found():
