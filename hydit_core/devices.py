@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .errors import ConfigError
 
 
+def named_device(name: str | torch.device, *, mps: bool = True) -> torch.device:
+    """The device that a name means here; nothing is put on it, and it need not be there.
+
+    "auto" is CUDA, then Apple's MPS (unless ``mps`` is False), then the CPU. Of the processes that torchrun
+    starts, each takes the GPU of its own number for "cuda".
+
+    Raises:
+        RuntimeError: torch's own, for what is no name of a device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and mps and torch.backends.mps.is_available():
+            name = "mps"
+    device = torch.device(name)
+    if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        return torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
+    return device
+
+
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """ "auto" is CUDA, then Apple's MPS, then the CPU. Raises ConfigError for a device that is not there."""
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """As :func:`named_device`. Raises :class:`ConfigError` for a device that is not there."""
     try:
-        chosen = torch.device(device)
+        chosen = named_device(device)
         torch.empty(0, device=chosen)
         if chosen.type == "meta":
             raise RuntimeError("it computes nothing")

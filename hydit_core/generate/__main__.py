@@ -133,7 +133,7 @@ def _run(args: argparse.Namespace) -> None:
         text_encoders=args.text_encoders,
         vae=args.vae,
         dtype=args.dtype,
-        device=_device(args.device),
+        device=args.device,
     )
     loras = lora_cli.load(args, adapters, pipe, quiet=rank != 0)
     run = _settings(pipe, args, init)
@@ -229,14 +229,6 @@ def _share(count: int) -> tuple[int, list[int]]:
     """This process's rank, and which of ``count`` prompts are its own under torchrun."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return rank, list(range(rank, count, world))
-
-
-def _device(device: str) -> str:
-    import torch
-
-    if device in ("auto", "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return device
 
 
 def _facts(pipe: Pipeline, settings: SamplingDefaults, picture: Picture) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..devices import choose_device
+from ..devices import choose_device, named_device
 from ..errors import ConfigError, HyditError
 
 T = TypeVar("T")
@@ -311,21 +311,19 @@ def find_device(device: str) -> torch.device:
 
     Raises :class:`ConfigError` for a device that this machine does not have.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        chosen = named_device(device, mps=False)
     except RuntimeError as error:
         raise ConfigError(f"run.device = {device!r}: not a device name; use auto, cpu or cuda") from error
     if chosen.type != "cuda":
         try:
-            return choose_device(device)
+            return choose_device(str(chosen))
         except ConfigError as error:
             raise ConfigError(f"run.device: {error}") from None
     if not torch.cuda.is_available():
         raise ConfigError(f"run.device = {device!r}: torch sees no CUDA device; use cpu or auto")
     if chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        chosen = torch.device("cuda", 0)
     if chosen.index >= torch.cuda.device_count():
         raise ConfigError(
             f"run.device = {device!r}: process {os.environ.get('RANK', '0')} wants {chosen}, but torch sees "

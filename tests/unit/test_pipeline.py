@@ -17,7 +17,7 @@ from tiny import DEFAULTS, TINY_V11, write_tiny_model
 
 import hydit_core
 from hydit_core import ConfigError, HyditError, load
-from hydit_core.devices import choose_device
+from hydit_core.devices import choose_device, named_device
 from hydit_core.dtypes import choose_dtype
 from hydit_core.facts import NEGATIVE_PROMPT
 
@@ -241,6 +241,23 @@ def test_auto_dtype_and_device_names(monkeypatch):
         choose_dtype("int4", torch.device("cpu"))
     with pytest.raises(ConfigError, match="device 'warp' cannot be used here"):
         choose_device("warp")
+
+
+@pytest.mark.parametrize(
+    ("there", "name", "rank", "expected"),
+    [
+        ("cuda mps", "auto", None, "cuda"), ("mps", "auto", None, "mps"), ("", "auto", "1", "cpu"),
+        ("cuda", "auto", "1", "cuda:1"), ("cuda", "cuda", "3", "cuda:3"), ("cuda", "cuda:0", "1", "cuda:0"),
+    ],
+)  # fmt: skip
+def test_which_device_a_name_means(there, name, rank, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert str(named_device(name)) == expected
+    assert str(named_device(name, mps=False)) == ("cpu" if expected == "mps" else expected)
 
 
 def test_public_names_are_found_lazily():
