@@ -20,9 +20,9 @@ from hydit_core.lora import reading, writing
 from hydit_core.lora.__main__ import main
 from hydit_core.lora.adapter import Adapter, Patch
 from hydit_core.lora.blocks import BlockWeights
+from hydit_core.lora.cli import lowest
 from hydit_core.lora.extract import combine, cut, extract
 from hydit_core.lora.merge import apply, merge_files
-from hydit_core.lora.output_cli import lowest
 from hydit_core.lora.summary import plot
 from hydit_core.lora.weighted import weighted
 from hydit_core.model.config import DiTConfig
