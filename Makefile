@@ -3,6 +3,9 @@
 # make test-host  the tests inside a ComfyUI and in its page; COMFYUI_PATH says which (docs/testing.md)
 # make validate   what others' validators of ComfyUI packs say (docs/testing.md)
 # make lint    ruff and mypy
+# make check-workflows  what is in .github, by the schemas of GitHub
+# make pack    what the ComfyUI registry would get, into dist/; make publish TAG=vX.Y.Z gives it there (CONTRIBUTING.md)
+# make host    an environment for the ComfyUI at COMFYUI_PATH, in its folder, as CI makes it
 # make fuzz    damaged files of every kind, FUZZ_INPUTS of them (docs/testing.md)
 # make bench   benchmarks/*.py, one after the other
 # make mutants  wrong formulas on purpose, to test the tests; hours, and goes on where it stopped (docs/testing.md)
@@ -12,11 +15,14 @@
 # TORCH_INDEX  where pip takes torch from, for those who want the CPU or another CUDA build:
 #              make demo TORCH_INDEX=URL
 # PYTHON       the Python that .venv is made with
+# CONSTRAINTS  the versions that are installed: constraints.txt, or constraints-oldest.txt with the oldest promised
 # GPU_PYTHON   the Python that `make gpu` runs with; default: that of .venv
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+CONSTRAINTS ?= constraints.txt
+COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 OUT ?= outputs/demo
 FUZZ_INPUTS ?= 50000
 FUZZ_SEED ?= 1
@@ -35,7 +41,10 @@ BIN := $(VENV)/bin
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
+TOOLS := .tools/$(notdir $(BIN))
+
 .PHONY: demo test test-host validate lint fuzz mutants bench gpu gpu-wheels clean
+.PHONY: check-workflows pack publish host
 
 demo: $(VENV)/.headless
 	$(BIN)/python -m hydit_core.generate --prompt "红苹果" --prompt "a red apple" --seed 1 --out $(OUT)
@@ -74,15 +83,39 @@ gpu-wheels:
 	$(PYTHON) -m pip --disable-pip-version-check download -q --only-binary=:all: --no-deps $(GPU_WHEELS_FOR) \
 		-d .whl -c constraints.txt $(GPU_WHEELS)
 
+check-workflows: .tools/.installed
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.github-issue-forms \
+		$(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(TOOLS)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+
+pack: .tools/.installed
+	$(TOOLS)/python tests/registry.py --out dist/node.zip
+
+publish: .tools/.installed
+	$(TOOLS)/python tests/registry.py --publish $(TAG)
+
+host:
+	test -x $(COMFYUI_PATH)/.venv/bin/python || $(PYTHON) -m venv $(COMFYUI_PATH)/.venv
+	$(COMFYUI_PATH)/.venv/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision torchaudio
+	$(COMFYUI_PATH)/.venv/bin/python -m pip install -r $(COMFYUI_PATH)/requirements.txt
+
 clean:
-	rm -rf $(VENV) build *.egg-info .whl .gpu-site
+	rm -rf $(VENV) build dist *.egg-info .whl .gpu-site .tools
+
+# Commands of others that look at the repository itself.
+.tools/.installed: tests/tools.txt
+	$(PYTHON) -m venv --clear .tools
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check -r tests/tools.txt
+	touch $@
 
 # One environment serves all; torch goes first, so that its build is chosen once and by the user.
-$(VENV)/.torch: constraints.txt
+$(VENV)/.torch: $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' $(CONSTRAINTS))"
 	touch $@
 
 $(VENV)/.%: $(VENV)/.torch pyproject.toml
-	$(PIP) -e ".[$*]" -c constraints.txt
+	$(PIP) -e ".[$*]" -c $(CONSTRAINTS)
 	touch $@

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, DataError, HyditError, WeightsError
+from .version import VERSION
 
 if TYPE_CHECKING:
     from .facts import DiffusionConfig, ModelInfo, SamplingDefaults
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .weights.load import load_controlnet, load_dit
     from .weights.save import save_checkpoint
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # Found when they are first asked for: importing hydit_core alone must not import torch.
 _HOMES = {

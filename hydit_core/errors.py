@@ -9,6 +9,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Categories of Unicode that a terminal obeys, or that hide or turn what stands around them.
@@ -106,6 +107,12 @@ def _unwound_by_signals() -> Iterator[None]:
     finally:
         for number in changed:
             signal.signal(number, signal.SIG_DFL)
+
+
+def program(command: str) -> str:
+    """What the user has typed for one of our commands: ``hydit train``, or ``python -m hydit_core.train``."""
+    front = "hydit " if Path(sys.argv[0]).stem == "hydit" else "python -m hydit_core."
+    return front + command
 
 
 def cli_main(run: Callable[[], int | None]) -> int:

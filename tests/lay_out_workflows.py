@@ -1,4 +1,5 @@
 """Where the nodes of the shipped workflows stand: written here once, computed into `workflows/*.json`.
+It also writes this version of hydit there.
 
     python tests/lay_out_workflows.py            writes places, sizes and groups of all workflows
     python tests/lay_out_workflows.py NAME ...   of these only
@@ -16,8 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from registry import version
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "workflows"
+VERSION = version((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 TITLE = 30
 """Height of a node's title, which stands above its position."""
@@ -357,7 +361,7 @@ LAYOUTS: dict[str, Box] = {
 
 
 def laid_out(name: str, workflow: dict[str, Any]) -> dict[str, Any]:
-    """The workflow with every node and group in its place; nothing else is changed."""
+    """The workflow with every node and group in its place, and this version; nothing else is changed."""
     sheet, box = Sheet(workflow), LAYOUTS[name]
     box.put(sheet, 0, 0, box.size(sheet)[0])
     assert sheet.placed.keys() == sheet.types.keys(), (name, sheet.placed.keys() ^ sheet.types.keys())
@@ -365,6 +369,8 @@ def laid_out(name: str, workflow: dict[str, Any]) -> dict[str, Any]:
         place = sheet.placed[shown["id"]]
         shown["pos"], shown["size"] = [place.left, place.top], [place.width, place.height]
         shown["flags"] = {"collapsed": True} if place.collapsed else {}
+        if shown["type"].startswith("HyDiT"):
+            shown["properties"]["ver"] = VERSION
     workflow["groups"] = [
         {"id": number, "title": title, "bounding": list(frame),
          "color": "#3f789e", "font_size": 24, "flags": {}}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..diffusion.samplers import SAMPLERS
 from ..diffusion.schedule import SPACINGS
 from ..dtypes import COMPUTE, short_name
-from ..errors import ConfigError, cli_main
+from ..errors import ConfigError, cli_main, program
 from ..facts import NEGATIVE_PROMPT, SamplingDefaults
 from ..images import load_picture, parse_size
 from ..new_files import check_name, write_new
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hydit_core.generate",
+        prog=program("generate"),
         description="Draw pictures from prompts. What is not given is as the model's file recommends.",
     )
     what = parser.add_argument_group("what to draw")

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..dtypes import STORED, dtype_of, short_name
-from ..errors import cli_main
+from ..errors import cli_main, program
 from ..layer_weights import CURVES, read_each, split_weight
 from ..weights import output
 from ..weights.layouts import LAYOUTS
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hydit_core.lora", description="Look into HunyuanDiT LoRAs and make others of them."
+        prog=program("lora"), description="Look into HunyuanDiT LoRAs and make others of them."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_add_inspect, _add_convert, _add_merge, _add_combine, _add_extract):

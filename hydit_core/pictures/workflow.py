@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-PACK = {"cnr_id": "hydit", "ver": "0.1.0"}
+from ..version import VERSION
+
+PACK = {"cnr_id": "hydit", "ver": VERSION}
 """Properties of our nodes: by them the page can offer to install the pack where it is missing."""
 CORE = {"cnr_id": "comfy-core", "ver": "0.3.64"}
 """The same for ComfyUI's own nodes; the oldest version that is supported."""

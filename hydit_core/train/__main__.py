@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..errors import ConfigError, cli_main
+from ..errors import ConfigError, cli_main, program
 
 STOPPED = 3
 """The exit code of a run that ended before its last step and can be continued."""
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m hydit_core.train{name}", description=description)
+    parser = argparse.ArgumentParser(prog=program(f"train{name}"), description=description)
     parser.add_argument("config", type=Path, metavar="CONFIG.toml")
     parser.add_argument(
         "--set",
@@ -84,7 +84,7 @@ def _cache(arguments: list[str]) -> int:
 
 def _export(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m hydit_core.train export",
+        prog=program("train export"),
         description="Write the model file of a run from one of its checkpoints, as training does.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="a run's folder, or a checkpoint's")
@@ -120,7 +120,7 @@ def _export(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m hydit_core.train report", description="A run's losses as a table and a picture."
+        prog=program("train report"), description="A run's losses as a table and a picture."
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--out", type=Path, help="the picture (default: RUN_DIR/losses.png)")

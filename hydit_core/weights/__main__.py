@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..dtypes import STORED, dtype_of, short_name
-from ..errors import cli_main
+from ..errors import cli_main, program
 from . import output
 from .convert import convert
 from .describe import describe
@@ -16,7 +16,7 @@ from .layouts import LAYOUTS
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hydit_core.weights", description="Look into HunyuanDiT weights and convert them."
+        prog=program("weights"), description="Look into HunyuanDiT weights and convert them."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     key_help = "which weights of a torch file that holds several: ema, module, distill ... (default: ema)"
