@@ -128,7 +128,7 @@ class CacheConfig(Section):
         default=False, description="encode each caption once; not while text encoders are trained"
     )
     dtype: Annotated[Literal["fp32", "fp16", "bf16"], AnyDtypeName] = Field(
-        default="fp16", description="of what is kept"
+        default="fp16", description="dtype of what is kept"
     )
     ram_mb: int = Field(
         default=4096,
@@ -219,7 +219,9 @@ class DataConfig(Section):
         default="error", description="stop at an unreadable picture, or skip and count it"
     )
     allow_missing_captions: bool = Field(default=False, description="accept pictures without a caption")
-    empty_caption: str = Field(default="", description="the caption of those")
+    empty_caption: str = Field(
+        default="", description="the caption of pictures that have none, where that is accepted"
+    )
     validation: int | float = Field(
         default=0,
         description="how many pictures to hold out, or what fraction; chosen by a hash of their names",

@@ -166,13 +166,14 @@ class RunSection(Section):
         default=1.0, ge=0, le=1e6, description="largest norm of the gradients; 0 turns clipping off"
     )
     precision: Annotated[Literal["fp32", "bf16"], AnyDtypeName] = Field(
-        default="fp32", description="of the computation; trained weights are kept in fp32 either way"
+        default="fp32",
+        description="precision of the computation; trained weights are kept in fp32 either way",
     )
     gradient_checkpointing: bool | float = Field(
         default=False,
         description="recompute activations instead of keeping them: true or a fraction of the blocks",
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of every random draw")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every random draw")
     threads: int | None = Field(default=None, gt=0, le=4096, description="CPU threads; unset: torch decides")
     device: str = Field(default="auto", description="where to compute; auto: a GPU if there is one")
     max_bad_steps: int = Field(
@@ -210,7 +211,7 @@ class SamplesSection(Section):
         default=0, ge=0, le=MAX_COUNT, description="how often to draw, from step 0 on; 0: never"
     )
     prompts: tuple[str, ...] = Field(default=(), description="one picture each")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="of every sample picture")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every sample picture")
     negative: str | None = Field(default=None, description="negative prompt")
     steps: int | None = Field(default=None, gt=0, le=100_000, description="sampling steps")
     cfg: float | None = Field(default=None, ge=1, le=1000, description="guidance scale; 1 is off")
@@ -262,7 +263,7 @@ class CheckpointSection(Section):
         description="keep the one of the lowest validation loss, with an export best.safetensors",
     )
     export_dtype: Annotated[Literal["fp16", "bf16", "fp32"], AnyDtypeName] = Field(
-        default="fp16", description="of the exported file"
+        default="fp16", description="dtype of the exported file"
     )
     export_all_in_one: bool = Field(
         default=True, description="full training: text encoders and VAE go into the file too"
