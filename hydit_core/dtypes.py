@@ -40,6 +40,9 @@ FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 COMPUTE = ("auto", "fp32", "fp16", "bf16")
 """What a network can be computed in."""
 
+HOST = ("fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e5m2")
+"""What ComfyUI keeps weights in, under its names; the ``weight_dtype`` of a loader, beside "default"."""
+
 STORED = ("fp32", "fp16", "bf16", "fp8")
 """What commands write weights in."""
 

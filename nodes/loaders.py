@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..hydit_core.dtypes import dtype_name
+from ..hydit_core.dtypes import HOST, dtype_name
 from ..hydit_core.errors import WeightsError
 from ..hydit_core.facts import ModelInfo
 from ..hydit_core.weights.detect import FileKind
@@ -15,7 +15,6 @@ from ..hydit_core.weights.parts import Parts, bundle
 from ..hydit_core.weights.source import TensorSource
 from .host import folders
 from .host.clip import load_clip
-from .host.filling import WEIGHT_DTYPES
 from .host.model import load_model
 from .host.vae import load_vae
 from .schema import make_schema
@@ -189,7 +188,7 @@ def dtype_input(what: str) -> io.Combo.Input:
     """The widget ``weight_dtype`` of a loader; ``what`` it loads."""
     return io.Combo.Input(
         "weight_dtype",
-        options=["default", *WEIGHT_DTYPES],
+        options=["default", *HOST],
         default="default",
         tooltip=f"How {what} is kept in memory. default: ComfyUI chooses for the file and the machine. fp8 "
         "takes half the memory of fp16 and changes the picture a little; fp16 may overflow (black pictures).",

@@ -15,7 +15,7 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 
-from ...hydit_core.dtypes import dtype_of
+from ...hydit_core.dtypes import HOST, dtype_of
 from ...hydit_core.errors import ConfigError, HyditError, WeightsError
 from ...hydit_core.facts import ModelInfo
 from ...hydit_core.text.dimensions import LOWERCASE, bert_dimensions, check_vocabulary, t5_dimensions
@@ -23,7 +23,6 @@ from ...hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
 from ...hydit_core.text.tokenizers import Tokenizers
 from ...hydit_core.weights.parts import Parts, bundle
 from ...hydit_core.weights.source import TensorSource
-from .filling import WEIGHT_DTYPES
 from .text_model import MT5, Bert, TextModel
 from .text_model import encoder_info as _encoder_info
 from .tokens import HyDiTTokenizer, TokenLists, shipped_vocabulary, tokenizers_of
@@ -49,8 +48,8 @@ def load_clip(
         bert: what holds BERT. Its vocabulary is sought in it, beside it, and for the published size it is
             ComfyUI's own.
         mt5: what holds mT5 (default: ``bert``). Its sentencepiece model is sought in it and beside it.
-        weight_dtype: one of :data:`WEIGHT_DTYPES`, or "default": what the host was told when it was started,
-            else the file's own, but 16 bits for a large mT5 in float32. In 8 bits, embeddings, norms and
+        weight_dtype: one of :data:`~hydit_core.dtypes.HOST`, or "default": what the host was told when it
+            was started, else the file's own, but 16 bits for a large mT5 in float32. In 8 bits, embeddings, norms and
             biases stay in 16.
         disable_dynamic: a patcher that loads weights at once, where ComfyUI would stream them.
 
@@ -209,7 +208,7 @@ def _default(source: TensorSource, large: float = float("inf")) -> torch.dtype:
     usual: torch.dtype = comfy.model_management.text_encoder_dtype(
         comfy.model_management.text_encoder_device()
     )
-    if any(getattr(args, f"{name}_text_enc", False) for name in WEIGHT_DTYPES):
+    if any(getattr(args, f"{name}_text_enc", False) for name in HOST):
         return usual
     own = source.main_dtype() or torch.float32
     wide = own.itemsize >= 4

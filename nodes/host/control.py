@@ -97,7 +97,7 @@ def load_control(source: TensorSource, kind: FileKind, *, weight_dtype: str = "d
 
     Args:
         source: the open file or folder, of which ``kind`` is known.
-        weight_dtype: "default" or one of :data:`~.filling.WEIGHT_DTYPES`.
+        weight_dtype: "default" or one of :data:`~hydit_core.dtypes.HOST`.
 
     Raises:
         WeightsError: if it lacks tensors, or has too many.

@@ -13,9 +13,6 @@ from ...hydit_core.weights.save import dtypes_for
 from ...hydit_core.weights.source import TensorSource
 from ...hydit_core.weights.views import rename
 
-WEIGHT_DTYPES = ("fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e5m2")
-"""What a loader's ``weight_dtype`` may be beside "default"."""
-
 
 def choose_dtypes(
     source: TensorSource, weight_dtype: str, device: torch.device, supported: Sequence[torch.dtype]
@@ -24,8 +21,8 @@ def choose_dtypes(
 
     Args:
         source: a DiT or ControlNet in Tencent's names.
-        weight_dtype: one of :data:`WEIGHT_DTYPES`, or "default": ComfyUI's choice for this device and model,
-            but nothing wider than the file.
+        weight_dtype: one of :data:`~hydit_core.dtypes.HOST`, or "default": ComfyUI's choice for this device
+            and model, but nothing wider than the file.
         supported: what the network can compute in, the best first.
     """
     management = comfy.model_management

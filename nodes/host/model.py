@@ -173,7 +173,7 @@ def load_model(
 
     Args:
         source: an open checkpoint, or the path of a file or folder.
-        weight_dtype: one of :data:`~.filling.WEIGHT_DTYPES`, or "default": ComfyUI's choice for this
+        weight_dtype: one of :data:`~hydit_core.dtypes.HOST`, or "default": ComfyUI's choice for this
             machine and model, but nothing wider than the file. In an 8-bit float only the matrices inside
             the blocks are kept.
         disable_dynamic: a patcher that loads weights at once, where ComfyUI would stream them.
