@@ -49,8 +49,8 @@ def load_clip(
             ComfyUI's own.
         mt5: what holds mT5 (default: ``bert``). Its sentencepiece model is sought in it and beside it.
         weight_dtype: one of :data:`~hydit_core.dtypes.HOST`, or "default": what the host was told when it
-            was started, else the file's own, but 16 bits for a large mT5 in float32. In 8 bits, embeddings, norms and
-            biases stay in 16.
+            was started, else the file's own, but 16 bits for a large mT5 in float32. In 8 bits, embeddings,
+            norms and biases stay in 16.
         disable_dynamic: a patcher that loads weights at once, where ComfyUI would stream them.
 
     Raises:
