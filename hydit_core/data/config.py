@@ -34,7 +34,7 @@ class SourceConfig(Section):
     )
     caption_fields: tuple[str, ...] = Field(
         default=(),
-        description="table: the columns with captions, which are alternatives; empty: all known names",
+        description="table: the columns with captions, one of which is drawn each time; empty: all known names",
     )
     control_field: str | None = Field(
         default=None, description="table: the column with the control picture's path"
@@ -53,7 +53,7 @@ class SourceConfig(Section):
     )
     caption_lines: bool = Field(
         default=False,
-        description="folder: every line of a .txt is an alternative caption, not the whole file one",
+        description="folder: every line of a .txt is a caption of its own, one of which is drawn each time",
     )
     caption: str | None = Field(
         default=None, description="the caption of pictures that have none of their own"
