@@ -34,7 +34,7 @@ class SourceConfig(Section):
     )
     caption_fields: tuple[str, ...] = Field(
         default=(),
-        description="table: the columns with captions, one of which is drawn each time; empty: all known names",
+        description="table: the columns with captions, of which one is drawn each time; empty: known names",
     )
     control_field: str | None = Field(
         default=None, description="table: the column with the control picture's path"
