@@ -1,1 +1,1 @@
-"""Training: full-parameter today; the loop, checkpoints and data order are the same for every objective."""
+"""Training: whole models, LoRAs and ControlNets, by one loop, with one kind of checkpoint and data order."""

@@ -8,18 +8,64 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..data.order import hash_int
+from ..data.section import AnyDtypeName, Section
 from ..errors import ConfigError
 from ..lora.adapter import Adapter, Patch
-from ..text.encoders import TextEncoders
 from ..weights.frozen import dense
-from .config import LoraSection
+from .model_section import ConfigPath
 from .optim import matches
+
+if TYPE_CHECKING:
+    from ..text.encoders import TextEncoders
+
+TARGETS = ("attention", "attention+mlp", "all-linear")
+
+
+class LoraSection(Section):
+    """The table ``lora`` of the configuration."""
+
+    rank: int = Field(default=16, gt=0, le=8192, description="rank of the two matrices of each layer")
+    alpha: float | None = Field(
+        default=None, gt=0, le=1e6, description="the strength is alpha / rank; unset: the rank, so strength 1"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapters' inputs")
+    rslora: bool = Field(default=False, description="take alpha / sqrt(rank) as the strength instead")
+    dora: bool = Field(default=False, description="DoRA: train the norm of each output's weights separately")
+    targets: str | tuple[str, ...] = Field(
+        default="attention", description="which linear layers get adapters"
+    )
+    train_bert: bool = Field(default=False, description="adapters in BERT too")
+    train_t5: bool = Field(default=False, description="adapters in mT5 too")
+    init_from: ConfigPath | None = Field(
+        default=None, description="a LoRA to continue from, in any format and of the same rank"
+    )
+    base_precision: Annotated[Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4"] | None, AnyDtypeName] = (
+        Field(default=None, description="how the frozen DiT's matrices are stored; unset: run.precision")
+    )
+    trigger: str = Field(
+        default="", description="words in the captions that call up the LoRA, for the exported files"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(targets, str) and targets not in TARGETS:
+            raise ValueError(f"use one of {', '.join(TARGETS)}, or a list of patterns such as ['Wqkv']")
+        if not targets:
+            raise ValueError("an empty list: nothing would be trained")
+        return targets
+
+    @property
+    def trains_text(self) -> bool:
+        return self.train_bert or self.train_t5
+
 
 _NAME = "default"  # of the one adapter, inside peft's layers
 

@@ -20,11 +20,12 @@ from ..model.config import DiTConfig
 from ..presets import check_settings, choose_settings
 from ..text.encoders import TextEncoders
 from ..vae import VAE
-from ..weights.frozen import quantizer
-from .config import SamplesSection, TrainConfig
+from .config import TrainConfig
 from .distributed import find_device
 from .model_section import TextScratch
+from .objectives.table import objective_of
 from .optim import require_muon
+from .sections import SamplesSection
 
 
 def check_machine(config: TrainConfig) -> None:
@@ -36,8 +37,7 @@ def check_machine(config: TrainConfig) -> None:
         _require_writable(cache_folder(config.data), "data.cache.dir")
     if config.optimizer.name == "muon":
         require_muon()
-    if config.objective.kind == "lora":
-        quantizer(config.base_precision)
+    objective_of(config).check_machine(config)
     if config.data.control is not None:
         require_maker(config.data.control)
         for path in config.samples.control_images if config.samples.every else ():

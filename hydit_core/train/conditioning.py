@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..text.encoders import TextEncoders
 from ..text.features import TextFeatures, Tokens
-from ..text.tokenizers import Tokenizers
+
+if TYPE_CHECKING:  # they bring transformers, which a configuration is checked without
+    from ..text.encoders import TextEncoders
+    from ..text.tokenizers import Tokenizers
 
 CACHE_BYTES = 2 << 30
 

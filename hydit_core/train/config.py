@@ -8,300 +8,42 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ValidationError, create_model, field_validator, model_validator
 
-from ..data.config import DataConfig
-from ..data.section import MAX_COUNT, AnyDtypeName, Section, leaves
-from ..diffusion.samplers import SAMPLERS
-from ..diffusion.schedule import SPACINGS
+from ..data.section import leaves
 from ..errors import ConfigError
-from ..images import MAX_SIDE, MIN_SIDE
 from ..untrusted import parse_toml, read_toml
-from .model_section import ConfigPath, ModelSection
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ObjectiveSection(Section):
-    kind: Literal["full", "controlnet", "lora"] = Field(
-        default="full", description="what is trained: all weights of the DiT, a ControlNet or a LoRA"
-    )
-    train_text_encoders: bool = Field(
-        default=False, description="full training: train BERT and mT5 along with the DiT"
-    )
-    timesteps: Literal["uniform", "stratified", "logit_normal"] = Field(
-        default="uniform",
-        description="how timesteps are drawn: independently, spread over each batch, or more in the middle",
-    )
-    weighting: Literal["constant", "min_snr", "min_snr_v"] = Field(
-        default="constant",
-        description="how much each timestep counts; min_snr holds back those with little noise",
-    )
-    snr_gamma: float = Field(
-        default=5.0, gt=0, le=1000, description="where min_snr caps the signal-to-noise ratio"
-    )
-    vlb: bool = Field(default=True, description="add the variational bound, which trains the variances")
-    noise_offset: float = Field(
-        default=0.0, ge=0, le=1, description="size of a random shift of each channel's noise"
-    )
-    dropout_bert: float = Field(default=0.0, ge=0, le=1, description="probability of an empty text for BERT")
-    dropout_t5: float = Field(default=0.0, ge=0, le=1, description="probability of an empty text for mT5")
-    dropout_joint: float = Field(
-        default=0.0, ge=0, le=1, description="probability that both get an empty text"
-    )
-    dropout_control: float = Field(
-        default=0.0, ge=0, le=1, description="ControlNet: probability that the control latents are zeros"
-    )
-    controlnet: ConfigPath | None = Field(
-        default=None, description="ControlNet: weights to continue from; unset: copied from the base"
-    )
+from .objectives.table import OBJECTIVES, objective_of
+from .sections import ObjectiveSection, TrainSections
 
 
-TARGETS = ("attention", "attention+mlp", "all-linear")
+class KnownObjective(ObjectiveSection):
+    """The table ``objective``, whose ``kind`` is one of the table of objectives."""
 
-
-class LoraSection(Section):
-    rank: int = Field(default=16, gt=0, le=8192, description="rank of the two matrices of each layer")
-    alpha: float | None = Field(
-        default=None, gt=0, le=1e6, description="the strength is alpha / rank; unset: the rank, so strength 1"
-    )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapters' inputs")
-    rslora: bool = Field(default=False, description="take alpha / sqrt(rank) as the strength instead")
-    dora: bool = Field(default=False, description="DoRA: train the norm of each output's weights separately")
-    targets: str | tuple[str, ...] = Field(
-        default="attention", description="which linear layers get adapters"
-    )
-    train_bert: bool = Field(default=False, description="adapters in BERT too")
-    train_t5: bool = Field(default=False, description="adapters in mT5 too")
-    init_from: ConfigPath | None = Field(
-        default=None, description="a LoRA to continue from, in any format and of the same rank"
-    )
-    base_precision: Annotated[Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4"] | None, AnyDtypeName] = (
-        Field(default=None, description="how the frozen DiT's matrices are stored; unset: run.precision")
-    )
-    trigger: str = Field(
-        default="", description="words in the captions that call up the LoRA, for the exported files"
-    )
-
-    @field_validator("targets")
+    @field_validator("kind")
     @classmethod
-    def _known_targets(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if isinstance(targets, str) and targets not in TARGETS:
-            raise ValueError(f"use one of {', '.join(TARGETS)}, or a list of patterns such as ['Wqkv']")
-        if not targets:
-            raise ValueError("an empty list: nothing would be trained")
-        return targets
-
-    @property
-    def trains_text(self) -> bool:
-        return self.train_bert or self.train_t5
+    def _in_the_table(cls, kind: str) -> str:
+        if kind not in OBJECTIVES:
+            raise ValueError(f"unknown objective: use one of {', '.join(OBJECTIVES)}")
+        return kind
 
 
-class GroupSection(Section):
-    """Parameters by name: a glob (``dit.blocks.*.attn1.*``) or, after ``re:``, a regular expression."""
-
-    match: str = Field(description="the parameters' names; the first group that matches counts")
-    lr_scale: float = Field(default=1.0, ge=0, le=1000, description="factor on the learning rate")
-    weight_decay: float | None = Field(
-        default=None, ge=0, le=10, description="instead of optimizer.weight_decay"
-    )
-    freeze: bool = Field(default=False, description="leave these parameters as they are")
-
-    @field_validator("match")
-    @classmethod
-    def _valid_expression(cls, match: str) -> str:
-        if match.startswith("re:"):
-            try:
-                re.compile(match[3:])
-            except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from error
-        return match
+_own: dict[str, Any] = {
+    name: (objective.section, objective.section())
+    for name, objective in OBJECTIVES.items()
+    if objective.section is not None
+}
+_OwnTables = create_model("_OwnTables", __base__=TrainSections, **_own)
 
 
-class OptimizerSection(Section):
-    name: Literal["adamw", "muon"] = Field(
-        default="adamw",
-        description="muon: Muon for the matrices of the DiT's blocks and AdamW for the rest; needs torch 2.9",
-    )
-    lr: float = Field(default=1e-4, gt=0, le=1, description="learning rate of AdamW")
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's two decay rates")
-    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's epsilon")
-    weight_decay: float = Field(
-        default=0.0, ge=0, le=10, description="for parameters with two or more dimensions"
-    )
-    muon_lr: float = Field(default=0.02, gt=0, le=1, description="learning rate of Muon")
-    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="momentum of Muon")
-    groups: tuple[GroupSection, ...] = Field(default=(), description="exceptions for some parameters")
+class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
+    """All tables of a training configuration, those of the objectives included, and whether they agree."""
 
-
-class ScheduleSection(Section):
-    kind: Literal["constant", "cosine", "linear"] = Field(
-        default="constant", description="how the learning rate falls after the warm-up"
-    )
-    warmup_steps: int = Field(
-        default=0, ge=0, le=MAX_COUNT, description="how long the learning rate rises from 0"
-    )
-    decay_start: float = Field(default=0.0, ge=0, le=1, description="fraction of the steps before the decay")
-    min_lr: float = Field(default=0.0, ge=0, le=1, description="final learning rate as a fraction of lr")
-
-
-class RunSection(Section):
-    output_dir: ConfigPath = Field(description="the run's folder, for all that training writes")
-    steps: int = Field(gt=0, le=MAX_COUNT, description="optimizer steps in all")
-    batch_size: int = Field(gt=0, le=65536, description="samples per micro-batch and per process")
-    grad_accumulation: int = Field(default=1, gt=0, le=65536, description="micro-batches per optimizer step")
-    clip_norm: float = Field(
-        default=1.0, ge=0, le=1e6, description="largest norm of the gradients; 0 turns clipping off"
-    )
-    precision: Annotated[Literal["fp32", "bf16"], AnyDtypeName] = Field(
-        default="fp32",
-        description="precision of the computation; trained weights are kept in fp32 either way",
-    )
-    gradient_checkpointing: bool | float = Field(
-        default=False,
-        description="recompute activations instead of keeping them: true or a fraction of the blocks",
-    )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every random draw")
-    threads: int | None = Field(default=None, gt=0, le=4096, description="CPU threads; unset: torch decides")
-    device: str = Field(default="auto", description="where to compute; auto: a GPU if there is one")
-    max_bad_steps: int = Field(
-        default=10, gt=0, le=MAX_COUNT, description="stop after this many non-finite steps in a row"
-    )
-    answer_within: float = Field(
-        default=240.0, gt=0, le=1e6, description="several processes: how long one may be silent"
-    )
-
-    @field_validator("gradient_checkpointing")
-    @classmethod
-    def _fraction(cls, value: bool | float) -> bool | float:
-        if not 0 <= value <= 1:
-            raise ValueError("use true, false, or a fraction of the blocks from 0 to 1")
-        return value
-
-
-class EmaSection(Section):
-    enabled: bool = Field(default=True, description="keep a running average of the weights, and export it")
-    decay: float = Field(default=0.9999, ge=0, lt=1, description="share of the average that a step keeps")
-    warmup: bool = Field(
-        default=True, description="begin with less: at step n, min(decay, 1 - (1 + n) ** -power)"
-    )
-    power: float = Field(default=2 / 3, gt=0, le=10, description="the exponent of that warm-up")
-
-
-class ValidationSection(Section):
-    every: int = Field(default=0, ge=0, le=MAX_COUNT, description="how often to measure that loss; 0: never")
-
-
-class SamplesSection(Section):
-    """Settings that are not given are those that the model's file recommends."""
-
-    every: int = Field(
-        default=0, ge=0, le=MAX_COUNT, description="how often to draw, from step 0 on; 0: never"
-    )
-    prompts: tuple[str, ...] = Field(default=(), description="one picture each")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every sample picture")
-    negative: str | None = Field(default=None, description="negative prompt")
-    steps: int | None = Field(default=None, gt=0, le=100_000, description="sampling steps")
-    cfg: float | None = Field(default=None, ge=1, le=1000, description="guidance scale; 1 is off")
-    guidance_rescale: float | None = Field(default=None, ge=0, le=1, description="guidance rescale; 0 is off")
-    sampler: str | None = Field(default=None, description="sampler")
-    spacing: str | None = Field(default=None, description="spacing of the timesteps")
-    width: int | None = Field(
-        default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8, description="width of the samples"
-    )
-    height: int | None = Field(
-        default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8, description="height of the samples"
-    )
-    control_images: tuple[ConfigPath, ...] = Field(
-        default=(),
-        description="ControlNet: what data.control makes control pictures from; one, or one per prompt",
-    )
-
-    @field_validator("sampler", "spacing")
-    @classmethod
-    def _known(cls, name: str | None, info: ValidationInfo) -> str | None:
-        known = SAMPLERS if info.field_name == "sampler" else SPACINGS
-        if name is not None and name not in known:
-            raise ValueError(f"unknown {info.field_name}: use one of {', '.join(known)}")
-        return name
-
-    def given(self) -> dict[str, Any]:
-        """The settings of sampling; None where the model's own count."""
-        return self.model_dump(exclude={"every", "prompts", "seed", "control_images"})
-
-
-class CheckpointSection(Section):
-    every: int = Field(
-        default=1000, gt=0, le=MAX_COUNT, description="how often to save, and to write the model file"
-    )
-    keep_last: int = Field(
-        default=2,
-        gt=0,
-        le=MAX_COUNT,
-        description="how many of the newest checkpoints stay, and of the newest good ones",
-    )
-    keep_every: int = Field(
-        default=0,
-        ge=0,
-        le=MAX_COUNT,
-        description="how often a checkpoint stays for good, with its own export; 0: never",
-    )
-    keep_best: bool = Field(
-        default=False,
-        description="keep the one of the lowest validation loss, with an export best.safetensors",
-    )
-    export_dtype: Annotated[Literal["fp16", "bf16", "fp32"], AnyDtypeName] = Field(
-        default="fp16", description="dtype of the exported file"
-    )
-    export_all_in_one: bool = Field(
-        default=True, description="full training: text encoders and VAE go into the file too"
-    )
-    metadata: dict[str, str] = Field(
-        default={}, description='more about the file, for example "modelspec.title" and "modelspec.license"'
-    )
-
-    @field_validator("metadata")
-    @classmethod
-    def _not_ours(cls, metadata: dict[str, str]) -> dict[str, str]:
-        ours = [key for key in metadata if key.startswith("hydit.") or key == "format"]
-        if ours:
-            raise ValueError(
-                f"{', '.join(ours)}: written by the trainer itself; what the file says of the model is "
-                "set in model.info"
-            )
-        return metadata
-
-
-class MetricsSection(Section):
-    every: int = Field(default=10, gt=0, le=MAX_COUNT, description="how often to add a line to metrics.jsonl")
-    tensorboard: bool = Field(default=True, description="write for TensorBoard too, if it is installed")
-
-
-class TrainConfig(Section):
-    model: ModelSection
-    data: DataConfig
-    run: RunSection
-    objective: ObjectiveSection = ObjectiveSection()
-    lora: LoraSection = LoraSection()
-    optimizer: OptimizerSection = OptimizerSection()
-    schedule: ScheduleSection = ScheduleSection()
-    ema: EmaSection = EmaSection()
-    validation: ValidationSection = ValidationSection()
-    samples: SamplesSection = SamplesSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    metrics: MetricsSection = MetricsSection()
+    objective: KnownObjective = KnownObjective()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -312,75 +54,26 @@ class TrainConfig(Section):
                 "validation.every is set but data.validation holds out no pictures: say how many, "
                 "for example data.validation = 16"
             )
-        if self.data.cache.text and self.trains_text:
-            option = (
-                "objective.train_text_encoders" if self.objective.train_text_encoders else "lora.train_..."
-            )
+        if self.data.cache.text and (option := objective_of(self).text_option(self)):
             raise ValueError(
                 f"data.cache.text keeps the outputs of the text encoders, but {option} "
                 "changes them at every step: turn one of the two off"
             )
         if self.checkpoint.keep_best and not self.validation.every:
             raise ValueError("checkpoint.keep_best goes by the validation loss: set validation.every")
-        self._check_control()
-        self._check_lora()
+        self._check_objectives()
         if self.schedule.warmup_steps > self.run.steps:
             raise ValueError("schedule.warmup_steps is larger than run.steps")
         return self
 
-    @property
-    def trains_text(self) -> bool:
-        """Whether the text encoders, or adapters of theirs, are trained."""
-        return self.objective.train_text_encoders or self.lora.trains_text
-
-    @property
-    def exports_text(self) -> bool:
-        """Whether the file that is written holds the text encoders."""
-        return self.objective.kind == "full" and self.checkpoint.export_all_in_one
-
-    @property
-    def base_precision(self) -> str:
-        """What the matrices of a frozen DiT are stored in."""
-        return self.lora.base_precision or self.run.precision
-
-    def _check_lora(self) -> None:
-        if self.objective.kind != "lora":
-            if self.lora != LoraSection():
-                raise ValueError("the table lora needs objective.kind = 'lora'")
-            return
-        if self.model.init_from is None:
-            raise ValueError("a LoRA is trained for finished weights: give model.init_from")
-        if self.objective.train_text_encoders:
-            raise ValueError(
-                "objective.train_text_encoders trains all their weights: a LoRA takes lora.train_bert and "
-                "lora.train_t5"
-            )
-
-    def _check_control(self) -> None:
-        objective = self.objective
-        trained = objective.kind == "controlnet"
-        if trained != (self.data.control is not None):
-            raise ValueError(
-                "objective.kind = 'controlnet' and a table data.control (for example kind = 'canny') belong "
-                "together"
-            )
-        others = ("controlnet", "dropout_control")
-        if not trained and any(getattr(objective, name) for name in others):
-            raise ValueError("objective.controlnet and dropout_control need objective.kind = 'controlnet'")
-        if not trained:
-            if self.samples.control_images:
-                raise ValueError("samples.control_images needs objective.kind = 'controlnet'")
-            return
-        if self.model.init_from is None or objective.train_text_encoders:
-            raise ValueError(
-                "a ControlNet is trained for finished weights: give model.init_from, and leave "
-                "objective.train_text_encoders off"
-            )
-        if self.samples.every and len(self.samples.control_images) not in (1, len(self.samples.prompts)):
-            raise ValueError(
-                "samples.control_images: give one picture, or one for each of samples.prompts "
-                f"({len(self.samples.prompts)})"
-            )
+    def _check_objectives(self) -> None:
+        for name, objective in OBJECTIVES.items():
+            if name == self.objective.kind:
+                objective.check(self)
+                continue
+            if objective.section is not None and self.own_table(name) != objective.section():
+                raise ValueError(f"the table {name} needs objective.kind = {name!r}")
+            objective.check_unused(self)
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..data.order import hash_int, sample_generator
 from ..diffusion.losses import sample_timesteps, training_noise
-from .config import ObjectiveSection
+from .sections import ObjectiveSection
 
 
 @dataclass

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from ..facts import ModelInfo
-from ..lora import reading
 from ..model.config import DiTConfig
-from ..model.controlnet import ControlNet
 from ..model.dit import DiT
-from ..weights.frozen import stored_bytes
 from ..weights.load import load_dit
-from .adapters import adapted_parts, find_targets, parameter_shapes, scale_of, starting_values
 from .checks import check_machine, check_parts
 from .conditioning import caption_fits
 from .config import TrainConfig
 from .launch import held_run, open_data
 from .memory import estimate, largest
-from .objectives import control_parameters
+from .objectives.base import parameter_bytes
+from .objectives.table import objective_of
 from .optim import parameter_groups
-from .parts import described, load_text, open_controlnet, open_vae
+from .parts import described, load_text, open_vae
 from .posterior import choose
 
 
@@ -30,7 +25,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
 
     Raises :class:`HyditError` for anything that training itself would refuse at its start.
     """
-    run = config.run
+    run, objective = config.run, objective_of(config)
     check_machine(config)
     data = open_data(config)
     yield "Data"
@@ -42,20 +37,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
     for fit in caption_fits(data.captions(), text.tokenizers):
         yield from (f"  {line}" for line in fit.lines())
 
-    kind = config.objective.kind
-    if kind == "controlnet":
-        if config.objective.controlnet is not None:
-            open_controlnet(config.objective.controlnet, dit.config)
-        everything: dict[str, torch.Tensor] = dict(control_parameters(ControlNet(dit.config, device="meta")))
-    elif kind == "lora":
-        parts = adapted_parts(config.lora, dit, text)
-        everything = parameter_shapes(find_targets(parts, config.lora), config.lora)
-        if (before := config.lora.init_from) is not None:
-            starting_values(everything, config.lora, reading.read(before), str(before))
-    else:
-        everything = {f"dit.{name}": p for name, p in dit.named_parameters()}
-    if config.objective.train_text_encoders:
-        everything |= {f"text.{name}": p for name, p in text.named_parameters()}
+    everything = objective.shapes(config, dit, text)
     groups = parameter_groups(everything, config.optimizer)
     trained = {name: everything[name] for group in groups for name in group.names}
     yield "Model"
@@ -65,19 +47,8 @@ def describe(config: TrainConfig) -> Iterator[str]:
         f"  DiT {shape.version}, {origin}: width {shape.hidden_size}, depth {shape.depth}, "
         f"{_count(dit.parameters()):,} parameters"
     )
-    state = "trained too" if config.objective.train_text_encoders else "frozen"
-    state += ", with adapters" if config.lora.trains_text else ""
-    yield f"  text encoders: {_count(text.parameters()):,} parameters, {state}"
-    if kind == "lora":
-        yield (
-            f"  LoRA of rank {config.lora.rank} on {sum(n.endswith('.lora_A') for n in everything)} layers, "
-            f"strength {scale_of(config.lora):g}; the DiT's matrices are stored in {config.base_precision}"
-        )
-        if config.lora.init_from is not None:
-            yield f"  it starts from {config.lora.init_from}"
-    if kind == "controlnet":
-        start = config.objective.controlnet or "the first half of the DiT, which is frozen"
-        yield f"  ControlNet from {start}"
+    yield f"  text encoders: {_count(text.parameters()):,} parameters, {objective.text_state(config)}"
+    yield from (f"  {line}" for line in objective.lines(config, everything))
     yield f"  {choose(config, info, data, vae).line}"
     yield f"  trained: {_count(trained.values()):,} parameters in {len(groups)} groups"
     yield "Run"
@@ -90,12 +61,10 @@ def describe(config: TrainConfig) -> Iterator[str]:
     yield f"  precision {run.precision}, output to {run.output_dir} (nothing has been written)"
     if held := held_run(run.output_dir):
         yield f"  that folder holds a run already ({held}): it can be continued, not begun anew"
-    dropped = config.data.cache.text and not config.exports_text
-    frozen = 0 if config.objective.train_text_encoders or dropped else _bytes(text, run.precision)
-    if kind == "controlnet":
-        frozen += _bytes(dit, run.precision)
-    elif kind == "lora":
-        frozen += stored_bytes(dit, config.base_precision)
+    frozen = objective.frozen_bytes(config, dit)
+    dropped = config.data.cache.text and not objective.exports_text(config)
+    if not (config.objective.train_text_encoders or dropped):
+        frozen += parameter_bytes(text, config.run.precision)
     muon = {name for group in groups if group.muon for name in group.names}
     size = largest([data.sizes[i] for i in set(data.bucket_of_row.tolist())])
     yield f"Memory of one process, estimated for batches of {size[0]}x{size[1]}"
@@ -113,7 +82,3 @@ def _shapes(config: TrainConfig) -> tuple[DiT, ModelInfo]:
 
 def _count(parameters: object) -> int:
     return sum(p.numel() for p in parameters)  # type: ignore[attr-defined]
-
-
-def _bytes(module: torch.nn.Module, precision: str) -> int:
-    return _count(module.parameters()) * (2 if precision == "bf16" else 4)

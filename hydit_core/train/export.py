@@ -16,8 +16,8 @@ from . import checkpoint as checkpoints
 from . import lock
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .launch import make_objective
-from .objectives import Objective
+from .objectives.base import Objective
+from .objectives.table import make_objective, objective_of
 from .parts import build
 from .restoring import copy_into, find_checkpoint
 from .saving import CHECKPOINTS, Saver, numbered, step_name
@@ -96,9 +96,7 @@ def _config(found: Checkpoint) -> TrainConfig:
             f"{found.path}: its configuration is not one of this version ({faults}); resume the run with its "
             "configuration file instead"
         ) from None
-    # Stored in few bits, the base would need the libraries for it, and is not written.
-    plain = config.lora.model_copy(update={"base_precision": "fp32"})
-    return config.model_copy(update={"lora": plain if config.objective.kind == "lora" else config.lora})
+    return objective_of(config).for_export(config)
 
 
 def _objective(config: TrainConfig, found: Checkpoint, averaged: bool) -> Objective:

@@ -23,15 +23,13 @@ from .conditioning import caption_fits
 from .config import TrainConfig
 from .distributed import Processes
 from .loop import Trainer
-from .lora import LoraObjective
-from .objectives import ControlNetObjective, FullObjective, Objective
-from .parts import ModelParts, build
+from .networks import ModelParts
+from .objectives.table import export_names, make_objective, objective_of
+from .parts import build
 from .posterior import Choice, choose
 from .restoring import picture_stamps, require_same_data, restore, shared_checkpoint
 from .samples import sample_texts
 from .stopping import cause_of, ending_at_once, tell
-
-EXPORTS = (FullObjective.export_name, LoraObjective.export_name)
 
 
 def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: int | None = None) -> bool:
@@ -57,7 +55,8 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
             for line in data.summary().passed_over:
                 say(line if line.startswith(" ") else f"warning: {line}")
             _warn_of_cut_captions(data, parts)
-            _warn_of_trigger(config, data)
+            for line in objective_of(config).warnings(config, data.captions):
+                tell(f"warning: {line}")
         prepare_data(config, data, parts, processes)
         config = with_posterior(config, data, parts, processes, say)
         objective = make_objective(config, parts, processes.device)
@@ -81,19 +80,6 @@ def _processes(config: TrainConfig) -> Iterator[Processes]:
         raise
     finally:
         processes.close()
-
-
-def make_objective(config: TrainConfig, parts: ModelParts, device: torch.device) -> Objective:
-    """What ``objective.kind`` asks for."""
-    if config.objective.kind == "lora":
-        return LoraObjective(parts, config, device)
-    if config.data.control is None:
-        return FullObjective(parts, config.objective, device)
-    made = config.data.control
-    control: dict[str, object] = {"kind": made.label or made.kind}
-    if made.kind == "canny":
-        control |= {"low": made.low, "high": made.high}
-    return ControlNetObjective(parts, config.objective, device, control=control)
 
 
 def open_data(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainData:
@@ -123,7 +109,7 @@ def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, proces
         processes.barrier()
         stored.store.refresh()  # what other processes encoded
         parts.stored_text = stored
-        parts.text.to("cpu" if config.exports_text else "meta")
+        parts.text.to("cpu" if objective_of(config).exports_text(config) else "meta")
 
 
 def with_posterior(
@@ -149,19 +135,13 @@ def _encoded_together(data: TrainData, device: torch.device) -> int:
 
 
 def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:
-    """Captions that are too long are trained without their ends, but not without a word; a sample will do."""
+    """Tell of captions whose ends are cut off, as far as the first ones show."""
     for fit in caption_fits(islice(data.captions(), 10_000), parts.text.tokenizers):
         if fit.cut:
             tell(
                 f"warning: {fit.cut} of {fit.captions} captions are longer than the {fit.limit} tokens that "
                 f"{fit.encoder} takes; their ends are not trained, for example of: {fit.example[:120]!r}"
             )
-
-
-def _warn_of_trigger(config: TrainConfig, data: TrainData) -> None:
-    trigger = config.lora.trigger
-    if trigger and not any(trigger in caption for caption in data.captions()):
-        tell(f"warning: no caption holds lora.trigger = {trigger!r}, so the LoRA will not learn to hear it")
 
 
 @contextmanager
@@ -195,7 +175,7 @@ def build_caches(config: TrainConfig) -> None:
 
 def held_run(folder: Path) -> str | None:
     """The name of what an earlier run left in ``folder``: its newest checkpoint, or else its export."""
-    return saving.held_run(folder, EXPORTS)
+    return saving.held_run(folder, export_names())
 
 
 def _claim(config: TrainConfig, resume: str | None, held: ExitStack) -> None:

@@ -23,7 +23,7 @@ from .distributed import Processes, Unanswered
 from .draws import Draws, TrainingDraws
 from .health import Health
 from .metrics import LossWindow, Metrics
-from .objectives import Objective
+from .objectives.base import Objective
 from .optim import Ema, Optimizers, learning_rate_factor, parameter_groups
 from .samples import draw_samples
 from .saving import Saver, is_numbered

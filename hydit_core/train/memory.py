@@ -9,20 +9,20 @@ backward pass is added up. Not in the sum: the libraries themselves (about 0.5 G
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..model.attention import Options
 from ..model.config import DiTConfig
-from ..model.controlnet import ControlNet
-from ..model.dit import DiT
-from ..weights.frozen import OPERATIONS
-from .adapters import adapter_parameters, inject
-from .config import LoraSection, TrainConfig
+from ..text.features import TextFeatures
+from .config import TrainConfig
+from .objectives.base import Rehearsal, rehearse_dit
+from .objectives.table import objective_of
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def estimate(
             size,
             dtype,
             fraction,
-            controlnet=config.objective.kind == "controlnet",
-            lora=config.lora if config.objective.kind == "lora" else None,
+            partial(objective_of(config).rehearsal, config),
         ),
     )
 
@@ -87,50 +86,30 @@ def activation_bytes(
     size: tuple[int, int],
     dtype: torch.dtype,
     checkpointing: float = 0.0,
-    *,
-    controlnet: bool = False,
-    lora: LoraSection | None = None,
+    rehearsal: Callable[..., Rehearsal] = rehearse_dit,
 ) -> int:
-    """What one forward pass of a DiT keeps for its backward pass, in bytes; ``size`` is (W, H) in pixels.
+    """What one forward pass keeps for its backward pass, in bytes; ``size`` is (W, H) in pixels.
 
-    With ``controlnet``, that of a ControlNet in training and of the frozen DiT behind it; with ``lora``, of
-    adapters in training over a frozen DiT.
+    ``rehearsal`` makes what is trained, see :meth:`.objectives.base.DiffusionObjective.rehearsal`; default: a
+    DiT and nothing else.
 
     Attention counts as a fused kernel (queries, keys, values and output); autocast's copies of the weights
     are counted.
     """
     with torch.device("meta"):
-        layers = nn if lora is None else OPERATIONS
-        dit = DiT(config, attention=_FusedAttention.attend, dtype=dtype, operations=layers)
-        if lora is not None:
-            inject({"dit": dit}, lora, seed=0)
-            dit.requires_grad_(False)
-            for parameter in adapter_parameters({"dit": dit}).values():
-                parameter.data = parameter.data.to(dtype)
-                parameter.requires_grad_(True)
-        net = ControlNet(config, attention=_FusedAttention.attend, dtype=dtype) if controlnet else None
+        module, num_blocks, conditions = rehearsal(config, attention=_FusedAttention.attend, dtype=dtype)
         latents = torch.empty(batch, config.in_channels, size[1] // 8, size[0] // 8, dtype=dtype)
         bert = torch.empty(batch, config.text_len, config.text_dim, dtype=dtype)
         t5 = torch.empty(batch, config.t5_len, config.t5_dim, dtype=dtype)
         masks = [torch.empty(batch, n, dtype=torch.int64) for n in (config.text_len, config.t5_len)]
         sizes = torch.empty(batch, 6) if config.size_cond else None
         t = torch.empty(batch)
-        kept = _Kept([dit] if net is None else [dit, net])
+        kept = _Kept(module)
         with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
-            if net is None:
-                context = dit.encode_context(bert, masks[0], t5, masks[1], image_meta_size=sizes)
-                before = kept.total
-                dit(latents, t, context)
-            else:
-                # Text and base are frozen; the residuals are what gradients flow from the base to.
-                dit.requires_grad_(False)
-                with torch.no_grad():
-                    context = dit.encode_context(bert, masks[0], t5, masks[1], image_meta_size=sizes)
-                before = kept.total
-                dit(latents, t, context, net(latents, t, context, latents))
-    trained = dit if net is None else net
-    weights = [p for p in trained.parameters() if p.requires_grad]
-    num_blocks = config.depth if net is None else 2 * config.num_controls
+            contexts = module.contexts(TextFeatures(bert, masks[0], t5, masks[1]), sizes)
+            before = kept.total
+            module.predict(latents, t, contexts, **dict.fromkeys(conditions, latents))
+    weights = [p for p in module.parameters() if p.requires_grad]
     blocks = kept.total - before
     tokens = latents.shape[-1] * latents.shape[-2] // config.patch_size**2
     stream = batch * tokens * config.hidden_size * dtype.itemsize  # the input of one block
@@ -143,9 +122,9 @@ def activation_bytes(
 class _Kept:
     """Adds up the distinct storages that autograd keeps, weights left out."""
 
-    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, module: torch.nn.Module) -> None:
         self.total = 0
-        self._seen = {p.untyped_storage()._cdata for model in models for p in model.parameters()}
+        self._seen = {p.untyped_storage()._cdata for p in module.parameters()}
         self._alive: list[Any] = []
 
     def keep(self, tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .config import EmaSection, GroupSection, OptimizerSection, ScheduleSection
+from .sections import EmaSection, GroupSection, OptimizerSection, ScheduleSection
 
 
 @dataclass(frozen=True)

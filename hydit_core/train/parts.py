@@ -1,66 +1,31 @@
-"""The networks of a run: loaded or fresh, and written back as one file."""
+"""The networks of a run, loaded or fresh, and what the exported file says of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..control import check_fit
 from ..data.order import hash_int
 from ..errors import ConfigError, HyditError
 from ..facts import ModelInfo
 from ..model.attention import training_attention
 from ..model.config import DiTConfig
-from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..text.encoders import TextEncoders
-from ..text.features import TextFeatures
 from ..text.loading import load_text_encoders
 from ..vae import VAE, load_vae
-from ..weights.frozen import OPERATIONS
-from ..weights.load import load_controlnet, load_dit
-from ..weights.save import save_checkpoint
+from ..weights.load import load_dit
 from .checks import check_parts, check_text_options
 from .config import TrainConfig
 from .model_section import TextScratch
+from .networks import ModelParts
+from .objectives.table import objective_of
 
 # What load_vae takes from a file's description.
 _VAE_OPTIONS = ("scaling_factor", "shift_factor", "norm_num_groups", "preview_rgb", "act_fn")
-
-
-@dataclass
-class ModelParts:
-    """What is trained and what it needs; ``info`` describes the file that comes out.
-
-    With ``stored_text``, which gives one text's features from disk, the encoders may be without weights.
-    """
-
-    dit: DiT
-    text: TextEncoders
-    vae: VAE
-    info: ModelInfo
-    controlnet: ControlNet | None = None
-    stored_text: Callable[[str], TextFeatures] | None = None
-
-    def save(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
-        """Write the DiT, or everything in one file."""
-        if not all_in_one:
-            save_checkpoint(path, dit=self.dit.state_dict(), info=self.info, dtype=dtype, metadata=extra)
-            return
-        save_checkpoint(
-            path,
-            dit=self.dit.state_dict(),
-            **self.text.state_parts(),
-            vae=self.vae.checkpoint_tensors(),
-            info=self.info,
-            dtype=dtype,
-            metadata=extra,
-        )
 
 
 def build(config: TrainConfig) -> ModelParts:
@@ -73,7 +38,7 @@ def build(config: TrainConfig) -> ModelParts:
         WeightsError: a file is missing or holds something else.
         ConfigError: parts do not fit each other.
     """
-    model = config.model
+    model, objective = config.model, objective_of(config)
     if model.from_scratch is not None:
         dit = DiT(DiTConfig.from_dict(model.from_scratch.model_dump()), attention=training_attention)
         dit.initialize(torch.Generator().manual_seed(_seed(config, "dit")))
@@ -81,18 +46,15 @@ def build(config: TrainConfig) -> ModelParts:
         info = dataclasses.replace(info, pooler_heads=dit.config.pooler_heads, rope_base=dit.config.rope_base)
     else:
         assert model.init_from is not None
-        # The base of a LoRA is cast matrix by matrix, later
-        how = {"operations": OPERATIONS} if config.objective.kind == "lora" else {"dtype": torch.float32}
-        dit, info = load_dit(model.init_from, attention=training_attention, **how)  # type: ignore[arg-type]
+        dit, info = load_dit(model.init_from, attention=training_attention, **objective.base_options())
         info = dataclasses.replace(info, base=model.init_from.name, variant="")
     text = load_text(config, dit.config)
     vae = open_vae(config)
     info = described(config, info, text, vae)
     check_parts(config, dit.config, text, vae, info)
-    controlnet = _controlnet(config, dit) if config.objective.kind == "controlnet" else None
-    if controlnet is not None and config.run.precision == "bf16":
-        dit.to(torch.bfloat16)  # frozen
-    return ModelParts(dit, text, vae, info, controlnet)
+    parts = ModelParts(dit, text, vae, info)
+    objective.complete(config, parts)
+    return parts
 
 
 def described(config: TrainConfig, info: ModelInfo, text: TextEncoders, vae: VAE) -> ModelInfo:
@@ -112,24 +74,6 @@ def described(config: TrainConfig, info: ModelInfo, text: TextEncoders, vae: VAE
 def open_vae(config: TrainConfig) -> VAE:
     """The VAE of a run, in float32 on the CPU."""
     return load_vae(config.model.vae or _present(config.model.init_from))
-
-
-def _controlnet(config: TrainConfig, dit: DiT) -> ControlNet:
-    start = config.objective.controlnet
-    if start is None:
-        return ControlNet.from_base(dit, attention=training_attention)
-    return open_controlnet(start, dit.config, dtype=torch.float32, attention=training_attention)
-
-
-def open_controlnet(path: Path, dit: DiTConfig, **how: Any) -> ControlNet:
-    """The ControlNet that a run continues; ``how`` as :func:`~..weights.load.load_controlnet` takes it.
-
-    Raises:
-        ConfigError: it is made for another DiT.
-    """
-    controlnet, _ = load_controlnet(path, **how)
-    check_fit(controlnet.config, dit, str(path))
-    return controlnet  # type: ignore[no-any-return]
 
 
 def load_text(config: TrainConfig, dit: DiTConfig, *, like_file: bool = False) -> TextEncoders:

@@ -16,11 +16,11 @@ from ..new_files import write_new
 from ..pipeline import Pipeline
 from ..presets import choose_settings
 from ..text.features import TextFeatures
-from .config import SamplesSection
+from .sections import SamplesSection
 
 if TYPE_CHECKING:
     from ..data.control_images import ControlImages
-    from .parts import ModelParts
+    from .networks import ModelParts
 
 
 class _StoredText:

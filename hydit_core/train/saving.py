@@ -10,7 +10,7 @@ from ..dtypes import dtype_of
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Progress
 from .config import TrainConfig
-from .objectives import Objective
+from .objectives.base import Objective
 
 BEST = "best.safetensors"
 CHECKPOINTS = "checkpoints"

@@ -11,7 +11,7 @@ import torch
 from ..data.dataset import TrainData
 from .distributed import Processes
 from .draws import validation_draws
-from .objectives import Objective
+from .objectives.base import Objective
 
 
 @torch.no_grad()

@@ -26,8 +26,9 @@ from train_setup import environment, records, write_run
 
 from hydit_core.train import distributed
 from hydit_core.train.config import load_config
-from hydit_core.train.launch import make_objective, open_data
+from hydit_core.train.launch import open_data
 from hydit_core.train.loop import Trainer
+from hydit_core.train.objectives.table import make_objective
 from hydit_core.train.parts import build
 
 Figure = Callable[[str, float], None]

@@ -22,7 +22,8 @@ from hydit_core.images import canny
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.train.config import load_config
 from hydit_core.train.draws import TrainingDraws
-from hydit_core.train.launch import make_objective, open_data
+from hydit_core.train.launch import open_data
+from hydit_core.train.objectives.table import make_objective
 from hydit_core.train.parts import build
 from hydit_core.weights.detect import detect
 from hydit_core.weights.files import open_tensors

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hydit_core.train.config import ObjectiveSection
 from hydit_core.train.draws import TrainingDraws, validation_draws
+from hydit_core.train.sections import ObjectiveSection
 
 SHAPE = (4, 3, 5)
 

@@ -21,12 +21,13 @@ from hydit_core.lora import reading
 from hydit_core.lora.adapter import changed
 from hydit_core.model.dit import DiT
 from hydit_core.train import distributed
-from hydit_core.train.adapters import adapter_parameters, find_targets
-from hydit_core.train.config import LoraSection, load_config
+from hydit_core.train.adapters import LoraSection, adapter_parameters, find_targets
+from hydit_core.train.config import load_config
 from hydit_core.train.draws import TrainingDraws
 from hydit_core.train.dryrun import describe
-from hydit_core.train.launch import make_objective, open_data, prepare_data
+from hydit_core.train.launch import open_data, prepare_data
 from hydit_core.train.loop import Trainer
+from hydit_core.train.objectives.table import make_objective
 from hydit_core.train.parts import build
 from hydit_core.weights.frozen import OPERATIONS, FrozenLinear, dense, store, stored_bytes
 

@@ -13,7 +13,7 @@ from hydit_core.diffusion.losses import diffusion_loss
 from hydit_core.train.config import TrainConfig, load_config
 from hydit_core.train.draws import TrainingDraws
 from hydit_core.train.launch import open_data
-from hydit_core.train.objectives import FullObjective
+from hydit_core.train.objectives.full import FullObjective
 from hydit_core.train.parts import build
 
 MASKED = ["data.mask.kind=files", "data.mask.outside=0.1"]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hydit_core.errors import ConfigError
-from hydit_core.train.config import EmaSection, GroupSection, OptimizerSection, ScheduleSection
 from hydit_core.train.optim import Ema, Optimizers, learning_rate_factor, parameter_groups
+from hydit_core.train.sections import EmaSection, GroupSection, OptimizerSection, ScheduleSection
 
 
 def model() -> nn.Module:

@@ -13,7 +13,8 @@ from tiny import TINY, bert_vocab, randomize, spiece_model
 from hydit_core.facts import ModelInfo
 from hydit_core.model.dit import DiT
 from hydit_core.text.encoders import TextEncoders
-from hydit_core.train.parts import ModelParts, _vae_info
+from hydit_core.train.networks import ModelParts
+from hydit_core.train.parts import _vae_info
 from hydit_core.vae import VAE, load_vae
 from hydit_core.weights.vae_layout import diffusers_to_taesd
 

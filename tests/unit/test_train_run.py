@@ -20,7 +20,7 @@ from hydit_core.train.__main__ import main
 from hydit_core.train.config import load_config
 from hydit_core.train.draws import TrainingDraws
 from hydit_core.train.launch import open_data
-from hydit_core.train.objectives import FullObjective
+from hydit_core.train.objectives.full import FullObjective
 from hydit_core.train.parts import build
 
 FLAT = ["schedule.kind=constant", "schedule.warmup_steps=0"]

@@ -1,0 +1,208 @@
+"""The LoRA objective: adapters over a frozen base, and the two forms they are saved in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...lora import reading, writing
+from ...model.attention import AttentionFn
+from ...model.config import DiTConfig
+from ...model.dit import DiT
+from ...new_files import remove_folder, replacing, unfinished
+from ...weights.frozen import OPERATIONS, quantizer, store, stored_bytes
+from ...weights.modelspec import file_metadata
+from ..adapters import (
+    LoraSection,
+    adapted_layers,
+    adapted_parts,
+    adapter_parameters,
+    find_targets,
+    inject,
+    load_adapter,
+    parameter_shapes,
+    scale_of,
+    starting_values,
+    to_adapter,
+)
+from ..networks import ModelParts
+from ..sections import ObjectiveSection, TrainSections
+from .base import AnyConfig, DiffusionModule, DiffusionObjective, Rehearsal, rehearse_dit
+
+if TYPE_CHECKING:
+    from ...text.encoders import TextEncoders
+
+
+class LoraModule(DiffusionModule):
+    """DiT and text encoders with adapters; the base is in eval mode, the adapters' dropout is not."""
+
+    def train(self, mode: bool = True) -> LoraModule:
+        super().train(mode)
+        for _, layer in adapted_layers({"": self}):
+            layer.train(mode)
+        return self
+
+
+class LoraObjective(DiffusionObjective):
+    """Adapters of the DiT and, if configured, of the text encoders. Everything else is frozen."""
+
+    section = LoraSection
+    export_name = "lora.safetensors"
+    start_key = "lora.init_from"
+
+    # -- the configuration -------------------------------------------------------------------------
+
+    @classmethod
+    def check(cls, config: TrainSections) -> None:
+        if config.model.init_from is None:
+            raise ValueError("a LoRA is trained for finished weights: give model.init_from")
+        if config.objective.train_text_encoders:
+            raise ValueError(
+                "objective.train_text_encoders trains all their weights: a LoRA takes lora.train_bert and "
+                "lora.train_t5"
+            )
+
+    @classmethod
+    def check_machine(cls, config: TrainSections) -> None:
+        quantizer(_base_precision(config))
+
+    @classmethod
+    def text_option(cls, config: TrainSections) -> str | None:
+        return super().text_option(config) or ("lora.train_..." if _own(config).trains_text else None)
+
+    @classmethod
+    def for_export(cls, config: AnyConfig) -> AnyConfig:
+        """Stored in few bits, the base would need the libraries for it, and is not written."""
+        plain = _own(config).model_copy(update={"base_precision": "fp32"})
+        return config.model_copy(update={"lora": plain})
+
+    @classmethod
+    def warnings(cls, config: TrainSections, captions: Callable[[], Iterable[str]]) -> Iterator[str]:
+        trigger = _own(config).trigger
+        if trigger and not any(trigger in caption for caption in captions()):
+            yield f"no caption holds lora.trigger = {trigger!r}, so the LoRA will not learn to hear it"
+
+    # -- the dry run -------------------------------------------------------------------------------
+
+    @classmethod
+    def shapes(cls, config: TrainSections, dit: DiT, text: TextEncoders) -> dict[str, Tensor]:
+        lora = _own(config)
+        found = parameter_shapes(find_targets(adapted_parts(lora, dit, text), lora), lora)
+        if lora.init_from is not None:
+            starting_values(found, lora, reading.read(lora.init_from), str(lora.init_from))
+        return found
+
+    @classmethod
+    def text_state(cls, config: TrainSections) -> str:
+        return "frozen, with adapters" if _own(config).trains_text else "frozen"
+
+    @classmethod
+    def lines(cls, config: TrainSections, shapes: dict[str, Tensor]) -> Iterator[str]:
+        lora, layers = _own(config), sum(name.endswith(".lora_A") for name in shapes)
+        yield (
+            f"LoRA of rank {lora.rank} on {layers} layers, strength {scale_of(lora):g}; "
+            f"the DiT's matrices are stored in {_base_precision(config)}"
+        )
+        if lora.init_from is not None:
+            yield f"it starts from {lora.init_from}"
+
+    @classmethod
+    def frozen_bytes(cls, config: TrainSections, dit: DiT) -> int:
+        return stored_bytes(dit, _base_precision(config))
+
+    @classmethod
+    def rehearsal(
+        cls, config: TrainSections, dit: DiTConfig, *, attention: AttentionFn, dtype: torch.dtype
+    ) -> Rehearsal:
+        found = rehearse_dit(dit, attention=attention, dtype=dtype, operations=OPERATIONS, module=LoraModule)
+        networks = {"dit": found.module.dit}
+        inject(networks, _own(config), seed=0)
+        found.module.requires_grad_(False)
+        for parameter in adapter_parameters(networks).values():
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(True)
+        return found
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    @classmethod
+    def base_options(cls) -> dict[str, Any]:
+        """The base is cast matrix by matrix, later."""
+        return {"operations": OPERATIONS}
+
+    @classmethod
+    def make(cls, config: TrainSections, parts: ModelParts, device: torch.device) -> LoraObjective:
+        return cls(parts, config, device)
+
+    def __init__(self, parts: ModelParts, config: TrainSections, device: torch.device) -> None:
+        self.lora = _own(config)
+        self.networks = adapted_parts(self.lora, parts.dit, parts.text)
+        inject(self.networks, self.lora, seed=config.run.seed)
+        if self.lora.init_from is not None:
+            load_adapter(
+                self.networks, self.lora, reading.read(self.lora.init_from), str(self.lora.init_from)
+            )
+        parts.text.requires_grad_(False)
+        parts.dit.requires_grad_(False)
+        store(parts.dit, _base_precision(config))
+        parts.dit.random_blocks = self.lora.dropout > 0
+        super().__init__(parts, config.objective, device, trains_text=self.lora.trains_text)
+        for parameter in self.parameters().values():
+            parameter.requires_grad_(True)
+
+    def _module(self, config: ObjectiveSection) -> nn.Module:
+        text = self.parts.text if self.lora.trains_text else None
+        return LoraModule(self.parts.dit, text, self.schedule, config)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return adapter_parameters(self.networks)
+
+    def check_resumable(self, before: dict[str, Any]) -> None:
+        if before["objective"]["kind"] != "lora":
+            return  # the weights will not fit
+        strength = {key: before["lora"][key] for key in ("rank", "alpha", "rslora")}
+        was, now = scale_of(LoraSection.model_validate(strength)), scale_of(self.lora)
+        if was != now:
+            raise ConfigError(
+                f"was trained with a strength (alpha / rank) {was:g}, the configuration says {now:g}; keep "
+                f"rank, alpha and rslora, or start a new run from the LoRA by {self.start_key}"
+            )
+
+    def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
+        """``lora.safetensors`` as ComfyUI reads it, and beside it ``lora/`` as peft reads it."""
+        lora, info = self.lora, self.parts.info
+        recipe = {
+            "rank": lora.rank,
+            "alpha": lora.alpha or lora.rank,
+            "rslora": lora.rslora,
+            "dora": lora.dora,
+            "targets": lora.targets,
+            "base": info.base,
+        }
+        metadata = {"hydit.lora": json.dumps(recipe)}
+        if lora.trigger:
+            metadata |= {"hydit.trigger": lora.trigger, "modelspec.trigger_phrase": lora.trigger}
+        metadata = file_metadata(self.parts.dit.config, info, role="lora", extra={**metadata, **extra})
+        adapter = to_adapter(self.networks, lora, metadata)
+        writing.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata, overwrite=True)
+        folder = path.with_suffix("")
+        for left in unfinished(folder.parent, folder.name):  # of a crash
+            remove_folder(left)
+        with replacing(folder, folder=True) as fresh:
+            writing.write(adapter, fresh, format="peft", dtype=dtype, metadata=metadata)
+
+
+def _own(config: TrainSections) -> LoraSection:
+    table: LoraSection = config.own_table("lora")
+    return table
+
+
+def _base_precision(config: TrainSections) -> str:
+    """What the matrices of the frozen DiT are stored in."""
+    return _own(config).base_precision or config.run.precision
