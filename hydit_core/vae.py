@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import HyditError, WeightsError
 from .facts import ModelInfo
+from .quiet import quiet_imports
 from .weights import vae_layout
 from .weights.parts import bundle
 from .weights.source import TensorSource, as_source
@@ -281,7 +282,8 @@ def _empty_model(
     kind: vae_layout.VaeKind, names: dict[str, str], source: TensorSource, options: dict[str, Any]
 ) -> nn.Module:
     """The architecture that the shapes describe, on the meta device."""
-    from diffusers import AutoencoderKL, AutoencoderTiny
+    with quiet_imports():
+        from diffusers import AutoencoderKL, AutoencoderTiny
 
     def shape(name: str) -> tuple[int, ...]:
         try:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..errors import ConfigError, DataError
 from ..images import Geometry, Size, canny, check_shape, load_control, load_picture, opencv
+from ..quiet import quiet_imports
 from .cache.fingerprints import file_hash
 from .config import ControlConfig
 from .manifest import Manifest
@@ -75,7 +76,8 @@ class ControlImages:
 
     @cached_property
     def _depth(self) -> Any:
-        from transformers import pipeline
+        with quiet_imports():
+            from transformers import pipeline
 
         folder = self.config.model
         assert folder is not None

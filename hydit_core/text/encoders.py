@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 from ..errors import ConfigError
+from ..quiet import quiet_imports
 from .dimensions import BERT_OPTIONS, LOWERCASE, T5_OPTIONS, check_vocabulary
 from .features import TextFeatures, Tokens
 from .tokenizers import Tokenizers
+
+with quiet_imports():
+    from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 
 class TextEncoders(nn.Module):

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 from ..errors import WeightsError
 from ..facts import ModelInfo
+from ..quiet import quiet_imports
 from ..weights.companions import check_rest
 from ..weights.load import assign_weights, compute_dtype
 from ..weights.parts import Parts, bundle
@@ -21,6 +21,9 @@ from .dimensions import LOWERCASE, bert_dimensions, t5_dimensions
 from .encoders import TextEncoders
 from .tokenizer_files import spiece_of, vocabulary_of
 from .tokenizers import Tokenizers
+
+with quiet_imports():
+    from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 
 def load_text_encoders(

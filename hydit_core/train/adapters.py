@@ -18,6 +18,7 @@ from ..data.order import hash_int
 from ..data.section import AnyDtypeName, Section
 from ..errors import ConfigError
 from ..lora.adapter import Adapter, Patch
+from ..quiet import quiet_imports
 from ..weights.frozen import dense
 from .model_section import ConfigPath
 from .optim import matches
@@ -155,7 +156,8 @@ def inject(parts: Mapping[str, nn.Module], config: LoraSection, *, seed: int) ->
 
     A layer's first values are a function of ``seed`` and of its name.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    with quiet_imports():
+        from peft import LoraConfig, inject_adapter_in_model
 
     targets = find_targets(parts, config)
     for part, network in parts.items():

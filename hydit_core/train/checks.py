@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..facts import ModelInfo
 from ..model.config import DiTConfig
 from ..presets import check_settings, choose_settings
+from ..quiet import quiet_imports
 from ..text.encoders import TextEncoders
 from ..vae import VAE
 from .config import TrainConfig
@@ -89,7 +90,8 @@ def check_parts(config: TrainConfig, dit: DiTConfig, text: TextEncoders, vae: VA
 
 def check_text_options(fresh: TextScratch) -> None:
     """Raise :class:`ConfigError` for options of fresh text encoders that transformers does not know."""
-    from transformers import BertConfig, MT5Config
+    with quiet_imports():
+        from transformers import BertConfig, MT5Config
 
     for name, table, config in (("bert", fresh.bert, BertConfig()), ("t5", fresh.t5, MT5Config())):
         known = list(config.to_dict())

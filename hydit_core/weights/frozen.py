@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..dtypes import STORED, dtype_of
 from ..errors import ConfigError
 from ..model.dit import DiT
+from ..quiet import quiet_imports
 from .source import cast
 
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "nf4": 4}
@@ -111,12 +112,13 @@ def quantizer(precision: str) -> Any:
 
         return to_dtype
     try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        with quiet_imports():
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        try:
-            from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
-        except ImportError:  # before torchao 0.18
-            from torchao.dtypes.nf4tensor import to_nf4
+            try:
+                from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+            except ImportError:  # before torchao 0.18
+                from torchao.dtypes.nf4tensor import to_nf4
     except ImportError as error:
         raise ConfigError(
             f"lora.base_precision = {precision!r} needs torchao: pip install torchao, or take fp8"
