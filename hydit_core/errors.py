@@ -115,8 +115,14 @@ def program(command: str) -> str:
     return front + command
 
 
+def _shortened(name: str) -> str:
+    return name if len(name) <= 300 else f"{name[:200]}...{name[-60:]}"
+
+
 def cli_main(run: Callable[[], int | None]) -> int:
     """Run a command line; a :class:`HyditError` becomes ``error: ...`` on stderr and exit code 2.
+
+    So does an :class:`OSError` that names a file: a path that the operating system does not take.
 
     Whatever it prints on the way, characters that a terminal would obey come out escaped. A signal that ends
     the process lets it remove its temporary files.
@@ -126,6 +132,12 @@ def cli_main(run: Callable[[], int | None]) -> int:
             return run() or 0
         except HyditError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            if error.filename is None:  # of no file that the user named
+                raise
+            name = _shortened(str(error.filename))
+            print(f"error: {name}: {error.strerror or type(error).__name__}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..layer_weights import LayerWeights
+from .scaling import LARGEST
 
 # As in names.py: what has more digits is the number of no block, and sizes nothing.
 _BLOCK = re.compile(r"dit\.blocks\.(0|[1-9][0-9]{0,3})\.")
@@ -59,8 +59,8 @@ def depth_of(names: Iterable[str]) -> int:
 
 
 def check_strength(strength: float, name: str) -> None:
-    """Raises :class:`ConfigError` when a LoRA's strength is not finite."""
-    if not math.isfinite(strength):
+    """Raises :class:`ConfigError` when a LoRA's strength is not finite, or beyond all use."""
+    if not abs(strength) <= LARGEST:
         raise ConfigError(f"strength {strength} of {name}: use a finite number, such as 0.8")
 
 

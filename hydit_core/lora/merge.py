@@ -87,6 +87,7 @@ def plan(
     for module in match.matched:
         patches = adapter.modules[module]
         share = strength * weights.of(module, depth)
+        check_strength(share, f"{adapter.name}, {module}")
         if any(patch.bias is not None for patch in patches):
             name = f"{module}.bias"
             if name not in shapes:

@@ -133,7 +133,7 @@ def _from_source(source: TensorSource, config: PeftConfig | None, part: str = ""
         raise LoraError(_not_a_lora(source))
     diffusers = is_diffusers(modules)
     layout = _layout(modules, source, diffusers)
-    scaling = Scaling(config, source.metadata, layout == "tencent-gui")
+    scaling = Scaling(config, source.metadata, layout == "tencent-gui", str(source.path))
     result: dict[str, list[Patch]] = {}
     known = 0
     for name, module in modules.items():
@@ -263,7 +263,7 @@ def _patch(module: _Module, name: str, scaling: Scaling, source: TensorSource) -
     if module.up_bias is not None:
         bias = module.up_bias.float() * scale if bias is None else bias
     if kind == "lokr" and rank == 0 and scaling.config is not None:
-        scale = scaling.config.without_factors(path)
+        scale = scaling.usable(scaling.config.without_factors(path), path)
     axis, peft = 0, magnitude is None
     magnitude = peft_magnitude if peft else magnitude
     if magnitude is not None and plain.shape is not None:

@@ -263,7 +263,7 @@ def _read_index(index: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _missing_shards(index: Path) -> list[str]:
-    return [name for name in _read_index(index)[1] if not (index.parent / name).is_file()]
+    return [name for name in _read_index(index)[1] if not os.path.isfile(index.parent / name)]
 
 
 def _open_shards(index: Path) -> TensorSource:

@@ -231,3 +231,12 @@ def test_training_into_a_place_that_cannot_be_written(train, tmp_path):
     (tmp_path / "file").write_text("")
     code, err = train(*ONE_STEP, "--set", f"run.output_dir={tmp_path / 'file' / 'run'}")
     assert code == 2 and err.startswith("error: run.output_dir: cannot write to ")
+
+
+@pytest.mark.parametrize(
+    "option", ["--model", "--vae", "--text-encoders", "--lora", "--init-image", "--prompts"]
+)
+def test_names_that_no_system_takes(option, attempt):
+    """Too long ones, whatever asks the operating system first."""
+    code, err = attempt(option, "a" * 5000)
+    assert code == 2 and err.startswith("error: ") and "too long" in err

@@ -135,6 +135,16 @@ def test_index_errors(project: Path, content: dict, message: str) -> None:
         open_data(write_index(project, **content))
 
 
+def test_an_index_with_a_name_that_no_system_takes(project: Path) -> None:
+    for name in ("a" * 5000 + ".arrow", "a\0.arrow"):
+        index = write_index(project, indices=[0])
+        content = json.loads(index.read_text())
+        index.write_text(json.dumps({**content, "arrow_files": [name, *content["arrow_files"][1:]]}))
+        with pytest.raises(DataError, match="which was not found") as error:
+            open_data(index)
+        assert len(str(error.value)) < 1000
+
+
 def test_damaged_tables_and_cells(tmp_path: Path) -> None:
     (tmp_path / "a.arrow").write_bytes(b"nothing that arrow knows")
     with pytest.raises(DataError, match=r"cannot read .*a\.arrow"):

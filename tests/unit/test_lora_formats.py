@@ -6,6 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,6 +106,28 @@ def test_the_strength_of_a_peft_folder(tmp_path: Path, config: dict, scale: floa
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
         torch.testing.assert_close(only(read(path), WQKV), product(tensors, scale))
+
+
+@pytest.mark.parametrize(
+    ("config", "metadata", "alpha"),
+    [
+        ({"r": 4, "lora_alpha": 1e300}, {}, None),
+        ({"r": 4, "alpha_pattern": {"Wqkv": -1e300}}, {}, None),
+        (None, {"ss_network_alpha": "1e300"}, None),
+        (None, {}, torch.tensor(1e300, dtype=torch.float64)),
+        (None, {}, torch.tensor(float("inf"))),
+    ],
+)
+def test_a_scale_beyond_all_numbers(tmp_path: Path, config: Any, metadata: Any, alpha: Any) -> None:
+    """It would end in torch's "cannot be converted to type float without overflow"."""
+    tensors = pair(f"base_model.model.{WQKV}", "lora_B.weight", "lora_A.weight")
+    if alpha is not None:
+        tensors[f"base_model.model.{WQKV}.alpha"] = alpha
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata)
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
+    with pytest.raises(LoraError, match=r"adapter_model\.safetensors: the alpha of .*Wqkv makes a scale of "):
+        read(tmp_path / "adapter_model.safetensors")
 
 
 def test_hadamard_and_kronecker_products() -> None:

@@ -267,6 +267,10 @@ def test_errors_leave_everything_as_it_was(full_names, tmp_path: Path) -> None:
     save_file(low_rank(targets(before)), tmp_path / "tiny.safetensors")
     with pytest.raises(LoraError, match="which fp16 does not hold"):
         apply(reading.read(tmp_path / "tiny.safetensors"), model, 1e8)
+    with pytest.raises(ConfigError, match=r"strength 1e\+30 of "):
+        apply(reading.read(tmp_path / "tiny.safetensors"), model, 1e30)
+    with pytest.raises(ConfigError, match=r"strength 1e\+30 of .*tiny"):
+        apply(reading.read(tmp_path / "tiny.safetensors"), model, 1e12, "1e18")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 

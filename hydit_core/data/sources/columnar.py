@@ -7,6 +7,7 @@ Tencent's training data are Arrow files (columns ``image``: the encoded picture,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,15 @@ def _index_rows(path: Path, content: dict[str, Any]) -> np.ndarray:
 def _find(index: Path, name: str, root: Path | None) -> Path:
     if root is not None or Path(name).is_absolute():
         found = (root or Path()) / name
-        if found.is_file():
+        if os.path.isfile(found):  # not Path.is_file, which raises for names too long
             return found
     else:
         for folder in index.resolve().parents:
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):
                 return folder / name
     where = f"in {root}" if root is not None else "beside it and in the folders above"
-    raise DataError(f"{index} lists {name}, which was not found {where}; set the source's root")
+    shown = name if len(name) <= 300 else f"{name[:300]}..."
+    raise DataError(f"{index} lists {shown}, which was not found {where}; set the source's root")
 
 
 def _entries(source: SourceConfig, path: Path, rows: np.ndarray | None = None) -> Iterator[Entry]:
