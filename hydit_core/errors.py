@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
 import sys
 import threading
@@ -133,6 +134,9 @@ def cli_main(run: Callable[[], int | None]) -> int:
         except HyditError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except BrokenPipeError:  # as in `... | head`: who reads has enough, and Python would flush once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+            return 1
         except OSError as error:
             if error.filename is None:  # of no file that the user named
                 raise

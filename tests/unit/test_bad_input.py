@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -240,3 +243,15 @@ def test_names_that_no_system_takes(option, attempt):
     """Too long ones, whatever asks the operating system first."""
     code, err = attempt(option, "a" * 5000)
     assert code == 2 and err.startswith("error: ") and "too long" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_who_reads_the_output_may_stop():
+    code = (
+        "import sys\nfrom hydit_core.errors import cli_main\n"
+        "def run():\n    for number in range(10**6):\n        print(number)\n"
+        "sys.exit(cli_main(run))"
+    )
+    command = f"'{sys.executable}' -c '{code}' | head -n 2"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert run.stdout == "0\n1\n" and run.stderr == ""
