@@ -9,11 +9,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConfigError, DataError, HyditError, WeightsError
+from .errors import ConfigError, DataError, HyditError, LoraError, WeightsError
 from .version import VERSION
 
 if TYPE_CHECKING:
     from .facts import DiffusionConfig, ModelInfo, SamplingDefaults
+    from .lora.adapter import Adapter as LoraAdapter
+    from .lora.extract import combine as combine_loras
+    from .lora.extract import extract as extract_lora
+    from .lora.merge import merge_files as merge_loras
+    from .lora.reading import read as load_lora
+    from .lora.writing import write as save_lora
     from .model.config import DiTConfig
     from .model.controlnet import ControlNet
     from .model.dit import DiT
@@ -24,20 +30,26 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 
-# Found when they are first asked for: importing hydit_core alone must not import torch.
+# Module, or module:name there. Found when first asked for: importing hydit_core alone must not import torch.
 _HOMES = {
     "PRESETS": "presets",
     "ControlNet": "model.controlnet",
     "DiT": "model.dit",
     "DiTConfig": "model.config",
     "DiffusionConfig": "facts",
+    "LoraAdapter": "lora.adapter:Adapter",
     "ModelInfo": "facts",
     "Pipeline": "pipeline",
     "SamplingDefaults": "facts",
+    "combine_loras": "lora.extract:combine",
+    "extract_lora": "lora.extract:extract",
     "load": "pipeline",
     "load_controlnet": "weights.load",
     "load_dit": "weights.load",
+    "load_lora": "lora.reading:read",
+    "merge_loras": "lora.merge:merge_files",
     "save_checkpoint": "weights.save",
+    "save_lora": "lora.writing:write",
 }
 
 __all__ = [
@@ -49,14 +61,21 @@ __all__ = [
     "DiTConfig",
     "DiffusionConfig",
     "HyditError",
+    "LoraAdapter",
+    "LoraError",
     "ModelInfo",
     "Pipeline",
     "SamplingDefaults",
     "WeightsError",
+    "combine_loras",
+    "extract_lora",
     "load",
     "load_controlnet",
     "load_dit",
+    "load_lora",
+    "merge_loras",
     "save_checkpoint",
+    "save_lora",
 ]
 
 
@@ -65,7 +84,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    module, _, own = _HOMES[name].partition(":")
+    value = getattr(import_module(f".{module}", __name__), own or name)
     globals()[name] = value
     return value
 

@@ -275,3 +275,12 @@ def test_public_names_are_found_lazily():
 def test_version_is_the_packages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["version"] == hydit_core.__version__
+
+
+def test_the_lora_functions_are_public():
+    """By names that say of what; the commands' own functions."""
+    from hydit_core.lora import adapter, extract, merge, reading, writing
+
+    assert hydit_core.load_lora is reading.read and hydit_core.save_lora is writing.write
+    assert hydit_core.merge_loras is merge.merge_files and hydit_core.LoraAdapter is adapter.Adapter
+    assert hydit_core.combine_loras is extract.combine and hydit_core.extract_lora is extract.extract
