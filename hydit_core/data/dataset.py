@@ -139,7 +139,7 @@ class TrainData(Rows):
         self._latents = cache
 
     def summary(self) -> DataSummary:
-        """Counts of everything found, for ``--dry-run`` and the log."""
+        """Counts of what was found, for ``--dry-run`` and the log."""
         return summarize(self)
 
     def some_moments(

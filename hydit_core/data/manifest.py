@@ -105,7 +105,7 @@ class Manifest:
         return {kind: PictureFile(Path(path), row, column) for kind, (path, row, column) in beside.items()}
 
     def size(self, index: int) -> Size:
-        """(width, height) in pixels, as the picture is shown; of a row that told them, as told."""
+        """(width, height) in pixels, as the picture is shown; as its row gives it, if it does."""
         return self._widths[index], self._heights[index]
 
     def load(self, index: int, alpha_color: str) -> tuple[Image.Image, bytes]:
@@ -119,9 +119,9 @@ class Manifest:
         picture = load_picture(content, alpha_color, name=str(file))
         if not same_shape(picture.size, told):
             raise DataError(
-                f"{file} is {picture.width}x{picture.height} as it is shown, but {told[0]}x{told[1]} was "
-                "told of it: correct the width and height in its row, or leave them out (or was it changed "
-                "meanwhile?)"
+                f"{file} is {picture.width}x{picture.height} as it is shown, but was expected to be "
+                f"{told[0]}x{told[1]}: correct the width and height in its row, or leave them out (or has it "
+                "changed since?)"
             )
         return picture, content
 

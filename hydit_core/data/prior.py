@@ -59,7 +59,7 @@ class Samples:
 
 
 def _apportioned(total: int, counts: np.ndarray) -> np.ndarray:
-    """``total`` in whole parts as near as can be to the proportions of ``counts`` (largest remainders)."""
+    """``total`` split into whole numbers in proportion to ``counts`` (largest remainders)."""
     if not len(counts):
         return counts
     exact = total * counts / counts.sum()

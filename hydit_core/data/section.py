@@ -1,4 +1,4 @@
-"""The tables of a configuration file: what their values may be before any of them has a meaning."""
+"""The tables of a configuration file: which kinds of values they take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, fie
 from ..dtypes import short_name
 
 MAX_COUNT = 10**9
-"""Of steps and the like."""
+"""The largest number of steps and the like."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 

@@ -38,13 +38,13 @@ class DataSummary:
     """What folders hold that is not used: pictures of other formats, captions without a picture."""
     too_small: int
     enlarged: int
-    """Pictures smaller than the size that they are trained at."""
+    """Pictures smaller than their training size."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The summary as text, one fact a line."""
+        """The summary as text, one fact per line."""
         short, middle, long = self.caption_bytes
         lines = [
             f"pictures: {self.pictures} ({self.train} to train, {self.validation} for validation)",

@@ -1,4 +1,4 @@
-"""LoRA layers in a DiT and its text encoders: where they go, their parameters, and back and forth to files.
+"""LoRA layers in a DiT and its text encoders: where they go, what is trained, reading and writing.
 
 peft provides the layers. Names here are those of the files: ``dit.blocks.0.attn1.Wqkv``,
 ``bert.encoder.layer.0.attention.self.query``, ``t5.encoder.block.0.layer.0.SelfAttention.q``.
@@ -147,7 +147,7 @@ def parameter_shapes(targets: Mapping[str, nn.Linear], config: LoraSection) -> d
 
 
 def scale_of(config: LoraSection) -> float:
-    """What the product of the two matrices is multiplied with."""
+    """The factor on the product of the two matrices."""
     return (config.alpha or config.rank) / (math.sqrt(config.rank) if config.rslora else config.rank)
 
 
@@ -232,7 +232,7 @@ def _patch(name: str, parameters: Mapping[str, Tensor], scale: float) -> Patch:
 
 @torch.no_grad()
 def load_adapter(parts: Mapping[str, nn.Module], config: LoraSection, adapter: Adapter, where: str) -> None:
-    """Continue from ``adapter``. Layers that it lacks start afresh.
+    """Continue from ``adapter``. Layers that it lacks are initialized as in a new run.
 
     Raises:
         ConfigError: as :func:`starting_values` does.
@@ -245,7 +245,7 @@ def load_adapter(parts: Mapping[str, nn.Module], config: LoraSection, adapter: A
 def starting_values(
     parameters: Mapping[str, Tensor], config: LoraSection, adapter: Adapter, where: str
 ) -> dict[str, Tensor]:
-    """What ``parameters``, those of :func:`adapter_parameters`, start from to continue ``adapter``; by name.
+    """The values, by name, that ``parameters`` (see :func:`adapter_parameters`) take to continue ``adapter``.
 
     Raises:
         ConfigError: it changes layers that this run does not train, or is of another kind or rank.

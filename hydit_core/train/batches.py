@@ -1,4 +1,4 @@
-"""Micro-batches and their random draws, made ready while the one before is trained on."""
+"""Micro-batches and their random draws, prepared while the one before is in training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pair = tuple[Batch, Draws]
 def with_draws(
     batches: Iterator[Batch], numbers: range, draw: Callable[[int, Batch], Draws]
 ) -> Generator[Pair, None, None]:
-    """Each of ``batches`` with what ``draw`` makes of its number and it; ``numbers`` count micro-batches.
+    """Each batch with what ``draw`` returns for its number and content; ``numbers`` count micro-batches.
 
     An error of either comes when its micro-batch is due. Closing the generator ends the data workers.
     """

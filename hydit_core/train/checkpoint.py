@@ -117,7 +117,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Delete folders; what cannot be deleted stays, and costs nothing but room."""
+    """Delete folders; one that cannot be deleted stays, which costs only disk space."""
     for path in list(paths):
         remove_folder(path)
 
@@ -219,7 +219,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _verified(path: Path) -> list[str]:
-    """The names in a checkpoint's manifest, whose files are what was written. Raises :class:`HyditError`."""
+    """The names in a checkpoint's manifest, whose files match it. Raises :class:`HyditError`."""
     manifest = read_json(path / "manifest.json", error=HyditError)
     if lacking := [name for name in _REQUIRED if name not in manifest]:
         raise ValueError(f"manifest.json does not name {', '.join(lacking)}")
@@ -235,7 +235,7 @@ def _verified(path: Path) -> list[str]:
 
 
 def _check_types(progress: Progress) -> None:
-    """Raise TypeError where a value is of another kind than a new record's, and ValueError below 0."""
+    """Raise TypeError for a value of another type than in a new record, ValueError for one below 0."""
     for name, usual in asdict(Progress()).items():
         value = getattr(progress, name)
         wanted = (int, float) if isinstance(usual, float) else type(usual)

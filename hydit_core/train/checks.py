@@ -1,4 +1,4 @@
-"""What a run needs of the machine and of its parts, asked before anything is written or trained.
+"""What a run needs of the machine and of its networks, checked before anything is written or trained.
 
 The dry run and the training ask the same questions, first: what one accepts the other does not refuse.
 """
@@ -65,7 +65,7 @@ def _require_picture(path: Path) -> None:
 
 
 def check_parts(config: TrainConfig, dit: DiTConfig, text: TextEncoders, vae: VAE, info: ModelInfo) -> None:
-    """Raise :class:`ConfigError` for parts that do not fit each other or what is asked of them.
+    """Raise :class:`ConfigError` for networks that do not fit each other or the configuration.
 
     ``info`` is that of the file that will be written.
     """

@@ -1,4 +1,4 @@
-"""Captions as the model takes them: tokens where the text encoders are trained, features where not."""
+"""Captions as the model takes them: tokens if the text encoders are trained, features if not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CaptionFit:
 
 
 def caption_fits(captions: Iterable[str], tokenizers: Tokenizers) -> list[CaptionFit]:
-    """Tokenize captions and count what does not fit; one result an encoder."""
+    """Tokenize captions and count what does not fit; one result per encoder."""
     fits: dict[str, CaptionFit] = {}
     for caption in captions:
         for report in tokenizers(caption).reports[0]:

@@ -22,7 +22,7 @@ from .sections import ObjectiveSection, TrainSections
 
 
 class KnownObjective(ObjectiveSection):
-    """The table ``objective``, whose ``kind`` is one of the table of objectives."""
+    """The table ``objective``, with a ``kind`` that exists."""
 
     @field_validator("kind")
     @classmethod
@@ -41,7 +41,7 @@ _OwnTables = create_model("_OwnTables", __base__=TrainSections, **_own)
 
 
 class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
-    """All tables of a training configuration, those of the objectives included, and whether they agree."""
+    """The whole training configuration: the objectives' own tables too, and whether all of them agree."""
 
     objective: KnownObjective = KnownObjective()
 
@@ -131,7 +131,7 @@ _WORDS = {
 
 
 def _faults(error: ValidationError) -> list[Any]:
-    """Without those that only follow from another: a list is not empty because its entries are wrong."""
+    """Leave out faults that only follow from others: a list whose entries are wrong is not also too short."""
     found = error.errors()
     inside = {one["loc"][:-n] for one in found for n in range(1, len(one["loc"]))}
     return [one for one in found if one["type"] != "too_short" or one["loc"] not in inside]

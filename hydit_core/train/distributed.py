@@ -25,9 +25,9 @@ from ..errors import ConfigError, HyditError
 
 T = TypeVar("T")
 _JOINING_SECONDS = 300.0
-"""For all processes to be there at the start, imports and a busy machine included."""
+"""Seconds for all processes to appear at the start, imports on a busy machine included."""
 _LEAVING_SECONDS = 5.0
-"""For all processes to leave together."""
+"""Seconds for all processes to leave together."""
 
 
 class Unanswered(HyditError):
@@ -97,7 +97,7 @@ class Processes:
         return [name for part in found for name in part]
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What ``make`` gives in the first process, in all of them; it is called in no other.
+        """What ``make`` returns in the first process, for all processes; the others do not call it.
 
         Its result has to be plain data. A :class:`HyditError` of it is raised in all of them.
         """
@@ -180,7 +180,7 @@ def _silence(who: str, limit: float) -> str:
 
 
 class _SignsOfLife:
-    """What each process tells of itself in the store that all of them share: that it lives, arrived, failed.
+    """What each process reports in the store that all of them share: alive, arrived, failed.
 
     A thread says that the process lives. Stopped, killed, or on a machine that is gone, it falls silent. The
     same thread asks the store, for a store whose keeper is stopped never answers.
@@ -234,7 +234,7 @@ class _SignsOfLife:
             raise _unanswered(error, limit) from error
 
     def close(self) -> None:
-        """Leave, the keeper of the store (maybe this process) last, as far as the others leave soon."""
+        """Leave; the process that keeps the store goes last, unless the others take too long."""
         with contextlib.suppress(Unanswered):
             self._ask(lambda store: store.add("closed", 1), _LEAVING_SECONDS)
             deadline = time.monotonic() + _LEAVING_SECONDS

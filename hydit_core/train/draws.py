@@ -28,7 +28,7 @@ class Draws:
     noise: Tensor
     """(B, C, h, w), what is added to the latents, offset included."""
     posterior_noise: Tensor
-    """(B, C, h, w), for sampling the latents from the VAE's posterior; 0 takes its mean."""
+    """(B, C, h, w), for sampling the latents from the VAE's posterior; zeros give its mean."""
     drop_bert: list[bool]
     drop_t5: list[bool]
     drop_control: list[bool]

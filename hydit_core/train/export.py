@@ -100,7 +100,7 @@ def _config(found: Checkpoint) -> TrainConfig:
 
 
 def _objective(config: TrainConfig, found: Checkpoint, averaged: bool) -> Objective:
-    """The model with the weights that are to be written."""
+    """The objective, holding the weights to write."""
     parts = build(config)
     if config.data.posterior != "auto":
         parts.info = dataclasses.replace(parts.info, posterior=config.data.posterior)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _RECENT = 10
-"""Steps whose median is looked at: single losses differ widely with their timesteps."""
+"""Steps that a median is taken over: single losses vary widely with their timesteps."""
 _SETTLED = 20
 """Steps before medians are judged."""
 _USUAL_OVER = 100
@@ -63,5 +63,5 @@ class Health:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Health:
-        """What :func:`dataclasses.asdict` gave; a fresh one where a checkpoint knows of none."""
+        """The inverse of :func:`dataclasses.asdict`; a new one for a checkpoint without a record."""
         return cls(**state) if state else cls()

@@ -89,7 +89,7 @@ def open_data(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainData:
 
 
 def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, processes: Processes) -> None:
-    """Encode what the configured caches lack; latents and texts come from their caches from then on.
+    """Encode what is missing from the configured caches, and read latents and texts from them from then on.
 
     Text encoders that nothing else needs give their memory back.
     """
@@ -129,7 +129,7 @@ def with_posterior(
 
 
 def _encoded_together(data: TrainData, device: torch.device) -> int:
-    """Pictures that the VAE encodes at once: 4, on a GPU as many as have the pixels of 4 of 1024 x 1024."""
+    """How many pictures the VAE encodes at once: 4; on a GPU, as many as fit into 4 of 1024 x 1024."""
     largest = max(width * height for width, height in data.sizes)
     return 4 if device.type == "cpu" else max(4, 4 * 1024**2 // largest)
 

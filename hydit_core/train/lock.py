@@ -36,7 +36,7 @@ if hasattr(os, "register_at_fork"):
 def hold(folder: Path) -> Iterator[None]:
     """Be the only one who writes into ``folder``, which exists, until the block ends or the process does.
 
-    A file system that has no locks is told of on stderr, and does without.
+    On a file system without locks a warning goes to stderr, and the run goes on without one.
 
     Raises:
         ConfigError: another process holds it; the error says which.

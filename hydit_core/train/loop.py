@@ -272,7 +272,7 @@ class Trainer:
         return torch.autocast(kind, torch.bfloat16, enabled=self.config.run.precision == "bf16")
 
     def _update(self) -> None:
-        """Clip, check, update, average; then the gradients start afresh."""
+        """Clip, check, update, average; then clear the gradients."""
         run, progress = self.config.run, self.progress
         self._gradients_whole = False
         factor = learning_rate_factor(progress.step, run.steps, self.config.schedule)

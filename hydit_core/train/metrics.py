@@ -95,7 +95,7 @@ class Metrics:
             self._bar.set_postfix(show, refresh=False)
 
     def note(self, text: str) -> None:
-        """A line for the reader of the terminal, above the bar."""
+        """Print a line on the terminal, above the bar."""
         if not self.active:
             return
         try:
@@ -105,7 +105,7 @@ class Metrics:
             silence_stderr()
 
     def close(self) -> None:
-        """End the bar and the files; what a full disk did not take has been told of by :meth:`record`."""
+        """End the bar and the files; :meth:`record` has already reported what a full disk did not take."""
         if not self.active:
             return
         for part in (self._bar, self._file, self._board):
@@ -127,7 +127,7 @@ def _unwritable(path: Path, error: OSError) -> HyditError:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a metrics file; lines that are none (a crash cut the last one) are left out."""
+    """Records of a metrics file; lines that are not records (a crash cut off the last one) are skipped."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:

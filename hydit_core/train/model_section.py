@@ -25,9 +25,9 @@ from ..facts import DiffusionConfig, ModelInfo, SamplingDefaults
 from ..model.config import DiTConfig
 
 _MIN_TOKENS = 4
-"""A word between the two marks that BERT puts around a text, and one to spare."""
+"""BERT's two marks around a text, one word between them, and one to spare."""
 _MAX_DEPTH, _MAX_WIDTH = 512, 65536
-"""Far beyond what is trained: a digit too many is told before memory for it is asked for."""
+"""Far beyond any real model, so that a digit too many is an error before memory is allocated for it."""
 
 
 def _resolve(value: Any, info: ValidationInfo) -> Any:

@@ -184,7 +184,7 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Inside, the model holds the averaged weights; afterwards exactly what it held before."""
+        """Within this context the model holds the averaged weights; afterwards, exactly those from before."""
         with torch.no_grad():
             kept = [p.detach().clone() for p in self.live.values()]
             torch._foreach_copy_([p.detach() for p in self.live.values()], list(self.average.values()))

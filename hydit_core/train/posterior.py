@@ -1,9 +1,8 @@
 """Which latents a run trains on: drawn from the VAE's posterior, or its mean.
 
 Where the posterior is narrow that makes no difference. Where it is wide, sampling adds noise that no DiT can
-predict, and ruins one that was trained on the means. So ``data.posterior =
-"auto"`` follows what the base's file says, and where it says nothing measures the VAE on the run's own
-pictures.
+predict, and ruins one that was trained on the means. So ``data.posterior = "auto"`` follows the base's file;
+if that says nothing, the VAE is measured on the run's own pictures.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from ..weights.parts import bundle
 from .config import TrainConfig
 
 WIDE = 0.1
-"""Part of a channel's spread above which a posterior is wide: noise of 1 % of its variance."""
+"""Fraction of a channel's spread above which a posterior counts as wide: noise of 1 % of its variance."""
 
 _PICTURES = 4
 _SIDE = 128
-"""Pixels: what is measured hardly depends on the size, its cost does."""
+"""Pixels. The result hardly depends on the size; the time does."""
 
 
 class Choice(NamedTuple):

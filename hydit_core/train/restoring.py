@@ -37,7 +37,7 @@ def find_checkpoint(where: Path, warn: Note) -> Checkpoint | None:
 
 
 def shared_checkpoint(where: Path, processes: Processes, warn: Note) -> Checkpoint | None:
-    """The first process's checkpoint, in all of them: the others may not see its disk."""
+    """The first process's checkpoint, sent to all: the others may not see its disk."""
     if processes.world == 1:
         return find_checkpoint(where, warn)
     own: list[Checkpoint] = []

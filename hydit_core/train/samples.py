@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _StoredText:
-    """In the place of text encoders: their features, from disk."""
+    """Takes the place of the text encoders: reads their features from disk."""
 
     def __init__(self, stored: Callable[[str], TextFeatures]) -> None:
         self.stored = stored

@@ -1,4 +1,4 @@
-"""What of a run stays on the disk: which checkpoints are kept, and the model files made from them."""
+"""What a run leaves on disk: which checkpoints are kept, and the model files made from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHECKPOINTS = "checkpoints"
 
 
 class Saver:
-    """Writes the checkpoints and exports of one run, and removes the checkpoints that are not to be kept.
+    """Writes the checkpoints and exports of one run, and removes the checkpoints that need not be kept.
 
     Kept are the newest ``keep_last``, the newest ``keep_last`` good ones, those of ``keep_every``, and the
     best. A checkpoint is good when the step after it went well: only then is it known what its weights are
@@ -38,7 +38,7 @@ class Saver:
         self._unproven: str | None = None
 
     def save(self, content: Checkpoint) -> None:
-        """Write a checkpoint, unless this very one was the last, and remove what is not to be kept."""
+        """Write a checkpoint, unless it is the one written last, and remove those that need not be kept."""
         if not self.has(content.progress):
             checkpoints.write(self.folder / CHECKPOINTS, content)
         self.continued(content.progress)
@@ -49,7 +49,7 @@ class Saver:
         return checkpoints.folder_name(progress) == self._written
 
     def continued(self, progress: Progress) -> None:
-        """The run is where the checkpoint of ``progress`` is, which the next step will prove good or not."""
+        """The run stands at the checkpoint of ``progress``; the next step shows whether it is a good one."""
         name = checkpoints.folder_name(progress)
         if (self.folder / CHECKPOINTS / name).is_dir():
             self._written = name

@@ -152,7 +152,7 @@ class ValidationSection(Section):
 
 
 class SamplesSection(Section):
-    """Settings that are not given are those that the model's file recommends."""
+    """Settings that are not given are taken from what the model's file recommends."""
 
     every: int = Field(
         default=0, ge=0, le=MAX_COUNT, description="how often to draw, from step 0 on; 0: never"
@@ -185,7 +185,7 @@ class SamplesSection(Section):
         return name
 
     def given(self) -> dict[str, Any]:
-        """The settings of sampling; None where the model's own count."""
+        """The settings for sampling; None leaves a setting to the model's file."""
         return self.model_dump(exclude={"every", "prompts", "seed", "control_images"})
 
 

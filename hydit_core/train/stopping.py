@@ -25,7 +25,7 @@ _DEBOUNCE_SECONDS = 1.0
 
 
 class TrainingStopped(HyditError):
-    """Something went wrong in mid-run. The message says what, what is saved, and how to go on."""
+    """Something went wrong during the run. The message says what, what is saved, and how to continue."""
 
 
 class StopSignals:
@@ -56,7 +56,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[threading.Event]:
-    """Signals that would kill this process end it by an exception, so that what is half done is put away.
+    """Signals that would kill this process end it by an exception, so that half-finished work is cleaned up.
 
     Once the event is set, when training is over, they do nothing any more.
     """
@@ -134,7 +134,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Let go of what the functions held that the error left: half a step's memory, and the data workers.
+    """Release what the error's frames still hold: half a step's memory, and the data workers.
 
     Data workers do not hear a SIGTERM. They end when their loader goes; else this process would wait for
     them for ever.
@@ -145,7 +145,7 @@ def forget_frames(error: BaseException | None) -> None:
 
 
 def tell(text: str) -> None:
-    """A line on stderr; where nobody listens any more (a closed terminal, a pipe's dead end) it is lost."""
+    """A line on stderr; if nobody reads it any more (a closed terminal or pipe), it is lost."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:

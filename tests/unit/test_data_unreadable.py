@@ -170,7 +170,7 @@ def test_sizes_in_tables_are_compared_with_the_picture(tmp_path: Path, cached: b
 
     first(width=32, height=64)
     first(width=160, height=318)  # of a larger original, rounded
-    with pytest.raises(DataError, match=r"a\.png is 32x64 as it is shown, but 64x32 was told of it"):
+    with pytest.raises(DataError, match=r"a\.png is 32x64 as it is shown, but was expected to be 64x32"):
         first(width=64, height=32)
 
 

@@ -83,7 +83,7 @@ class PictureHashes:
         return digest
 
     def save(self) -> None:
-        """Write down the hashes made since the last call."""
+        """Append the hashes computed since the last call to the file."""
         if not self._new:
             return
         try:

@@ -33,7 +33,7 @@ Entries = dict[int, torch.Tensor]
 """Pixels (3, H, W) by :func:`_entry`."""
 
 _RECIPE = "latents 1: cover, LANCZOS, center crop"
-"""Part of every key; to be changed with anything in the way from file to pixels."""
+"""Part of every key; change it with anything that changes how a file becomes pixels."""
 
 
 def cache_folder(config: DataConfig, default: Path | None = None) -> Path:
@@ -124,7 +124,7 @@ class LatentCache:
         return (self._keys != b"") & ~stored
 
     def verify(self) -> int:
-        """Compare what is stored with its checksums; what differs is missing then. Gives its number."""
+        """Compare stored entries with their checksums; returns how many differ, and so count as missing."""
         return self.store.verify(key.decode() for key in self._keys[self._keys != b""])
 
     def matches(self, row: int, digest: str, size: Size) -> bool:

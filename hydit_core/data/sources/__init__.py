@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: one module a format, all yielding :class:`Entry` rows."""
+"""Where pictures and captions come from: one module per format, all yielding :class:`Entry` rows."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _CHECK = Path(__file__).with_name("table_check.py")
 _CHECK_SECONDS = 60
 _CHECK_BYTES_A_SECOND = 10 << 20
 _CROWDED = 1_000_000
-"""Rows from which on a file must have as many bytes: run lengths can claim any number."""
+"""Above this many rows, a file must have at least as many bytes: run lengths can claim any number."""
 
 _checked: set[tuple[Path, int, int]] = set()
 

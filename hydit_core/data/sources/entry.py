@@ -58,7 +58,7 @@ class Tally:
 
 @dataclass
 class PassedOver:
-    """Files of a folder that a run does without, and whoever put them there may not expect that."""
+    """Files of a folder that a run does not use, though whoever put them there may expect it to."""
 
     unread: Tally = field(default_factory=Tally)
     """Pictures of formats that are not read, and others with a caption beside them."""
@@ -75,7 +75,7 @@ class PassedOver:
         return [f"There is {shown}: if the captions are in it, give it as the path"] if shown else []
 
     def lines(self) -> list[str]:
-        """What there is to tell, one fact a line."""
+        """The findings, one per line."""
         lines: list[str] = []
         if self.unread.count:
             kinds = ", ".join(f"{count} {suffix}" for suffix, count in self.kinds.most_common(SHOWN))
@@ -115,5 +115,5 @@ class Entry:
 
     @property
     def complete(self) -> bool:
-        """Whether no picture has to be opened: the size is told, and nothing lies beside it."""
+        """Whether the picture need not be opened: its size is given, and nothing lies beside it."""
         return bool(self.width and self.height and not self.extra)

@@ -167,10 +167,10 @@ def rehearse_dit(
 
 
 class DiffusionObjective:
-    """One kind of training. What an objective does otherwise than full training, it says in its subclass.
+    """The base of every objective, with what most of them do; each overrides what differs.
 
-    The class methods answer before any weight is loaded: they are asked when a configuration is checked, by
-    the dry run, and while the networks are built.
+    The class methods need no trained weights: they are called when a configuration is checked, by the dry
+    run, and while the networks are built.
     """
 
     section: ClassVar[type[Section] | None] = None

@@ -78,7 +78,7 @@ class LoraObjective(DiffusionObjective):
 
     @classmethod
     def for_export(cls, config: AnyConfig) -> AnyConfig:
-        """Stored in few bits, the base would need the libraries for it, and is not written."""
+        """With the base in fp32: it is not written, and fewer bits may need more libraries."""
         plain = _own(config).model_copy(update={"base_precision": "fp32"})
         return config.model_copy(update={"lora": plain})
 
@@ -86,7 +86,7 @@ class LoraObjective(DiffusionObjective):
     def warnings(cls, config: TrainSections, captions: Callable[[], Iterable[str]]) -> Iterator[str]:
         trigger = _own(config).trigger
         if trigger and not any(trigger in caption for caption in captions()):
-            yield f"no caption holds lora.trigger = {trigger!r}, so the LoRA will not learn to hear it"
+            yield f"no caption holds lora.trigger = {trigger!r}, so the LoRA will not learn to respond to it"
 
     # -- the dry run -------------------------------------------------------------------------------
 
