@@ -81,8 +81,8 @@ def other_parts(
             parts.append(_prefixed(as_source(tensors), prefix))
     for name, content in ((BERT_VOCAB, bert_vocab), (SPIECE_MODEL, spiece_model)):
         if content is not None:
-            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            parts.append(MemorySource({name: data}))
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0)
+            parts.append(MemorySource({name: data.to(torch.uint8)}))
     return parts
 
 

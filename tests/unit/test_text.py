@@ -193,6 +193,24 @@ def test_the_published_file_has_no_bert_vocabulary(tmp_path: Path) -> None:
     assert_same(load_text_encoders(path, **LENGTHS).encode(TEXT), expected)
 
 
+@pytest.mark.parametrize("name", ["tokenizer/vocab.txt", "mt5/spiece.model"])
+def test_an_empty_file_of_a_tokenizer(name: str, tmp_path: Path) -> None:
+    """In Tencent's folders, whose tokenizers become tensors on the way."""
+    tensors = load_file(export(fresh(), tmp_path / "all_in_one.safetensors"))
+    folder = tmp_path / "model"
+    for place, mark in (("clip_text_encoder", "hydit_clip.transformer."), ("mt5", "mt5xl.transformer.")):
+        (folder / "t2i" / place).mkdir(parents=True)
+        found = {key.split(mark)[1]: value for key, value in tensors.items() if mark in key}
+        save_file(found, folder / "t2i" / place / "model.safetensors")
+    (folder / "t2i/tokenizer").mkdir()
+    (folder / "t2i/tokenizer/vocab.txt").write_bytes(bert_vocab())
+    (folder / "t2i/mt5/spiece.model").write_bytes(spiece_model())
+    assert load_text_encoders(folder, **LENGTHS).encode(TEXT)
+    (folder / "t2i" / name).write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"(vocabulary|tokenizer|sentencepiece)"):
+        load_text_encoders(folder, **LENGTHS)
+
+
 def test_a_missing_sentencepiece_model_is_found_beside_the_file(tmp_path: Path) -> None:
     path = export(fresh(), tmp_path / "model.safetensors", spiece_model=None)
     with pytest.raises(WeightsError, match=r"(?s)mT5's tokenizer.*spiece.model.*mt5-xl"):
