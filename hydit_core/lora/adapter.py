@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,147 +13,16 @@ from torch import Tensor
 
 from ..errors import LoraError
 from ..weights.source import cast
-from .products import hadamard_norm, product_norm
-
-__all__ = [
-    "PARTIAL_HELP",
-    "PARTS",
-    "PART_NAMES",
-    "Adapter",
-    "LoraError",
-    "Match",
-    "Patch",
-    "changed",
-    "changed_bias",
-    "module_shapes",
-]
-
-PARTS = ("dit", "bert", "t5")
-"""What can be adapted; the first word of a module's key."""
+from .patch import Patch
 
 PART_NAMES = {"dit": "the DiT", "bert": "BERT", "t5": "mT5"}
-"""Those, for people."""
+"""What can be adapted, as messages call it."""
+
+PARTS = tuple(PART_NAMES)
+"""The first words of modules' keys."""
 
 PARTIAL_HELP = "accept a LoRA of which more than a tenth is for layers that the model does not have"
 """Of the option, wherever a command has it."""
-
-# Numbers of a layer; the widest matrices of DiT-g/2 and mT5-XL that are no tables have 10 million.
-_LARGEST = 2**27
-
-_KIND_NAMES = {
-    "lora": "LoRA",
-    "loha": "LoHa",
-    "lokr": "LoKr",
-    "diff": "full difference",
-    "set": "whole weights",
-}
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A change of one weight, or of some of its rows, at strength 1.
-
-    A weight with more than two dimensions counts as a matrix: its first dimension by all others.
-
-    Attributes:
-        kind: ``lora``: ``down`` (r, in), ``up`` (out, r); ``loha``: ``w1_a`` and ``w2_a`` (out, r), ``w1_b``
-            and ``w2_b`` (r, in); ``lokr``: ``w1`` or its factors ``w1_a``, ``w1_b``, likewise ``w2``;
-            ``diff``: ``diff``, the change itself; ``set``: ``value``, which takes the weight's place. A
-            change of the bias alone has no tensors.
-        scale: the true scale, alpha / r (rank-stabilized: alpha / sqrt(r)).
-        rows: which rows of a fused projection it is for; None: all.
-        magnitude: DoRA's m: the norm that each output row (axis 0) or input column (axis 1) gets.
-        bias: is added to the bias.
-        bias_whole: it takes the bias's place instead.
-    """
-
-    kind: str
-    tensors: dict[str, Tensor]
-    scale: float = 1.0
-    rows: tuple[int, int] | None = None
-    magnitude: Tensor | None = None
-    magnitude_axis: int = 0
-    bias: Tensor | None = None
-    bias_whole: bool = False
-
-    @property
-    def whole(self) -> bool:
-        """Whether something takes the base's place, so that what changes depends on the base."""
-        return self.kind == "set" or self.bias_whole
-
-    @property
-    def shape(self) -> tuple[int, int] | None:
-        """Rows and columns of what it is added to; None if it changes the bias alone."""
-        t = self.tensors
-        if not t:
-            return None
-        if self.kind == "lora":
-            return t["up"].shape[0], _columns(t["down"])
-        if self.kind == "loha":
-            return t["w1_a"].shape[0], _columns(t["w1_b"])
-        if self.kind == "lokr":
-            one, two = _factor_shape(t, "w1"), _factor_shape(t, "w2")
-            return one[0] * two[0], one[1] * two[1]
-        value = t["value" if self.kind == "set" else "diff"]
-        return value.shape[0], _columns(value)
-
-    @property
-    def rank(self) -> int:
-        """The number r of its factors; 0 without factors (a full difference)."""
-        for name in ("down", "w1_b", "w2_b"):
-            if name in self.tensors:
-                return self.tensors[name].shape[0]
-        return 0
-
-    @property
-    def alpha(self) -> float:
-        """What files hold: scale * r; 0 without factors."""
-        return self.scale * self.rank
-
-    def delta(self) -> Tensor:
-        """The change as a float32 matrix (rows, in), without the magnitude.
-
-        Raises:
-            LoraError: for a change of the bias alone, for whole weights, and for a product that is larger
-                than any layer.
-        """
-        t = self.tensors
-        if self.shape is None:
-            raise LoraError("a change of the bias alone has no matrix")
-        if self.kind == "set":
-            raise LoraError("whole weights are no difference without the base's")
-        if self.kind in ("loha", "lokr") and math.prod(self.shape) > _LARGEST:
-            rows, columns = self.shape
-            raise LoraError(f"its factors stand for {rows:,} x {columns:,}, which is larger than any layer")
-        if self.kind == "lora":
-            return self.scale * (_matrix(t["up"]) @ _matrix(t["down"]))
-        if self.kind == "loha":
-            one, two = (_matrix(t[f"{w}_a"]) @ _matrix(t[f"{w}_b"]) for w in ("w1", "w2"))
-            return self.scale * (one * two)
-        if self.kind == "lokr":
-            return self.scale * torch.kron(_factor(t, "w1"), _factor(t, "w2"))
-        return self.scale * _matrix(t["diff"])
-
-    def norm(self) -> float:
-        """The Frobenius norm of :meth:`delta`, without making that matrix; 0 where there is none."""
-        t = {name: _matrix(tensor) for name, tensor in self.tensors.items()}
-        if not t or self.kind == "set":
-            return 0.0
-        if self.kind == "lora":
-            norm = product_norm(t["up"], t["down"])
-        elif self.kind == "loha":
-            norm = hadamard_norm(t["w1_a"], t["w1_b"], t["w2_a"], t["w2_b"])
-        elif self.kind == "lokr":
-            norm = _factor_norm(t, "w1") * _factor_norm(t, "w2")
-        else:
-            norm = float(t["diff"].double().norm())
-        return abs(self.scale) * norm
-
-    def not_finite(self) -> int:
-        """How many of its numbers, its scale among them, are infinite or NaN."""
-        parts = [*self.tensors.values(), *(t for t in (self.magnitude, self.bias) if t is not None)]
-        wrong = sum(tensor.numel() - int(tensor.float().isfinite().sum()) for tensor in parts)
-        return wrong + (not math.isfinite(self.scale))
 
 
 @dataclass(frozen=True)
@@ -192,9 +62,13 @@ class Adapter:
         """The changes of one part, by module names without the part."""
         return {key[len(part) + 1 :]: p for key, p in self.modules.items() if key.startswith(part + ".")}
 
+    def patches(self) -> Iterator[Patch]:
+        """The changes of all modules."""
+        return itertools.chain.from_iterable(self.modules.values())
+
     def ranks(self) -> list[int]:
         """The ranks that occur, smallest first."""
-        return sorted({patch.rank for patches in self.modules.values() for patch in patches if patch.rank})
+        return sorted({patch.rank for patch in self.patches() if patch.rank})
 
     def require_finite(self) -> None:
         """Raise :class:`LoraError` if a number is infinite or NaN, naming the first such module."""
@@ -214,10 +88,8 @@ class Adapter:
     def describe(self) -> str:
         """One line that says what this is."""
         counts = [(len(self.part(part)), name) for part, name in PART_NAMES.items()]
-        patches = [patch for own in self.modules.values() for patch in own]
-        kinds = sorted({_KIND_NAMES[patch.kind] for patch in patches if patch.tensors})
-        if any(patch.magnitude is not None for patch in patches):
-            kinds.append("DoRA")
+        kinds = sorted({patch.plain.label for patch in self.patches() if patch.tensors})
+        kinds += sorted({patch.label for patch in self.patches() if patch.plain is not patch})
         where = [f"{count} of {name}" for count, name in counts if count]
         if where:
             word = "module" if where[0].startswith("1 ") else "modules"
@@ -273,7 +145,7 @@ class Adapter:
     def _misfit(self, key: str, shape: Sequence[int]) -> str:
         out, columns = shape[0], math.prod(shape[1:])
         for patch in self.modules[key]:
-            start, stop = patch.rows or (0, out)
+            start, stop = patch.span(out)
             if patch.shape is not None and (stop > out or patch.shape != (stop - start, columns)):
                 rows = f"rows {start} to {stop} of " if patch.rows else ""
                 there = " x ".join(map(str, patch.shape))
@@ -307,31 +179,9 @@ def changed(
     matrix = result.view(result.shape[0], -1)
     for patch in patches:
         if patch.tensors:
-            start, stop = patch.rows or (0, matrix.shape[0])
-            _add(matrix[start:stop], patch, strength)
+            start, stop = patch.span(len(matrix))
+            patch.add_to(matrix[start:stop], strength)
     return cast(result, dtype or weight.dtype)
-
-
-def _add(target: Tensor, patch: Patch, strength: float) -> None:
-    if patch.kind == "lora" and patch.magnitude is None:
-        # Without the matrix of the change: large layers would need it twice in memory.
-        up, down = (_matrix(patch.tensors[name]).to(target.device) for name in ("up", "down"))
-        target.addmm_(up, down, alpha=strength * patch.scale)
-        return
-    if patch.kind == "set":
-        target.lerp_(_matrix(patch.tensors["value"]).to(target.device), strength)
-        return
-    delta = patch.delta().to(target.device)
-    if patch.magnitude is None:
-        target.add_(delta, alpha=strength)
-        return
-    whole = delta.add_(target)
-    axis = patch.magnitude_axis
-    norm = torch.linalg.vector_norm(whole, dim=1 - axis, keepdim=True)
-    magnitude = patch.magnitude.detach().to(target).reshape(norm.shape)
-    # A row of zeros has no direction to scale.
-    whole.mul_(magnitude / norm.clamp_min(torch.finfo(torch.float32).tiny))
-    target.lerp_(whole, strength)
 
 
 def changed_bias(bias: Tensor, patches: Iterable[Patch], strength: float = 1.0) -> Tensor:
@@ -339,37 +189,11 @@ def changed_bias(bias: Tensor, patches: Iterable[Patch], strength: float = 1.0) 
     result = bias.detach().to(torch.float32, copy=True)
     for patch in patches:
         if patch.bias is not None:
-            start, stop = patch.rows or (0, len(result))
+            start, stop = patch.span(len(result))
             bias = patch.bias.detach().to(result).reshape(-1)
             change = bias - result[start:stop] if patch.bias_whole else bias
             result[start:stop] += strength * change
     return cast(result, bias.dtype)
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().reshape(tensor.shape[0], -1)
-
-
-def _columns(tensor: Tensor) -> int:
-    return math.prod(tensor.shape[1:])
-
-
-def _factor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name in tensors:
-        return _matrix(tensors[name])
-    return _matrix(tensors[f"{name}_a"]) @ _matrix(tensors[f"{name}_b"])
-
-
-def _factor_norm(tensors: Mapping[str, Tensor], name: str) -> float:
-    if name in tensors:
-        return float(tensors[name].double().norm())
-    return product_norm(tensors[f"{name}_a"], tensors[f"{name}_b"])
-
-
-def _factor_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    if name in tensors:
-        return tensors[name].shape[0], _columns(tensors[name])
-    return tensors[f"{name}_a"].shape[0], _columns(tensors[f"{name}_b"])
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

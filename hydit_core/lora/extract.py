@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ from ..weights.detect import expect
 from ..weights.modelspec import file_metadata
 from ..weights.parts import Parts, bundle, open_model
 from ..weights.source import TensorSource
-from .adapter import Adapter, Patch
+from .adapter import Adapter
 from .blocks import each_weights
+from .kinds import BiasOnly, LoRA
+from .patch import Patch
 from .weighted import COMBINED_KEY, factors, recipe_entry
 
 EXTRACTED_KEY = "hydit.extracted"
@@ -113,6 +116,7 @@ def combine(
         raise LoraError("all strengths are 0: nothing is left to combine")
     energy, modules = _Energy(), {}
     for number, (module, given) in enumerate(groups.items(), 1):
+        _check_independent(module, given)
         modules[module] = [
             _combined(module, own, rank, energy) for own in _by_rows(module, given).values() if own
         ]
@@ -144,6 +148,16 @@ def _common(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
 Given = list[tuple[Patch, float, str]]
 
 
+def _check_independent(module: str, given: Given) -> None:
+    """Raise for a change whose effect depends on the weights below it."""
+    for patch, _, name in given:
+        if patch.needs_base:
+            raise LoraError(
+                f"{name} {patch.needs_base} ({module}): what it does depends on the weights that it is"
+                " applied to; merge it into a checkpoint and extract the difference"
+            )
+
+
 def _by_rows(module: str, given: Given) -> dict[tuple[int, int] | None, Given]:
     """The patches that add to the same rows together; slices beside a whole one are spread over it."""
     whole = next((patch.shape[0] for patch, _, _ in given if patch.rows is None and patch.shape), None)
@@ -157,53 +171,35 @@ def _by_rows(module: str, given: Given) -> dict[tuple[int, int] | None, Given]:
 
 def _spread(module: str, patch: Patch, rows: int, name: str) -> Patch:
     """A change of some rows as one of all rows."""
-    assert patch.rows is not None
-    start, stop = patch.rows
-    if patch.kind != "lora" or patch.bias is not None:
+    if not isinstance(patch, LoRA) or patch.bias is not None:
         raise LoraError(f"{name}: {module} is {patch.kind} for some of its rows and cannot be combined")
-    up = patch.tensors["up"]
-    wide = up.new_zeros(rows, up.shape[1])
-    wide[start:stop] = up
-    return Patch("lora", {"down": patch.tensors["down"], "up": wide}, patch.scale)
+    return patch.widened(rows)
 
 
 def _combined(module: str, given: Given, rank: int | None, energy: _Energy) -> Patch:
     """One patch that is the sum of patches of the same rows."""
-    for patch, _, name in given:
-        if patch.magnitude is not None or patch.whole:
-            kind = "has whole weights" if patch.whole else "is a DoRA"
-            raise LoraError(
-                f"{name} {kind} ({module}): what it does depends on the weights that it is applied to;"
-                " merge it into a checkpoint and extract the difference"
-            )
     rows, bias = given[0][0].rows, _bias(given)
     matrices = [(patch, strength) for patch, strength, _ in given if patch.tensors]
     if not matrices:
-        return Patch(given[0][0].kind, {}, rows=rows, bias=bias)
-    if all(patch.kind == "lora" for patch, _ in matrices):
-        if rank is None or rank >= sum(patch.rank for patch, _ in matrices):
-            return _joined(module, matrices, energy, rows, bias)
-        down = torch.cat([patch.tensors["down"].detach().double().flatten(1) for patch, _ in matrices])
-        ups = [patch.tensors["up"].detach().double().flatten(1) * (patch.scale * s) for patch, s in matrices]
+        return BiasOnly(rows=rows, bias=bias)
+    factors = [(patch, strength) for patch, strength in matrices if isinstance(patch, LoRA)]
+    if len(factors) == len(matrices):
+        if rank is None or rank >= sum(patch.rank for patch, _ in factors):
+            return replace(_joined(module, factors, energy), rows=rows, bias=bias)
+        down = torch.cat([patch.tensors["down"].detach().double().flatten(1) for patch, _ in factors])
+        ups = [patch.tensors["up"].detach().double().flatten(1) * (patch.scale * s) for patch, s in factors]
         down, up, kept, total = _cut_factors(torch.cat(ups, dim=1), down, rank)
-        energy.add(module, kept, total)
     else:
         if rank is None:
             kinds = ", ".join(sorted({patch.kind for patch, _ in matrices}))
             raise LoraError(f"{given[0][2]}: {module} is {kinds}, not a product of two factors: give a rank")
         whole = sum(s * patch.delta().double() for patch, s in matrices)
         down, up, kept, total = cut(whole, rank)  # type: ignore[arg-type]
-        energy.add(module, kept, total)
-    return Patch("lora", {"down": down.float(), "up": up.float()}, rows=rows, bias=bias)
+    energy.add(module, kept, total)
+    return LoRA({"down": down.float(), "up": up.float()}, rows=rows, bias=bias)
 
 
-def _joined(
-    module: str,
-    matrices: list[tuple[Patch, float]],
-    energy: _Energy,
-    rows: tuple[int, int] | None,
-    bias: Tensor | None,
-) -> Patch:
+def _joined(module: str, matrices: list[tuple[LoRA, float]], energy: _Energy) -> LoRA:
     """The factors side by side. Where all have one scale, their numbers stay what they were."""
     scales = [patch.scale * strength for patch, strength in matrices]
     common = scales[0] if len(set(scales)) == 1 else 1.0
@@ -212,7 +208,7 @@ def _joined(
         patch.tensors["up"].detach().flatten(1).float() * (scale / common if common else 1.0)
         for (patch, _), scale in zip(matrices, scales, strict=True)
     ]
-    joined = Patch("lora", {"down": down, "up": torch.cat(ups, dim=1)}, common, rows=rows, bias=bias)
+    joined = LoRA({"down": down, "up": torch.cat(ups, dim=1)}, common)
     norm = joined.norm()
     energy.add(module, norm * norm, norm * norm)
     return joined
@@ -290,7 +286,8 @@ def extract(
     ours, theirs = (_open(path, load_key) for path in (tuned, base))
     pairs = _pairs(ours, theirs)
     total = sum(len(below) for _, _, below in pairs)
-    energy, modules, left_out, done = _Energy(), {}, {}, 0
+    energy, left_out, done = _Energy(), {}, 0
+    modules: dict[str, list[Patch]] = {}
     for part, above, below in pairs:
         for key in below:
             change = above.get(key).float() - below.get(key).float()
@@ -301,7 +298,7 @@ def extract(
                     module = name.removesuffix(".weight")
                     down, up, kept, whole = cut(change, rank)
                     energy.add(module, kept, whole)
-                    modules[module] = [Patch("lora", {"down": down.float(), "up": up.float()})]
+                    modules[module] = [LoRA({"down": down.float(), "up": up.float()})]
                 else:
                     left_out[name] = float(change.norm())
             for source in (above, below):

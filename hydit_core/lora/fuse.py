@@ -1,4 +1,4 @@
-"""Patches in other shapes that change a weight just the same."""
+"""Several patches of one layer, such as slices of a fused projection, as one patch of all of it."""
 
 from __future__ import annotations
 
@@ -10,42 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraError
-from .adapter import Patch
-
-
-def swap_halves(patch: Patch) -> Patch:
-    """The patch of a weight whose two halves of rows have changed places."""
-    tensors = dict(patch.tensors)
-    if patch.kind == "lokr":
-        first = "w1" if "w1" in tensors else "w1_a"
-        if tensors[first].shape[0] == 1:  # the rows are those of the second factor
-            first = "w2" if "w2" in tensors else "w2_a"
-        if tensors[first].shape[0] % 2:
-            return _swap_rows(Patch("diff", {"diff": patch.delta()}), patch)
-        tensors[first] = _swapped(tensors[first])
-        return _swap_rows(replace(patch, tensors=tensors), patch)
-    return _swap_rows(patch, patch)
-
-
-def _swap_rows(patch: Patch, given: Patch) -> Patch:
-    per_row = {"lora": ("up",), "loha": ("w1_a", "w2_a"), "diff": ("diff",), "set": ("value",)}.get(
-        patch.kind, ()
-    )
-    tensors = {k: _swapped(v) if k in per_row else v for k, v in patch.tensors.items()}
-    magnitude, bias = given.magnitude, given.bias
-    if magnitude is not None and given.magnitude_axis == 0:
-        magnitude = _swapped(magnitude)
-    return replace(
-        patch,
-        tensors=tensors,
-        magnitude=magnitude,
-        magnitude_axis=given.magnitude_axis,
-        bias=None if bias is None else _swapped(bias),
-    )
-
-
-def _swapped(tensor: Tensor) -> Tensor:
-    return tensor.roll(len(tensor) // 2, 0)
+from .kinds import BiasOnly, Diff, DoRA, LoRA
+from .patch import Patch
 
 
 def fused(patches: Sequence[Patch], rows: int, *, where: str = "a module") -> Patch:
@@ -67,25 +33,32 @@ def fused(patches: Sequence[Patch], rows: int, *, where: str = "a module") -> Pa
         )
     magnitude = _fused_magnitude(patches, rows, where)
     bias = _fused_bias(patches, rows)
-    shaped = [patch for patch in patches if patch.tensors]
-    if not shaped:
-        return Patch("diff", {}, bias=bias)
-    if any(patch.kind != "lora" for patch in shaped):
-        return Patch("diff", {"diff": _sum(shaped, rows)}, magnitude=magnitude, bias=bias)
-    scales = {patch.scale for patch in shaped}
+    plain = [patch.plain for patch in patches if patch.tensors]
+    if not plain:
+        return BiasOnly(bias=bias)
+    factors = [patch for patch in plain if isinstance(patch, LoRA)]
+    one: Patch
+    if len(factors) == len(plain):
+        one = replace(_joined(factors, rows), bias=bias)
+    else:
+        one = Diff({"diff": _sum(plain, rows)}, bias=bias)
+    return one if magnitude is None else DoRA.over(one, magnitude)
+
+
+def _joined(patches: Sequence[LoRA], rows: int) -> LoRA:
+    """Their factors side by side."""
+    scales = {patch.scale for patch in patches}
     scale = scales.pop() if len(scales) == 1 else 1.0
-    dtype = functools.reduce(torch.promote_types, (t.dtype for p in shaped for t in p.tensors.values()))
-    if scale != shaped[0].scale:
+    dtype = functools.reduce(torch.promote_types, (t.dtype for p in patches for t in p.tensors.values()))
+    if scale != patches[0].scale:
         dtype = torch.float32  # the scales go into the tensors
-    ups = []
-    for patch in shaped:
-        up = patch.tensors["up"].detach().reshape(-1, patch.rank).to(dtype)
-        start, stop = patch.rows or (0, rows)
-        whole = torch.zeros(rows, patch.rank, dtype=dtype, device=up.device)
-        whole[start:stop] = up if scale == patch.scale else up * patch.scale
-        ups.append(whole)
-    down = torch.cat([patch.tensors["down"].detach().to(dtype) for patch in shaped])
-    return Patch("lora", {"down": down, "up": torch.cat(ups, 1)}, scale, magnitude=magnitude, bias=bias)
+    ups, downs = [], []
+    for patch in patches:
+        down, up = (patch.tensors[name].detach().to(dtype) for name in ("down", "up"))
+        scaled = up if scale == patch.scale else up * patch.scale
+        ups.append(replace(patch, tensors={"down": down, "up": scaled}).widened(rows).tensors["up"])
+        downs.append(down)
+    return LoRA({"down": torch.cat(downs), "up": torch.cat(ups, 1)}, scale)
 
 
 def _sum(patches: Sequence[Patch], rows: int) -> Tensor:
@@ -94,20 +67,19 @@ def _sum(patches: Sequence[Patch], rows: int) -> Tensor:
         delta = patch.delta()
         if total is None:
             total = delta.new_zeros(rows, delta.shape[1])
-        start, stop = patch.rows or (0, rows)
+        start, stop = patch.span(rows)
         total[start:stop] += delta
     assert total is not None
     return total
 
 
 def _fused_magnitude(patches: Sequence[Patch], rows: int, where: str) -> Tensor | None:
-    if all(patch.magnitude is None for patch in patches):
+    if not any(isinstance(patch, DoRA) for patch in patches):
         return None
-    ordered = sorted(patches, key=lambda patch: patch.rows or (0, rows))
-    ends = [0, *((patch.rows or (0, rows))[1] for patch in ordered)]
-    starts = [(patch.rows or (0, rows))[0] for patch in ordered]
-    whole = [patch.magnitude for patch in ordered if patch.magnitude is not None and not patch.magnitude_axis]
-    if len(whole) < len(ordered) or starts != ends[:-1] or ends[-1] != rows:
+    ordered = sorted(patches, key=lambda patch: patch.span(rows))
+    starts, stops = zip(*(patch.span(rows) for patch in ordered), strict=True)
+    whole = [patch.magnitude for patch in ordered if isinstance(patch, DoRA) and not patch.axis]
+    if len(whole) < len(ordered) or [*starts, rows] != [0, *stops]:
         raise LoraError(
             f"{where}: several changes with a DoRA among them cannot be written as one; merge the LoRA into"
             " a base instead"
@@ -121,6 +93,6 @@ def _fused_bias(patches: Sequence[Patch], rows: int) -> Tensor | None:
         return None
     bias = torch.zeros(rows)
     for patch in given:
-        start, stop = patch.rows or (0, rows)
+        start, stop = patch.span(rows)
         bias[start:stop] += patch.bias.detach().float().flatten()  # type: ignore[union-attr]
     return bias

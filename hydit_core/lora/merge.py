@@ -24,8 +24,9 @@ from ..weights.output import check_output
 from ..weights.parts import bundle, open_model
 from ..weights.source import TensorSource, cast
 from ..weights.writer import Progress
-from .adapter import Adapter, Match, Patch, changed, changed_bias
+from .adapter import Adapter, Match, changed, changed_bias
 from .blocks import BlockWeights, check_strength, depth_of, each_weights
+from .patch import Patch
 from .reading import read
 
 MERGED_KEY = "hydit.merged"
@@ -103,7 +104,7 @@ def plan(
 
 def _check_bias(adapter: Adapter, name: str, patches: Sequence[Patch], rows: int) -> None:
     for patch in patches:
-        start, stop = patch.rows or (0, rows)
+        start, stop = patch.span(rows)
         if patch.bias is not None and (stop > rows or patch.bias.numel() != stop - start):
             raise LoraError(f"{adapter.name}: {patch.bias.numel()} numbers for {name}, which has {rows}")
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -16,36 +17,32 @@ from ..errors import LoraError
 from ..weights.detect import detect
 from ..weights.files import open_tensors
 from ..weights.source import MemorySource, TensorSource
-from .adapter import Adapter, Patch
-from .fuse import swap_halves
+from .adapter import Adapter
+from .kinds import KINDS, BiasOnly, DoRA, SetWeight
 from .names import is_diffusers, locate, own_name, part_of
+from .patch import Patch
 from .scaling import PEFT_CONFIG, PeftConfig, Scaling, read_peft_config
 
 PEFT_PARTS = ("bert", "t5")
 """Sub-folders of a PEFT folder: adapters of the text encoders."""
 
-# What a tensor is to its module, by the end of its name.
+
+class _Role(NamedTuple):
+    """What a tensor is to its module: part of a kind of change, by its name there, or of no one kind."""
+
+    kind: type[Patch] | None
+    name: str
+
+
+_ALPHA, _BIAS, _WEIGHT = _Role(None, "alpha"), _Role(None, "bias"), _Role(SetWeight, "value")
+_MAGNITUDE, _PEFT_MAGNITUDE = _Role(DoRA, "magnitude"), _Role(DoRA, "peft_magnitude")
+
+# By the end of the tensor's name.
 _ROLES = {
-    "lora_A": "down",
-    "lora_B": "up",
-    "lora_down": "down",
-    "lora_up": "up",
-    "lora.down": "down",
-    "lora.up": "up",
-    "lora_linear_layer.down": "down",
-    "lora_linear_layer.up": "up",
-    "alpha": "alpha",
-    "dora_scale": "magnitude",
-    "lora_magnitude_vector": "peft_magnitude",
-    "lora_embedding_A": "embedding.A",
-    "lora_embedding_B": "embedding.B",
-    "diff": "diff",
-    "w_norm": "diff",
-    "set_weight": "set",
-    "diff_b": "bias",
-    "b_norm": "bias",
-    **{f"hada_{name}": f"loha.{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
-    **{f"lokr_{name}": f"lokr.{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+    "alpha": _ALPHA,
+    "diff_b": _BIAS,
+    "b_norm": _BIAS,
+    **{end: _Role(kind, name) for kind in KINDS for end, name in kind.names.items()},
 }
 _LONGEST_NAME = 1000
 _PLAIN = (".weight", ".bias")
@@ -66,7 +63,7 @@ _REFUSED = (
 class _Module:
     """The tensors of one module as the file has them."""
 
-    roles: dict[str, Tensor] = field(default_factory=dict)
+    roles: dict[_Role, Tensor] = field(default_factory=dict)
     up_bias: Tensor | None = None
     whole_bias: Tensor | None = None
 
@@ -144,7 +141,7 @@ def _from_source(source: TensorSource, config: PeftConfig | None, part: str = ""
             continue
         known += 1
         if place.swap:
-            patch = swap_halves(patch)
+            patch = patch.swapped()
         if place.pieces > 1:
             patch = _on_rows(patch, place.piece)
         result.setdefault(place.module, []).append(patch)
@@ -175,17 +172,17 @@ def _group(source: TensorSource, whole: bool = False) -> dict[str, _Module]:
         name, _, kind = key.replace("modules_to_save.", "").rpartition(".")
         module = modules.setdefault(name.removesuffix(".base_layer"), _Module())
         if kind == "bias":
-            module.whole_bias = _checked(source, key, "bias")
+            module.whole_bias = _checked(source, key, _BIAS)
         else:
-            module.roles["set"] = _checked(source, key, "set")
+            module.roles[_WEIGHT] = _checked(source, key, _WEIGHT)
     for key, match in matches.items():
         if match is None:
             continue
         # Tencent's interface puts the alpha behind the weight's name.
         module = modules.setdefault(match["module"].removesuffix(".weight"), _Module())
         role = _ROLES[match["role"]]
-        if match["end"] == ".bias" and role == "up":
-            module.up_bias = _checked(source, key, role="bias")
+        if match["end"] == ".bias" and role.name == "up":
+            module.up_bias = _checked(source, key, _BIAS)
         elif role in module.roles:
             raise LoraError(f"{source.path}: {key} comes twice, under two spellings or for two adapters")
         else:
@@ -193,16 +190,16 @@ def _group(source: TensorSource, whole: bool = False) -> dict[str, _Module]:
     return modules
 
 
-def _checked(source: TensorSource, key: str, role: str) -> Tensor:
+def _checked(source: TensorSource, key: str, role: _Role) -> Tensor:
     """A tensor of a form that its role can have, by its header."""
     shape, dtype = source.shape(key), source.dtype(key)
-    count = math.prod(shape)
-    # Differences and lengths of norms and biases are vectors; alphas need not be floating-point numbers.
-    least = {"alpha": 0, "bias": 1, "diff": 1, "set": 1, "magnitude": 1, "peft_magnitude": 1}.get(role, 2)
-    if len(shape) < least or (count != 1 if role == "alpha" else count == 0):
-        wanted = "one number" if role == "alpha" else f"{least} dimensions or more, and none empty"
+    count, is_alpha = math.prod(shape), role is _ALPHA
+    # Differences and the lengths in a DoRA may be vectors; alphas need not be floating-point numbers.
+    least = role.kind.dimensions if role.kind else 0 if is_alpha else 1
+    if len(shape) < least or (count != 1 if is_alpha else count == 0):
+        wanted = "one number" if is_alpha else f"{least} dimensions or more, and none empty"
         raise LoraError(f"{source.path}: {key} has the shape {tuple(shape)}; expected {wanted}")
-    if dtype.is_complex or (role != "alpha" and not dtype.is_floating_point):
+    if dtype.is_complex or (not is_alpha and not dtype.is_floating_point):
         found = dtype_name(dtype)
         raise LoraError(f"{source.path}: {key} has dtype {found}; expected floating-point numbers")
     return source.get(key)
@@ -253,60 +250,45 @@ def _layout(modules: Mapping[str, object], source: TensorSource, diffusers: bool
 
 def _patch(module: _Module, name: str, scaling: Scaling, source: TensorSource) -> Patch:
     roles = dict(module.roles)
-    alpha, magnitude, peft_magnitude, bias = (
-        roles.pop(role, None) for role in ("alpha", "magnitude", "peft_magnitude", "bias")
-    )
-    kind, tensors = _kind(roles, name, source)
-    plain = Patch(kind, tensors)
-    path, rank = own_name(name), plain.rank
-    scale = scaling.of(path, rank, alpha)
-    if module.up_bias is not None:
-        bias = module.up_bias.float() * scale if bias is None else bias
-    if kind == "lokr" and rank == 0 and scaling.config is not None:
-        scale = scaling.usable(scaling.config.without_factors(path), path)
-    axis, peft = 0, magnitude is None
-    magnitude = peft_magnitude if peft else magnitude
-    if magnitude is not None and plain.shape is not None:
-        rows, columns = plain.shape
-        count = magnitude.numel()
-        axis = 0 if peft or (magnitude.shape[0] == rows and count == rows) else 1
-        if count != (columns if axis else rows):
-            raise LoraError(f"{source.path}: {name} has a magnitude of {count} values for {rows} x {columns}")
-    whole = module.whole_bias is not None
-    bias = module.whole_bias if whole else bias
-    return Patch(kind, tensors, scale, None, magnitude, axis, bias, whole)
+    alpha, bias = roles.pop(_ALPHA, None), roles.pop(_BIAS, None)
+    magnitude, peft_magnitude = roles.pop(_MAGNITUDE, None), roles.pop(_PEFT_MAGNITUDE, None)
+    patch = _of_kind(roles, name, source)
+    patch = replace(patch, scale=patch.file_scale(scaling, own_name(name), alpha))
+    if module.whole_bias is not None:
+        bias = module.whole_bias
+    elif module.up_bias is not None and bias is None:
+        bias = module.up_bias.float() * patch.scale
+    patch = replace(patch, bias=bias, bias_whole=module.whole_bias is not None)
+    if magnitude is None and peft_magnitude is None:
+        return patch
+    if isinstance(patch, SetWeight):
+        raise LoraError(f"{source.path}: {name} has whole weights and a magnitude, which do not go together")
+    return _dora(patch, magnitude, peft_magnitude, f"{source.path}: {name}")
 
 
-def _kind(roles: Mapping[str, Tensor], name: str, source: TensorSource) -> tuple[str, dict[str, Tensor]]:
-    """The kind of change, and its tensors if they belong together."""
+def _of_kind(roles: Mapping[_Role, Tensor], name: str, source: TensorSource) -> Patch:
+    """The change of a weight that tensors make, at scale 1, if they belong together."""
     if not roles:
-        return "diff", {}
-    kind, tensors = "", {}
-    if roles.keys() == {"down", "up"}:
-        kind, tensors = "lora", dict(roles)
-        good = roles["up"].ndim >= 2 and roles["up"].shape[1] == roles["down"].shape[0]
-    elif roles.keys() == {"embedding.A", "embedding.B"}:
-        # peft keeps the factors of an embedding's transpose.
-        kind, tensors = "lora", {"down": roles["embedding.B"].T, "up": roles["embedding.A"].T}
-        good = all(t.ndim == 2 for t in tensors.values()) and len(tensors["down"]) == tensors["up"].shape[1]
-    elif roles.keys() == {"diff"}:
-        return "diff", dict(roles)
-    elif roles.keys() == {"set"}:
-        return "set", {"value": roles["set"]}
-    else:
-        kind = next(iter(roles)).partition(".")[0]
-        tensors = {role.partition(".")[2]: tensor for role, tensor in roles.items()}
-        good = all(role.startswith(f"{kind}.") for role in roles) and _factors_fit(kind, tensors)
-    if not good:
-        shapes = ", ".join(f"{role.partition('.')[2] or role} {tuple(t.shape)}" for role, t in roles.items())
+        return BiasOnly()
+    kind = next(iter(roles)).kind
+    patch = None
+    if kind is not None and all(role.kind is kind for role in roles):
+        patch = kind.from_file({role.name: tensor for role, tensor in roles.items()})
+    if patch is None:
+        shapes = ", ".join(f"{role.name} {tuple(tensor.shape)}" for role, tensor in roles.items())
         raise LoraError(f"{source.path}: the tensors of {name} do not belong together: {shapes}")
-    return kind, tensors
+    return patch
 
 
-def _factors_fit(kind: str, tensors: Mapping[str, Tensor]) -> bool:
-    for name in ("w1", "w2"):
-        whole = kind == "lokr" and name in tensors
-        pair = f"{name}_a" in tensors and f"{name}_b" in tensors
-        if whole == pair or (pair and tensors[f"{name}_a"].shape[1] != tensors[f"{name}_b"].shape[0]):
-            return False
-    return kind in ("loha", "lokr")
+def _dora(patch: Patch, magnitude: Tensor | None, peft_magnitude: Tensor | None, where: str) -> DoRA:
+    """PEFT's magnitudes are those of rows; the shape of others tells."""
+    lengths, by_rows = (peft_magnitude, True) if magnitude is None else (magnitude, False)
+    assert lengths is not None
+    if patch.shape is None:
+        return DoRA.over(patch, lengths)
+    rows, columns = patch.shape
+    count = lengths.numel()
+    axis = 0 if by_rows or (lengths.shape[0] == rows and count == rows) else 1
+    if count != (columns if axis else rows):
+        raise LoraError(f"{where} has a magnitude of {count} values for {rows} x {columns}")
+    return DoRA.over(patch, lengths, axis)

@@ -23,6 +23,7 @@ from ..untrusted import parse_json
 from ..weights.parts import bundle
 from .adapter import Adapter, Match, module_shapes
 from .blocks import depth_of
+from .kinds import DoRA
 
 _BLOCK = re.compile(r"^(dit\.blocks|bert\.encoder\.layer|t5\.encoder\.block)\.(0|[1-9][0-9]{0,3})\.(.+)$")
 _OTHER = "outside"
@@ -116,7 +117,7 @@ def describe(adapter: Adapter, base: str | os.PathLike[str] | None = None) -> st
 
 def _rows(adapter: Adapter) -> Iterator[tuple[str, str]]:
     yield "LoRA", f"{adapter.name}: {adapter.describe()}"
-    patches = [patch for patches in adapter.modules.values() for patch in patches]
+    patches = list(adapter.patches())
     dtypes = {dtype_name(tensor.dtype) for patch in patches for tensor in patch.tensors.values()}
     count = sum(tensor.numel() for patch in patches for tensor in patch.tensors.values())
     yield "numbers", f"{count:,} in {', '.join(sorted(dtypes)) or 'biases'}"
@@ -125,7 +126,7 @@ def _rows(adapter: Adapter) -> Iterator[tuple[str, str]]:
         yield "rank", _counts(Counter(patch.rank for patch in with_rank))
         yield "alpha", _counts(Counter(_short(patch.alpha) for patch in with_rank))
         yield "scale", _counts(Counter(_short(patch.scale) for patch in with_rank))
-    axes = Counter(patch.magnitude_axis for patch in patches if patch.magnitude is not None)
+    axes = Counter(patch.axis for patch in patches if isinstance(patch, DoRA))
     for axis, number in sorted(axes.items()):
         yield "DoRA", f"{number} modules, one length for each {('output row', 'input column')[axis]}"
     if whole := sum(patch.whole for patch in patches):

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError, LoraError
-from .adapter import Adapter, Patch
+from .adapter import Adapter
 from .blocks import BlockWeights, check_strength, depth_of
+from .patch import Patch
 from .summary import known_depth
 
 COMBINED_KEY = "hydit.combined"
@@ -84,12 +85,9 @@ def recipe_entry(adapter: Adapter, strength: float, weights: BlockWeights) -> di
 def _scaled(patch: Patch, factor: float, name: str) -> Patch:
     if factor == 1:
         return patch
-    if patch.magnitude is not None or patch.whole:
-        kind = "has whole weights" if patch.whole else "is a DoRA"
+    if patch.needs_base:
         raise LoraError(
-            f"{name} {kind}, into which no strength but 1 can be worked: leave it at 1 here, and set it "
-            "where the LoRA is loaded"
+            f"{name} {patch.needs_base}, into which no strength but 1 can be worked: leave it at 1 here, and "
+            "set it where the LoRA is loaded"
         )
-    return replace(
-        patch, scale=patch.scale * factor, bias=None if patch.bias is None else patch.bias * factor
-    )
+    return patch.scaled(factor)

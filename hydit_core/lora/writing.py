@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from ..new_files import atomic_path
 from ..weights.output import check_output
 from ..weights.source import cast
 from ..weights.writer import save_safetensors
-from .adapter import PARTS, Adapter, Patch
+from .adapter import PARTS, Adapter
 from .fuse import fused
+from .kinds import DoRA
 from .names import comfy_name, fused_count, kohya_name
+from .patch import Patch
 from .scaling import PEFT_CONFIG
 
 FORMATS = ("comfy", "peft", "kohya")
@@ -103,10 +105,11 @@ def _whole(adapter: Adapter, format: str) -> dict[str, Patch]:
 
 def _tensors(patches: Mapping[str, Patch], format: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     name = comfy_name if format == "comfy" else kohya_name
-    tensors = {
-        key: value for module, patch in patches.items() for key, value in _file_tensors(patch, module, name)
+    return {
+        (key := f"{name(module)}.{end}"): _stored(key, value, dtype)
+        for module, patch in patches.items()
+        for end, value in _file_tensors(patch, module, format).items()
     }
-    return {key: _stored(key, value, dtype) for key, value in tensors.items()}
 
 
 def _rows(module: str, patches: Sequence[Patch]) -> int:
@@ -132,32 +135,22 @@ def _stored(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return stored
 
 
-def _file_tensors(patch: Patch, module: str, name: Callable[[str], str]) -> list[tuple[str, Tensor]]:
+def _file_tensors(patch: Patch, module: str, format: str) -> dict[str, Tensor]:
     """One patch as kohya, LyCORIS and ComfyUI spell it."""
-    key = name(module)
-    found: list[tuple[str, Tensor]] = []
-    if patch.rank == 0 and patch.scale != 1 and patch.tensors:
-        patch = _scaled(patch)  # the spelling has no alpha for these
-    if patch.bias_whole or (patch.kind == "set" and name is not comfy_name):
+    if patch.bias_whole or (patch.plain.comfy_only and format != "comfy"):
         raise LoraError(f"no format for {module}: whole weights go into comfy alone, whole biases into none")
-    prefixes = {"loha": "hada_", "lokr": "lokr_", "diff": ""}
-    if patch.kind == "lora":
-        found += [(f"{key}.lora_{role}.weight", patch.tensors[role]) for role in ("up", "down")]
-    elif patch.kind == "set":
-        found.append((f"{key}.set_weight", patch.tensors["value"]))
-    else:
-        found += [(f"{key}.{prefixes[patch.kind]}{role}", value) for role, value in patch.tensors.items()]
+    if patch.rank == 0 and patch.scale != 1 and patch.tensors:
+        patch = _without_scale(patch)  # the spelling has no alpha for these
+    found = patch.file_tensors()
     if patch.rank:
-        found.append((f"{key}.alpha", _alpha(patch)))
-    if patch.magnitude is not None:
-        shape = (1, -1) if patch.magnitude_axis else (-1, 1)
-        found.append((f"{key}.dora_scale", patch.magnitude.reshape(shape)))
+        found["alpha"] = _alpha(patch)
     if patch.bias is not None:
-        found.append((f"{key}.diff_b", patch.bias))
+        found["diff_b"] = patch.bias
     return found
 
 
-def _scaled(patch: Patch) -> Patch:
+def _without_scale(patch: Patch) -> Patch:
+    """The same change at scale 1: the scale goes into a tensor."""
     first = next(iter(patch.tensors))
     tensors = {**patch.tensors, first: patch.tensors[first].float() * patch.scale}
     return replace(patch, tensors=tensors, scale=1.0)
@@ -179,7 +172,7 @@ def exact_alpha(patch: Patch) -> float:
 
 def _notes(patches: Mapping[str, Patch], format: str) -> tuple[str, ...]:
     notes = []
-    if any(patch.magnitude is not None and patch.magnitude_axis == 0 for patch in patches.values()):
+    if any(isinstance(patch, DoRA) and patch.axis == 0 for patch in patches.values()):
         notes.append(DORA_NOTE)
     if format == "kohya" and any(module.startswith("t5.") for module in patches):
         notes.append(T5_NOTE)
@@ -190,8 +183,7 @@ def _write_folder(
     path: Path, patches: Mapping[str, Patch], dtype: torch.dtype | None, metadata: Mapping[str, str]
 ) -> None:
     for module, patch in patches.items():
-        plain = patch.kind == "lora" and patch.bias is None
-        if not plain or (patch.magnitude is not None and patch.magnitude_axis):
+        if patch.peft_tensors() is None or patch.bias is not None:
             what = "a change of a bias" if patch.bias is not None else patch.kind
             raise LoraError(f"peft's format cannot hold {module} ({what}); use the format comfy or kohya")
     with atomic_path(path) as folder:
@@ -204,14 +196,11 @@ def _write_folder(
 def _write_part(
     folder: Path, patches: Mapping[str, Patch], dtype: torch.dtype | None, metadata: Mapping[str, str]
 ) -> None:
-    tensors = {}
-    for module, patch in patches.items():
-        key = f"base_model.model.{module}"
-        tensors[f"{key}.lora_A.weight"] = patch.tensors["down"]
-        tensors[f"{key}.lora_B.weight"] = patch.tensors["up"]
-        if patch.magnitude is not None:
-            tensors[f"{key}.lora_magnitude_vector"] = patch.magnitude.flatten()
-    stored = {key: _stored(key, value, dtype) for key, value in tensors.items()}
+    stored = {
+        (key := f"base_model.model.{module}.{end}"): _stored(key, value, dtype)
+        for module, patch in patches.items()
+        for end, value in (patch.peft_tensors() or {}).items()
+    }
     save_safetensors(folder / _FILE, stored, {"format": "pt", **metadata})
     text = json.dumps(peft_config(patches), indent=2) + "\n"
     (folder / PEFT_CONFIG).write_text(text, encoding="utf-8")
@@ -223,7 +212,7 @@ def peft_config(patches: Mapping[str, Patch]) -> dict[str, Any]:
     Raises:
         LoraError: if only some of them are DoRA: peft has one switch for all.
     """
-    dora = {patch.magnitude is not None for patch in patches.values()}
+    dora = {isinstance(patch, DoRA) for patch in patches.values()}
     if len(dora) > 1:
         raise LoraError("peft's format cannot hold DoRA of some modules only; use the format comfy or kohya")
     ranks = {module: patch.rank for module, patch in patches.items()}

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ..data.order import hash_int
 from ..data.section import AnyDtypeName, Section
 from ..errors import ConfigError
-from ..lora.adapter import Adapter, Patch
+from ..lora.adapter import Adapter
+from ..lora.kinds import DoRA, LoRA
+from ..lora.patch import Patch
 from ..quiet import quiet_imports
 from ..weights.frozen import dense
 from .model_section import ConfigPath
@@ -221,13 +223,9 @@ def to_adapter(parts: Mapping[str, nn.Module], config: LoraSection, metadata: Ma
 
 def _patch(name: str, parameters: Mapping[str, Tensor], scale: float) -> Patch:
     down, up = parameters[f"{name}.lora_A"].detach(), parameters[f"{name}.lora_B"].detach()
+    patch = LoRA({"down": down, "up": up}, scale)
     magnitude = parameters.get(f"{name}.magnitude")
-    return Patch(
-        "lora",
-        {"down": down, "up": up},
-        scale,
-        magnitude=None if magnitude is None else magnitude.detach(),
-    )
+    return patch if magnitude is None else DoRA.over(patch, magnitude.detach())
 
 
 @torch.no_grad()
@@ -259,19 +257,20 @@ def starting_values(
     values: dict[str, Tensor] = {}
     for name, patches in adapter.modules.items():
         patch = patches[0]
-        plain = len(patches) == 1 and patch.kind == "lora" and patch.rows is None and patch.bias is None
-        if not plain or patch.magnitude_axis:
+        dora = isinstance(patch, DoRA)
+        plain = len(patches) == 1 and patch.rows is None and patch.bias is None
+        if not plain or patch.peft_tensors() is None:
             raise ConfigError(
                 f"lora.init_from: {where} is not a plain LoRA at {name}; merge it into the base instead"
             )
-        if (patch.magnitude is not None) != config.dora:
+        if dora != config.dora:
             raise ConfigError(
-                f"lora.init_from: {where} is {'a' if patch.magnitude is not None else 'no'} DoRA: "
+                f"lora.init_from: {where} is {'a' if dora else 'no'} DoRA: "
                 f"set lora.dora = {str(not config.dora).lower()}"
             )
         values[f"{name}.lora_A"] = patch.tensors["down"]
         values[f"{name}.lora_B"] = patch.tensors["up"].float() * (patch.scale / scale_of(config))
-        if patch.magnitude is not None:
+        if isinstance(patch, DoRA):
             values[f"{name}.magnitude"] = patch.magnitude.flatten()
     for name, value in values.items():
         if parameters[name].shape != value.shape:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ...hydit_core.errors import LoraError
-from ...hydit_core.lora.adapter import PARTS, Adapter, Match, Patch, changed, module_shapes
+from ...hydit_core.lora.adapter import PARTS, Adapter, Match, changed, module_shapes
 from ...hydit_core.lora.blocks import BlockWeights, depth_of
+from ...hydit_core.lora.kinds import LoRA, SetWeight
+from ...hydit_core.lora.patch import Patch
 from ...hydit_core.lora.reading import read
 from .model import model_info
 from .tokens import BERT, MT5
@@ -31,8 +33,8 @@ Target = str | tuple[str, tuple[int, int, int]]
 class PatchAdapter(comfy.weight_adapter.WeightAdapterBase):
     """What a :class:`Patch` does to a weight, where ComfyUI has no such adapter or another formula.
 
-    ``weights`` is (kind, names, tensors, scale, rows, magnitude, axis): ComfyUI makes copies of an adapter
-    with all tensors in nested tuples moved, and keeps whatever else is in them.
+    ``weights`` is (patch, tensors): ComfyUI makes copies of an adapter with all tensors in nested tuples
+    moved, and keeps whatever else is in them. The patch therefore has its tensors without their content.
     """
 
     name = "hydit"
@@ -42,18 +44,14 @@ class PatchAdapter(comfy.weight_adapter.WeightAdapterBase):
 
     @classmethod
     def of(cls, patch: Patch) -> PatchAdapter:
-        tensors = tuple(patch.tensors.values())
-        rest = (patch.scale, patch.rows, patch.magnitude, patch.magnitude_axis)
-        return cls(set(), (patch.kind, tuple(patch.tensors), tensors, *rest))
+        return cls(set(), (patch.mapped(lambda tensor: tensor.to("meta")), tuple(patch.all_tensors())))
 
     def patch(self, device: torch.device) -> Patch:
         """It again, on ``device``."""
-        kind, names, tensors, scale, rows, magnitude, axis = self.weights
+        patch, tensors = self.weights
         move = comfy.model_management.cast_to_device
-        moved = [move(tensor, device, tensor.dtype) for tensor in tensors]
-        if magnitude is not None:
-            magnitude = move(magnitude, device, magnitude.dtype)
-        return Patch(kind, dict(zip(names, moved, strict=True)), scale, rows, magnitude, axis)
+        moved = iter([move(tensor, device, tensor.dtype) for tensor in tensors])
+        return patch.mapped(lambda _: next(moved))
 
     def calculate_weight(
         self,
@@ -78,16 +76,12 @@ def open_lora(path: Path) -> Adapter:
         LoraError: it is something else.
     """
     adapter = read(path)
-    owned = {module: [_owned(patch) for patch in patches] for module, patches in adapter.modules.items()}
+    # Copies of the tensors, which may be views of the file: Windows replaces no open one.
+    owned = {
+        module: [patch.mapped(torch.clone) for patch in patches]
+        for module, patches in adapter.modules.items()
+    }
     return replace(adapter, modules=owned)
-
-
-def _owned(patch: Patch) -> Patch:
-    """With copies of its tensors, which may be views of the file: Windows replaces no open one."""
-    copies = {name: tensor.clone() for name, tensor in patch.tensors.items()}
-    magnitude = None if patch.magnitude is None else patch.magnitude.clone()
-    bias = None if patch.bias is None else patch.bias.clone()
-    return replace(patch, tensors=copies, magnitude=magnitude, bias=bias)
 
 
 def apply_lora(
@@ -158,19 +152,18 @@ def _patches(patch: Patch, key: str) -> Iterator[tuple[Target, Any]]:
     if patch.bias is not None:
         bias = key.removesuffix("weight") + "bias"
         if patch.bias_whole:
-            yield bias, PatchAdapter.of(Patch("set", {"value": patch.bias}, rows=patch.rows))
+            yield bias, PatchAdapter.of(SetWeight({"value": patch.bias}, rows=patch.rows))
             return
         yield _sliced(bias, patch.rows), ("diff", (patch.bias.reshape(-1),))
 
 
 def _weight_patch(patch: Patch, key: str) -> Iterator[tuple[Target, Any]]:
-    tensors = patch.tensors
-    if patch.kind == "lora" and patch.magnitude is None:
+    if isinstance(patch, LoRA):
         # Packs that look for LoRAs on a model know this one
-        given = (tensors["up"], tensors["down"], patch.alpha, None, None, None)
+        given = (patch.tensors["up"], patch.tensors["down"], patch.alpha, None, None, None)
         yield _sliced(key, patch.rows), comfy.weight_adapter.LoRAAdapter(set(), given)
     else:
-        yield key, PatchAdapter.of(patch)
+        yield key, PatchAdapter.of(replace(patch, bias=None))
 
 
 def _sliced(key: str, rows: tuple[int, int] | None) -> Target:

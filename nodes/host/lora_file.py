@@ -14,6 +14,7 @@ from ...hydit_core.errors import ConfigError, LoraError
 from ...hydit_core.lora.adapter import Adapter
 from ...hydit_core.lora.blocks import BlockWeights
 from ...hydit_core.lora.extract import combine
+from ...hydit_core.lora.kinds import DoRA
 from ...hydit_core.lora.reading import from_tensors
 from ...hydit_core.lora.weighted import COMBINED_KEY, told_depth, weighted
 from ...hydit_core.lora.writing import to_tensors, write
@@ -91,7 +92,7 @@ def _together(before: Adapter, own: Adapter) -> Adapter:
         for key in (*before.modules, *own.modules)
     }
     for module, patches in modules.items():
-        if len(patches) > 1 and any(patch.magnitude is not None for patch in patches):
+        if len(patches) > 1 and any(isinstance(patch, DoRA) for patch in patches):
             raise LoraError(
                 f"a DoRA ({module}) cannot be one LoRA with others: chain HyDiTLoraLoader instead, and write "
                 "the model with HyDiTModelSave"
@@ -153,5 +154,4 @@ def save_lora(
 
 
 def _dora_on_outputs(adapter: Adapter) -> bool:
-    patches = (patch for patches in adapter.modules.values() for patch in patches)
-    return any(patch.magnitude is not None and patch.magnitude_axis == 0 for patch in patches)
+    return any(isinstance(patch, DoRA) and patch.axis == 0 for patch in adapter.patches())

@@ -25,7 +25,8 @@ import pytest
 import torch
 
 from hydit_core.facts import SamplingDefaults
-from hydit_core.lora.adapter import Adapter, Patch
+from hydit_core.lora.adapter import Adapter
+from hydit_core.lora.kinds import BiasOnly, Diff, DoRA, LoRA
 from hydit_core.presets import size_advice
 from hydit_core.text.features import PromptReport, TokenReport
 
@@ -289,8 +290,8 @@ def translated(said: str, rules: Any) -> str:
 def test_reports_of_loras_are_translated_but_for_what_they_quote():
     rules = load("zh", "main")["hydit"]["lora"]["rules"]
     factors = {"up": torch.ones(4, 2), "down": torch.ones(2, 4)}
-    lora, dora = Patch("lora", factors), Patch("lora", factors, magnitude=torch.ones(4))
-    bias, diff = Patch("diff", {}, bias=torch.ones(4)), Patch("diff", {"diff": torch.ones(4, 4)})
+    lora, dora = LoRA(factors), DoRA(factors, magnitude=torch.ones(4))
+    bias, diff = BiasOnly(bias=torch.ones(4)), Diff({"diff": torch.ones(4, 4)})
     for modules, expected in (
         ({"dit.a": [lora], "dit.b": [lora]}, "comfy 格式，LoRA，秩 2，DiT 2 个模块"),
         (

@@ -18,10 +18,11 @@ from hydit_core.facts import ModelInfo
 from hydit_core.layer_weights import LayerWeights
 from hydit_core.lora import reading, writing
 from hydit_core.lora.__main__ import main
-from hydit_core.lora.adapter import Adapter, Patch
+from hydit_core.lora.adapter import Adapter
 from hydit_core.lora.blocks import BlockWeights
 from hydit_core.lora.cli import lowest
 from hydit_core.lora.extract import combine, cut, extract
+from hydit_core.lora.kinds import BiasOnly, Diff, DoRA, LoHa, LoRA
 from hydit_core.lora.merge import apply, merge_files
 from hydit_core.lora.summary import plot
 from hydit_core.lora.weighted import weighted
@@ -43,7 +44,7 @@ def lora(rank: int, seed: int, scale: float = 1.0, names: tuple[str, ...] = tupl
         out, columns = SHAPES[name]
         down = torch.randn(rank, columns, generator=generator)
         up = torch.randn(out, rank, generator=generator)
-        modules[name] = [Patch("lora", {"down": down, "up": up}, scale)]
+        modules[name] = [LoRA({"down": down, "up": up}, scale)]
     return Adapter(
         modules, f"lora{seed}", metadata={"same": "x", "own": str(seed), "hydit.trigger": f"w{seed}"}
     )
@@ -100,7 +101,7 @@ def test_svd_to_full_rank_is_exact_and_less_is_the_best(tmp_path: Path) -> None:
             kept, there = kept + float(energy[:rank].sum()), there + float(energy.sum())
         assert done.energy == pytest.approx(kept / there, abs=1e-6)
     # The same when the matrices are made whole first.
-    whole = {name: [Patch("diff", {"diff": total(name, one, two)})] for name in SHAPES}
+    whole = {name: [Diff({"diff": total(name, one, two)})] for name in SHAPES}
     again, done = combine([(Adapter(whole), 1.0)], 7), combine([one, two], 7)
     assert again.energy == pytest.approx(done.energy, abs=1e-6)
     for name in SHAPES:
@@ -124,8 +125,7 @@ def test_slices_and_biases_combine() -> None:
     """diffusers' q and v beside a whole Wqkv, and q alone beside q."""
     name, generator = "dit.blocks.0.attn1.Wqkv", torch.Generator().manual_seed(9)
     slices = [
-        Patch(
-            "lora",
+        LoRA(
             {"down": torch.randn(2, 64, generator=generator), "up": torch.randn(64, 2, generator=generator)},
             rows=(64 * i, 64 * i + 64),
         )
@@ -141,7 +141,7 @@ def test_slices_and_biases_combine() -> None:
     assert [part.rows for part in parts] == [(0, 64), (128, 192)]
     for part, one in zip(parts, slices, strict=True):
         close(part.delta(), 3 * one.delta(), 1e-5)
-    bias = Adapter({name: [Patch("diff", {}, bias=torch.ones(192))]})
+    bias = Adapter({name: [BiasOnly(bias=torch.ones(192))]})
     (patch,) = combine([(bias, 2.0), (plain, 1.0), (bias, 1.0)]).adapter.modules[name]
     assert patch.bias is not None and torch.equal(patch.bias, torch.full((192,), 3.0))
 
@@ -149,10 +149,10 @@ def test_slices_and_biases_combine() -> None:
 def test_what_cannot_be_combined() -> None:
     name = "dit.pooler.q_proj"
     down, up = torch.ones(1, 32), torch.ones(32, 1)
-    dora = Adapter({name: [Patch("lora", {"down": down, "up": up}, magnitude=torch.ones(32))]}, "d")
+    dora = Adapter({name: [DoRA({"down": down, "up": up}, magnitude=torch.ones(32))]}, "d")
     with pytest.raises(LoraError, match=r"d is a DoRA \(dit.pooler.q_proj\)"):
         combine([(dora, 1.0), (lora(1, 1), 1.0)])
-    loha = Adapter({name: [Patch("loha", {"w1_a": up, "w1_b": down, "w2_a": up, "w2_b": down})]}, "h")
+    loha = Adapter({name: [LoHa({"w1_a": up, "w1_b": down, "w2_a": up, "w2_b": down})]}, "h")
     with pytest.raises(LoraError, match="is loha, not a product of two factors: give a rank"):
         combine([(loha, 1.0)])
     close(combine([(loha, 2.0)], 1).adapter.modules[name][0].delta(), torch.full((32, 32), 2.0))
@@ -322,7 +322,7 @@ def test_block_weights_that_cannot_be_combined(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(LoraError, match="all strengths are 0"):
         combine([(lora(1, 1), 0.0)])
     down, up = torch.ones(1, 32), torch.ones(32, 1)
-    patch = Patch("lora", {"down": down, "up": up}, magnitude=torch.ones(32))
+    patch = DoRA({"down": down, "up": up}, magnitude=torch.ones(32))
     dora = Adapter({"dit.pooler.q_proj": [patch]}, "d")
     with pytest.raises(LoraError, match=r"d is a DoRA \(dit.pooler.q_proj\)"):
         combine([(dora, 1.0)], block_weights="0.5")
@@ -342,7 +342,7 @@ def test_the_depth_of_known_models() -> None:
     done = combine([(style, 1.0)], block_weights="only-late").adapter
     assert {name.split(".")[2] for name in done.modules if ".blocks." in name} == {"3", "4", "5"}
     down, up = torch.ones(1, 1408), torch.ones(1408, 1)
-    patch, places = Patch("lora", {"down": down, "up": up}), (3, 7)
+    patch, places = LoRA({"down": down, "up": up}), (3, 7)
     early = Adapter({f"dit.blocks.{i}.attn1.out_proj": [patch] for i in places})
     found = weighted(early, 1.0, BlockWeights.parse("linear"))
     expected = LayerWeights.parse("linear").resolve(40)

@@ -16,10 +16,12 @@ from torch import Tensor
 from hydit_core.errors import HyditError, LoraError
 from hydit_core.facts import ModelInfo
 from hydit_core.lora.__main__ import main
-from hydit_core.lora.adapter import Adapter, Patch, changed
+from hydit_core.lora.adapter import Adapter, changed
 from hydit_core.lora.extract import combine
 from hydit_core.lora.fuse import fused
+from hydit_core.lora.kinds import Diff, DoRA, LoHa, LoKr, LoRA
 from hydit_core.lora.merge import apply
+from hydit_core.lora.patch import Patch
 from hydit_core.lora.reading import from_tensors, read
 from hydit_core.lora.summary import describe, plot
 from hydit_core.model.dit import DiT
@@ -235,8 +237,7 @@ def test_dora(model: DiT, kind: str, axis: int, diffusers: bool) -> None:
 def test_a_fresh_dora_changes_nothing() -> None:
     """Its magnitude is the length of the rows, and its up is zero."""
     weight = rand(6, 5)
-    patch = Patch(
-        "lora",
+    patch = DoRA(
         {"down": rand(2, 5), "up": torch.zeros(6, 2)},
         magnitude=weight.double().square().sum(1, keepdim=True).sqrt().float(),
     )
@@ -251,8 +252,8 @@ def test_a_fresh_dora_changes_nothing() -> None:
 def test_parts_of_a_projection_as_one_change(scales: tuple[float, float]) -> None:
     """q and v of 3 x 4 rows; at one scale and at two, with a bias on v."""
     (a, b), bias = scales, rand(4)
-    q = Patch("lora", {"down": rand(2, 5), "up": rand(4, 2)}, a, rows=(0, 4))
-    v = Patch("lora", {"down": rand(1, 5), "up": rand(4, 1)}, b, rows=(8, 12), bias=bias)
+    q = LoRA({"down": rand(2, 5), "up": rand(4, 2)}, a, rows=(0, 4))
+    v = LoRA({"down": rand(1, 5), "up": rand(4, 1)}, b, rows=(8, 12), bias=bias)
     expected = torch.zeros(12, 5, dtype=torch.float64)
     expected[:4] = a * rand(4, 2).double() @ rand(2, 5).double()
     expected[8:] = b * rand(4, 1).double() @ rand(1, 5).double()
@@ -260,7 +261,7 @@ def test_parts_of_a_projection_as_one_change(scales: tuple[float, float]) -> Non
     close(whole.delta(), expected)
     assert whole.bias is not None
     close(whole.bias, torch.cat([torch.zeros(8), bias]))
-    mixed = fused([q, Patch("diff", {"diff": rand(4, 5)}, rows=(4, 8))], 12)
+    mixed = fused([q, Diff({"diff": rand(4, 5)}, rows=(4, 8))], 12)
     expected[4:8], expected[8:] = rand(4, 5).double(), 0
     close(mixed.delta(), expected)
 
@@ -285,11 +286,11 @@ def random_factors(kind: str, rows: int, columns: int, ranks: tuple[int, int]) -
     t = {name: rand(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
     d = {name: tensor.double() for name, tensor in t.items()}
     if kind == "lora":
-        return Patch("lora", {"up": t["w1_a"], "down": t["w1_b"]}, 0.5), 0.5 * d["w1_a"] @ d["w1_b"]
+        return LoRA({"up": t["w1_a"], "down": t["w1_b"]}, 0.5), 0.5 * d["w1_a"] @ d["w1_b"]
     one, two = d["w1_a"] @ d["w1_b"], d["w2_a"] @ d["w2_b"]
     if kind == "loha":
-        return Patch("loha", t, 0.5), 0.5 * one * two
-    return Patch("lokr", t, 0.5), 0.5 * torch.kron(one, two)
+        return LoHa(t, 0.5), 0.5 * one * two
+    return LoKr(t, 0.5), 0.5 * torch.kron(one, two)
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from hydit_core.errors import LoraError
-from hydit_core.lora.adapter import Patch, changed
+from hydit_core.lora.adapter import changed
 from hydit_core.lora.fuse import fused
+from hydit_core.lora.kinds import Diff, DoRA, LoRA
+from hydit_core.lora.patch import Patch
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -20,8 +22,8 @@ def slice_of(start: int, stop: int, *, dora: bool = True, axis: int = 0) -> Patc
     up, down = rand(stop - start, 2, seed=start), rand(2, 5, seed=start)
     length = 5 if axis else stop - start
     magnitude = rand(length, seed=start).abs() + 1 if dora else None
-    tensors = {"up": up, "down": down}
-    return Patch("lora", tensors, 0.5, rows=(start, stop), magnitude=magnitude, magnitude_axis=axis)
+    plain = LoRA({"up": up, "down": down}, 0.5, rows=(start, stop))
+    return plain if magnitude is None else DoRA.over(plain, magnitude, axis)
 
 
 def test_doras_on_every_slice_are_one_dora_whatever_their_order() -> None:
@@ -31,10 +33,10 @@ def test_doras_on_every_slice_are_one_dora_whatever_their_order() -> None:
         start, stop = patch.rows or (0, 0)
         up, down = (patch.tensors[name].double() for name in ("up", "down"))
         moved = weight[start:stop] + 0.5 * up @ down
-        assert patch.magnitude is not None
+        assert isinstance(patch, DoRA)
         expected[start:stop] = patch.magnitude.double()[:, None] * moved / moved.norm(dim=1, keepdim=True)
     whole = fused(slices, 12)
-    assert whole.rows is None and whole.magnitude is not None
+    assert whole.rows is None and isinstance(whole, DoRA)
     torch.testing.assert_close(changed(weight.float(), [whole], 1.0).double(), expected, rtol=0, atol=1e-5)
 
 
@@ -61,12 +63,12 @@ def test_changes_of_the_whole_and_of_slices_add_up(kind: str) -> None:
     expected = torch.zeros(12, 5, dtype=torch.float64)
     expected[4:8] = 0.5 * up.double() @ down.double()
     if kind == "diff":
-        other = Patch("diff", {"diff": whole})
+        other = Diff({"diff": whole})
         expected += whole.double()
     else:
-        other = Patch("lora", {"up": rand(12, 1), "down": rand(1, 5)}, 2.0)
+        other = LoRA({"up": rand(12, 1), "down": rand(1, 5)}, 2.0)
         expected += 2 * rand(12, 1).double() @ rand(1, 5).double()
-    one = fused([Patch("lora", {"up": up, "down": down}, 0.5, rows=(4, 8)), other], 12)
+    one = fused([LoRA({"up": up, "down": down}, 0.5, rows=(4, 8)), other], 12)
     assert one.kind == kind and one.rows is None
     weight = rand(12, 5, seed=9)
     found = changed(weight, [one], 0.7).double()

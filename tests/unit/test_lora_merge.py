@@ -20,8 +20,9 @@ from hydit_core.errors import ConfigError, LoraError, WeightsError
 from hydit_core.facts import ModelInfo
 from hydit_core.generate import __main__ as generate
 from hydit_core.lora import reading, writing
-from hydit_core.lora.adapter import Adapter, Patch
+from hydit_core.lora.adapter import Adapter
 from hydit_core.lora.blocks import BlockWeights
+from hydit_core.lora.kinds import BiasOnly, LoRA
 from hydit_core.lora.merge import apply, merge_files
 from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
@@ -187,7 +188,7 @@ def whole_adapter(path: Path) -> Adapter:
                 out, columns = source.shape(key)
                 down = torch.randn(2, columns, generator=generator) / 8
                 up = torch.randn(out, 2, generator=generator) / 8
-                modules[f"{part}.{key[:-7]}"] = [Patch("lora", {"down": down, "up": up})]
+                modules[f"{part}.{key[:-7]}"] = [LoRA({"down": down, "up": up})]
     return Adapter(modules, "whole", metadata={"hydit.trigger": "icn"})
 
 
@@ -279,8 +280,8 @@ def test_biases(tmp_path: Path) -> None:
     before = copy.deepcopy(model.state_dict())
     bias, part = torch.randn(TINY.mlp_hidden), torch.randn(TINY.hidden_size)
     patches = {
-        "dit.blocks.0.mlp.fc1": [Patch("diff", {}, bias=bias)],
-        "dit.blocks.1.attn2.kv_proj": [Patch("diff", {}, rows=(0, TINY.hidden_size), bias=part)],
+        "dit.blocks.0.mlp.fc1": [BiasOnly(bias=bias)],
+        "dit.blocks.1.attn2.kv_proj": [BiasOnly(rows=(0, TINY.hidden_size), bias=part)],
     }
     apply(Adapter(patches), model, 0.5)
     after = model.state_dict()
@@ -289,7 +290,7 @@ def test_biases(tmp_path: Path) -> None:
     expected = before[key] + torch.cat([part / 2, torch.zeros_like(part)])
     torch.testing.assert_close(after[key], expected)
     assert sum(not torch.equal(before[key], value) for key, value in after.items()) == 2
-    wrong = Adapter({"dit.blocks.0.mlp.fc1": [Patch("diff", {}, bias=part)]})
+    wrong = Adapter({"dit.blocks.0.mlp.fc1": [BiasOnly(bias=part)]})
     with pytest.raises(LoraError, match=r"numbers for dit\.blocks\.0\.mlp\.fc1\.bias, which has 128"):
         apply(wrong, model)
 
