@@ -113,6 +113,14 @@ def test_a_second_run_encodes_nothing(pictures: Path) -> None:
     assert data.summary().pictures == 12
 
 
+def test_what_others_have_encoded_meanwhile_counts(pictures: Path) -> None:
+    data, vae = open_data(pictures), CountingVAE()
+    cache = open_latent_cache(data, vae)  # before another process has filled it
+    build_latent_cache(data, vae)
+    data.use_latents(cache)
+    assert data.batch(0).moments is not None
+
+
 def test_an_edited_picture_is_encoded_anew(pictures: Path) -> None:
     vae = CountingVAE()
     cached(open_data(pictures), vae)

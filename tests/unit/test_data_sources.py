@@ -16,6 +16,7 @@ from PIL import Image
 from hydit_core.data.config import DataConfig
 from hydit_core.data.dataset import TrainData, open_dataset
 from hydit_core.data.sources import PictureFile
+from hydit_core.data.sources.entry import Entry
 from hydit_core.errors import DataError
 
 
@@ -497,3 +498,9 @@ def test_relative_paths_start_at_the_configuration_file(tmp_path: Path) -> None:
     config = DataConfig(sources=[{"path": "a", "root": "/b"}], cache={"dir": "c"}).resolved(tmp_path)
     assert (config.sources[0].path, config.cache.dir) == (tmp_path / "a", tmp_path / "c")
     assert config.sources[0].root == Path("/b")
+
+
+def test_a_size_is_known_when_both_sides_are() -> None:
+    for sides in ({}, {"width": 64}, {"height": 64}):
+        assert not Entry("a", Path("a.png"), ("text",), **sides).complete
+    assert Entry("a", Path("a.png"), ("text",), width=64, height=64).complete

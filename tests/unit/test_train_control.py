@@ -23,7 +23,7 @@ from hydit_core.model.controlnet import ControlNet
 from hydit_core.train.config import load_config
 from hydit_core.train.draws import TrainingDraws
 from hydit_core.train.launch import open_data
-from hydit_core.train.objectives.table import make_objective
+from hydit_core.train.objectives.table import make_objective, objective_of
 from hydit_core.train.parts import build
 from hydit_core.weights.detect import detect
 from hydit_core.weights.files import open_tensors
@@ -297,3 +297,11 @@ def test_canny_is_opencvs_with_the_published_thresholds() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
     edges = np.asarray(canny(Image.fromarray(noise)))
     assert (edges == cv2.Canny(noise, 100, 200)[..., None]).all()
+
+
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
+def test_the_base_counts_as_frozen_memory(precision: str, size: int, config: Path) -> None:
+    settings = load_config(config, [f"run.precision={precision}"])
+    dit, _ = load_dit(settings.model.init_from)
+    parameters = sum(p.numel() for p in dit.parameters())
+    assert objective_of(settings).frozen_bytes(settings, dit) == size * parameters
