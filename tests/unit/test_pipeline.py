@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tomllib
 import torch
 from PIL import Image
 from tiny import DEFAULTS, TINY_V11, write_tiny_model
@@ -270,11 +269,6 @@ def test_public_names_are_found_lazily():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     with pytest.raises(AttributeError, match="has no attribute 'pipe'"):
         _ = hydit_core.pipe
-
-
-def test_version_is_the_packages():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    assert project["version"] == hydit_core.__version__
 
 
 def test_the_lora_functions_are_public():
