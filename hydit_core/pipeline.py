@@ -368,22 +368,24 @@ def load(
     """
     from .text.loading import load_text_encoders
     from .vae import load_vae
+    from .weights.bundle import bundle
     from .weights.load import load_dit
 
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     source = embedded_model() if path is None else Path(path).expanduser()
-    dit, info = load_dit(source, dtype=dtype, device=device, load_key=load_key)
+    opened = bundle(source, only=("dit",), kinds=("dit",), load_key=load_key)
+    dit, info = load_dit(opened, dtype=dtype, device=device)
     with _or_say("text_encoders", given=text_encoders is not None):
         text = load_text_encoders(
-            text_encoders or source,
+            text_encoders or opened,
             dtype=dtype,
             device=device,
             text_len=dit.config.text_len,
             t5_len=dit.config.t5_len,
         )
     with _or_say("vae", given=vae is not None):
-        autoencoder = load_vae(vae or source, dtype=dtype, device=device)
+        autoencoder = load_vae(vae or opened, dtype=dtype, device=device)
     return Pipeline(dit, text, autoencoder, info, name=source.name)
 
 

@@ -8,9 +8,9 @@ names, or from an all-in-one checkpoint.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .errors import HyditError, WeightsError
 from .facts import ModelInfo
 from .quiet import quiet_imports
 from .weights import vae_layout
-from .weights.parts import bundle
+from .weights.bundle import Bundle, Place, bundle
 from .weights.source import TensorSource, as_source
 from .weights.vae_layout import SCALING_FACTOR
 
@@ -212,7 +212,7 @@ def _ramp(start: int, length: int, size: int, overlap: int, scale: int) -> Tenso
 
 
 def load_vae(
-    path_or_source: str | Path | TensorSource | Mapping[str, Tensor],
+    path_or_source: Place | TensorSource | Mapping[str, Tensor],
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -223,8 +223,8 @@ def load_vae(
     Args:
         path_or_source: a diffusers folder (the VAE's own, or a pipeline's with ``vae/`` inside), Tencent's
             ``t2i`` folder, a weights file (LDM, TAESD or diffusers names, with prefix ``vae.``,
-            ``first_stage_model.`` or none; other tensors in the file are ignored), or an open mapping from
-            such names to tensors.
+            ``first_stage_model.`` or none; other tensors in the file are ignored), what was opened there, or
+            an open mapping from such names to tensors.
         dtype, device: of the loaded weights.
         info: what the checkpoint's metadata says; read from the file when not given. Its ``vae`` entry may
             hold ``norm_num_groups``, ``scaling_factor``, ``shift_factor`` and ``preview_rgb``.
@@ -232,7 +232,7 @@ def load_vae(
     Raises:
         WeightsError: there is no VAE, or it does not fit the architecture that its names announce.
     """
-    if isinstance(path_or_source, str | Path):
+    if isinstance(path_or_source, (str, os.PathLike, Bundle)):
         opened = bundle(path_or_source, only=("vae",))
         if opened.vae is None:
             raise WeightsError(f"{opened.path}: {_NO_VAE}; it is {opened.kind.name}")

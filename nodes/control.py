@@ -9,8 +9,7 @@ from comfy_api.latest import io
 from ..hydit_core.control import picture_facts
 from ..hydit_core.dtypes import dtype_name
 from ..hydit_core.layer_weights import LayerWeights
-from ..hydit_core.weights.detect import FileKind, detect, tencent_view
-from ..hydit_core.weights.parts import open_controlnet
+from ..hydit_core.weights.bundle import Bundle, bundle
 from ..hydit_core.weights.source import TensorSource
 from .host import folders
 from .host.control import load_control
@@ -62,18 +61,22 @@ class HyDiTControlNetLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, control_net_name: str, weight_dtype: str) -> io.NodeOutput:
-        source = open_controlnet(folders.resolve(control_net_name, *folders.CONTROLNETS))
-        kind = detect(source)
-        if kind.kind != "controlnet":
-            raise wrong_kind(source.path, kind, "a HunyuanDiT ControlNet")
-        control = load_control(source, kind, weight_dtype=weight_dtype)
-        return io.NodeOutput(control, ui={"hydit_version": [_text(source, kind)]})
+        path = folders.resolve(control_net_name, *folders.CONTROLNETS)
+        opened = bundle(path, only=("controlnet",))
+        if opened.controlnet is None:
+            raise wrong_kind(opened.path, opened.kind, "a HunyuanDiT ControlNet")
+        control = load_control(opened, weight_dtype=weight_dtype)
+        return io.NodeOutput(control, ui={"hydit_version": [_text(opened)]})
 
 
-def _text(source: TensorSource, kind: FileKind) -> str:
+def _text(opened: Bundle) -> str:
     """Such as "HunyuanDiT-g/2 v1.2 ControlNet, canny, fp16"."""
-    dtype = tencent_view(source, kind).main_dtype()
-    said = [kind.name.removeprefix("a "), _picture_kind(source), dtype_name(dtype) if dtype else ""]
+    dtype = opened.controlnet.main_dtype() if opened.controlnet is not None else None
+    said = [
+        opened.kind.name.removeprefix("a "),
+        _picture_kind(opened.source),
+        dtype_name(dtype) if dtype else "",
+    ]
     return ", ".join(filter(None, said))
 
 

@@ -10,8 +10,8 @@ from comfy_api.latest import io
 from ..hydit_core.dtypes import HOST, dtype_name
 from ..hydit_core.errors import WeightsError
 from ..hydit_core.facts import ModelInfo
+from ..hydit_core.weights.bundle import Bundle, bundle
 from ..hydit_core.weights.detect import FileKind
-from ..hydit_core.weights.parts import Parts, bundle
 from ..hydit_core.weights.source import TensorSource
 from .host import folders
 from .host.clip import load_clip
@@ -195,13 +195,13 @@ def dtype_input(what: str) -> io.Combo.Input:
     )
 
 
-def _vae_of_whole(opened: Parts) -> tuple[TensorSource, ModelInfo]:
+def _vae_of_whole(opened: Bundle) -> tuple[TensorSource, ModelInfo]:
     """The VAE of a place that holds everything that the checkpoint loader gives; raises if it does not."""
     if opened.dit is None:
         raise wrong_kind(opened.path, opened.kind, "a HunyuanDiT all-in-one checkpoint")
     parts = {"BERT": opened.bert, "mT5": opened.mt5, "VAE": opened.vae}
     missing = [name for name, part in parts.items() if part is None]
-    if opened.vae is None or opened.info is None or missing:
+    if opened.vae is None or missing:
         raise WeightsError(
             f"{opened.path} is {opened.kind.name} without {' and '.join(missing)}; "
             "load it with HyDiTDiTLoader, and the rest with HyDiTTextEncoderLoader and VAELoader"
@@ -215,9 +215,8 @@ def wrong_kind(path: Path, kind: FileKind, expected: str) -> WeightsError:
     return WeightsError(f"{path} is {kind.name}; expected {expected}; {advice}")
 
 
-def _model_text(opened: Parts) -> str:
+def _model_text(opened: Bundle) -> str:
     """Such as "HunyuanDiT-g/2 v1.2, ema, fp16"."""
-    assert opened.info is not None
     name = opened.kind.name.removeprefix("a ").removesuffix(" checkpoint").removesuffix(" all-in-one")
     diffusion = opened.info.diffusion
     said = [name, opened.info.variant, _dtype_text(opened.dit)]

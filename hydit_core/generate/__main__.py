@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace) -> None:
     if not mine:
         return
     adapters = lora_cli.read(args)
-    control_cli.look_into(args)
+    nets = control_cli.open_files(args)
     pipe = load(
         args.model,
         text_encoders=args.text_encoders,
@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace) -> None:
     loras = lora_cli.load(args, adapters, pipe, quiet=rank != 0)
     run = _settings(pipe, args, init)
     settings = run.sampling
-    controls, control_facts = control_cli.read(args, pipe, settings, names.folder)
+    controls, control_facts = control_cli.read(args, nets, pipe, settings, names.folder)
     own = [prompts[index] for index in mine]
     # Once, for the prompts of all ranks
     notes = pipe.advice(prompts, settings) if rank == 0 else []

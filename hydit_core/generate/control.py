@@ -21,6 +21,7 @@ from ..new_files import write_new
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
+    from ..weights.bundle import Bundle
     from ..weights.source import TensorSource
 
 _WEIGHTS = "--control-weights"
@@ -90,20 +91,19 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def look_into(args: argparse.Namespace) -> None:
-    """Refuse files that are no ControlNets before their model is loaded, which takes longer.
+def open_files(args: argparse.Namespace) -> list[Bundle]:
+    """Open the ControlNets of a command line, before their model is loaded, which takes longer.
 
-    Raises :class:`HyditError`.
+    Raises :class:`HyditError` for files that are none.
     """
     if not args.controlnet:
-        return
-    from ..weights.detect import expect
-    from ..weights.parts import open_controlnet
+        return []
+    from ..weights.bundle import bundle
 
-    for path in files(args):
-        source = open_controlnet(path)
-        expect(source, "controlnet")
-        _thresholds(source)
+    opened = [bundle(path, only=("controlnet",), kinds=("controlnet",)) for path in files(args)]
+    for one in opened:
+        _thresholds(one.source)
+    return opened
 
 
 def _weights(args: argparse.Namespace) -> list[LayerWeights]:
@@ -112,22 +112,26 @@ def _weights(args: argparse.Namespace) -> list[LayerWeights]:
 
 
 def read(
-    args: argparse.Namespace, pipe: Pipeline, settings: SamplingDefaults, folder: Path
+    args: argparse.Namespace,
+    opened: Sequence[Bundle],
+    pipe: Pipeline,
+    settings: SamplingDefaults,
+    folder: Path,
 ) -> tuple[list[ControlInput], list[dict[str, Any]]]:
-    """The ControlNets of a command line, and what a picture remembers of them.
+    """The ControlNets of a command line, which are open, and what a picture remembers of them.
 
     Writes the control pictures into ``folder``: ComfyUI's own edges are others, and its crop may be.
 
     Raises :class:`HyditError` for files that cannot be read or do not fit the model.
     """
     from ..weights.load import load_controlnet
-    from ..weights.parts import open_controlnet
 
     controls, facts = [], []
-    for index, (text, chosen) in enumerate(zip(args.controlnet, _weights(args), strict=True)):
+    given = zip(args.controlnet, opened, _weights(args), strict=True)
+    for index, (text, one, chosen) in enumerate(given):
         path, scale = split_weight(text)
-        thresholds = _thresholds(open_controlnet(path))
-        net, _ = load_controlnet(path, dtype=pipe.dit.dtype, device=pipe.device)
+        thresholds = _thresholds(one.source)
+        net, _ = load_controlnet(one, dtype=pipe.dit.dtype, device=pipe.device)
         check_fit(net.config, pipe.dit.config, str(path))
         picture_path = _one(args.control_image, index)
         edges = args.control_preprocess == "canny"

@@ -7,10 +7,8 @@ that is kept is the share of the squared singular values, which is that of the s
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +16,8 @@ from torch import Tensor
 
 from ..errors import LoraError
 from ..model.config import DiTConfig
-from ..weights.detect import expect
+from ..weights.bundle import Bundle, Place, bundle
 from ..weights.modelspec import file_metadata
-from ..weights.parts import Parts, bundle, open_model
 from ..weights.source import TensorSource
 from .adapter import Adapter
 from .blocks import each_weights
@@ -264,8 +261,8 @@ def cut(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
 
 
 def extract(
-    tuned: str | os.PathLike[str],
-    base: str | os.PathLike[str],
+    tuned: Place,
+    base: Place,
     rank: int,
     *,
     load_key: str | None = None,
@@ -274,7 +271,8 @@ def extract(
     """The difference of two checkpoints as a LoRA of the base; one matrix is in memory at a time.
 
     Args:
-        tuned, base: files or folders in any layout. Text encoders are compared where both have them.
+        tuned, base: files or folders in any layout, or what was opened there. Text encoders are compared
+            where both have them.
         rank: of each module; matrices that are smaller get their full rank.
 
     Raises:
@@ -283,7 +281,8 @@ def extract(
     """
     if rank < 1:
         raise LoraError(f"rank {rank}: use 1 or more")
-    ours, theirs = (_open(path, load_key) for path in (tuned, base))
+    only = ("dit", "bert", "t5")
+    ours, theirs = (bundle(path, only=only, kinds=("dit",), load_key=load_key) for path in (tuned, base))
     pairs = _pairs(ours, theirs)
     total = sum(len(below) for _, _, below in pairs)
     energy, left_out, done = _Energy(), {}, 0
@@ -308,7 +307,7 @@ def extract(
                 progress(done, total)
     if not modules:
         raise LoraError(
-            f"no matrix of {tuned} differs from {base}: there is nothing that a LoRA could hold"
+            f"no matrix of {ours.place} differs from {theirs.place}: there is nothing that a LoRA could hold"
             + (f" ({len(left_out)} other tensors differ)" if left_out else "")
         )
     recipe = {
@@ -317,24 +316,19 @@ def extract(
         "rank": rank,
         "energy": round(energy.share, 6),
     }
-    assert theirs.dit is not None and theirs.info is not None
+    assert theirs.dit is not None
     config = DiTConfig.from_state_dict(
         theirs.dit.shapes(), pooler_heads=theirs.info.pooler_heads, rope_base=theirs.info.rope_base
     )
     metadata = file_metadata(
         config, theirs.info, role="lora", extra={EXTRACTED_KEY: json.dumps(recipe, ensure_ascii=False)}
     )
-    name, files = f"{ours.path.stem} - {theirs.path.stem}", (Path(tuned), Path(base))
+    name, files = f"{ours.path.stem} - {theirs.path.stem}", (ours.place, theirs.place)
     adapter = Adapter(modules, name, "peft", metadata, files)
     return Extracted(adapter, energy.share, energy.modules, left_out)
 
 
-def _open(path: str | os.PathLike[str], load_key: str | None) -> Parts:
-    expect(open_model(path, load_key=load_key), "dit")
-    return bundle(path, only=("dit", "bert", "t5"), load_key=load_key)
-
-
-def _pairs(ours: Parts, theirs: Parts) -> list[tuple[str, TensorSource, TensorSource]]:
+def _pairs(ours: Bundle, theirs: Bundle) -> list[tuple[str, TensorSource, TensorSource]]:
     """What both have, part by part, with the same names and shapes."""
     assert ours.dit is not None and theirs.dit is not None
     found = [("dit", ours.dit, theirs.dit)]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..dtypes import FP8_DTYPES, dtype_name
 from ..errors import LoraError
 from ..untrusted import parse_json
+from ..weights.bundle import Bundle, Place, bundle
 from ..weights.convert import convert
-from ..weights.detect import BERT_PREFIXES, MT5_PREFIXES, FileKind, expect
+from ..weights.detect import BERT_PREFIXES, MT5_PREFIXES, FileKind
 from ..weights.layouts import PART_PREFIXES, Layout
 from ..weights.output import check_output
-from ..weights.parts import bundle, open_model
 from ..weights.source import TensorSource, cast
 from ..weights.writer import Progress
 from .adapter import Adapter, Match, changed, changed_bias
@@ -213,7 +213,7 @@ class Merged:
 
 
 def merge_files(
-    base: str | os.PathLike[str],
+    base: Place,
     loras: Sequence[tuple[str | os.PathLike[str] | Adapter, float]],
     out: str | os.PathLike[str],
     *,
@@ -230,7 +230,7 @@ def merge_files(
     A weight is changed in float32 and rounded once, to the dtype of the output.
 
     Args:
-        base: a DiT or an all-in-one checkpoint, a file or a folder.
+        base: a DiT or an all-in-one checkpoint: a file, a folder, or what was opened there.
         loras: files, folders or adapters, each with its strength.
         layout: as of :func:`~..weights.convert.convert`; default: the base's own, for one in diffusers'
             folder and an ``out`` that ends in .safetensors ``comfy``.
@@ -248,13 +248,14 @@ def merge_files(
             half-written is left, and an older output stays.
         ConfigError: if the block weights do not fit the number of blocks.
     """
-    base, out = Path(base), Path(out)
-    source = open_model(base, load_key=load_key)
-    kind = expect(source, "dit")
-    layout = layout or _default_layout(kind, out)
-    shapes = _shapes(base, layout, load_key)
+    out = Path(out)
+    opened = bundle(base, only=("dit",), kinds=("dit",), load_key=load_key)
+    layout = layout or _default_layout(opened.kind, out)
+    if layout == "comfy":  # which alone holds text encoders and a VAE
+        opened = bundle(opened)
+    shapes = _shapes(opened, layout)
     given = [lora.files if isinstance(lora, Adapter) else (lora,) for lora, _ in loras]
-    inputs = [base, *itertools.chain.from_iterable(given)]
+    inputs = [opened.place, *itertools.chain.from_iterable(given)]
     form = f"the layout {layout}"
     check_output(out, inputs, overwrite=overwrite, folder=layout == "diffusers", form=form)
     adapters = [lora if isinstance(lora, Adapter) else read(lora) for lora, _ in loras]
@@ -263,23 +264,21 @@ def merge_files(
     matches: list[Match] = []
     changes: dict[str, list[Change]] = {}
     for adapter, strength, share in zip(adapters, strengths, weights, strict=True):
-        match, own = plan(adapter, shapes, strength, share, base=str(base), partial=partial)
+        match, own = plan(adapter, shapes, strength, share, base=str(opened.place), partial=partial)
         matches.append(match)
         for name, one in own.items():
             changes.setdefault(name, []).append(one)
-    extra = _record(source, adapters, strengths, weights, matches)
-    notes = _notes(source, dtype, adapters, matches)
-    del source
+    extra = _record(opened.source, adapters, strengths, weights, matches)
+    notes = _notes(opened.source, dtype, adapters, matches)
 
     def change(part: TensorSource) -> TensorSource:
         return MergingSource(part, {key: changes[name] for key in part if (name := _name(key)) in changes})
 
     done = convert(
-        base,
+        opened,
         out,
         layout=layout,
         dtype=dtype,
-        load_key=load_key,
         change=change,
         extra=extra,
         inputs=inputs,
@@ -294,11 +293,10 @@ def _default_layout(kind: FileKind, out: Path) -> Layout:
     return "comfy" if file else kind.layout  # type: ignore[return-value]
 
 
-def _shapes(base: Path, layout: Layout, load_key: str | None) -> dict[str, tuple[int, ...]]:
+def _shapes(opened: Bundle, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Of what is written and can be changed; only the layout comfy holds text encoders."""
     only = ("dit", "bert", "t5") if layout == "comfy" else ("dit",)
-    found = bundle(base, only=only, load_key=load_key)
-    parts = {"dit": found.dit, "bert": found.bert, "t5": found.mt5}
+    parts = {"dit": opened.dit, "bert": opened.bert, "t5": opened.mt5}
     return {
         f"{part}.{key}": source.shape(key)
         for part, source in parts.items()

@@ -20,7 +20,7 @@ from ..model.config import DIT_G2_V11, DIT_G2_V12, DIT_XL2_V12, DiTConfig
 from ..model.dit import DiT
 from ..new_files import atomic_path
 from ..untrusted import parse_json
-from ..weights.parts import bundle
+from ..weights.bundle import bundle
 from .adapter import Adapter, Match, module_shapes
 from .blocks import depth_of
 from .kinds import DoRA

@@ -10,7 +10,7 @@ from typing import Any
 from .. import embedded
 from ..dtypes import COMPUTE, short_name
 from ..images import Geometry, probe
-from ..weights.parts import bundle
+from ..weights.bundle import bundle
 from .workflow import KINDS, Graph, Output
 
 _INNER = ("transformer", "t2i", "controlnet")

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import WeightsError
-from ..facts import ModelInfo
 from ..quiet import quiet_imports
-from ..weights.companions import check_rest
+from ..weights.bundle import Place, bundle
 from ..weights.load import assign_weights, compute_dtype
-from ..weights.parts import Parts, bundle
+from ..weights.single import check_rest
 from ..weights.source import CastSource, TensorSource
 from ..weights.views import Piece, TensorView
 from .dimensions import LOWERCASE, bert_dimensions, t5_dimensions
@@ -27,7 +26,7 @@ with quiet_imports():
 
 
 def load_text_encoders(
-    path_or_parts: str | os.PathLike[str] | Parts,
+    path: Place,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -42,9 +41,9 @@ def load_text_encoders(
     In float16 mT5's ``wo`` matrices stay float32, as transformers loads them: their outputs overflow.
 
     Args:
-        path_or_parts: a diffusers pipeline's folder (``text_encoder/``, ``tokenizer/``, ``text_encoder_2/``,
-            ``tokenizer_2/``), Tencent's ``t2i`` folder or the one above it, an all-in-one checkpoint, or its
-            open parts.
+        path: a diffusers pipeline's folder (``text_encoder/``, ``tokenizer/``, ``text_encoder_2/``,
+            ``tokenizer_2/``), Tencent's ``t2i`` folder or the one above it, an all-in-one checkpoint, or what
+            was opened there.
         dtype: of the weights and features; default: each encoder's own in the file.
         t5_dtype: another one for mT5 (Tencent runs BERT in float32 and mT5 in float16).
         text_len, t5_len: tokens per prompt, as the DiT expects (``DiTConfig.text_len``, ``.t5_len``).
@@ -55,7 +54,8 @@ def load_text_encoders(
     Raises:
         WeightsError: an encoder or a tokenizer is missing, damaged, or does not fit.
     """
-    opened, info = _open(path_or_parts)
+    opened = bundle(path, only=("bert", "t5"))
+    info = opened.info
     missing = [name for name, part in (("BERT", opened.bert), ("mT5", opened.mt5)) if part is None]
     if opened.bert is None or opened.mt5 is None:
         raise WeightsError(
@@ -81,15 +81,6 @@ def load_text_encoders(
     except WeightsError as error:
         raise WeightsError(f"{opened.path}: {error}") from None
     return encoders.requires_grad_(False).eval()
-
-
-def _open(path_or_parts: str | os.PathLike[str] | Parts) -> tuple[Parts, ModelInfo]:
-    """The encoders' parts, and what their shapes do not tell."""
-    opened = path_or_parts
-    if not isinstance(opened, Parts):
-        opened = bundle(opened, only=("bert", "t5"))
-    # The version only picks defaults that do not concern the text encoders.
-    return opened, opened.info or ModelInfo.from_metadata(opened.metadata, version="v1.2")
 
 
 def bert_config(source: TensorSource, options: Mapping[str, Any]) -> BertConfig:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from ..errors import WeightsError
 from ..untrusted import read_bytes, read_json
-from ..weights.companions import vocabulary
-from ..weights.parts import Parts
+from ..weights.beside import vocabulary
+from ..weights.bundle import Bundle
 from .dimensions import LOWERCASE
 
 # Below the folder of an encoder's file, or below a model's folder; ".." for one encoder of a pipeline.
@@ -24,7 +24,7 @@ class Vocabulary(NamedTuple):
     lowercase: bool | None
 
 
-def vocabulary_of(opened: Parts, *given: Path, default: bytes | None = None) -> Vocabulary:
+def vocabulary_of(opened: Bundle, *given: Path, default: bytes | None = None) -> Vocabulary:
     """The vocabulary of an opened BERT: inside its file, else beside it.
 
     Args:
@@ -51,7 +51,7 @@ def vocabulary_of(opened: Parts, *given: Path, default: bytes | None = None) -> 
     )
 
 
-def spiece_of(opened: Parts, *given: Path, after: Sequence[Path] = ()) -> bytes:
+def spiece_of(opened: Bundle, *given: Path, after: Sequence[Path] = ()) -> bytes:
     """The sentencepiece model of an opened mT5: inside its file, else beside it.
 
     Args:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ..facts import ModelInfo
 from ..model.config import DiTConfig
 from ..model.dit import DiT
+from ..weights.bundle import Bundle
 from ..weights.load import load_dit
 from .checks import check_machine, check_parts
 from .conditioning import caption_fits
@@ -16,7 +17,7 @@ from .memory import estimate, largest
 from .objectives.base import parameter_bytes
 from .objectives.table import objective_of
 from .optim import parameter_groups
-from .parts import described, load_text, open_vae
+from .parts import described, load_text, open_base, open_vae
 from .posterior import choose
 
 
@@ -30,8 +31,9 @@ def describe(config: TrainConfig) -> Iterator[str]:
     data = open_data(config)
     yield "Data"
     yield from (f"  {line}" for line in data.summary().lines())
-    dit, info = _shapes(config)
-    text, vae = load_text(config, dit.config, like_file=True), open_vae(config)
+    base = open_base(config)
+    dit, info = _shapes(config, base)
+    text, vae = load_text(config, dit.config, base, like_file=True), open_vae(config, base)
     check_parts(config, dit.config, text, vae, described(config, info, text, vae))
     yield "Captions"
     for fit in caption_fits(data.captions(), text.tokenizers):
@@ -71,13 +73,13 @@ def describe(config: TrainConfig) -> Iterator[str]:
     yield from estimate(config, trained, muon, frozen, shape, size).lines()
 
 
-def _shapes(config: TrainConfig) -> tuple[DiT, ModelInfo]:
+def _shapes(config: TrainConfig, base: Bundle | None) -> tuple[DiT, ModelInfo]:
     """The DiT without its content: a fresh one on the meta device, or a mapped file, and what that says."""
     if config.model.from_scratch is not None:
         dit = DiT(DiTConfig.from_dict(config.model.from_scratch.model_dump()), device="meta")
         return dit, ModelInfo.published(dit.config.version)
-    assert config.model.init_from is not None
-    return load_dit(config.model.init_from)  # type: ignore[return-value]
+    assert base is not None
+    return load_dit(base)  # type: ignore[return-value]
 
 
 def _count(parameters: object) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..model.dit import DiT
 from ..text.encoders import TextEncoders
 from ..text.loading import load_text_encoders
 from ..vae import VAE, load_vae
+from ..weights.bundle import Bundle, bundle
 from ..weights.load import load_dit
 from .checks import check_parts, check_text_options
 from .config import TrainConfig
@@ -39,17 +39,18 @@ def build(config: TrainConfig) -> ModelParts:
         ConfigError: parts do not fit each other.
     """
     model, objective = config.model, objective_of(config)
+    base = open_base(config)
     if model.from_scratch is not None:
         dit = DiT(DiTConfig.from_dict(model.from_scratch.model_dump()), attention=training_attention)
         dit.initialize(torch.Generator().manual_seed(_seed(config, "dit")))
         info = ModelInfo.published(dit.config.version)
         info = dataclasses.replace(info, pooler_heads=dit.config.pooler_heads, rope_base=dit.config.rope_base)
     else:
-        assert model.init_from is not None
-        dit, info = load_dit(model.init_from, attention=training_attention, **objective.base_options())
+        assert model.init_from is not None and base is not None
+        dit, info = load_dit(base, attention=training_attention, **objective.base_options())
         info = dataclasses.replace(info, base=model.init_from.name, variant="")
-    text = load_text(config, dit.config)
-    vae = open_vae(config)
+    text = load_text(config, dit.config, base)
+    vae = open_vae(config, base)
     info = described(config, info, text, vae)
     check_parts(config, dit.config, text, vae, info)
     parts = ModelParts(dit, text, vae, info)
@@ -71,19 +72,27 @@ def described(config: TrainConfig, info: ModelInfo, text: TextEncoders, vae: VAE
         raise ConfigError(f"model.info: {error}") from None
 
 
-def open_vae(config: TrainConfig) -> VAE:
+def open_base(config: TrainConfig) -> Bundle | None:
+    """The weights that a run starts from, opened once for all that take a part of them."""
+    path = config.model.init_from
+    return None if path is None else bundle(path, only=("dit",), kinds=("dit",))
+
+
+def open_vae(config: TrainConfig, base: Bundle | None) -> VAE:
     """The VAE of a run, in float32 on the CPU."""
-    return load_vae(config.model.vae or _present(config.model.init_from))
+    return load_vae(config.model.vae or _present(base))
 
 
-def load_text(config: TrainConfig, dit: DiTConfig, *, like_file: bool = False) -> TextEncoders:
+def load_text(
+    config: TrainConfig, dit: DiTConfig, base: Bundle | None, *, like_file: bool = False
+) -> TextEncoders:
     """The text encoders of a run; ``like_file`` keeps the dtype of their file, which is then only mapped."""
     source = config.model.text_encoders
     trained = config.objective.train_text_encoders
     if not isinstance(source, TextScratch):
         half = config.run.precision == "bf16" and not trained
         dtype = None if like_file else torch.bfloat16 if half else torch.float32
-        path = source or _present(config.model.init_from)
+        path = source or _present(base)
         return load_text_encoders(path, dtype=dtype, text_len=dit.text_len, t5_len=dit.t5_len)
     contents = []
     for path in (source.vocab, source.spiece):
@@ -105,10 +114,10 @@ def load_text(config: TrainConfig, dit: DiTConfig, *, like_file: bool = False) -
     return encoders.requires_grad_(trained).eval()
 
 
-def _present(path: Path | None) -> Path:
+def _present(base: Bundle | None) -> Bundle:
     """The configuration guarantees ``init_from`` where nothing else is named."""
-    assert path is not None
-    return path
+    assert base is not None
+    return base
 
 
 def _seed(config: TrainConfig, purpose: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.dataset import TrainData
 from ..facts import ModelInfo
 from ..vae import VAE
-from ..weights.parts import bundle
+from ..weights.bundle import bundle
 from .config import TrainConfig
 
 WIDE = 0.1

@@ -15,14 +15,14 @@ from ..errors import WeightsError
 from ..facts import METADATA_KEY, ModelInfo
 from ..model.config import DiTConfig
 from ..new_files import atomic_path
-from .companions import Companions, companions
-from .detect import FileKind, expect, tencent_view
+from .beside import FOLDERS, Beside
+from .bundle import Bundle, Place, bundle
+from .detect import FileKind, tencent_view
 from .diffusers_config import controlnet_config, scheduler_config, transformer_config
 from .layouts import Layout, belongs_to_model, from_tencent
 from .load import check_names, model_shapes
 from .modelspec import file_metadata
 from .output import check_output
-from .parts import model_info, open_model
 from .save import dtypes_for
 from .source import CastSource, MergedSource, TensorSource
 from .views import rename
@@ -53,7 +53,7 @@ class Converted:
 
 
 def convert(
-    path: str | os.PathLike[str],
+    path: Place,
     out: str | os.PathLike[str],
     *,
     layout: Layout,
@@ -73,6 +73,7 @@ def convert(
     * ``diffusers``: a folder, ``transformer/`` and ``scheduler/`` (a ControlNet: the folder itself).
 
     Args:
+        path: a file or folder, or what was opened there.
         out: the file to write or, for the layout diffusers, the folder, new or empty.
         dtype: for the DiT or ControlNet; default: as it is. Other parts keep theirs.
         load_key: which weights of a torch file that holds several.
@@ -86,30 +87,30 @@ def convert(
         WeightsError: if the input is something else or does not fit the layout, or the output cannot be
             written or is there. Nothing half-written is left.
     """
-    path, out = Path(path), Path(out)
+    out = Path(out)
+    given = path.place if isinstance(path, Bundle) else Path(path)
     form = f"the layout {layout}"
-    check_output(out, (path, *inputs), overwrite=overwrite, folder=layout == "diffusers", form=form)
-    source = open_model(path, load_key=load_key)
-    kind = expect(source, "dit", "controlnet")
+    check_output(out, (given, *inputs), overwrite=overwrite, folder=layout == "diffusers", form=form)
+    only = ("dit", *FOLDERS) if layout == "comfy" else ("dit",)
+    opened = bundle(path, only=only, kinds=("dit", "controlnet"), load_key=load_key)
+    source, kind, info, beside = opened.source, opened.kind, opened.info, opened.beside
     if kind.config is None:
-        raise WeightsError(f"{path} is {kind.name}, without dimensions")
+        raise WeightsError(f"{given} is {kind.name}, without dimensions")
     view = tencent_view(source, kind)
     check_names(model_shapes(kind), view)
     model = change(view)
     if dtype is not None:
         model = CastSource(model, dtypes_for(model, dtype))
-    info = model_info(source, kind)
+    metadata = {**_metadata(source, kind, info), **(extra or {})}
     if layout == "diffusers":
-        metadata = {**_metadata(source, kind, info), **(extra or {})}
         _write_folder(out, from_tencent(model, layout), kind, kind.config, info, metadata, progress)
         return Converted(out, kind, _left_out(kind))
     if layout == "tencent" or kind.kind == "controlnet":
-        save_safetensors(out, model, {**_metadata(source, kind, info), **(extra or {})}, progress=progress)
+        save_safetensors(out, model, metadata, progress=progress)
         return Converted(out, kind, _left_out(kind))
-    others, beside = _others(source, kind), _beside(path, source)
+    others = _others(source, kind)
     rest = [change(part) for part in (others, *beside.sources)]
     whole = MergedSource([from_tencent(model, layout), *rest], path=source.path, metadata={})
-    metadata = {**_metadata(source, kind, beside.complete(info)), **(extra or {})}
     save_safetensors(out, whole, metadata, progress=progress)
     return Converted(out, kind, _put_in(others, beside))
 
@@ -159,11 +160,6 @@ def _others(source: TensorSource, kind: FileKind) -> TensorSource:
     return rename(source, lambda key: None if belongs_to_model(key, kind.prefix) else key)
 
 
-def _beside(path: Path, source: TensorSource) -> Companions:
-    """The parts in the folders beside the transformer, if a pipeline's folder was given."""
-    return companions(path) if path.is_dir() and path != source.path else Companions()
-
-
 def _left_out(kind: FileKind) -> tuple[str, ...]:
     if not kind.parts:
         return ()
@@ -172,7 +168,7 @@ def _left_out(kind: FileKind) -> tuple[str, ...]:
     return (f"left out: {left} (the layout comfy keeps them)",)
 
 
-def _put_in(others: TensorSource, beside: Companions) -> tuple[str, ...]:
+def _put_in(others: TensorSource, beside: Beside) -> tuple[str, ...]:
     notes = []
     if len(others):
         notes.append(f"kept as they are: {len(others)} tensors beside the DiT")

@@ -9,8 +9,9 @@ from pathlib import Path
 from ..dtypes import dtype_name
 from ..errors import printable
 from ..model.config import DiTConfig
+from .bundle import open_model
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, version_text
-from .parts import model_info, open_model
+from .info import model_info
 from .quantised import quantised
 from .source import TensorSource
 

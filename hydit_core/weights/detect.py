@@ -82,9 +82,15 @@ def expect(source: TensorSource, *wanted: str) -> FileKind:
         WeightsError: names the file, what it is and what was expected; or its weights are quantised.
     """
     kind = detect(source)
+    require_kind(source, kind, *wanted)
+    return kind
+
+
+def require_kind(source: TensorSource, kind: FileKind, *wanted: str) -> None:
+    """As :func:`expect`, for a source whose kind is known."""
     if kind.kind in wanted:
         refuse_quantised(source)
-        return kind
+        return
     expected = " or ".join(_WANTED[name] for name in wanted)
     advice = _ADVICE.get(kind.kind, f"the first of its {len(source)} tensors is {next(iter(source), 'none')}")
     raise WeightsError(f"{source.path} is {kind.name}; expected {expected}; {advice}")

@@ -16,7 +16,7 @@ from ..model.dit import DiT
 from ..quiet import quiet_imports
 from .source import cast
 
-BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "fp8": 8, "int8": 8, "nf4": 4}
+_BITS = {name: 8 * dtype_of(name).itemsize for name in STORED} | {"int8": 8, "nf4": 4}
 
 
 class FrozenLinear(nn.Linear):
@@ -85,7 +85,7 @@ def store(dit: DiT, precision: str) -> None:
 
 
 def _in_few_bits(name: str, precision: str) -> bool:
-    return BITS[precision] >= 16 or ".blocks." in f".{name}"
+    return _BITS[precision] >= 16 or ".blocks." in f".{name}"
 
 
 def stored_bytes(dit: DiT, precision: str) -> int:
@@ -93,7 +93,7 @@ def stored_bytes(dit: DiT, precision: str) -> int:
     total = 4 * sum(p.numel() for p in dit.parameters())
     for name, module in dit.named_modules():
         if isinstance(module, nn.Linear):
-            bits = BITS[precision] if _in_few_bits(name, precision) else 16
+            bits = _BITS[precision] if _in_few_bits(name, precision) else 16
             total -= module.weight.numel() * (32 - bits) // 8
     return total
 

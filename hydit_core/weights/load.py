@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -16,8 +15,8 @@ from ..model.attention import AttentionFn, sdpa
 from ..model.config import DiTConfig
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
-from .detect import FileKind, expect, tencent_view
-from .parts import model_info, open_controlnet, open_model
+from .bundle import Bundle, Place, bundle
+from .detect import FileKind
 from .quantised import refuse_quantised
 from .source import TensorSource, cast
 
@@ -26,7 +25,7 @@ Model = TypeVar("Model", DiT, ControlNet)
 
 
 def load_dit(
-    path: str | os.PathLike[str],
+    path: Place,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -40,7 +39,8 @@ def load_dit(
     of the mapped file (copy on write): do not truncate the file while the model lives.
 
     Args:
-        path: a file, or a folder (diffusers pipeline, its transformer, Tencent's ``t2i``).
+        path: a file, or a folder (diffusers pipeline, its transformer, Tencent's ``t2i``), or what was
+            opened there.
         dtype: of the weights; default: the file's own, bfloat16 if that is an 8-bit float.
         operations: namespace of layer classes, default ``torch.nn``.
         attention: attention function, default the model's own.
@@ -52,12 +52,12 @@ def load_dit(
     Raises:
         WeightsError: if the file is something else, or lacks tensors, or has too many.
     """
-    source = open_model(path, load_key=load_key)
-    return _load(DiT, "dit", source, dtype, device, operations, attention)
+    opened = bundle(path, only=("dit",), kinds=("dit",), load_key=load_key)
+    return _load(DiT, opened, opened.dit, dtype, device, operations, attention)
 
 
 def load_controlnet(
-    path: str | os.PathLike[str],
+    path: Place,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
@@ -66,26 +66,25 @@ def load_controlnet(
     load_key: str | None = None,
 ) -> tuple[ControlNet, ModelInfo]:
     """Load a HunyuanDiT ControlNet in either layout; like :func:`load_dit`."""
-    source = open_controlnet(path, load_key=load_key)
-    return _load(ControlNet, "controlnet", source, dtype, device, operations, attention)
+    opened = bundle(path, only=("controlnet",), kinds=("controlnet",), load_key=load_key)
+    return _load(ControlNet, opened, opened.controlnet, dtype, device, operations, attention)
 
 
 def _load(
     cls: type[Model],
-    wanted: str,
-    source: TensorSource,
+    opened: Bundle,
+    view: TensorSource | None,
     dtype: torch.dtype | None,
     device: str | torch.device,
     operations: Any,
     attention: AttentionFn | None,
 ) -> tuple[Model, ModelInfo]:
-    kind = expect(source, wanted)
-    view = tencent_view(source, kind)
-    config, info = model_config(view, kind), model_info(source, kind)
+    assert view is not None  # it was opened as one of this kind
+    config = model_config(view, opened.kind)
     dtype = dtype or compute_dtype(view)
     model = cls(config, dtype=dtype, device="meta", operations=operations or nn, attention=attention or sdpa)
     assign_weights(model, view, dtype=dtype, device=device)
-    return model.eval(), info
+    return model.eval(), opened.info
 
 
 def compute_dtype(source: TensorSource) -> torch.dtype:

@@ -34,6 +34,7 @@ class MappedSource(TensorSource):
         self.path = path
         self.metadata = metadata
         self._entries = dict(entries)
+        self._released: set[str] = set()
         try:
             with open(path, "rb") as file:
                 self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -63,7 +64,13 @@ class MappedSource(TensorSource):
         return cast(values.as_strided(entry.shape, entry.stride), dtype)
 
     def release(self, key: str) -> None:
-        """Give the tensor's pages back, those it shares with no other; a later use reads them again."""
+        """Give the tensor's pages back, those it shares with no other; a later use reads them again.
+
+        Only once: whoever took the tensor may have written into it since.
+        """
+        if key in self._released:
+            return
+        self._released.add(key)
         entry, page = self._entries[key], mmap.PAGESIZE
         begin, end = -(-entry.begin // page) * page, entry.end // page * page
         if begin < end and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows

@@ -17,11 +17,10 @@ from comfy.cli_args import args
 
 from ...hydit_core.dtypes import HOST, dtype_of
 from ...hydit_core.errors import ConfigError, HyditError, WeightsError
-from ...hydit_core.facts import ModelInfo
 from ...hydit_core.text.dimensions import LOWERCASE, bert_dimensions, check_vocabulary, t5_dimensions
 from ...hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
 from ...hydit_core.text.tokenizers import Tokenizers
-from ...hydit_core.weights.parts import Parts, bundle
+from ...hydit_core.weights.bundle import Bundle, bundle
 from ...hydit_core.weights.source import TensorSource
 from .text_model import MT5, Bert, TextModel
 from .text_model import encoder_info as _encoder_info
@@ -37,7 +36,7 @@ _LARGE = 2**30
 
 
 def load_clip(
-    bert: Parts, mt5: Parts | None = None, *, weight_dtype: str = "default", disable_dynamic: bool = False
+    bert: Bundle, mt5: Bundle | None = None, *, weight_dtype: str = "default", disable_dynamic: bool = False
 ) -> HyDiTCLIP:
     """BERT and mT5 of opened files or folders, for ComfyUI's own text nodes and ours.
 
@@ -59,8 +58,8 @@ def load_clip(
     """
     mt5 = bert if mt5 is None else mt5
     bert_source, mt5_source = _encoders(bert, mt5)
-    bert_dims = _named(bert, bert_dimensions, bert_source, _info(bert).bert)
-    mt5_dims = _named(mt5, t5_dimensions, mt5_source, _info(mt5).t5)
+    bert_dims = _named(bert, bert_dimensions, bert_source, bert.info.bert)
+    mt5_dims = _named(mt5, t5_dimensions, mt5_source, mt5.info.t5)
     tokenizers = _tokenizers(bert, mt5, bert_dims, mt5_dims)
     dtype = None if weight_dtype == "default" else dtype_of(weight_dtype)
     bert_dtype, mt5_dtype = dtype or _default(bert_source), dtype or _default(mt5_source, _LARGE)
@@ -147,7 +146,7 @@ def encoder_info(clip: Any) -> dict[str, dict[str, Any]]:
     return _encoder_info(clip.cond_stage_model, tokenizers_of(clip).lowercase)
 
 
-def _encoders(bert: Parts, mt5: Parts) -> tuple[TensorSource, TensorSource]:
+def _encoders(bert: Bundle, mt5: Bundle) -> tuple[TensorSource, TensorSource]:
     if bert.bert is None:
         raise WeightsError(_other(bert, "BERT", "bert_name"))
     if mt5.mt5 is None:
@@ -155,7 +154,7 @@ def _encoders(bert: Parts, mt5: Parts) -> tuple[TensorSource, TensorSource]:
     return bert.bert, mt5.mt5
 
 
-def _other(opened: Parts, wanted: str, widget: str) -> str:
+def _other(opened: Bundle, wanted: str, widget: str) -> str:
     advice = {
         "bert": "give it as bert_name, and mT5 as mt5_name",
         "t5": "give it as mt5_name, and BERT as bert_name",
@@ -166,7 +165,7 @@ def _other(opened: Parts, wanted: str, widget: str) -> str:
 
 
 def _tokenizers(
-    bert: Parts, mt5: Parts, bert_dims: Mapping[str, Any], mt5_dims: Mapping[str, Any]
+    bert: Bundle, mt5: Bundle, bert_dims: Mapping[str, Any], mt5_dims: Mapping[str, Any]
 ) -> Tokenizers:
     rows, mt5_rows = bert_dims["vocab_size"], mt5_dims["vocab_size"]
     if mt5_rows in _OTHER_T5:
@@ -185,7 +184,7 @@ def _tokenizers(
             "expects; it belongs to another model"
         )
     lowercase = True if vocabulary.lowercase is None else vocabulary.lowercase
-    lowercase = bool(_info(bert).bert.get(LOWERCASE, lowercase))
+    lowercase = bool(bert.info.bert.get(LOWERCASE, lowercase))
     try:
         tokenizers = Tokenizers(
             vocabulary.content, spiece_model, text_len=text_len, t5_len=t5_len, lowercase=lowercase
@@ -198,7 +197,7 @@ def _tokenizers(
     return tokenizers
 
 
-def _length(opened: Parts, name: str, default: int) -> int:
+def _length(opened: Bundle, name: str, default: int) -> int:
     """Tokens a prompt, as the DiT in the same place has them."""
     config = opened.kind.config if opened.dit is not None else None
     return default if config is None else int(getattr(config, name))
@@ -215,12 +214,7 @@ def _default(source: TensorSource, large: float = float("inf")) -> torch.dtype:
     return usual if wide and sum(map(source.nbytes, source)) > large else torch.float32 if wide else own
 
 
-def _info(opened: Parts) -> ModelInfo:
-    # The version only picks defaults that do not concern the text encoders.
-    return opened.info or ModelInfo.published("v1.2")
-
-
-def _named(opened: Parts, call: Callable[..., Any], *arguments: Any) -> Any:
+def _named(opened: Bundle, call: Callable[..., Any], *arguments: Any) -> Any:
     """Call it; an error that does not name the file gets its name."""
     try:
         return call(*arguments)

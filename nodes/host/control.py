@@ -14,10 +14,8 @@ from torch import Tensor
 from ...hydit_core.errors import HyditError
 from ...hydit_core.model.config import DiTConfig
 from ...hydit_core.model.controlnet import ControlNet
-from ...hydit_core.weights.detect import FileKind, tencent_view
+from ...hydit_core.weights.bundle import Bundle
 from ...hydit_core.weights.load import check_names, model_config
-from ...hydit_core.weights.parts import model_info
-from ...hydit_core.weights.source import TensorSource
 from .attention import HostAttention
 from .filling import choose_dtypes, fill, plan_dtypes
 from .preview import latent_format
@@ -92,18 +90,19 @@ def _sizes(x: Tensor, stated: Tensor | None) -> Tensor:
     return torch.tensor([[1024, 1024, width, height, 0, 0]], device=x.device).expand(len(x), -1)
 
 
-def load_control(source: TensorSource, kind: FileKind, *, weight_dtype: str = "default") -> Any:
+def load_control(opened: Bundle, *, weight_dtype: str = "default") -> Any:
     """A ControlNet of any version, size and layout as a CONTROL_NET of ComfyUI's own class.
 
     Args:
-        source: the open file or folder, of which ``kind`` is known.
+        opened: a file or folder with a ControlNet.
         weight_dtype: "default" or one of :data:`~hydit_core.dtypes.HOST`.
 
     Raises:
         WeightsError: if it lacks tensors, or has too many.
     """
-    view, info = tencent_view(source, kind), model_info(source, kind)
-    config = model_config(view, kind)
+    view = opened.controlnet
+    assert view is not None
+    config = model_config(view, opened.kind)
     check_names({k: tuple(v.shape) for k, v in ControlNet(config, device="meta").state_dict().items()}, view)
     management = comfy.model_management
     device, offload = management.get_torch_device(), management.unet_offload_device()
@@ -118,7 +117,7 @@ def load_control(source: TensorSource, kind: FileKind, *, weight_dtype: str = "d
     return comfy.controlnet.ControlNet(
         network,
         compression_ratio=1,
-        latent_format=latent_format(info),
+        latent_format=latent_format(opened.info),
         load_device=device,
         extra_conds=_CONDITIONS,
     )

@@ -17,7 +17,7 @@ import folder_paths
 
 from ...hydit_core.embedded import embedded_controlnets, embedded_loras, embedded_model
 from ...hydit_core.errors import HyditError, WeightsError, printable
-from ...hydit_core.weights.companions import FOLDERS
+from ...hydit_core.weights.beside import FOLDERS
 from ...hydit_core.weights.files import SUFFIXES
 
 CHECKPOINTS = ("checkpoints", "diffusers")
@@ -35,8 +35,8 @@ _OWN_WEIGHTS = ("model.", "model-", "pytorch_model")
 _PIPELINE_PARTS = (("transformer",), ("unet",), ("vae",), ("prior",))
 _READ = (*SUFFIXES, ".json", ".txt", ".model")
 _SHOWN, _LONGEST = 10, 100
-Parts = tuple[str, ...]
-_TREES: dict[str, tuple[dict[str, int], list[Parts]]] = {}
+PathParts = tuple[str, ...]
+_TREES: dict[str, tuple[dict[str, int], list[PathParts]]] = {}
 """Of folders: when each folder below was changed, and the weights files there."""
 
 
@@ -120,7 +120,7 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _embedded(kinds: Parts) -> dict[str, Path]:
+def _embedded(kinds: PathParts) -> dict[str, Path]:
     """What comes with hydit, by its name in the lists."""
     parts = {CONTROLNETS: embedded_controlnets, LORAS: embedded_loras}
     if kinds in parts:
@@ -170,7 +170,7 @@ def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names if name.endswith(suffixes))
 
 
-def _weights(kind: str) -> Iterator[Parts]:
+def _weights(kind: str) -> Iterator[PathParts]:
     """The path, below its root, of every weights file of a kind that is in a folder of its own."""
     if kind == "diffusers":  # ComfyUI lists no files there
         for root in _roots(kind):
@@ -181,7 +181,7 @@ def _weights(kind: str) -> Iterator[Parts]:
         yield from (tuple(name.split("/")) for name in nested)
 
 
-def _tree(root: str) -> list[Parts]:
+def _tree(root: str) -> list[PathParts]:
     """The weights files below a folder, which is walked again when it has changed, as ComfyUI's lists are."""
     times, files = _TREES.get(root, ({}, []))
     if root not in times or any(_changed(folder) != time for folder, time in times.items()):
@@ -201,13 +201,13 @@ def _changed(folder: str) -> int:
         return -1
 
 
-def _folders(kinds: Iterable[str], rule: Callable[[Parts], Parts]) -> list[str]:
+def _folders(kinds: Iterable[str], rule: Callable[[PathParts], PathParts]) -> list[str]:
     """The folders that ``rule`` sees from where the weights files are."""
     found = {folder for kind in kinds for parts in _weights(kind) if (folder := rule(parts))}
     return sorted("/".join(folder) + "/" for folder in found)
 
 
-def _model_folder(parts: Parts) -> Parts:
+def _model_folder(parts: PathParts) -> PathParts:
     """The folder that has the transformer as diffusers or Tencent keep it; () if this file is none."""
     if parts[-3:-1] == ("t2i", "model"):
         return parts[:-3] or parts[:-2]
@@ -215,20 +215,20 @@ def _model_folder(parts: Parts) -> Parts:
     return parts[:-2] if tencent or parts[-2:-1] == ("transformer",) else ()
 
 
-def _encoders_folder(parts: Parts) -> Parts:
+def _encoders_folder(parts: PathParts) -> PathParts:
     """The folder that has a text encoder as diffusers or Tencent keep it."""
     if len(parts) < 3 or parts[-2] not in _ENCODERS:
         return ()
     return parts[:-3] or parts[:-2] if parts[-3] == "t2i" else parts[:-2]
 
 
-def _encoder_folder(parts: Parts) -> Parts:
+def _encoder_folder(parts: PathParts) -> PathParts:
     """That, or the folder of one encoder, as transformers writes it."""
     own = parts[:-1] if parts[-1].startswith(_OWN_WEIGHTS) else ()
     return _encoders_folder(parts) or own
 
 
-def _control_folder(parts: Parts) -> Parts:
+def _control_folder(parts: PathParts) -> PathParts:
     """The folder that has a ControlNet as diffusers keeps it: alone, or as a part of a pipeline."""
     if parts[-2:-1] == ("controlnet",):
         return parts[:-2] or parts[:-1]
@@ -236,6 +236,6 @@ def _control_folder(parts: Parts) -> Parts:
     return parts[:-1] if alone else ()
 
 
-def _adapter_folder(parts: Parts) -> Parts:
+def _adapter_folder(parts: PathParts) -> PathParts:
     """The folder that has a LoRA as PEFT keeps it."""
     return parts[:-1] if parts[-1].startswith("adapter_model.") else ()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import comfy.conds
@@ -21,9 +19,8 @@ from ...hydit_core.errors import HyditError
 from ...hydit_core.facts import METADATA_KEY, ModelInfo
 from ...hydit_core.model.config import DiTConfig
 from ...hydit_core.model.dit import DiT
-from ...hydit_core.weights.detect import expect
+from ...hydit_core.weights.bundle import Place, bundle
 from ...hydit_core.weights.load import check_names
-from ...hydit_core.weights.parts import Parts, bundle, open_model
 from .dit import HostDiT
 from .filling import choose_dtypes, fill, plan_dtypes
 from .preview import latent_format
@@ -164,9 +161,7 @@ def model_info(model: Any) -> ModelInfo:
     )
 
 
-def load_model(
-    source: Parts | str | os.PathLike[str], *, weight_dtype: str = "default", disable_dynamic: bool = False
-) -> Any:
+def load_model(source: Place, *, weight_dtype: str = "default", disable_dynamic: bool = False) -> Any:
     """Load a HunyuanDiT of any version, size and layout as a MODEL (a ModelPatcher).
 
     Tensors are read, cast and copied one at a time; the file is not needed afterwards.
@@ -181,11 +176,9 @@ def load_model(
     Raises:
         WeightsError: if it is something else, or lacks tensors, or has too many.
     """
-    parts = source if isinstance(source, Parts) else bundle(source, only=("dit",))
-    config, view, info = parts.kind.config, parts.dit, parts.info
-    if config is None or view is None or info is None:
-        expect(open_model(parts.path), "dit")
-        raise HyditError(f"{parts.path} holds no HunyuanDiT (DiT)")
+    opened = bundle(source, only=("dit",), kinds=("dit",))
+    config, view, info = opened.kind.config, opened.dit, opened.info
+    assert config is not None and view is not None  # it was opened as one
     management = comfy.model_management
     device, offload = management.get_torch_device(), management.unet_offload_device()
     model_config = HyDiTModelConfig(config, info)
@@ -201,8 +194,8 @@ def load_model(
         patcher_class = vars(comfy.model_patcher).get("CoreModelPatcher", patcher_class)
     patcher = patcher_class(model.to(offload), load_device=device, offload_device=offload)
     patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, "hydit", _patch_bare)
-    if Path(parts.path).exists():
-        patcher.cached_patcher_init = (_load_again, (str(parts.path), weight_dtype))
+    if opened.path.exists():
+        patcher.cached_patcher_init = (_load_again, (str(opened.path), weight_dtype))
     return patcher
 
 

@@ -11,7 +11,7 @@ import torch
 from ...hydit_core.errors import WeightsError
 from ...hydit_core.facts import ModelInfo
 from ...hydit_core.weights import vae_layout
-from ...hydit_core.weights.companions import vae_part
+from ...hydit_core.weights.single import vae_part
 from ...hydit_core.weights.source import TensorSource
 from .preview import latent_format
 
@@ -29,8 +29,8 @@ def load_vae(source: TensorSource, info: ModelInfo) -> comfy.sd.VAE:
     """A KL autoencoder of any size, or a TAESD of the published size, as ComfyUI runs it.
 
     Args:
-        source: the VAE's tensors in LDM, TAESD or diffusers names (``Parts.vae``).
-        info: what the shapes do not tell (``Parts.info``): ``info.vae``.
+        source: the VAE's tensors in LDM, TAESD or diffusers names (``Bundle.vae``).
+        info: what the shapes do not tell (``Bundle.info``): ``info.vae``.
 
     Returns:
         A VAE whose latents, in the latent format of ``info``, are those that the model works on. Its dtype is

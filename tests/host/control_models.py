@@ -46,9 +46,8 @@ def save_control(
 
 def open_control(host: Any, path: Path, weight_dtype: str = "default") -> Any:
     """Our CONTROL_NET from a file."""
-    source = host.module("hydit_core.weights.parts").open_model(path)
-    kind = host.module("hydit_core.weights.detect").detect(source)
-    return host.module("nodes.host.control").load_control(source, kind, weight_dtype=weight_dtype)
+    opened = host.module("hydit_core.weights.bundle").bundle(path, only=("controlnet",))
+    return host.module("nodes.host.control").load_control(opened, weight_dtype=weight_dtype)
 
 
 def native_control(host: Any, config: DiTConfig = STEERED, tensors: dict[str, Tensor] | None = None) -> Any:

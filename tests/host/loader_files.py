@@ -11,12 +11,12 @@ from key_lists import key_list, sparse_safetensors
 from safetensors.torch import load_file, save_file
 
 from hydit_core.embedded import embedded_model
+from hydit_core.weights.bundle import bundle
 from hydit_core.weights.layouts import from_tencent
-from hydit_core.weights.parts import parts
 
 EMBEDDED = embedded_model()
 NAME = f"[embedded] {EMBEDDED.stem}"
-PARTS = parts(EMBEDDED)
+PARTS = bundle(EMBEDDED)
 # Real names and shapes of other people's files, enough of them to be told apart.
 SDXL = {
     "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (640, 2048),

@@ -46,7 +46,7 @@ def stock(host):
     found = {}
     for config, tensors in ((old, state), (replace(DIT_G2_V12, depth=4), new_state)):
         source = host.module("hydit_core.weights.source").MemorySource(tensors)
-        parts = host.module("hydit_core.weights.parts").split_parts(source)
+        parts = host.module("hydit_core.weights.bundle").Bundle(source)
         ours = host.module("nodes.host.model").load_model(parts)
         found[config.version] = SimpleNamespace(
             config=config, ours=ours, native=native_model(host, config, tensors)
@@ -374,7 +374,7 @@ def test_stock_loader_reads_what_was_saved(host, tmp_path):
     config = replace(DIT_G2_V12, hidden_size=128, depth=4, mlp_hidden=512)
     state = weights(config)
     source = host.module("hydit_core.weights.source").MemorySource(state)
-    parts = host.module("hydit_core.weights.parts").split_parts(source)
+    parts = host.module("hydit_core.weights.bundle").Bundle(source)
     ours = host.module("nodes.host.model").load_model(parts, weight_dtype="fp16")
     sd = host.comfy_module("comfy.sd")
     sd.save_checkpoint(str(tmp_path / "saved.safetensors"), ours)

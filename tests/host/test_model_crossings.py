@@ -41,7 +41,7 @@ def load(host):
 
     def loaded(state: dict[str, Tensor], **options: Any) -> Any:
         source = host.module("hydit_core.weights.source").MemorySource(state)
-        parts = host.module("hydit_core.weights.parts").split_parts(source)
+        parts = host.module("hydit_core.weights.bundle").Bundle(source)
         return host.module("nodes.host.model").load_model(parts, **options)
 
     return loaded
@@ -191,7 +191,7 @@ def test_merges(host, ours, native, load, tmp_path, kinds):
     assert error(latent["samples"], ksampler(host, load(merged))) < 1e-4
     if base is ours:
         host.comfy_module("comfy.sd").save_checkpoint(str(tmp_path / "merged.safetensors"), model)
-        saved = host.module("hydit_core.weights.parts").parts(tmp_path / "merged.safetensors").dit
+        saved = host.module("hydit_core.weights.bundle").bundle(tmp_path / "merged.safetensors").dit
         assert all(torch.allclose(saved.get(key), value, atol=1e-6) for key, value in merged.items())
 
 

@@ -22,7 +22,7 @@ import hydit_core
 from hydit_core.embedded import embedded_model
 from hydit_core.facts import DiffusionConfig, ModelInfo
 from hydit_core.text.loading import load_text_encoders
-from hydit_core.weights.parts import bundle
+from hydit_core.weights.bundle import bundle
 
 EMBEDDED = "[embedded] hydit-icons-128"
 

@@ -15,7 +15,7 @@ from text_models import PUBLISHED_ROWS, SPIECE, bert_model, data, grown_spiece, 
 from hydit_core.facts import METADATA_KEY, ModelInfo
 from hydit_core.model.config import DIT_XL2_V12
 from hydit_core.model.dit import DiT
-from hydit_core.weights.parts import bundle
+from hydit_core.weights.bundle import bundle
 
 
 def native_clip(host, bert, t5):

@@ -52,7 +52,7 @@ ODD = ({"num_attention_heads": 8, "layer_norm_eps": 1e-3, "max_position_embeddin
 
 def load(host: Host, path: Path, **options: Any) -> Any:
     return host.module("nodes.host.clip").load_clip(
-        host.module("hydit_core.weights.parts").bundle(path), **options
+        host.module("hydit_core.weights.bundle").bundle(path), **options
     )
 
 

@@ -352,7 +352,7 @@ def test_published_dimensions_load_once(host: Host, tmp_path: Path) -> None:
     write_published(bert, mt5)
     (tmp_path / "mt5.spiece.model").write_bytes(grown_spiece(250100))
     size = bert.stat().st_size + mt5.stat().st_size
-    bundle = host.module("hydit_core.weights.parts").bundle
+    bundle = host.module("hydit_core.weights.bundle").bundle
     with Peak() as peak:
         clip = host.module("nodes.host.clip").load_clip(bundle(bert), bundle(mt5))
     print(f"files {size / 1e9:.2f} GB, peak {peak.grown / size:.2f} x")

@@ -50,7 +50,7 @@ def write(path: Path, tensors, prefix="vae.", **vae) -> Path:
 
 
 def load(host, path):
-    parts = host.module("hydit_core.weights.parts").bundle(path)
+    parts = host.module("hydit_core.weights.bundle").bundle(path)
     assert parts.vae is not None
     return host.module("nodes.host.vae").load_vae(parts.vae, parts.info), parts.info
 

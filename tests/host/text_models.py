@@ -14,9 +14,9 @@ from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 from hydit_core.embedded import embedded_model
 from hydit_core.facts import METADATA_KEY, ModelInfo
-from hydit_core.weights.parts import parts
+from hydit_core.weights.bundle import bundle
 
-_EMBEDDED = parts(embedded_model())
+_EMBEDDED = bundle(embedded_model())
 assert _EMBEDDED.bert_vocab is not None and _EMBEDDED.spiece_model is not None
 #: The embedded model's tokenizers: 865 and 875 tokens of English and Chinese.
 VOCAB: bytes = _EMBEDDED.bert_vocab

@@ -15,7 +15,7 @@ from train_setup import write_run
 
 from hydit_core.generate.__main__ import main
 from hydit_core.train.__main__ import main as train_main
-from hydit_core.weights.parts import parts
+from hydit_core.weights.bundle import bundle
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_missing_file(attempt):
 
 
 def test_a_dit_alone_needs_its_companions(attempt, tiny_model_file, tmp_path):
-    save_file(dict(parts(tiny_model_file).dit), tmp_path / "dit.safetensors")
+    save_file(dict(bundle(tiny_model_file).dit), tmp_path / "dit.safetensors")
     code, err = attempt(model=tmp_path / "dit.safetensors")
     assert code == 2 and err.startswith("error: ") and "--text-encoders" in err
     code, err = attempt("--text-encoders", tiny_model_file, model=tmp_path / "dit.safetensors")

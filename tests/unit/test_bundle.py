@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,19 @@ from safetensors.torch import save_file
 from tiny import TINY, bert_vocab, randomize, spiece_model
 from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
+from hydit_core import load
 from hydit_core.errors import WeightsError
 from hydit_core.facts import DiffusionConfig
+from hydit_core.lora.extract import extract
+from hydit_core.lora.merge import merge_files
 from hydit_core.model.dit import DiT
+from hydit_core.weights.bundle import Bundle, bundle
 from hydit_core.weights.convert import convert
 from hydit_core.weights.detect import FileKind
 from hydit_core.weights.files import open_tensors
-from hydit_core.weights.parts import Parts, bundle, model_info
+from hydit_core.weights.info import model_info
+from hydit_core.weights.load import load_controlnet
+from hydit_core.weights.mapped import MappedSource
 from hydit_core.weights.source import MemorySource, TensorSource
 from hydit_core.weights.vae_layout import diffusers_to_ldm
 
@@ -81,7 +89,7 @@ def pipeline(tencent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def check_whole(found: Parts) -> None:
+def check_whole(found: Bundle) -> None:
     assert all(getattr(found, name) is not None for name in ALL)
     info = found.info
     assert info is not None
@@ -232,3 +240,108 @@ def test_places_that_hold_nothing(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors", metadata={"hydit.config": "{"})
     with pytest.raises(WeightsError, match=r"w.safetensors: metadata"):
         bundle(tmp_path)
+
+
+# -- opened once, and handed on -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opens(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each weights file was opened."""
+    counted: Counter[str] = Counter()
+    original = MappedSource.__init__
+
+    def count(self: MappedSource, path: Path, *rest: Any) -> None:
+        counted[str(path)] += 1
+        original(self, path, *rest)
+
+    monkeypatch.setattr(MappedSource, "__init__", count)
+    return counted
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One module of the DiT."""
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    name = "base_model.model.blocks.0.attn1.Wqkv"
+    rows, columns = DiT(TINY).blocks[0].attn1.Wqkv.weight.shape
+    tensors = {
+        f"{name}.lora_A.weight": torch.ones(1, columns),
+        f"{name}.lora_B.weight": torch.ones(rows, 1),
+    }
+    save_file(tensors, path)
+    return path
+
+
+def files(*folders: Path) -> dict[str, int]:
+    """Each weights file in these places, once."""
+    found = [place for folder in folders for place in ([folder] if folder.is_file() else folder.rglob("*"))]
+    return {str(path): 1 for path in found if path.suffix in (".safetensors", ".pt")}
+
+
+@pytest.mark.parametrize("layout", ["comfy", "tencent", "diffusers"])
+@pytest.mark.parametrize("base", ["file", "folder"])
+def test_a_merge_opens_each_file_once(
+    layout: Any,
+    base: str,
+    opens: Counter[str],
+    pipeline: Path,
+    tiny_model_file: Path,
+    lora: Path,
+    tmp_path: Path,
+) -> None:
+    place = tiny_model_file if base == "file" else pipeline
+    out = tmp_path / ("out" if layout == "diffusers" else "out.safetensors")
+    merge_files(place, [(lora, 1.0)], out, layout=layout)
+    needed = place if base == "file" or layout == "comfy" else pipeline / "transformer"
+    assert opens == files(needed, lora)
+
+
+def test_an_extraction_opens_each_file_once(
+    opens: Counter[str], pipeline: Path, tiny_model_file: Path, lora: Path, tmp_path: Path
+) -> None:
+    merge_files(tiny_model_file, [(lora, 1.0)], tmp_path / "tuned.safetensors")
+    opens.clear()
+    extract(tmp_path / "tuned.safetensors", tiny_model_file, 1)
+    assert opens == files(tmp_path / "tuned.safetensors", tiny_model_file)
+
+
+def test_a_conversion_opens_each_file_once(opens: Counter[str], pipeline: Path, tmp_path: Path) -> None:
+    convert(pipeline, tmp_path / "all.safetensors", layout="comfy")
+    assert opens == files(pipeline)
+
+
+def test_loading_opens_each_file_once(opens: Counter[str], tiny_model_file: Path) -> None:
+    load(tiny_model_file, device="cpu")
+    assert opens == files(tiny_model_file)
+
+
+def test_an_open_place_is_taken_for_its_path(
+    opens: Counter[str], pipeline: Path, tiny_model_file: Path, lora: Path, tmp_path: Path
+) -> None:
+    """At each door; what stands beside the transformer is looked for when it is needed."""
+    merge_files(pipeline, [(lora, 1.0)], tmp_path / "path.safetensors", layout="comfy")
+    opens.clear()
+    opened = bundle(pipeline, only=("dit",))
+    assert opened.vae is None
+    assert_same(bundle(opened).vae, bundle(pipeline).vae)
+    merge_files(opened, [(lora, 1.0)], tmp_path / "opened.safetensors", layout="comfy")
+    assert opens[str(next((pipeline / "transformer").glob("*.safetensors")))] == 2  # bundle(pipeline) has one
+    path, handed_on = (tmp_path / f"{name}.safetensors" for name in ("path", "opened"))
+    assert path.read_bytes() == handed_on.read_bytes()
+    with pytest.raises(WeightsError, match=r"tiny.safetensors is the input itself"):
+        merge_files(bundle(tiny_model_file), [(lora, 1.0)], tiny_model_file, overwrite=True)
+    with pytest.raises(WeightsError, match=r"is a HunyuanDiT-.*; expected a HunyuanDiT ControlNet"):
+        load_controlnet(bundle(tiny_model_file))
+
+
+def test_a_second_look_brings_no_change_back(tmp_path: Path) -> None:
+    """A model's weights are views of the file; who trains them writes into those pages."""
+    size = 4 * mmap.PAGESIZE
+    save_file({"w": torch.zeros(size, dtype=torch.uint8)}, tmp_path / "w.safetensors")
+    source = open_tensors(tmp_path / "w.safetensors")
+    mine = source.get("w")
+    source.release("w")
+    mine += 1
+    source.release("w")
+    assert int(mine.sum()) == size

@@ -18,7 +18,7 @@ from hydit_core.diffusion.samplers import SAMPLERS
 from hydit_core.errors import ConfigError, WeightsError
 from hydit_core.facts import DiffusionConfig, ModelInfo, SamplingDefaults
 from hydit_core.generate.__main__ import main as generate
-from hydit_core.weights.parts import bundle
+from hydit_core.weights.bundle import bundle
 
 BAD = {
     "version": ("", "version", ["v9", "", None, 1.2, ["v1.2"]], "one of v1.0, v1.1, v1.2"),

@@ -21,8 +21,8 @@ from key_lists import key_list, sparse_safetensors
 
 from hydit_core.errors import WeightsError
 from hydit_core.new_files import atomic_path
+from hydit_core.weights.bundle import open_model
 from hydit_core.weights.files import open_tensors
-from hydit_core.weights.parts import open_model
 from hydit_core.weights.source import MemorySource, TensorSource
 from hydit_core.weights.writer import save_safetensors
 

@@ -19,10 +19,10 @@ from hydit_core.untrusted import count_numbered, is_plain_name
 from hydit_core.vae import load_vae
 from hydit_core.weights import files
 from hydit_core.weights.__main__ import main as weights
+from hydit_core.weights.bundle import bundle
 from hydit_core.weights.convert import convert
 from hydit_core.weights.files import open_tensors
 from hydit_core.weights.load import load_controlnet, load_dit
-from hydit_core.weights.parts import bundle
 from hydit_core.weights.source import MemorySource
 from hydit_core.weights.views import Piece, TensorView, unwrapped_name
 

@@ -27,8 +27,8 @@ from hydit_core.lora.merge import apply, merge_files
 from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
 from hydit_core.pictures.png import read_parameters
+from hydit_core.weights.bundle import bundle
 from hydit_core.weights.convert import convert
-from hydit_core.weights.parts import bundle
 from hydit_core.weights.save import save_checkpoint
 
 TARGETS = ("attn1.Wqkv", "attn1.out_proj", "attn2.q_proj", "attn2.kv_proj", "attn2.out_proj")

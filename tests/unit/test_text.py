@@ -20,7 +20,7 @@ from hydit_core.text.encoders import TextEncoders
 from hydit_core.text.features import TextFeatures
 from hydit_core.text.loading import load_text_encoders
 from hydit_core.text.tokenizers import Tokenizers
-from hydit_core.weights.parts import parts
+from hydit_core.weights.bundle import bundle
 from hydit_core.weights.save import save_checkpoint
 
 LENGTHS = {"text_len": 12, "t5_len": 16}
@@ -156,7 +156,7 @@ def test_export_and_loading_give_the_same_features(tmp_path: Path) -> None:
     assert not [name for name in names if "embed_tokens" in name]
     loaded = load_text_encoders(path, **LENGTHS)
     assert_same(loaded.encode(TEXT), encoders.encode(TEXT))
-    assert_same(load_text_encoders(parts(path), **LENGTHS).encode(TEXT), encoders.encode(TEXT))
+    assert_same(load_text_encoders(bundle(path), **LENGTHS).encode(TEXT), encoders.encode(TEXT))
     assert loaded.info() == encoders.info()
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     assert not any(t.is_meta for t in [*loaded.parameters(), *loaded.buffers()])

@@ -14,7 +14,7 @@ from hydit_core.errors import WeightsError
 from hydit_core.text.chunks import piece_starts, split
 from hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
 from hydit_core.text.tokenizers import Tokenizers
-from hydit_core.weights.parts import Parts, bundle
+from hydit_core.weights.bundle import Bundle, bundle
 
 VOCAB = bert_vocab().decode().splitlines()
 LONG = "a red apple, the blue heart on the left; cat dog tree house sun moon star fish " * 3
@@ -126,7 +126,7 @@ def test_half_a_character_is_read_as_the_replacement_character() -> None:
     assert chunks.bert == half.bert_ids.tolist()
 
 
-def encoder(path: Path, **more: bytes) -> Parts:
+def encoder(path: Path, **more: bytes) -> Bundle:
     """A file that passes for a BERT and an mT5, as far as names go."""
     path.parent.mkdir(parents=True, exist_ok=True)
     names = {

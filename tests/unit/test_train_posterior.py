@@ -15,7 +15,7 @@ from hydit_core.train.config import load_config
 from hydit_core.train.draws import validation_draws
 from hydit_core.train.dryrun import describe
 from hydit_core.train.launch import open_data
-from hydit_core.train.parts import open_vae
+from hydit_core.train.parts import open_base, open_vae
 from hydit_core.train.posterior import choose, posterior_widths
 from hydit_core.weights.load import load_dit
 from hydit_core.weights.vae_layout import diffusers_to_ldm
@@ -40,7 +40,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def choice_of(config: Path, *overrides: str, info: ModelInfo | None = None):
     settings = load_config(config, list(overrides))
-    return choose(settings, info or ModelInfo.published("v1.2"), open_data(settings), open_vae(settings))
+    vae = open_vae(settings, open_base(settings))
+    return choose(settings, info or ModelInfo.published("v1.2"), open_data(settings), vae)
 
 
 def test_the_width_is_the_posteriors_over_the_latents() -> None:

@@ -21,10 +21,10 @@ from hydit_core.model.config import DiTConfig
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
 from hydit_core.weights.__main__ import main
+from hydit_core.weights.bundle import bundle
 from hydit_core.weights.convert import convert
 from hydit_core.weights.files import SafetensorsSource, open_tensors
 from hydit_core.weights.load import load_dit
-from hydit_core.weights.parts import parts
 from hydit_core.weights.save import save_checkpoint
 from hydit_core.weights.writer import save_safetensors
 
@@ -203,7 +203,7 @@ def test_an_all_in_one_keeps_its_parts_in_layout_comfy_only(all_in_one, tmp_path
     assert ModelInfo.from_metadata(after.metadata, version="") == ModelInfo.from_metadata(
         before.metadata, version=""
     )
-    assert parts(half).bert_vocab == bert_vocab()
+    assert bundle(half).bert_vocab == bert_vocab()
 
     code, out, _ = run(capsys, "convert", all_in_one, "-o", alone, "--layout", "tencent")
     assert code == 0 and "left out: BERT, mT5, the VAE (the layout comfy keeps them)" in out
@@ -246,7 +246,7 @@ def test_a_pipelines_folder_becomes_an_all_in_one_that_loads(tmp_path, capsys):
     code, printed, err = run(capsys, "convert", folder, "-o", out, "--layout", "comfy")
     assert code == 0, err
     assert "put in from the folder: BERT, mT5, VAE, BERT's vocabulary, mT5's tokenizer" in printed
-    found = parts(out)
+    found = bundle(out)
     assert found.info is not None and found.info.bert["num_attention_heads"] == 4
     assert found.info.bert["do_lower_case"] is False
     assert found.spiece_model == spiece
@@ -285,7 +285,7 @@ def test_what_stands_beside_a_transformer_keeps_its_facts(tmp_path):
         written, stood = load_vae(folder / "all.safetensors"), load_vae(folder / "vae")
         assert written.scaling_factor == pytest.approx(stood.scaling_factor, rel=1e-6)
         assert written.shift_factor == pytest.approx(stood.shift_factor, rel=1e-6)
-        found = parts(folder / "all.safetensors").bert_vocab
+        found = bundle(folder / "all.safetensors").bert_vocab
         assert found is not None and found.decode().splitlines() == words
 
 

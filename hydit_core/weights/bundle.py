@@ -1,0 +1,225 @@
+"""Whatever place holds a model or some of its parts: opened once, and handed on to all who need of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+
+from ..errors import WeightsError
+from ..facts import ModelInfo
+from .beside import FOLDERS, Beside, look_beside, options_beside
+from .detect import (
+    BERT_PREFIXES,
+    MT5_PREFIXES,
+    VAE_PREFIXES,
+    FileKind,
+    detect,
+    require_kind,
+    tencent_view,
+)
+from .files import has_weights, open_tensors
+from .info import model_info
+from .quantised import refuse_quantised
+from .save import other_parts
+from .single import bert_part, mt5_part, vae_part
+from .source import MergedSource, TensorSource
+from .views import rename, without_prefix
+
+# Where the folders that are published keep the transformer: diffusers' and Tencent's.
+_MODEL_FOLDERS = ("", "transformer", "model", "t2i/model", "controlnet")
+_BERT = tuple(f"{prefix}transformer.bert." for prefix in BERT_PREFIXES)
+_MT5 = tuple(f"{prefix}transformer." for prefix in MT5_PREFIXES)
+
+
+class Bundle:
+    """What an open place holds; None for a part that it does not hold, or that was not looked for.
+
+    Each part is loaded from it once: the memory that a part's tensors take is freed then.
+
+    Attributes:
+        place: what was asked to be opened.
+        path: of the file, or of the folder where parts stand beside the model's file.
+        source: the model's file under its own names; in a folder without one, the parts in it.
+        metadata, kind: of ``source``.
+        beside: what stands beside the model's file.
+        dit, controlnet: Tencent's names.
+        bert: the names of transformers' BertModel (``embeddings.word_embeddings.weight`` ...).
+        mt5: the names of transformers' MT5EncoderModel (``shared.weight``, ``encoder.block.0...``).
+        spiece_model: the serialized sentencepiece model of mT5's tokenizer.
+        bert_vocab: the text of BERT's ``vocab.txt``, in UTF-8.
+        vae: LDM or TAESD names.
+        info: what shapes do not tell. Without a DiT or ControlNet, its version and diffusion are those of
+            v1.2 and mean nothing.
+
+    Raises:
+        WeightsError: its weights are quantised, or what they say of themselves cannot be meant.
+    """
+
+    def __init__(
+        self,
+        source: TensorSource,
+        kind: FileKind | None = None,
+        beside: Beside | None = None,
+        place: Path | None = None,
+    ) -> None:
+        refuse_quantised(source)
+        self.place = place or source.path
+        self.source = source
+        self.metadata = source.metadata
+        self.kind = kind or detect(source)
+        self.beside = beside or Beside()
+        self.path = self.place if self.beside.sources else source.path
+        self.info = self.beside.complete(_info(source, self.kind))
+        places = [*_alone(source, self.kind, self.info), source]
+        if self.beside.sources:
+            others = MergedSource(self.beside.sources, path=self.path, metadata={})
+            refuse_quantised(others)
+            places.append(others)
+        model = tencent_view(source, self.kind) if self.kind.kind in ("dit", "controlnet") else None
+        self.dit: TensorSource | None = model if self.kind.kind == "dit" else None
+        self.controlnet: TensorSource | None = model if self.kind.kind == "controlnet" else None
+        self.bert = _part(places, _BERT)
+        self.mt5 = _part(places, _MT5)
+        if self.mt5 is not None and "shared.weight" in self.mt5:
+            self.mt5 = rename(self.mt5, lambda key: None if key == "encoder.embed_tokens.weight" else key)
+        # Without a prefix: ComfyUI saves each text encoder in a file of its own so.
+        self.spiece_model = _bytes(places, tuple(f"{prefix}spiece_model" for prefix in (*MT5_PREFIXES, "")))
+        self.bert_vocab = _bytes(places, tuple(f"{prefix}vocab" for prefix in (*BERT_PREFIXES, "")))
+        self.vae = _part(places, VAE_PREFIXES)
+
+
+Place = str | os.PathLike[str] | Bundle
+"""Where a model is: a path, or what was opened there."""
+
+
+def bundle(
+    path: Place,
+    *,
+    only: Collection[str] = ("dit", *FOLDERS),
+    kinds: Collection[str] = (),
+    load_key: str | None = None,
+) -> Bundle:
+    """Open whatever place holds a model, or some of its parts; what is open already is not opened again.
+
+    A file: an all-in-one checkpoint, a DiT, one text encoder or a VAE. A folder: that of such a file, a
+    diffusers pipeline's, Tencent's ``t2i`` or the one above it, with what stands beside the transformer.
+
+    Args:
+        only: the parts that are wanted: ``dit``, ``bert``, ``t5``, ``vae``, ``controlnet``. Folders of others
+            are not looked into.
+        kinds: what the model's file must be, such as ``dit``; default: anything.
+        load_key: which weights of a torch file that holds several.
+
+    Raises:
+        WeightsError: if nothing of the kind is there or it cannot be read.
+    """
+    if isinstance(path, Bundle):
+        return _more(path, only, kinds)
+    path = Path(path)
+    source, kind = _own_source(path, only, load_key), None
+    if kinds:
+        if source is None:
+            raise _no_model(path)
+        kind = detect(source)
+        require_kind(source, kind, *kinds)
+    beside = look_beside(path, only) if path.is_dir() else Beside()
+    if source is None and not beside.sources:
+        raise _no_model(path) if "controlnet" in only else _nothing(path, only)
+    if source is None:
+        source = MergedSource(beside.sources, path=path, metadata={})
+    return Bundle(source, kind, beside, path)
+
+
+def _more(opened: Bundle, only: Collection[str], kinds: Collection[str]) -> Bundle:
+    """An open bundle with what stands beside it and was not looked for before."""
+    if kinds:
+        require_kind(opened.source, opened.kind, *kinds)
+    more = [part for part in FOLDERS if part in only and part not in opened.beside.looked_for]
+    if not more or not opened.place.is_dir():
+        return opened
+    beside = opened.beside.joined(look_beside(opened.place, more))
+    return Bundle(opened.source, opened.kind, beside, opened.place)
+
+
+def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
+    """Open the file of a DiT or ControlNet alone: itself, its folder, a diffusers pipeline's, or Tencent's.
+
+    Raises:
+        WeightsError: if nothing is there or it cannot be read.
+    """
+    path = Path(path)
+    source = _own_source(path, ("dit",), load_key)
+    if source is None:
+        raise _no_model(path)
+    return source
+
+
+def _own_source(path: Path, only: Collection[str], load_key: str | None) -> TensorSource | None:
+    """The file, or the one that a folder itself or its transformer's folder holds."""
+    if not path.is_dir():
+        return open_tensors(path, load_key=load_key)
+    names: tuple[str, ...] = _MODEL_FOLDERS if "dit" in only else ("",)
+    if "controlnet" in only:  # goes before the DiT beside it
+        names = ("controlnet", *_MODEL_FOLDERS)
+    return next(
+        (open_tensors(path / name, load_key=load_key) for name in names if has_weights(path / name)), None
+    )
+
+
+def _no_model(path: Path) -> WeightsError:
+    looked = ", ".join(name for name in _MODEL_FOLDERS if name)
+    return WeightsError(f"{path} holds no weights, neither in itself nor in {looked}")
+
+
+def _nothing(path: Path, only: Collection[str]) -> WeightsError:
+    labels = {"dit": "HunyuanDiT", "bert": "BERT", "t5": "mT5", "vae": "VAE"}
+    wanted = [label for part, label in labels.items() if part in only]
+    folders = [name for part, names in FOLDERS.items() if part in only for name in names]
+    looked = [*(name for name in _MODEL_FOLDERS if name and "dit" in only), *folders]
+    return WeightsError(
+        f"{path} holds no {' and no '.join(wanted)}: no weights in itself, nor in {', '.join(looked)}"
+    )
+
+
+def _info(source: TensorSource, kind: FileKind) -> ModelInfo:
+    if kind.kind in ("dit", "controlnet"):
+        return model_info(source, kind)
+    try:
+        # The version only picks defaults that do not concern the other parts.
+        info = ModelInfo.from_metadata(source.metadata, version="v1.2")
+    except WeightsError as error:
+        raise WeightsError(f"{source.path}: {error}") from error
+    return options_beside(source, kind.kind).complete(info) if _is_alone(source, kind) else info
+
+
+def _is_alone(source: TensorSource, kind: FileKind) -> bool:
+    """Whether a file holds one part and nothing else, without the prefix of an all-in-one file's."""
+    return kind.kind in FOLDERS and not any(key.startswith((*_BERT, *_MT5, *VAE_PREFIXES)) for key in source)
+
+
+def _alone(source: TensorSource, kind: FileKind, info: ModelInfo) -> list[TensorSource]:
+    """The one part of a file under the names of an all-in-one checkpoint."""
+    if not _is_alone(source, kind):
+        return []
+    if kind.kind == "vae":
+        return other_parts(vae=vae_part(source, info.vae))
+    return other_parts(bert=bert_part(source)) if kind.kind == "bert" else other_parts(t5=mt5_part(source))
+
+
+def _part(places: Iterable[TensorSource], prefixes: tuple[str, ...]) -> TensorSource | None:
+    for source in places:
+        for prefix in prefixes:
+            if any(key.startswith(prefix) for key in source):
+                return without_prefix(source, prefix)
+    return None
+
+
+def _bytes(places: Iterable[TensorSource], names: tuple[str, ...]) -> bytes | None:
+    for source in places:
+        for name in names:
+            if name in source:
+                return source.get(name).to(torch.uint8).contiguous().numpy().tobytes()
+    return None
