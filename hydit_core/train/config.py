@@ -175,6 +175,18 @@ def _is_path(parents: Sequence[str], last: str) -> bool:
     return field is not None and Path in list(leaves(field.annotation))
 
 
+def up_to_date(dumped: dict[str, Any]) -> dict[str, Any]:
+    """A dumped configuration of an earlier release as this one dumps it: with keys and spellings of today.
+
+    As it is, where it means nothing to this release.
+    """
+    try:
+        config = TrainConfig.model_validate(dumped, context={"base": Path()})
+    except (ValidationError, TypeError):
+        return dumped
+    return config.model_dump(mode="json")
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """``key: old -> new`` for each value that differs between two dumped configurations."""
     found: list[str] = []

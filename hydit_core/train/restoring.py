@@ -15,7 +15,7 @@ from ..data.order import hash_int
 from ..errors import ConfigError, DataError
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Progress
-from .config import differences
+from .config import differences, up_to_date
 from .distributed import Processes
 from .health import Health
 from .optim import Ema
@@ -85,7 +85,7 @@ def restore(trainer: Trainer, found: Checkpoint) -> list[str]:
                 f"{optimizer!r}; keep it, or start a new run from the weights by {start}"
             )
         trainer.objective.check_resumable(found.config)
-        changed = differences(found.config, config.model_dump(mode="json"))
+        changed = differences(up_to_date(found.config), config.model_dump(mode="json"))
         health = Health.from_state(progress.health)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None

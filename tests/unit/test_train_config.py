@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from train_setup import CONFIG, ROOT
 
 from hydit_core.errors import ConfigError
 from hydit_core.train.__main__ import main
-from hydit_core.train.config import differences, load_config
+from hydit_core.train.config import differences, load_config, up_to_date
 
 
 @pytest.fixture
@@ -235,6 +236,17 @@ def test_differences_name_what_changed(config_file: Path) -> None:
     old = load_config(config_file).model_dump(mode="json")
     new = load_config(config_file, ["optimizer.lr=5e-4", "run.seed=3"]).model_dump(mode="json")
     assert differences(old, new) == ["optimizer.lr: 0.001 -> 0.0005", "run.seed: 0 -> 3"]
+
+
+def test_what_an_earlier_release_did_not_know_is_no_change_of_the_users(config_file: Path) -> None:
+    new = load_config(config_file, ["data.cache.dtype=float32"]).model_dump(mode="json")
+    old = json.loads(json.dumps(new))
+    del old["checkpoint"]["keep_every"], old["run"]["answer_within"]
+    old["data"]["cache"]["dtype"] = "float32"
+    assert differences(old, new) and not differences(up_to_date(old), new)
+    changed = load_config(config_file, ["checkpoint.keep_every=5"]).model_dump(mode="json")
+    assert "checkpoint.keep_every: 0 -> 5" in differences(up_to_date(old), changed)
+    assert up_to_date({"run": 3}) == {"run": 3}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
