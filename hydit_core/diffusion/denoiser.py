@@ -45,12 +45,12 @@ def prediction_target(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, p
 
 
 class Denoiser:
-    """``denoised = denoiser(x, sigma, **extra)`` over a network with discrete timesteps.
+    """``denoised = denoiser(x, sigma, **extra)``, around a network with discrete timesteps.
 
     Args:
         model_fn: see :data:`ModelFn`; receives x_t in float32 and t as float32 whole numbers.
         schedule: maps sigma to the timestep.
-        prediction: ``v``, ``epsilon`` or ``sample``; default is that of the schedule's config.
+        prediction: ``v``, ``epsilon`` or ``sample``; by default that of the schedule's config.
     """
 
     def __init__(self, model_fn: ModelFn, schedule: Schedule, prediction: str | None = None):

@@ -29,9 +29,8 @@ def guide(uncond: Tensor, cond: Tensor, scale: float, rescale: float = 0.0) -> T
 class GuidedDenoiser(Denoiser):
     """A :class:`Denoiser` whose network runs once per step on the doubled batch ``[uncond, cond]``.
 
-    ``model_fn`` receives x_t (2B, C, H, W) and t (2B,), and holds its conditioning (or finds it in
-    ``extra``) in that
-    order: all unconditional rows first.
+    ``model_fn`` receives x_t (2B, C, H, W) and t (2B,). The conditioning that it holds, or finds in
+    ``extra``, has the same order: all unconditional rows first.
     """
 
     def __init__(

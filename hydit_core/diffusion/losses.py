@@ -1,4 +1,4 @@
-"""The training loss of HunyuanDiT and the random draws that it needs.
+"""HunyuanDiT's training loss and the random draws that it needs.
 
 Mean squared error on the prediction (v) plus the variational bound that trains the learned variance (Nichol &
 Dhariwal 2021), as in Tencent/HunyuanDiT, where both terms are added with equal weight. Latents are float32
@@ -45,7 +45,7 @@ def diffusion_loss(
     """Loss of a network's output (B, 2C, H, W) at ``schedule.add_noise(x0, noise, t)``; x0 (B, C, H, W).
 
     The first C channels are the prediction, the others the variance logits. With ``vlb=False`` the output may
-    have C channels and ``vlb`` is 0. Raises ConfigError if variance logits are needed and absent, or for an
+    have C channels and ``vlb`` is 0. Raises ConfigError if variance logits are needed but absent, or for an
     unknown ``weighting`` (see :func:`loss_weight`).
     """
     channels = x0.shape[1]
@@ -128,7 +128,7 @@ def vlb_loss(
     log_posterior = table_at(schedule.posterior_log_variance, t, x0)
     log_variance = torch.lerp(log_posterior, log_beta, (logits + 1) / 2)
 
-    # Both means are c x0 + d x_t with the same d, so only c (x0 - x0_hat) is left of their difference.
+    # Both means are c x0 + d x_t with the same d, so their difference is c (x0 - x0_hat).
     c = schedule.betas * schedule.alphas_cumprod_prev.sqrt() / (1 - schedule.alphas_cumprod)
     mean_difference = table_at(c, t, x0) * (x0 - x0_hat)
     kl = _gaussian_kl(mean_difference, log_posterior, log_variance)

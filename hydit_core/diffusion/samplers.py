@@ -38,7 +38,7 @@ def draw_noise(shape: Sequence[int], generator: Generators, dtype: torch.dtype =
     if isinstance(generator, torch.Generator):
         return torch.randn(*shape, generator=generator, device=generator.device, dtype=dtype)
     if len(generator) != shape[0]:
-        raise ConfigError(f"{len(generator)} random generators for a batch of {shape[0]}: give 1, or 1 each")
+        raise ConfigError(f"{len(generator)} random generators for a batch of {shape[0]}: give 1 per picture")
     return torch.stack([draw_noise(shape[1:], one, dtype) for one in generator])
 
 
@@ -88,7 +88,7 @@ def _integrate(
     disable: bool | None,
     update: Callable[[Tensor, Tensor, float, float], Tensor],
 ) -> Tensor:
-    """The loop of every sampler here: ``x = update(x, denoised, sigma, sigma_next)`` for each pair of sigmas.
+    """The loop of all samplers here: ``x = update(x, denoised, sigma, sigma_next)`` for each pair of sigmas.
 
     Sigmas are Python floats in the update, so that step coefficients are computed in double precision.
     """
@@ -185,7 +185,7 @@ def sample_dpmpp_2m(
 
     def update(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
         nonlocal previous
-        if sigma_next == sigma:  # as in schedules of more steps than a distilled model has sigmas
+        if sigma_next == sigma:  # in schedules with more steps than a distilled model has sigmas
             return x
         target = denoised
         if previous is not None and sigma_next > 0:
@@ -213,4 +213,4 @@ DEFAULT_SPACING: dict[str, str] = {
     "dpmpp_2m": "linspace",
     "euler": "leading",
 }
-"""The spacing that Tencent pairs with each sampler (euler, which it lacks, as ddim: it is one method)."""
+"""The spacing that Tencent pairs with each sampler (euler, which it lacks, is the same method as ddim)."""

@@ -126,6 +126,6 @@ class Schedule:
 
 def table_at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """``table[t]`` in float32 on the device of ``like``, shaped to broadcast over ``like`` (B, ...)."""
-    # Cast before the transfer: some devices have no float64. The host goes on meanwhile: a step has several.
+    # Cast before the transfer: some devices have no float64. The host does not wait for it.
     values = table.to(torch.float32).to(like.device, non_blocking=True)[t.to(like.device)]
     return values.view(-1, *[1] * (like.ndim - 1))

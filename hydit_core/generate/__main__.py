@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("generate"),
-        description="Draw pictures from prompts. What is not given is as the model's file recommends.",
+        description="Draw pictures from prompts. Defaults are those that the model's file recommends.",
     )
     what = parser.add_argument_group("what to draw")
     what.add_argument("--prompt", action="extend", nargs="+", default=[], metavar="TEXT", help="one or more")
-    what.add_argument("--prompts", type=Path, metavar="FILE", help="text file, UTF-8, one prompt a line")
+    what.add_argument("--prompts", type=Path, metavar="FILE", help="text file, UTF-8, one prompt per line")
     what.add_argument(
         "--negative",
         metavar="TEXT",
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "--strength",
         type=float,
         default=None,
-        help="how far to leave --init-image: above 0, up to 1 (default 0.6)",
+        help="how far to depart from --init-image: above 0, up to 1 (default 0.6)",
     )
     lora_cli.add_arguments(parser)
     control_cli.add_arguments(parser)
@@ -69,14 +69,14 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--model", metavar="PATH", help="file or folder; default: the model that comes with hydit"
     )
-    model.add_argument("--text-encoders", metavar="PATH", help="where they are, if not inside --model")
-    model.add_argument("--vae", metavar="PATH", help="where it is, if not inside --model")
+    model.add_argument("--text-encoders", metavar="PATH", help="file or folder, if not inside --model")
+    model.add_argument("--vae", metavar="PATH", help="file or folder, if not inside --model")
     model.add_argument(
         "--dtype",
         type=short_name,
         default="auto",
         choices=COMPUTE,
-        help="of the computation (default: %(default)s)",
+        help="to compute in (default: %(default)s)",
     )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
     how = parser.add_argument_group("how")
@@ -86,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--cfg", type=float, help="guidance scale, 1 (off) and up")
     how.add_argument("--guidance-rescale", type=float, help="0 (off) to 1")
     how.add_argument("--sampler", choices=SAMPLERS)
-    how.add_argument("--spacing", choices=SPACINGS, help="of the timesteps; default: what suits the sampler")
+    how.add_argument("--spacing", choices=SPACINGS, help="of the timesteps; default: the sampler's own")
     how.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
     how.add_argument(
-        "--batch", type=int, default=1, help="pictures of each prompt, seeds counting up (default: 1)"
+        "--batch", type=int, default=1, help="pictures per prompt, with consecutive seeds (default: 1)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("outputs"), help="folder, or a .png (default: outputs)"
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--captions",
         action="store_true",
-        help="also write each picture's prompt beside it, as .txt: pictures to train with",
+        help="also write each picture's prompt beside it, as .txt, for training on the pictures",
     )
     return parser
 
@@ -140,7 +140,7 @@ def _run(args: argparse.Namespace) -> None:
     settings = run.sampling
     controls, control_facts = control_cli.read(args, nets, pipe, settings, names.folder)
     own = [prompts[index] for index in mine]
-    # Once, for the prompts of all ranks
+    # Printed once, for the prompts of all ranks
     notes = pipe.advice(prompts, settings) if rank == 0 else []
     foreign = args.preset in VERSIONS and (args.preset == "v1.2") != (pipe.info.version == "v1.2")
     if foreign and rank == 0:
@@ -189,10 +189,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         lines = read_text(args.prompts, error=ConfigError).splitlines()
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with a prompt a line")
+        raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt per line")
     for text in (*prompts, args.negative or ""):
         if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            # A terminal's bytes that were not in its encoding; neither tokenizers nor PNG take them
+            # Bytes that are invalid in the terminal's encoding; neither tokenizers nor PNG accept them
             raise ConfigError(f"{text!a} is not valid text: check the terminal's encoding (UTF-8)")
     return prompts
 
@@ -226,7 +226,7 @@ def _size_like(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def _share(count: int) -> tuple[int, list[int]]:
-    """This process's rank, and which of ``count`` prompts are its own under torchrun."""
+    """This process's rank, and which of ``count`` prompts it draws under torchrun."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return rank, list(range(rank, count, world))
 
@@ -245,7 +245,7 @@ def _facts(pipe: Pipeline, settings: SamplingDefaults, picture: Picture) -> dict
 
 
 def _places(args: argparse.Namespace) -> dict[str, Path | None]:
-    """The files that :func:`redraw` asks for."""
+    """The files that :func:`~..pictures.redraw.redraw` takes."""
     given = {name: getattr(args, name) for name in ("model", "text_encoders", "vae", "init_image")}
     return {name: None if path is None else Path(path).expanduser() for name, path in given.items()}
 
@@ -259,7 +259,7 @@ class _Names:
         self.count = count
 
     def path(self, number: int, index: int, picture: Picture) -> Path:
-        """For picture ``number`` of the run, of prompt ``index``, both counting from 0."""
+        """The path of picture ``number`` of the run, for prompt ``index``, both counted from 0."""
         if self.stem is not None:
             return self._named(number)
         words = re.sub(r"\W+", "-", picture.prompt).strip("-")[:40].strip("-")
@@ -274,7 +274,7 @@ class _Names:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself or the one in which it is made, with the first picture.
+    """The folder itself, or the one in which it is made when the first picture is written.
 
     Raises :class:`OSError` if it can never be made: its name is too long, or a file is in the way.
     """

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "--control-weights"
 MAX_STRENGTH = 10
-"""Of HyDiTControlNetApply, from 0. What is beyond is written as layer weights."""
+"""HyDiTControlNetApply takes 0 to this; other weights are written as layer weights."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,14 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="the picture it follows; one for all, or one for each --controlnet in their order. As it is "
-        "used, it is written beside the results, as NAME-control-....png",
+        help="the picture it follows; one for all, or one for each --controlnet in their order. What the "
+        "ControlNet gets is written beside the results, as NAME-control-....png",
     )
     group.add_argument(
         "--control-preprocess",
         choices=("none", "canny"),
         default="none",
-        help="none: --control-image is a control picture already; canny: take its edges",
+        help="none: --control-image is already a control picture; canny: extract its edges",
     )
     group.add_argument(
         _WEIGHTS,
@@ -63,15 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(CURVES)}, each also with a number as in decay(0.9); once for all, or for each",
     )
     group.add_argument(
-        "--control-start", type=float, default=0.0, metavar="X", help="where it begins, 0 (default) to 1"
+        "--control-start", type=float, default=0.0, metavar="X", help="when it begins, 0 (default) to 1"
     )
     group.add_argument(
-        "--control-end", type=float, default=1.0, metavar="X", help="where it ends, up to 1 (default)"
+        "--control-end", type=float, default=1.0, metavar="X", help="when it ends, up to 1 (default)"
     )
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be drawn, before anything is loaded. Raises :class:`ConfigError`."""
+    """Refuse options that cannot work, before anything is loaded. Raises :class:`ConfigError`."""
     count = len(args.controlnet)
     if not count:
         given = [name for name in ("control_image", "control_weights") if getattr(args, name)]
@@ -92,9 +92,9 @@ def check(args: argparse.Namespace) -> None:
 
 
 def open_files(args: argparse.Namespace) -> list[Bundle]:
-    """Open the ControlNets of a command line, before their model is loaded, which takes longer.
+    """Open the ControlNets of a command line before the model is loaded, which takes longer.
 
-    Raises :class:`HyditError` for files that are none.
+    Raises :class:`HyditError` for files that are not ControlNets.
     """
     if not args.controlnet:
         return []
@@ -118,9 +118,9 @@ def read(
     settings: SamplingDefaults,
     folder: Path,
 ) -> tuple[list[ControlInput], list[dict[str, Any]]]:
-    """The ControlNets of a command line, which are open, and what a picture remembers of them.
+    """The ControlNets of a command line, already open, and what is written about them into a picture.
 
-    Writes the control pictures into ``folder``: ComfyUI's own edges are others, and its crop may be.
+    Writes the control pictures into ``folder``: ComfyUI's own edges differ from ours, and its crop may.
 
     Raises :class:`HyditError` for files that cannot be read or do not fit the model.
     """
@@ -169,9 +169,9 @@ def files(args: argparse.Namespace) -> list[Path]:
 
 
 def _write(picture: Image.Image, folder: Path, stem: str) -> Path:
-    """Write a control picture under a name that no other one has; all pictures of a run share it."""
+    """Write a control picture, which all pictures of a run share, under a name that is not yet taken."""
     content = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-    # A name may have 255 bytes, on encrypted file systems 143.
+    # A name may have 255 bytes, but only 143 on encrypted file systems.
     stem = stem.encode()[:100].decode(errors="ignore")
     path = folder / f"{stem}-control-{content[:8]}.png"
     if not path.exists():
@@ -183,7 +183,7 @@ def _write(picture: Image.Image, folder: Path, stem: str) -> Path:
 
 
 def _thresholds(source: TensorSource) -> tuple[int, int]:
-    """Of canny: those that the ControlNet was trained with, if its file says so."""
+    """Canny's: those that the ControlNet was trained with, if its file says so."""
     made = picture_facts(source)
     return (made["low"], made["high"]) if {"low", "high"} <= made.keys() else CANNY_THRESHOLDS
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..pipeline import Pipeline
 
 MAX_STRENGTH = 10
-"""Of HyDiTLoraLoader, in both directions."""
+"""HyDiTLoraLoader's limit, in both directions."""
 _WEIGHTS = "--lora-block-weights"
 
 
@@ -27,25 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="a LoRA of any common format, or a folder of PEFT's; may be given several times",
+        help="a LoRA in any common format, or a PEFT folder; may be given several times",
     )
     group.add_argument(
         _WEIGHTS,
         action="append",
         default=[],
         metavar="WEIGHTS",
-        help="over the strength, for each block of the DiT: a number, numbers with commas, a JSON file with "
-        f"a list, or a curve: {', '.join(CURVES)}; once for all, or for each --lora in their order",
+        help="factors on the strength for each block of the DiT: a number, numbers with commas, a JSON file "
+        f"with a list, or a curve: {', '.join(CURVES)}; once for all, or for each --lora in their order",
     )
     group.add_argument(
         "--partial",
         action="store_true",
-        help="accept a LoRA of which more than a tenth is for layers that the model does not have",
+        help="accept a LoRA if more than a tenth of it is for layers that the model does not have",
     )
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what cannot be drawn, before anything is loaded. Raises :class:`ConfigError`."""
+    """Refuse options that cannot work, before anything is loaded. Raises :class:`ConfigError`."""
     if args.lora_block_weights and not args.lora:
         raise ConfigError(f"{_WEIGHTS} needs --lora")
     _weights(args)
@@ -66,7 +66,7 @@ def files(args: argparse.Namespace) -> list[Path]:
 
 
 def read(args: argparse.Namespace) -> list[Adapter]:
-    """The LoRAs of a command line, before their model is loaded: that takes longer, and may be for nothing.
+    """The LoRAs of a command line, read before the model is loaded, which takes longer and may be in vain.
 
     Raises :class:`HyditError` for files that cannot be read.
     """
@@ -80,9 +80,9 @@ def read(args: argparse.Namespace) -> list[Adapter]:
 def load(
     args: argparse.Namespace, adapters: list[Adapter], pipe: Pipeline, *, quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Put the LoRAs that :func:`read` gave into a pipeline; gives what a picture remembers of them.
+    """Put LoRAs from :func:`read` into a pipeline; returns what is written about them into a picture.
 
-    Says on stderr what fits, and what words call each one up.
+    Prints on stderr what fits, and each one's trigger words.
 
     Raises :class:`HyditError` for LoRAs that do not fit the model.
     """

@@ -16,7 +16,7 @@ from .rope import apply_rope
 Rope = tuple[Tensor, Tensor]
 Options = Mapping[str, Any] | None
 _SHORT = 128 * 128
-"""Pairs of tokens up to which plain products train faster on a CPU than PyTorch's fused kernel."""
+"""Up to so many pairs of tokens, plain products train faster on a CPU than PyTorch's fused kernel."""
 
 
 class AttentionFn(Protocol):
@@ -31,8 +31,8 @@ class AttentionFn(Protocol):
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
     """PyTorch's scaled dot-product attention as an :class:`AttentionFn`; ``options`` are not used.
 
-    Without gradients, bfloat16 on a CPU that PyTorch's fused kernel does not serve well takes
-    :func:`attention_by_products`.
+    Without gradients, :func:`attention_by_products` serves bfloat16 on CPUs where PyTorch's fused kernel is
+    slow.
     """
     q, k, v = (rearrange(x, "b n heads d -> b heads n d") for x in (q, k, v))
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and _products_pay(q, k):
@@ -43,10 +43,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
 
 
 def training_attention(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
-    """As :func:`sdpa`, but short sequences on the CPU go through plain matrix products.
+    """As :func:`sdpa`, but with plain matrix products for short sequences on the CPU.
 
-    There the backward pass of PyTorch's fused CPU kernel is slow: 79 ms against 9 ms for 32 x 4 heads of 64
-    tokens in bfloat16. From some 256 tokens on the fused kernel wins.
+    For these the backward pass of PyTorch's fused kernel is slow: 79 ms against 9 ms for 32 x 4 heads of 64
+    tokens in bfloat16. From about 256 tokens the fused kernel is faster.
     """
     if q.device.type != "cpu" or q.shape[1] * k.shape[1] > _SHORT:
         return sdpa(q, k, v, options=options)
@@ -113,7 +113,7 @@ class SelfAttention(nn.Module):
         keys: Tensor | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        """``x`` (B, N, D) -> (B, N, D); ``keys`` and ``values`` (B, N, D) are attended to, not ``x``."""
+        """``x`` (B, N, D) -> (B, N, D); ``keys`` and ``values`` (B, N, D) default to ``x``."""
         q, k, v = self._project(x)
         if keys is not None and keys is not x:
             k = self._project(keys)[1]
@@ -149,7 +149,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, text: Tensor, rope: Rope, options: Options = None, *, values: Tensor | None = None
     ) -> Tensor:
-        """``x`` (B, N, D), ``text`` (B, L, text_dim) -> (B, N, D); ``values`` are others than ``text``'s."""
+        """``x`` (B, N, D), ``text`` (B, L, text_dim) -> (B, N, D); ``values`` default to ``text``."""
         q = rearrange(self.q_proj(x), "b n (heads d) -> b n heads d", heads=self.num_heads)
         k, v = self._project(text)
         if values is not None and values is not text:

@@ -28,9 +28,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A HunyuanDiT block: skip, shifted self-attention, cross-attention to text, MLP.
 
-    The names are Tencent's: ``norm3`` stands before the cross-attention, ``norm2`` before the MLP.
-    PyTorch's layer norm takes its statistics and its affine part in float32 whatever the input's dtype, so
-    nothing has to be cast for the float32 norms of the paper.
+    The names are Tencent's: ``norm3`` comes before the cross-attention, ``norm2`` before the MLP.
+    PyTorch's layer norm computes its statistics and affine part in float32 whatever the input's dtype, so
+    the float32 norms of the paper need no casts.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, x: Tensor, rope: Rope, options: Options) -> Tensor:
-        """Self-attention; subclasses override both to change what goes in and comes out."""
+        """Self-attention; subclasses override this and :meth:`_attend_text` to change inputs and outputs."""
         return self.attn1(x, rope, options)
 
     def _attend_text(self, x: Tensor, text: Tensor, rope: Rope, options: Options) -> Tensor:

@@ -10,7 +10,7 @@ from ..errors import ConfigError, WeightsError
 from ..untrusted import count_numbered
 
 SIZE_COND_DIM = 6 * 256
-"""Columns of ``extra_embedder`` that the six sizes take: six sinusoids of 256 values."""
+"""Columns of ``extra_embedder`` for the six sizes: six sinusoids of 256 values."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DiTConfig:
 
     @property
     def extra_dim(self) -> int:
-        """Input width of ``extra_embedder``: pooled text, then sizes and style where the model has them."""
+        """Input width of ``extra_embedder``: pooled text, then sizes and style if the model has them."""
         return self.pooled_dim + SIZE_COND_DIM * self.size_cond + self.hidden_size * self.style_cond
 
     @property

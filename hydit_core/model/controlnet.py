@@ -1,4 +1,4 @@
-"""ControlNet of HunyuanDiT: a hint picture's latents in, one residual for each skip of the DiT out."""
+"""HunyuanDiT's ControlNet: from a hint picture's latents to one residual for each skip of the DiT."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ControlNet(Trunk):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """As :meth:`Trunk.initialize`; the added projections are zero, so a fresh one changes nothing."""
+        """As :meth:`Trunk.initialize`; the added projections are zero, so a new one changes nothing."""
         super().initialize(generator)
         self._zero_projections()
 
@@ -83,7 +83,7 @@ class ControlNet(Trunk):
     @classmethod
     @torch.no_grad()
     def from_base(cls, dit: DiT, *, operations: Any = nn, attention: AttentionFn = sdpa) -> ControlNet:
-        """A fresh ControlNet for ``dit``: its first half copied, the added projections zero."""
+        """A new ControlNet for ``dit``: its first half copied, the added projections zero."""
         net = cls(
             dit.config,
             dtype=dit.dtype,
@@ -103,7 +103,7 @@ class ControlNet(Trunk):
 def combine_controls(
     controls: Sequence[tuple[Sequence[Tensor], float | Sequence[float] | Tensor]],
 ) -> list[Tensor]:
-    """Sum several ControlNets' residuals, each multiplied by its weight or by one weight a layer.
+    """Sum several ControlNets' residuals, each multiplied by its weight or by one weight per layer.
 
     Raises :class:`ValueError` when the numbers of residuals or of weights differ.
     """

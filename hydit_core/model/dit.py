@@ -21,7 +21,7 @@ __all__ = ["Context", "DiT"]
 class DiT(Trunk):
     """HunyuanDiT (Li et al. 2024): a U-shaped transformer over latent patches.
 
-    After construction the weights are of no use: load a state dict or call :meth:`initialize`.
+    Construction does not initialize the weights: load a state dict or call :meth:`initialize`.
     Parameters are described at :class:`Trunk`.
     """
 
@@ -65,7 +65,7 @@ class DiT(Trunk):
         Returns (B, out_channels, H, W) in the dtype of ``x``: the prediction (v for the published weights) in
         the first half of the channels, the learned variance in the second. Computes in the context's dtype.
 
-        Raises :class:`ValueError` when ``control`` has not ``config.num_controls`` entries.
+        Raises :class:`ValueError` unless ``control`` has ``config.num_controls`` entries.
         """
         config = self.config
         if control is not None and len(control) != config.num_controls:
@@ -96,13 +96,13 @@ class DiT(Trunk):
         return rope_table(th, tw, self.config.head_dim, base=self.config.rope_base, device=device)
 
     def _unpatchify(self, tokens: Tensor, th: int, tw: int) -> Tensor:
-        """Put the patches where they belong in the picture."""
+        """Put the patches at their places in the picture."""
         p = self.config.patch_size
         return rearrange(tokens, "b (th tw) (p q c) -> b c (th p) (tw q)", th=th, tw=tw, p=p, q=p)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """As :meth:`Trunk.initialize`; the final layer is zero, so a fresh model outputs exactly 0."""
+        """As :meth:`Trunk.initialize`; the final layer is zero, so a new model outputs exactly 0."""
         super().initialize(generator)
         for layer in (self.final_layer.adaLN_modulation, self.final_layer.linear):
             for parameter in layer.parameters():

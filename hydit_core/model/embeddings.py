@@ -1,4 +1,4 @@
-"""What turns latents, timesteps and text features into tokens and vectors."""
+"""Embedders that turn latents, timesteps and text features into tokens and vectors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def timestep_embedding(t: Tensor, dim: int = SINUSOID_DIM) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """The timestep's sinusoid through two linear layers."""
+    """The timestep's sinusoids and two linear layers."""
 
     def __init__(self, dim: int, operations: Any, **factory: Any):
         super().__init__()
@@ -49,7 +49,7 @@ class PatchEmbed(nn.Module):
         self.proj = operations.Conv2d(in_channels, dim, kernel_size=patch, stride=patch, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (B, C, H, W) -> (B, N, D), row-major; odd sizes go on circularly at the right and bottom."""
+        """``x`` (B, C, H, W) -> (B, N, D), row-major; odd sizes are padded circularly, right and bottom."""
         right, bottom = -x.shape[-1] % self.patch, -x.shape[-2] % self.patch
         if right or bottom:
             x = F.pad(x, (0, right, 0, bottom), mode="circular")
@@ -57,7 +57,7 @@ class PatchEmbed(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """One vector from the mT5 rows: their mean attends to itself and to all (CLIP's attention pool)."""
+    """One vector from the mT5 rows: their mean attends to itself and to the rows (CLIP's attention pool)."""
 
     def __init__(self, length: int, dim: int, num_heads: int, out_dim: int, operations: Any, **factory: Any):
         super().__init__()

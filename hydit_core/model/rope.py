@@ -18,10 +18,10 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines for a grid of ``th`` x ``tw`` tokens, each (th*tw, head_dim) float32, row-major.
 
-    Whatever the resolution, the longer side spans ``base`` positions and the shorter one is centered in
-    them, as HunyuanDiT was trained (Tencent/HunyuanDiT, ``get_fill_resize_and_crop``).
+    Whatever the resolution, the longer side spans ``base`` positions and the shorter one is centered among
+    them, as in HunyuanDiT's training (Tencent/HunyuanDiT, ``get_fill_resize_and_crop``).
     ``scale`` multiplies the distances between rows and between columns, ``shift`` moves all of them.
-    The first half of a head turns with the column, the second with the row; the values come in pairs.
+    The first half of a head is rotated by the column, the second by the row; the values come in pairs.
     """
     if th > tw:
         rh, rw = base, round(base / th * tw)
@@ -46,10 +46,10 @@ def rope_table(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (2k, 2k+1) of ``x`` (B, N, heads, head_dim) in float32; same shape and dtype back.
+    """Rotate the pairs (2k, 2k+1) of ``x`` (B, N, heads, head_dim) in float32; returns its shape and dtype.
 
     A complex product does in one pass what cosine, sine and swapped copies do in many. ``torch.compile``,
-    which fuses those and has no complex numbers, gets them instead.
+    which fuses those but does not support complex numbers, gets the latter.
     """
     cos, sin = cos[:, None, ::2], sin[:, None, ::2]  # (N, 1, head_dim / 2)
     pairs = x.float().unflatten(-1, (-1, 2))

@@ -22,7 +22,7 @@ class Context(NamedTuple):
 
     @staticmethod
     def cat(contexts: list[Context]) -> Context:
-        """One batch of several contexts, for guidance in one forward."""
+        """Join several contexts into one batch, for guidance in one forward."""
         return Context(*(torch.cat(parts) for parts in zip(*contexts, strict=True)))
 
 
@@ -30,16 +30,16 @@ class Trunk(nn.Module):
     """Embedders, text context and the first ``num_blocks`` blocks of a HunyuanDiT, under Tencent's names.
 
     ``operations`` provides Linear, LayerNorm, Conv2d and Embedding (default: ``torch.nn``); ``attention`` is
-    called for every attention of the blocks. There are no buffers, and parameters that belong to no such
-    layer are cast to the input's device and dtype where they are used.
+    called for every attention of the blocks. There are no buffers, and parameters outside such layers are
+    cast to the input's device and dtype where they are used.
 
-    ``gradient_checkpointing`` is the fraction of the blocks (True: all) whose activations are computed again
-    in the backward pass instead of being kept.
+    ``gradient_checkpointing`` is the fraction of the blocks (True: all) whose activations are recomputed in
+    the backward pass instead of being kept.
     """
 
     block_class: type[Block] = Block
     gradient_checkpointing: float = 0.0
-    random_blocks: bool = False  # dropout of adapters: what is computed again must draw the same
+    random_blocks: bool = False  # dropout in adapters: recomputation must draw the same numbers
 
     def __init__(
         self,
@@ -98,9 +98,9 @@ class Trunk(nn.Module):
         """Turn text features into a :class:`Context`, in the dtype of ``bert``; differentiable.
 
         ``bert`` (B, text_len, text_dim), ``t5`` (B, t5_len, t5_dim), masks (B, length) with 0 for padding.
-        Longer text is allowed: padding rows repeat, and the pooled vector sees the first ``t5_len`` rows.
+        Longer text is allowed: padding rows repeat, and the pooled vector uses the first ``t5_len`` rows.
         ``image_meta_size`` (B, 6) is (original width, original height, width, height, crop left, crop top) in
-        pixels, ``style`` (B,) a row number (default 0); both only reach models that have those conditions.
+        pixels, ``style`` (B,) a row number (default 0); models without those conditions ignore both.
 
         Raises :class:`ValueError` on features of other dimensions, or when a needed size is missing.
         """
@@ -110,7 +110,7 @@ class Trunk(nn.Module):
         mask = torch.cat((bert_mask.bool(), t5_mask.bool()), dim=1)[..., None].to(text.device)  # (B, L, 1)
         text = torch.where(mask, text, self._padding(bert.shape[1], t5.shape[1]).to(text))
 
-        # The pooled vector sees the raw features, the rows of padding included
+        # The pooled vector uses the raw features, padding rows included
         extra = [self.pooler(t5[:, : self.config.t5_len])]
         if self.config.size_cond:
             if image_meta_size is None:
@@ -164,7 +164,7 @@ class Trunk(nn.Module):
         block = self.blocks[index]
         fraction = float(self.gradient_checkpointing)
         if int((index + 1) * fraction) > int(index * fraction) and torch.is_grad_enabled():
-            keep = self.random_blocks  # the generator's state, for nothing where nothing is random
+            keep = self.random_blocks  # the generator's state, a waste if nothing is random
             return checkpoint(
                 block, x, text, vector, rope, skip, options, use_reentrant=False, preserve_rng_state=keep
             )
@@ -172,7 +172,7 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw fresh weights as Tencent/HunyuanDiT does for training from scratch.
+        """Draw new weights as Tencent/HunyuanDiT does for training from scratch.
 
         Values are drawn on the generator's device (default: CPU), so one seed gives one model everywhere.
         """
@@ -188,7 +188,7 @@ class Trunk(nn.Module):
                 if isinstance(layer, nn.Linear):
                     _normal(layer.weight, 0.02, generator)
         for name, parameter in self.named_parameters():
-            # zero modulation: at first the condition shifts no block
+            # zero modulation: at first the condition shifts nothing in the blocks
             if name.endswith(".bias") or ".default_modulation." in name:
                 nn.init.zeros_(parameter)
         _normal(self.text_embedding_padding, 1.0, generator)

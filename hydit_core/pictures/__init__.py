@@ -1,1 +1,1 @@
-"""Pictures that are made: what stands in their files, and the graph that draws them again."""
+"""What is written into pictures' files, and the ComfyUI graph that draws them again."""

@@ -14,13 +14,13 @@ from ..weights.bundle import bundle
 from .workflow import KINDS, Graph, Output
 
 _INNER = ("transformer", "t2i", "controlnet")
-"""Folders that ComfyUI's lists show by the one above them."""
+"""Folders that ComfyUI's lists show under the name of their parent."""
 _BELOW = 740
-"""Height of the second row, below loaders and prompts."""
+"""Top of the second row, below loaders and prompts."""
 _COLUMN = 360
-"""From the left of a node to the next one's. The page draws no texts where a graph is too wide for it."""
+"""From the left of one node to that of the next. The page leaves out texts if a graph is too wide for it."""
 _GAP = 50
-"""Between two nodes of a column: the title of the lower one."""
+"""Between two nodes of a column, for the title of the lower one."""
 
 
 def redraw(
@@ -33,14 +33,15 @@ def redraw(
     loras: Sequence[Path] = (),
     controlnets: Sequence[Path] = (),
 ) -> Graph:
-    """The graph.
+    """The graph of a picture.
 
     Every setting is written out, so that the picture does not depend on presets. Files appear under their
-    names in ComfyUI's lists, a folder's ending in ``/``; they are expected in ComfyUI's folders.
+    names in ComfyUI's lists, folders with a final ``/``; they are expected in ComfyUI's folders.
 
     Args:
         parameters: of the picture, as :func:`~.png.read_parameters` gives them.
-        model, text_encoders, vae: what it was drawn with; None: the embedded model, or inside ``model``.
+        model: what it was drawn with; None for the embedded model.
+        text_encoders, vae: what it was drawn with; None for those in ``model``.
         init_image: the picture that it started from.
         loras, controlnets: the files of ``parameters["loras"]`` and ``["controls"]``, in their order.
     """
@@ -93,16 +94,16 @@ def redraw(
 
 
 def _beneath(kind: str, top: int = 0) -> int:
-    """Where the next node of a column is, below one of this kind."""
+    """The top of the next node in a column, below one of this kind."""
     return top + KINDS[kind].size[1] + _GAP
 
 
 def _adapt(
     graph: Graph, parameters: Mapping[str, Any], files: Sequence[Path], parts: dict[str, Output]
 ) -> int:
-    """Add the LoRAs, one after the other, to what is in ``parts``; gives where the next column is.
+    """Apply the LoRAs, one after the other, to what is in ``parts``; returns the left of the next column.
 
-    Two stand in a column.
+    There are two to a column.
     """
     for number, (file, lora) in enumerate(zip(files, parameters.get("loras", ()), strict=True)):
         top = _beneath("HyDiTLoraLoader") if number % 2 else 0
@@ -128,7 +129,7 @@ def _steer(
     vae: Output,
     left: int,
 ) -> tuple[list[Output], int]:
-    """Add the ControlNets, one after the other; gives both conditionings, and where the next column is."""
+    """Add the ControlNets one after the other; returns both conditionings and the left of the next column."""
     for file, control in zip(files, parameters.get("controls", ()), strict=True):
         loader = {"control_net_name": list_name(file), "weight_dtype": _weight_dtype(parameters)}
         (net,) = graph.add("HyDiTControlNetLoader", (left, 0), widgets=loader)
@@ -161,7 +162,7 @@ def _weight_dtype(parameters: Mapping[str, Any]) -> str:
 def _load(
     graph: Graph, parameters: Mapping[str, Any], model: Path, text_encoders: Path | None, vae: Path | None
 ) -> tuple[dict[str, Output], int]:
-    """Add the loaders; gives MODEL, CLIP and VAE, and where the space below the loaders begins."""
+    """Add the loaders; returns MODEL, CLIP and VAE, and the top of the free space below the loaders."""
     dtype = {"weight_dtype": _weight_dtype(parameters)}
     outputs: dict[str, Output] = {}
     top = 0
@@ -182,7 +183,7 @@ def _load(
     if vae_file:
         add("VAELoader", ["VAE"], vae_name=vae_file)
     elif vae:
-        # ComfyUI's loader opens a VAE's own file only; ours takes it out of a whole model.
+        # ComfyUI's loader opens only a VAE's own file; ours also takes one out of a whole model.
         both = {"CLIP", "VAE"} if text_encoders == vae else {"VAE"}
         add("HyDiTCheckpointLoader", both, ckpt_name=list_name(vae), **dtype)
     if rest := {"MODEL", "CLIP", "VAE"} - outputs.keys():
@@ -191,7 +192,7 @@ def _load(
 
 
 def list_name(path: Path) -> str:
-    """What ComfyUI's lists call a file or folder that lies directly in one of its folders."""
+    """The name in ComfyUI's lists of a file or folder that is directly in one of its folders."""
     path = path.resolve()
     if embedded.ASSETS.resolve() in (path.parent, path.parent.parent):
         return f"[embedded] {path.stem}"
@@ -210,7 +211,7 @@ def _vae_file(path: Path) -> str | None:
 
 
 def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
-    """Load the picture and fit it to ``size`` as :class:`~.data.images.Geometry` does; gives its pixels."""
+    """Load the picture and fit it to ``size`` as :class:`~..images.Geometry` does; returns its pixels."""
     original, alpha = probe(path)
     geometry = Geometry.cover(original, size)
     image, mask = graph.add(
@@ -221,7 +222,7 @@ def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
     )
     top = _BELOW
     if alpha:
-        # Laid on white, as load_picture does.
+        # On a white ground, as load_picture has it.
         width, height = geometry.original
         below = _beneath("LoadImage")
         (white,) = graph.add(
@@ -245,7 +246,7 @@ def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
         {"upscale_method": "lanczos", "width": width, "height": height, "crop": "disabled"},
     )
     if geometry.resized != size:
-        # Not ImageScale's own crop: it cuts before it scales, up to half a pixel of the original off.
+        # Not ImageScale's own crop: it crops before scaling, up to half a pixel of the original off.
         (image,) = graph.add(
             "ImageCrop",
             (_COLUMN, _BELOW),

@@ -1,6 +1,6 @@
 """ComfyUI workflows as JSON: a small graph builder.
 
-ComfyUI has two forms. The *workflow* is what its page opens: nodes with places, sizes and widget values.
+ComfyUI has two forms. The *workflow* is what its page opens: nodes with positions, sizes and widget values.
 The *prompt* is what its server runs: node types, values and links. ComfyUI's own pictures carry both.
 """
 
@@ -14,22 +14,21 @@ from typing import Any, NamedTuple
 from ..version import VERSION
 
 PACK = {"cnr_id": "hydit", "ver": VERSION}
-"""Properties of our nodes: by them the page can offer to install the pack where it is missing."""
+"""Properties of our nodes, by which the page can offer to install the pack if it is missing."""
 CORE = {"cnr_id": "comfy-core", "ver": "0.3.64"}
-"""The same for ComfyUI's own nodes; the oldest version that is supported."""
+"""The same for ComfyUI's own nodes, with the oldest version that is supported."""
 
 _PAGE_ONLY = ("control_after_generate", "upload")
-"""Widgets that the page adds; the server does not know them."""
+"""Widgets that the page adds and the server does not know."""
 _DYNAMIC = ("text", "text_mt5")
-"""Widgets with texts that the page rewrites, see :func:`literal`."""
+"""Widgets whose text the page rewrites, see :func:`literal`."""
 
 
 class Kind(NamedTuple):
-    """What the page must know of a node type: sockets in order as (name, type), and a size in pixels.
+    """What the page has to know about a node type: sockets in order as (name, type), and a size in pixels.
 
-    The size is what the node needs in either look of the page, its picture included: a smaller one grows.
-
-    A widget that is linked is among the sockets too.
+    The size is what the node needs in either look of the page, its picture included; smaller ones grow.
+    A linked widget is also a socket.
     """
 
     inputs: tuple[tuple[str, str], ...]
@@ -110,7 +109,7 @@ class _Node:
 
 @dataclass
 class Graph:
-    """Nodes that are added from left to right, each linked to earlier ones."""
+    """Nodes that are added one after the other, each linked to earlier ones."""
 
     kinds: Mapping[str, Kind] = field(default_factory=lambda: KINDS)
     nodes: list[_Node] = field(default_factory=list)
@@ -127,16 +126,16 @@ class Graph:
         title: str | None = None,
         **properties: Any,
     ) -> list[Output]:
-        """Add a node; gives its outputs.
+        """Add a node; returns its outputs.
 
         Args:
             type: a key of ``kinds``.
-            at: left upper corner on the page.
+            at: upper left corner on the page.
             links: outputs of earlier nodes, by input name.
             widgets: values in the page's order, its own (``control_after_generate``) included.
-            size: instead of the type's usual one.
+            size: instead of the type's usual size.
             title: instead of the type's display name.
-            properties: go into the node's ``properties``.
+            properties: more of the node's ``properties``.
         """
         number = len(self.nodes) + 1
         kind = self.kinds[type]
@@ -218,18 +217,18 @@ class Graph:
 
 
 def literal(text: str) -> str:
-    r"""``text`` as it must stand in a prompt widget for the page to send exactly ``text``.
+    r"""What to write into a prompt widget for the page to send exactly ``text``.
 
-    The page drops C comments and draws from ``{a|b}`` in prompts; ``\`` before one of ``{}|`` protects it.
+    The page removes C comments from prompts and picks one of ``{a|b}``; ``\`` escapes ``{``, ``}`` and ``|``.
     """
 
     def protect(match: re.Match[str]) -> str:
         slashes, special = match.groups()
         odd = len(slashes) % 2
-        if not special:  # the page adds a word to an odd backslash at the end
+        if not special:  # the page would append a word to an odd backslash at the end
             return slashes + " " * odd
-        # Backslashes are read in pairs: the odd one gets a partner, and `special` a choice of its own.
+        # Backslashes are read in pairs: the odd one gets a partner, `special` becomes a choice of its own.
         return f"{slashes}\\{{\\{special}}}" if odd else f"{slashes}\\{special}"
 
     protected = re.sub(r"(\\*)([{}|]|\Z)", protect, text)
-    return re.sub(r"/(?=[/*])", "/{}", protected)  # a choice of nothing
+    return re.sub(r"/(?=[/*])", "/{}", protected)  # a choice between nothing

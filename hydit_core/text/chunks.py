@@ -18,10 +18,10 @@ _SPACELESS = (
 
 
 def split(starts: Sequence[bool], room: int) -> list[tuple[int, int]]:
-    """Cut tokens into ranges of at most ``room``, each as long as it can be.
+    """Cut tokens into ranges of at most ``room``, each as long as possible.
 
-    ``starts[i]`` says that token i begins a word: a range ends before one, unless a single word is longer
-    than ``room``. No tokens are one empty range.
+    ``starts[i]`` says whether token i begins a word: ranges end between words, unless a single word is longer
+    than ``room``. Without tokens there is one empty range.
     """
     ranges = []
     begin = 0

@@ -9,9 +9,9 @@ from ..errors import WeightsError
 from ..untrusted import count_numbered
 from ..weights.source import TensorSource
 
-#: What shapes do not tell of an encoder; these travel in a file's ``hydit.config``.
+#: What an encoder's shapes do not tell; stored in a file's ``hydit.config``.
 BERT_OPTIONS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
-#: Whether BERT's vocabulary is a lower-case one: stands beside BERT_OPTIONS, as in tokenizer_config.json.
+#: Whether BERT's vocabulary is lower-case; kept beside BERT_OPTIONS, named as in tokenizer_config.json.
 LOWERCASE = "do_lower_case"
 T5_OPTIONS = ("relative_attention_max_distance", "feed_forward_proj", "layer_norm_epsilon")
 # An embedding may be padded to a round number of rows: mT5's has 12 more than its tokenizer has pieces.
@@ -21,7 +21,7 @@ _SPARE_ROWS = 128
 def bert_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[str, Any]:
     """BERT's dimensions, under the names of transformers' ``BertConfig``.
 
-    ``options`` holds what shapes do not tell (:data:`BERT_OPTIONS`). Without it, heads are 64 wide, as in
+    ``options`` holds what shapes do not tell (:data:`BERT_OPTIONS`). By default heads are 64 wide, as in
     every published BERT.
 
     Raises:
@@ -49,8 +49,8 @@ def bert_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[st
 def t5_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[str, Any]:
     """The dimensions of mT5's encoder, under the names of transformers' ``MT5Config``.
 
-    ``options`` may hold :data:`T5_OPTIONS`. The relative bias has one column a head, so the heads' width
-    needs no guess.
+    ``options`` may hold :data:`T5_OPTIONS`. The relative bias has one column per head, so the heads'
+    width need not be guessed.
 
     Raises:
         WeightsError: if a tensor that they are read from is missing.
@@ -76,14 +76,14 @@ def t5_dimensions(source: TensorSource, options: Mapping[str, Any]) -> dict[str,
     farthest = values.get("relative_attention_max_distance", buckets)
     if buckets < 4 or farthest <= buckets // 4:
         raise WeightsError(
-            f"mT5's {buckets} relative positions with a largest distance of {farthest}: expected at least 4, "
-            "and a distance above a quarter of them"
+            f"mT5 has {buckets} relative positions and a largest distance of {farthest}: expected at least 4 "
+            "positions, and a distance above a quarter of their number"
         )
     return values
 
 
 def check_vocabulary(encoder: str, tokens: int, rows: int) -> None:
-    """Whether a tokenizer of so many tokens belongs to an embedding of so many rows.
+    """Check that a tokenizer with this number of tokens belongs to an embedding with this number of rows.
 
     Raises:
         WeightsError: if it has more tokens than rows, or far fewer.

@@ -22,7 +22,7 @@ class TextEncoders(nn.Module):
     """BERT and an mT5 encoder with their tokenizers.
 
     Args:
-        bert: without pooling layer.
+        bert: without its pooling layer.
         t5: its last hidden state, after the final norm, is the feature.
         tokenizers: for these encoders.
 
@@ -43,7 +43,7 @@ class TextEncoders(nn.Module):
         self.bert = bert
         self.t5 = t5
         self.tokenizers = tokenizers
-        self.t5.set_input_embeddings(self.t5.shared)  # one table, whatever the loading left behind
+        self.t5.set_input_embeddings(self.t5.shared)  # one table, even if loading made two
 
     @classmethod
     def build(
@@ -57,7 +57,7 @@ class TextEncoders(nn.Module):
         *,
         seed: int = 0,
     ) -> TextEncoders:
-        """Fresh encoders in training mode, initialized as transformers does.
+        """New encoders in training mode, initialized as transformers does.
 
         Args:
             bert_config, t5_config: fields of ``BertConfig`` and ``MT5Config``; the vocabulary sizes default
@@ -79,13 +79,13 @@ class TextEncoders(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """BERT's; mT5's own is ``t5.dtype``."""
+        """BERT's dtype; mT5's is ``t5.dtype``."""
         return self.bert.embeddings.word_embeddings.weight.dtype
 
     def tokenize(self, prompts: str | Sequence[str], prompts_t5: str | Sequence[str] | None = None) -> Tokens:
         """B prompts as token numbers, with a report of lengths and of what was cut (see :class:`Tokens`).
 
-        ``prompts_t5`` gives mT5 other texts than BERT.
+        ``prompts_t5`` are mT5's prompts, if they differ from BERT's.
         """
         return self.tokenizers(prompts, prompts_t5)
 
@@ -119,7 +119,7 @@ class TextEncoders(nn.Module):
         }
 
     def info(self) -> dict[str, dict[str, Any]]:
-        """``bert`` and ``t5`` of :class:`~..config.ModelInfo`: what the encoders' shapes do not tell."""
+        """``bert`` and ``t5`` of :class:`~..facts.ModelInfo`: what the encoders' shapes do not tell."""
         bert = {name: getattr(self.bert.config, name) for name in BERT_OPTIONS}
         return {
             "bert": {**bert, LOWERCASE: self.tokenizers.lowercase},

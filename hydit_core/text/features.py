@@ -1,4 +1,4 @@
-"""What passes between tokenizers, text encoders and the DiT."""
+"""The data types that tokenizers, text encoders and the DiT exchange."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TextFeatures(NamedTuple):
 
     @staticmethod
     def cat(features: Sequence[TextFeatures]) -> TextFeatures:
-        """One batch of several."""
+        """Join several batches into one."""
         return TextFeatures(*(torch.cat(parts) for parts in zip(*features, strict=True)))
 
     def to(self, device: torch.device | str) -> TextFeatures:
@@ -36,7 +36,7 @@ class TextFeatures(NamedTuple):
 
 
 def _moved(tensors: Iterable[Tensor], device: torch.device | str) -> list[Tensor]:
-    """On ``device``; copies to a GPU do not hold up the host, copies from one are complete."""
+    """The tensors on ``device``. Copies to a GPU are asynchronous; copies from one have finished."""
     to_host = torch.device(device).type == "cpu"
     return [tensor.to(device, non_blocking=not to_host) for tensor in tensors]
 
@@ -50,13 +50,13 @@ class TokenReport:
     n_tokens: int
     """Tokens of the whole prompt, begin and end tokens included."""
     limit: int
-    """Tokens that the encoder takes at once, begin and end tokens included."""
+    """The most tokens that the encoder takes at once, begin and end tokens included."""
     cut: str = ""
     """What the encoder does not see; for mT5 in its normalized spelling."""
     unknown: tuple[str, ...] = ()
-    """Pieces of the prompt that the vocabulary does not have: the encoder cannot tell them apart."""
+    """Pieces of the prompt that are not in the vocabulary: the encoder cannot tell them apart."""
     left_out: tuple[str, ...] = ()
-    """What the prompt names and the encoder cannot be given, each with the reason."""
+    """Embeddings that the prompt names but the encoder cannot use, each with the reason."""
     chunks: int = 1
     """How many times the encoder runs on this prompt, each time on at most ``limit`` tokens."""
 
@@ -66,7 +66,7 @@ class TokenReport:
 
     @property
     def length(self) -> str:
-        """Such as "BERT 9 of 77 tokens"."""
+        """For example "BERT 9 of 77 tokens"."""
         if self.chunks == 1:
             return f"{self.encoder} {self.n_tokens} of {self.limit} tokens"
         return f"{self.encoder} {self.n_tokens} tokens in {self.chunks} chunks of {self.limit}"
@@ -129,7 +129,7 @@ class Tokens(NamedTuple):
     t5_mask: Tensor
     """(B, L2) int64"""
     reports: tuple[PromptReport, ...]
-    """one a prompt"""
+    """one per prompt"""
 
     def to(self, device: torch.device | str) -> Tokens:
         bert_ids, bert_mask, t5_ids, t5_mask = _moved(self[:4], device)

@@ -44,12 +44,12 @@ def load_text_encoders(
         path: a diffusers pipeline's folder (``text_encoder/``, ``tokenizer/``, ``text_encoder_2/``,
             ``tokenizer_2/``), Tencent's ``t2i`` folder or the one above it, an all-in-one checkpoint, or what
             was opened there.
-        dtype: of the weights and features; default: each encoder's own in the file.
-        t5_dtype: another one for mT5 (Tencent runs BERT in float32 and mT5 in float16).
+        dtype: of the weights and features; by default each encoder's own in the file.
+        t5_dtype: mT5's, if it is to differ (Tencent runs BERT in float32 and mT5 in float16).
         text_len, t5_len: tokens per prompt, as the DiT expects (``DiTConfig.text_len``, ``.t5_len``).
         t5_pad_id: see :class:`~.tokenizers.Tokenizers`.
         tokenizers: where to find ``vocab.txt`` and ``spiece.model`` instead: one of these files, a folder
-            with them, or a pipeline's folder. Without it: in the checkpoint, then beside it.
+            with them, or a pipeline's folder. By default they are sought in the checkpoint, then beside it.
 
     Raises:
         WeightsError: an encoder or a tokenizer is missing, damaged, or does not fit.
@@ -65,7 +65,7 @@ def load_text_encoders(
     given = () if tokenizers is None else (Path(tokenizers),)
     vocabulary, spiece_model = vocabulary_of(opened, *given), spiece_of(opened, *given)
     lowercase = True if vocabulary.lowercase is None else vocabulary.lowercase
-    lowercase = bool(info.bert.get(LOWERCASE, lowercase))  # lower-case where nothing tells, as Tencent's is
+    lowercase = bool(info.bert.get(LOWERCASE, lowercase))  # lower-case by default, as Tencent's is
     try:
         tokenizer = Tokenizers(
             vocabulary.content,
@@ -100,7 +100,7 @@ def _load_bert(
         model = BertModel(bert_config(source, options), add_pooling_layer=False)
     view = _only(source, "bert", {key: key for key in model.state_dict()})
     assign_weights(model, view, dtype=dtype or compute_dtype(view), device=device)
-    # The buffers are no part of a state dict: they must be made anew outside of the meta device.
+    # Buffers are not in the state dict: they have to be created again, outside the meta device.
     positions = torch.arange(model.config.max_position_embeddings, device=device).expand(1, -1)
     model.embeddings.register_buffer("position_ids", positions, persistent=False)
     model.embeddings.register_buffer("token_type_ids", torch.zeros_like(positions), persistent=False)
@@ -123,10 +123,10 @@ def _load_t5(
 
 
 def _only(source: TensorSource, part: str, names: Mapping[str, str]) -> TensorSource:
-    """The tensors of a model, by its names for them, without what is known to be of no use to it.
+    """The tensors of a model under the names that it uses, without those that are known to be unused.
 
     Raises:
-        WeightsError: there is something else.
+        WeightsError: there are unknown ones.
     """
     check_rest(source, part, set(names.values()))
     return TensorView(source, {new: (Piece(key),) for new, key in names.items() if key in source})

@@ -1,4 +1,4 @@
-"""Where a text encoder's tokenizer is sought: in the encoder's file, then beside it."""
+"""Finding a text encoder's tokenizer: in the encoder's file, then beside it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPIECE_FOLDERS = ("", "tokenizer_2", "mt5", "t2i/mt5", "../tokenizer_2")
 
 
 class Vocabulary(NamedTuple):
-    """BERT's ``vocab.txt``; ``lowercase`` is None where nothing beside it tells."""
+    """BERT's ``vocab.txt``; ``lowercase`` is None if no file beside it says."""
 
     content: bytes
     lowercase: bool | None
@@ -29,10 +29,10 @@ def vocabulary_of(opened: Bundle, *given: Path, default: bytes | None = None) ->
 
     Args:
         given: where to look first: a ``vocab.txt``, its folder, or a model's folder.
-        default: the vocabulary where there is none.
+        default: the vocabulary to use if none is found.
 
     Raises:
-        WeightsError: it is nowhere; names every place that was looked at.
+        WeightsError: it was not found; the error lists every place that was searched.
     """
     found = _vocabulary([place for path in given for place in _given_vocabulary(path)])
     if found is None and opened.bert_vocab is not None:
@@ -45,7 +45,7 @@ def vocabulary_of(opened: Bundle, *given: Path, default: bytes | None = None) ->
         return Vocabulary(default, None)
     places = [*beside, *(folder / "vocab.txt" for folder in folders)]
     raise WeightsError(
-        f"BERT's vocabulary was found neither {_in(given)}in {opened.path} nor beside it (sought as "
+        f"BERT's vocabulary was found neither {_in(given)}in {opened.path} nor beside it (looked for "
         f"{_shown(places, opened.path)}). Put the vocab.txt of HunyuanDiT's BERT tokenizer (t2i/tokenizer/ "
         f"in Tencent's repository, tokenizer/ in the diffusers one) into {_folder(opened.path)}"
     )
@@ -59,7 +59,7 @@ def spiece_of(opened: Bundle, *given: Path, after: Sequence[Path] = ()) -> bytes
         after: folders to look in last.
 
     Raises:
-        WeightsError: it is nowhere; names every place that was looked at.
+        WeightsError: it was not found; the error lists every place that was searched.
     """
     content = _content([place for path in given for place in _given_spiece(path)]) or opened.spiece_model
     places = _beside(opened.path, ("spiece.model", "model"))
@@ -68,7 +68,7 @@ def spiece_of(opened: Bundle, *given: Path, after: Sequence[Path] = ()) -> bytes
     if content := content or _content(places):
         return content
     raise WeightsError(
-        f"mT5's tokenizer was found neither {_in(given)}in {opened.path} nor beside it (sought as "
+        f"mT5's tokenizer was found neither {_in(given)}in {opened.path} nor beside it (looked for "
         f"{_shown(places, opened.path)}). Put the spiece.model of google/mt5-xl (t2i/mt5/ in Tencent's "
         f"repository, tokenizer_2/ in the diffusers one) into {_folder(opened.path)}"
     )
@@ -109,7 +109,7 @@ def _content(places: Sequence[Path]) -> bytes | None:
 
 
 def _lowercase(folder: Path) -> bool | None:
-    """What the tokenizer's own settings say of its vocabulary."""
+    """Whether the tokenizer's own settings say that its vocabulary is lower-case; None if they do not say."""
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return None
@@ -122,7 +122,7 @@ def _in(given: Sequence[Path]) -> str:
 
 
 def _shown(places: Sequence[Path], path: Path) -> str:
-    """The places, those below the encoder's folder by their names in it."""
+    """The places as text; those in the encoder's folder relative to it."""
     folder = _folder(path)
     names = (place.relative_to(folder) if place.is_relative_to(folder) else place for place in places)
     return ", ".join(dict.fromkeys(name.as_posix() for name in names))

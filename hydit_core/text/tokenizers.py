@@ -31,10 +31,10 @@ class Tokenizers:
     """BERT's WordPiece and mT5's sentencepiece tokenizer.
 
     Args:
-        vocab: the content of BERT's ``vocab.txt`` (UTF-8, one token a line).
+        vocab: the content of BERT's ``vocab.txt`` (UTF-8, one token per line).
         spiece_model: the content of mT5's ``spiece.model``.
         text_len, t5_len: tokens per prompt, begin and end tokens included.
-        lowercase: whether BERT's vocabulary is a lower-case one.
+        lowercase: whether BERT's vocabulary is lower-case.
         t5_pad_id: what pads mT5's input. Inference uses 0; Tencent's training used 1, which leaves the valid
             rows alone but changes the padded ones, which the DiT's pooler sees.
 
@@ -72,7 +72,7 @@ class Tokenizers:
         """Rows that mT5's embedding needs."""
 
     def __call__(self, prompts: str | Sequence[str], prompts_t5: str | Sequence[str] | None = None) -> Tokens:
-        """Tokenize B prompts; ``prompts_t5`` gives mT5 other texts than BERT.
+        """Tokenize B prompts; ``prompts_t5`` are mT5's, if they differ from BERT's.
 
         Raises:
             ValueError: the two lists differ in length.
@@ -97,8 +97,8 @@ class Tokenizers:
     def chunks(self, prompt: str, prompt_t5: str | None = None) -> ChunkedTokens:
         """Tokenize one prompt of any length; nothing is cut off.
 
-        Each chunk is as long as it can be without breaking a word. A prompt that fits is one chunk, with the
-        numbers that calling this object gives.
+        Each chunk is as long as possible without breaking a word. A prompt that fits is one chunk, with the
+        same numbers as from calling this object.
         """
         bert, t5 = self._bert_pieces(prompt), self._t5_pieces(prompt if prompt_t5 is None else prompt_t5)
         bert_ranges = split(bert.starts, self.text_len - 2)
@@ -112,9 +112,9 @@ class Tokenizers:
         )
 
     def report(self, bert: Sequence[int | None], t5: Sequence[int | None]) -> PromptReport:
-        """What of a prompt fits that others tokenized, given without begin and end tokens.
+        """How a prompt fits that was tokenized elsewhere, given without begin and end tokens.
 
-        None stands for a vector that is no token (a learned embedding). Unknown pieces are not named.
+        None stands for a vector that is not a token (a learned embedding). Unknown pieces are not named.
         """
         return PromptReport(
             TokenReport("BERT", len(bert) + 2, self.text_len, self._bert_text(bert[self.text_len - 2 :])),
@@ -122,7 +122,7 @@ class Tokenizers:
         )
 
     def bert_ranges(self, ids: Sequence[int | None]) -> list[tuple[int, int]]:
-        """Chunks of a prompt that others tokenized, as :meth:`report` takes it: each a (begin, end)."""
+        """Chunks (begin, end) of a prompt that was tokenized elsewhere, given as to :meth:`report`."""
         names = {i: name for name, i in self.bert_tokens.items()}
         return split([i is None or not names[i].startswith("##") for i in ids], self.text_len - 2)
 
@@ -200,9 +200,9 @@ class _Pieces(NamedTuple):
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for halves of characters (lone surrogates), which no tokenizer reads.
+    """Replace halves of characters (lone surrogates), which no tokenizer reads, with U+FFFD.
 
-    Web pages that cut a text between the halves of an emoji send such.
+    They come from web pages that cut a text in the middle of an emoji.
     """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -245,7 +245,7 @@ def _wordpiece(ids: dict[str, int], lowercase: bool) -> Tokenizer:
 
 
 def _sentencepiece(model: bytes) -> SentencePieceProcessor:
-    # Here, so that ComfyUI's nodes can import this module without it.
+    # Imported here, so that ComfyUI's nodes can import this module without it.
     from sentencepiece import SentencePieceProcessor
 
     try:
