@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS
-from .diffusion.schedule import SPACINGS
 from .errors import ConfigError
-from .facts import SamplingDefaults
+from .facts import SPACINGS, SamplingDefaults
 
 PRESETS: dict[str, SamplingDefaults] = {
     # Tencent/HunyuanDiT's sample_t2i.py: DDPM, 100 steps, guidance 6, its own negative prompt.

@@ -18,10 +18,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..diffusion.samplers import SAMPLERS
-from ..diffusion.schedule import SPACINGS
 from ..dtypes import COMPUTE, short_name
 from ..errors import ConfigError, cli_main, program
-from ..facts import NEGATIVE_PROMPT, SamplingDefaults
+from ..facts import NEGATIVE_PROMPT, SPACINGS, SamplingDefaults
 from ..images import load_picture, parse_size
 from ..new_files import check_name, write_new
 from ..pictures.png import png_info

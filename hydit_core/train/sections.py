@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from ..data.config import DataConfig
 from ..data.section import MAX_COUNT, AnyDtypeName, Section
 from ..diffusion.samplers import SAMPLERS
-from ..diffusion.schedule import SPACINGS
+from ..facts import SPACINGS
 from ..images import MAX_SIDE, MIN_SIDE
 from .model_section import ConfigPath, ModelSection
 
