@@ -29,6 +29,7 @@ from scenes import SIZE, Icons, icon_pool, standard_picture
 from things import Thing, read_things
 from torch import Tensor, nn
 
+from hydit_core.devices import choose_device
 from hydit_core.facts import ModelInfo
 from hydit_core.weights.vae_layout import diffusers_to_ldm
 from hydit_core.weights.writer import save_safetensors
@@ -353,7 +354,7 @@ def main() -> None:
     )
     parser.add_argument("--icons", type=Path, required=True, help="what scenes.py icons wrote")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=100_000, help="at most")
     parser.add_argument("--seconds", type=float, default=0, help="at most; 0: by steps alone")
     parser.add_argument(
@@ -369,7 +370,7 @@ def main() -> None:
     parser.add_argument("--log", type=int, default=50)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(args.device)
+    device = choose_device(args.device)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")

@@ -189,6 +189,23 @@ def test_what_was_just_written_is_kept(tmp_path: Path) -> None:
         assert listing(tmp_path) == [path]
 
 
+def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
+    """Of this release, and under the names of those before."""
+    for name in (f".step_00000001.{os.getppid()}-0123456789abcdef.tmp", ".writing-step_00000001"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_text("half")
+    (tmp_path / ".mine").mkdir()
+    path = write(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ".mine", path]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    (path / "more").touch()
+    assert write(tmp_path, 1) == path and not (path / "more").exists()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_what_is_set_aside_again_gets_a_number(tmp_path: Path) -> None:
     for name in ("", "-2", "-3"):
         back, newer = write(tmp_path, 1), write(tmp_path, 2)
