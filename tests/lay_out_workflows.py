@@ -44,8 +44,9 @@ SIZES = {
     "HyDiTLoraLoader": (211, 296), "HyDiTLoraMerge": (210, 292), "HyDiTLoraSave": (210, 208),
     "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 358),
     "HyDiTTextEncoderLoader": (263, 162), "ImageCompositeMasked": (212, 158), "ImageScale": (210, 146),
-    "ImageScaleBy": (210, 90), "ImageStitch": (210, 150), "InvertMask": (140, 34), "LoadImage": (223, 322),
-    "MarkdownNote": (210, 88), "MaskComposite": (210, 138), "PreviewImage": (140, 256),
+    "ImageScaleBy": (210, 90), "ImageStitch": (210, 150), "ImageToMask": (210, 62), "InvertMask": (140, 34),
+    "LoadImage": (223, 322), "MarkdownNote": (210, 88), "MaskComposite": (210, 138),
+    "MaskToImage": (140, 34), "PreviewImage": (140, 256),
     "PrimitiveInt": (210, 84), "RandomNoise": (210, 84), "SamplerCustomAdvanced": (212, 334),
     "SaveImage": (210, 300), "SetLatentNoiseMask": (188, 54), "SolidMask": (210, 118),
     "VAEDecode": (140, 54), "VAEEncode": (140, 54), "VAELoader": (210, 62),
@@ -360,22 +361,28 @@ LAYOUTS: dict[str, Box] = {
 }  # fmt: skip
 
 
-def laid_out(name: str, workflow: dict[str, Any]) -> dict[str, Any]:
-    """The workflow with every node and group in its place, and this version; nothing else is changed."""
-    sheet, box = Sheet(workflow), LAYOUTS[name]
+def set_places(box: Box, workflow: dict[str, Any]) -> None:
+    """Put every node and group of `workflow` in its place."""
+    sheet = Sheet(workflow)
     box.put(sheet, 0, 0, box.size(sheet)[0])
-    assert sheet.placed.keys() == sheet.types.keys(), (name, sheet.placed.keys() ^ sheet.types.keys())
+    assert sheet.placed.keys() == sheet.types.keys(), sheet.placed.keys() ^ sheet.types.keys()
     for shown in workflow["nodes"]:
         place = sheet.placed[shown["id"]]
         shown["pos"], shown["size"] = [place.left, place.top], [place.width, place.height]
         shown["flags"] = {"collapsed": True} if place.collapsed else {}
-        if shown["type"].startswith("HyDiT"):
-            shown["properties"]["ver"] = VERSION
     workflow["groups"] = [
         {"id": number, "title": title, "bounding": list(frame),
          "color": "#3f789e", "font_size": 24, "flags": {}}
         for number, (title, frame) in enumerate(sheet.groups, 1)
     ]  # fmt: skip
+
+
+def laid_out(name: str, workflow: dict[str, Any]) -> dict[str, Any]:
+    """The workflow with every node and group in its place, and this version; nothing else is changed."""
+    set_places(LAYOUTS[name], workflow)
+    for shown in workflow["nodes"]:
+        if shown["type"].startswith("HyDiT"):
+            shown["properties"]["ver"] = VERSION
     workflow["extra"] = {}
     return workflow
 

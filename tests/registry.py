@@ -32,6 +32,7 @@ NEEDED = (
     "hydit_core/assets/hydit-icons-128.safetensors",
     "locales/zh/nodeDefs.json",
     "nodes/__init__.py",
+    "subgraphs/Text to Image (HunyuanDiT) · 文生图.json",
     "web/docs/HyDiTKSampler/en.md",
     "workflows/hydit_text_to_image_embedded.json",
 )
@@ -90,6 +91,10 @@ def comfy(folder: Path, *command: str) -> str:
     program = Path(sys.executable).with_name("comfy.exe" if os.name == "nt" else "comfy")
     with tempfile.TemporaryDirectory() as home:
         settings = {"HOME": home, "USERPROFILE": home, "DO_NOT_TRACK": "1", "PYTHONUTF8": "1"}
+        # It asks git for the files' names, and leaves out those that git puts in quotes: the Chinese ones.
+        settings |= {
+            "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.quotePath", "GIT_CONFIG_VALUE_0": "false"
+        }
         done = subprocess.run(
             [program, "--skip-prompt", "node", *command],
             cwd=folder, env={**os.environ, **settings}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
