@@ -45,7 +45,7 @@ class Adapter:
     ``t5.encoder.block.0.layer.0.SelfAttention.q`` (transformers').
 
     Attributes:
-        files: the files and folders that it was made from, which no output replaces.
+        files: the files and folders it was made from, which no output may replace.
     """
 
     modules: dict[str, list[Patch]]
@@ -55,7 +55,7 @@ class Adapter:
     files: tuple[Path, ...] = ()
 
     def parts(self) -> set[str]:
-        """The parts it changes: ``dit``, ``bert``, ``t5``."""
+        """The parts it changes, of ``dit``, ``bert`` and ``t5``."""
         return {key.partition(".")[0] for key in self.modules}
 
     def part(self, part: str) -> dict[str, list[Patch]]:
@@ -79,7 +79,7 @@ class Adapter:
                 )
 
     def trigger(self) -> str:
-        """The words that call it up, from the metadata; empty if it says none."""
+        """Its trigger words, from the metadata; empty if there are none."""
         for key in ("hydit.trigger", "modelspec.trigger_phrase"):
             if self.metadata.get(key):
                 return self.metadata[key]
@@ -131,7 +131,7 @@ class Adapter:
         return match
 
     def _check_share(self, match: Match, parts: set[str], base: str) -> None:
-        """Raise where a part that is there lacks too much of what this changes in it."""
+        """Raise if a part of the base lacks too many of the modules that this changes in it."""
         for part in PARTS:
             missing = [key for key in match.unmatched if key.startswith(f"{part}.")]
             addressed = len(missing) + sum(key.startswith(f"{part}.") for key in match.matched)

@@ -1,4 +1,4 @@
-"""One strength for each block of the DiT, over the strength of a LoRA."""
+"""A weight for each block of the DiT, which multiplies the strength of a LoRA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..layer_weights import LayerWeights
 from .scaling import LARGEST
 
-# As in names.py: what has more digits is the number of no block, and sizes nothing.
+# As in names.py: a number with more digits is no block's, and nothing gets its size from it.
 _BLOCK = re.compile(r"dit\.blocks\.(0|[1-9][0-9]{0,3})\.")
 
 
@@ -33,7 +33,7 @@ class BlockWeights:
     def of(self, module: str, depth: int) -> float:
         """The weight of a module such as ``dit.blocks.3.attn1.Wqkv`` in a model of ``depth`` blocks.
 
-        What is in no block (the pooler, the embedders, the text encoders) weighs 1.
+        Modules outside the blocks (the pooler, the embedders, the text encoders) weigh 1.
 
         Raises :class:`ConfigError` when a list has another length than the model has blocks.
         """
@@ -54,7 +54,7 @@ class BlockWeights:
 
 
 def depth_of(names: Iterable[str]) -> int:
-    """How many blocks the DiT has whose modules or tensors are named so (``dit.blocks.39.norm1`` ...)."""
+    """How many blocks a DiT has, from the names of its modules or tensors (``dit.blocks.39.norm1`` ...)."""
     return max((int(match.group(1)) + 1 for name in names if (match := _BLOCK.match(name))), default=0)
 
 
@@ -65,7 +65,7 @@ def check_strength(strength: float, name: str) -> None:
 
 
 def each_weights(block_weights: Any, count: int) -> list[BlockWeights]:
-    """The weights of each of ``count`` LoRAs: from a list of :class:`BlockWeights`, or one for all.
+    """Block weights for each of ``count`` LoRAs: a list with one of each, or the same for all.
 
     Raises :class:`ConfigError` when :meth:`BlockWeights.parse` does.
     """

@@ -59,7 +59,7 @@ class Extracted(NamedTuple):
 
 
 class _Energy:
-    """Adds up what is kept and what there was."""
+    """Adds up the energy that is kept and the total."""
 
     def __init__(self) -> None:
         self.kept = self.total = 0.0
@@ -131,7 +131,7 @@ def combine(
 
 
 def _common(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What all say alike; what one file's weights alone had is dropped."""
+    """What all of them agree on, without what describes the weights of one file."""
     first, *others = metadata
     return {
         key: value
@@ -156,7 +156,7 @@ def _check_independent(module: str, given: Given) -> None:
 
 
 def _by_rows(module: str, given: Given) -> dict[tuple[int, int] | None, Given]:
-    """The patches that add to the same rows together; slices beside a whole one are spread over it."""
+    """The patches grouped by rows. Slices next to a patch of all rows are widened to all rows."""
     whole = next((patch.shape[0] for patch, _, _ in given if patch.rows is None and patch.shape), None)
     groups: dict[tuple[int, int] | None, Given] = {}
     for patch, strength, name in given:

@@ -1,4 +1,4 @@
-"""LoRAs into weights: into a model in memory, or from file to file, one tensor at a time."""
+"""Merges LoRAs into weights: those of a model in memory, or from file to file, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -157,11 +157,11 @@ def _result(name: str, tensor: Tensor, changes: Sequence[Change], dtype: torch.d
 
 
 class MergingSource(TensorSource):
-    """A source of whose tensors some are changed as they are read.
+    """A source that changes some of its tensors as they are read.
 
     Args:
-        changes: by the source's names. The last few results are kept: the layout diffusers asks for each
-            third of a fused projection.
+        changes: by the source's names. The last few results are kept, since the diffusers layout reads each
+            fused projection three times, a third at a time.
     """
 
     def __init__(self, source: TensorSource, changes: Mapping[str, Sequence[Change]]) -> None:

@@ -1,8 +1,8 @@
-"""What LoRA files call a module, and which one of the model it is.
+"""Finds the modules of the model that the names in LoRA files stand for.
 
-Files write the same path with dots, with underscores (kohya) or with all underscores turned into dots
-(Tencent's interface). So a name is looked up with underscores only, in a table of the known modules, behind
-any of the known prefixes. Nothing is guessed from a base model.
+Files spell the same path with dots, with underscores (kohya), or with every underscore turned into a dot
+(Tencent's interface). So known prefixes are stripped, all separators become underscores, and the result is
+looked up in a table of the known modules. Nothing is guessed from a base model.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _PREFIX = re.compile(
     r"(?:(?:base_model|diffusion_model|model|module|transformer|unet|dit|text_encoders|text_encoder|text_encoder_2"
     r"|hydit_clip|mt5xl|bert|t5)\.|(?:lora_unet|lora_transformer|lora_te1|lora_te2|lora_te|lycoris)_)"
 )
-# No model has 10,000 blocks; a number with more digits, or other ones, is none of a block.
+# No model has 10,000 blocks: a longer number, or one with other digits, is not a block's.
 _NUMBER = re.compile(r"^(blocks|encoder_layer|encoder_block)_(0|[1-9][0-9]{0,3})_")
 # Wrappers of modules, and an attention processor of diffusers, with underscores for dots.
 _AROUND = "|".join(name.strip("_") for name in (*sorted(WRAPPERS, key=len, reverse=True), "processor"))
@@ -120,18 +120,18 @@ def _unwrapped(module: str) -> str:
 
 
 def own_name(name: str) -> str:
-    """A file's name of a module without what peft and wrappers put around it."""
+    """A file's name of a module, without what PEFT and wrappers put around it."""
     return _unwrapped(name).removeprefix("base_model.model.")
 
 
 def part_of(name: str) -> str:
-    """Which part a module is meant for whose name is not known: the DiT, unless a prefix says another."""
+    """The part that an unknown module is meant for: the DiT, unless its prefix names another."""
     name = own_name(name)
     return next((part for part, prefixes in _PARTS.items() if name.startswith(prefixes)), "dit")
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
-    """Whether module names are of diffusers' layout: some are known there alone."""
+    """Whether module names follow diffusers' layout: at least one exists only there."""
     return any(short in _DIFFUSERS and short not in _TENCENT for short, _ in map(_split, names))
 
 
@@ -143,7 +143,7 @@ def locate(name: str, *, diffusers: bool = False) -> Place | None:
 
 
 def fused_count(module: str) -> int:
-    """How many layers diffusers makes of a module: 3 for Wqkv, 2 for kv_proj, else 1."""
+    """How many layers diffusers splits a module into: 3 for Wqkv, 2 for kv_proj, else 1."""
     name = re.sub(r"^dit\.blocks\.\d+\.", "blocks.{n}.", module)
     return next((len(rule.diffusers) for rule in RULES if rule.tencent == name), 1)
 

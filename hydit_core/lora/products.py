@@ -1,4 +1,4 @@
-"""Norms of products from their factors: a small file can stand for a product that fits no memory."""
+"""Norms of products, from their factors: a small file may stand for a product too large for any memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CHUNK = 2**20
 
 
 def product_norm(up: Tensor, down: Tensor) -> float:
-    """The Frobenius norm of ``up @ down``, (m, r) and (r, n), with no more numbers than the factors have."""
+    """The Frobenius norm of ``up @ down``, (m, r) and (r, n), in no more memory than the factors need."""
     up, down = up.double(), down.double()
     rank = up.shape[1]
     if up.shape[0] * down.shape[1] <= rank * rank:
@@ -23,8 +23,8 @@ def product_norm(up: Tensor, down: Tensor) -> float:
 def hadamard_norm(up1: Tensor, down1: Tensor, up2: Tensor, down2: Tensor) -> float:
     """The Frobenius norm of ``(up1 @ down1) * (up2 @ down2)``, in pieces of bounded size.
 
-    That is a product itself, of rank r1 r2: its factors are all products of a column of ``up1`` with one of
-    ``up2``, and of rows of ``down1`` and ``down2``. Of both ways, the one with less arithmetic is taken.
+    This is itself a product, of rank r1 r2: its factors are all products of a column of ``up1`` with one of
+    ``up2``, and of a row of ``down1`` with one of ``down2``. Whichever way takes less arithmetic is used.
     """
     rows, columns = up1.shape[0], down1.shape[1]
     ranks, rank = up1.shape[1] + up2.shape[1], up1.shape[1] * up2.shape[1]
@@ -53,5 +53,5 @@ def _pieces(rows: int, columns: int) -> Iterator[slice]:
 
 
 def _root(terms: Tensor) -> float:
-    """The root of a sum that rounding may have left below 0."""
+    """The square root of a sum that rounding may have taken below 0."""
     return math.sqrt(max(float(terms.sum()), 0.0))

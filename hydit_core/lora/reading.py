@@ -1,4 +1,4 @@
-"""Reading LoRA files of every layout into :class:`~.adapter.Adapter`."""
+"""Reads LoRA files of every layout into an :class:`~.adapter.Adapter`."""
 
 from __future__ import annotations
 
@@ -156,9 +156,9 @@ def _on_rows(patch: Patch, index: int) -> Patch:
 
 
 def _group(source: TensorSource, whole: bool = False) -> dict[str, _Module]:
-    """The file's tensors by module; empty if it has none that a LoRA has.
+    """The file's tensors by module; empty if none of them belongs to a LoRA.
 
-    ``whole``: peft says that there are weights and biases too, which take the base's place.
+    ``whole``: PEFT's configuration announces weights and biases that replace the base's.
     """
     for key in source:
         if len(key) > _LONGEST_NAME:
@@ -191,7 +191,7 @@ def _group(source: TensorSource, whole: bool = False) -> dict[str, _Module]:
 
 
 def _checked(source: TensorSource, key: str, role: _Role) -> Tensor:
-    """A tensor of a form that its role can have, by its header."""
+    """A tensor, after checking by its header that its shape and dtype suit its role."""
     shape, dtype = source.shape(key), source.dtype(key)
     count, is_alpha = math.prod(shape), role is _ALPHA
     # Differences and the lengths in a DoRA may be vectors; alphas need not be floating-point numbers.
@@ -281,7 +281,7 @@ def _of_kind(roles: Mapping[_Role, Tensor], name: str, source: TensorSource) -> 
 
 
 def _dora(patch: Patch, magnitude: Tensor | None, peft_magnitude: Tensor | None, where: str) -> DoRA:
-    """PEFT's magnitudes are those of rows; the shape of others tells."""
+    """The patch as a DoRA. PEFT's magnitudes are of rows; of others the shape says which they are."""
     lengths, by_rows = (peft_magnitude, True) if magnitude is None else (magnitude, False)
     assert lengths is not None
     if patch.shape is None:

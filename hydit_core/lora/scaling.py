@@ -1,4 +1,4 @@
-"""How strong a LoRA is: what PEFT's configuration, alphas and metadata say of it."""
+"""The scale of a LoRA: from its alphas, from PEFT's configuration or from the file's metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PEFT_CONFIG = "adapter_config.json"
 LARGEST = 1e18
 """Of a scale, and of a strength: their product is still a float32."""
 _TYPES = ("LORA", "LOHA", "LOKR")
-# What changes more than the tensors beside it say, so that these alone would give another picture.
+# Options with effects that the tensors alone do not show: without them, pictures would come out different.
 _REFUSED = {
     "fan_in_fan_out": "transposed layers, which HunyuanDiT does not have",
     "layer_replication": "layers that are repeated, which is another model",
@@ -31,12 +31,12 @@ _LITERAL = re.compile(r"(\^?)((?:[A-Za-z0-9_.-]|\\[^A-Za-z0-9\s])*)\$?", re.ASCI
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What PEFT's ``adapter_config.json`` says of the strength.
+    """What PEFT's ``adapter_config.json`` says about the scale.
 
     Attributes:
-        rank, alpha: of the modules that no pattern names; None where it is not said.
-        ranks, alphas: those of others, by name or end of a name.
-        whole: weights or biases stand beside the factors that take the base's place.
+        rank, alpha: of modules that no pattern names; None if not given.
+        ranks, alphas: of the other modules, by name or end of a name.
+        whole: besides the factors there are weights or biases that replace the base's.
     """
 
     rank: float | None = None
@@ -52,13 +52,13 @@ class PeftConfig:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def without_factors(self, module: str) -> float:
-        """The scale of a Kronecker product of whole matrices: peft goes by the rank that it was given."""
+        """The scale of a Kronecker product of two whole matrices: PEFT uses the configured rank."""
         rank = _matching(self.ranks, module, 1.0 if self.rank is None else self.rank)
         return _matching(self.alphas, module, rank if self.alpha is None else self.alpha) / rank
 
 
 def _matching(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """Of the first name that is the module's or, without ``^``, its end from a dot on."""
+    """The value of the first name that is the module's or, without ``^``, its end after a dot."""
     for name, value in patterns.items():
         if module == name.removeprefix("^") or module.endswith(f".{name}"):
             return value
@@ -66,10 +66,10 @@ def _matching(patterns: Mapping[str, float], module: str, default: float) -> flo
 
 
 def read_peft_config(path: Path) -> PeftConfig | None:
-    """The configuration in PEFT's folder, or beside a file; None if there is none.
+    """The configuration in a PEFT folder, or next to a file; None if there is none.
 
     Raises:
-        LoraError: if it is damaged, or of something that the tensors beside it alone do not tell.
+        LoraError: if it is damaged, or asks for something that the tensors alone do not show.
     """
     file = (path if path.is_dir() else path.parent) / PEFT_CONFIG
     if not file.is_file():
@@ -109,7 +109,7 @@ def _number(file: Path, values: Mapping[str, Any], name: str, above: float = -ma
 
 
 def _patterns(file: Path, config: Mapping[str, Any], key: str, above: float = -math.inf) -> dict[str, float]:
-    """Names with their numbers. peft takes them for regular expressions; a file's are never run."""
+    """Names with their numbers. To PEFT they are regular expressions; those of a file are never run."""
     given = config.get(key)
     if given is None:
         return {}

@@ -1,4 +1,4 @@
-"""What a LoRA file is, as text and as a picture."""
+"""Describes a LoRA, as text and as a picture."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def base_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
 
 
 def fitting(adapter: Adapter) -> tuple[str, Match] | None:
-    """The known DiT that it fits, the one that comes with hydit or a published one, and how."""
+    """The known DiT that it fits, the embedded or a published one, and how well."""
     best = _fitting(adapter)
     return best and best[:2]
 
 
 def known_depth(adapter: Adapter) -> int | None:
-    """How many blocks the known DiT has that it fits; None if it fits none."""
+    """The number of blocks of the known DiT that it fits; None if it fits none."""
     best = _fitting(adapter)
     return best and depth_of(best[2])
 
@@ -102,7 +102,7 @@ def _published(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def describe(adapter: Adapter, base: str | os.PathLike[str] | None = None) -> str:
-    """Everything that a user may want to know about a LoRA, as lines of text.
+    """Everything a user may want to know about a LoRA, as lines of text.
 
     Args:
         base: a checkpoint to compare with; default: the models that are known.
@@ -170,7 +170,7 @@ def _short(value: float) -> float:
 
 
 def _tags(metadata: Mapping[str, str]) -> str:
-    """The words that were most often in the captions, of files by kohya's trainer."""
+    """The most frequent words of the captions, in files from kohya's trainer."""
     try:
         sets = parse_json(metadata.get("ss_tag_frequency", "{}"), "ss_tag_frequency", error=LoraError)
         counts: Counter[str] = Counter()
@@ -203,7 +203,7 @@ def plot(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """Draw the norms as a picture: a row for each kind of module, a column for each block.
 
     Raises:
-        LoraError: if the name is no picture's.
+        LoraError: if the name does not have the suffix of a picture.
         WeightsError: if it cannot be written.
     """
     from PIL import Image, ImageDraw

@@ -1,4 +1,4 @@
-"""Strengths and block weights worked into a LoRA, where no model is at hand."""
+"""Works strengths and block weights into a LoRA itself, for when there is no model to apply it to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMBINED_KEY = "hydit.combined"
 
 
 def weighted(adapter: Adapter, strength: float, weights: BlockWeights, depth: int | None = None) -> Adapter:
-    """A LoRA that does at strength 1 what this one does with a strength and block weights.
+    """A LoRA that has the same effect at strength 1 as this one with a strength and block weights.
 
     Args:
         depth: see :func:`factors`.
@@ -65,7 +65,7 @@ def factors(
 
 
 def told_depth(adapter: Adapter, weights: BlockWeights) -> int | None:
-    """How many blocks there are to weight, as far as the weights and the LoRA tell; None if they do not."""
+    """The number of blocks to weight, if the weights and the LoRA tell; None if they don't."""
     blocks = depth_of(adapter.modules)
     if blocks and weights.weights.values:
         return len(weights.weights.values)
@@ -75,7 +75,7 @@ def told_depth(adapter: Adapter, weights: BlockWeights) -> int | None:
 
 
 def recipe_entry(adapter: Adapter, strength: float, weights: BlockWeights) -> dict[str, Any]:
-    """What the metadata of a combined LoRA say about one that went in."""
+    """What a combined LoRA's metadata say about one of the LoRAs it was made of."""
     entry = {"lora": adapter.name, "strength": strength}
     if weights != BlockWeights():
         entry["block_weights"] = str(weights)

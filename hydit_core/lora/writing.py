@@ -1,4 +1,4 @@
-"""Writing adapters as PEFT's folder, as kohya's file and as ComfyUI's."""
+"""Writes adapters: as a PEFT folder, or as one file for kohya's trainer or for ComfyUI."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def write(
     Args:
         path: the file to write or, for ``peft``, the folder, new or empty.
         dtype: of matrices; default: as they are. Alphas are always exact.
-        metadata: goes over the adapter's own.
-        overwrite: an existing file may be replaced, if the adapter was not made from it.
+        metadata: takes precedence over the adapter's own.
+        overwrite: replace an existing file, unless the adapter was made from it.
 
     Returns:
-        What a user should know about the file, one line each.
+        Notes about the file for the user, one line each.
 
     Raises:
         LoraError: if the format or the dtype cannot hold the adapter.
@@ -157,14 +157,14 @@ def _without_scale(patch: Patch) -> Patch:
 
 
 def _alpha(patch: Patch) -> Tensor:
-    """The number from which a reader gets exactly this scale, in float32 where that holds it."""
+    """The alpha that gives a reader exactly this scale, as float32 if that is precise enough."""
     alpha = exact_alpha(patch)
     single = torch.tensor(alpha, dtype=torch.float32)
     return single if single.item() == alpha else torch.tensor(alpha, dtype=torch.float64)
 
 
 def exact_alpha(patch: Patch) -> float:
-    """alpha such that alpha / rank is the scale to the last bit."""
+    """The alpha for which alpha / rank equals the scale to the last bit."""
     alpha = patch.alpha
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((value for value in near if value / patch.rank == patch.scale), alpha)
