@@ -1,6 +1,7 @@
 """Damage good files of every kind in every way, and see that each command takes it as it should.
 
     python tests/fuzz/fuzz.py --inputs 2000 [--seed 1] [--only TEXT] [--keep FOLDER]
+    python tests/fuzz/fuzz.py --again [--keep FOLDER]      what was kept once more, after a repair
 
 For each input a child is forked from a warm process: a clean exit or one `error:` line, at most 2 seconds
 of CPU and 200 MB beyond what the good file takes, no traceback, no crash, no control characters. What breaks
@@ -35,7 +36,7 @@ from hydit_core.lora.adapter import Adapter  # noqa: E402
 from hydit_core.lora.summary import fitting  # noqa: E402
 
 ROUND = 1000
-WRITERS = ("generate", "weights.__main__", "lora.__main__")
+WRITERS = ("generate.__main__", "weights.__main__", "lora.__main__")
 """What these make is one file or folder, which a refusal must not leave begun."""
 
 
@@ -66,6 +67,19 @@ class Run:
             wrong = child.complaint(outcome, self.good[seed.name])
         if wrong:
             self._record(seed, drawn, damaged, wrong, outcome)
+
+    def try_kept(self, seeds: list[Seed]) -> None:
+        """The damaged files of an earlier run."""
+        lines = (self.keep / "failures.jsonl").read_text("utf-8").splitlines()
+        named = {seed.name: seed for seed in seeds}
+        for kept in map(json.loads, lines):
+            seed = named[kept["seed"]]
+            outcome = self._run(seed, (self.keep / kept["file"]).read_bytes())
+            self.counts["accepted" if outcome.code == 0 else "refused"] += 1
+            if wrong := child.complaint(outcome, self.good[seed.name]):
+                self.counts["wrong"] += 1
+                self.failures[seed.door, kept["file"]] = wrong
+            print(f"{kept['file']}, {seed.name}: {wrong or outcome.text.strip()[-300:]}")
 
     def verdict(self) -> str:
         counts = self.counts
@@ -158,6 +172,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="seeds whose name holds this")
     parser.add_argument("--keep", type=Path, default=HERE.parent / "artifacts" / "fuzz")
+    parser.add_argument("--again", action="store_true", help="the kept files, not new ones")
     args = parser.parse_args()
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
@@ -167,9 +182,14 @@ def main() -> int:
         broken = [complaint for seed in seeds if (complaint := run.try_good(seed))]
         if broken:
             raise SystemExit("\n".join(broken))
-        fuzz(run, seeds, args.inputs, args.seed)
+        if args.again:
+            run.try_kept(seeds)
+        else:
+            fuzz(run, seeds, args.inputs, args.seed)
     total = run.counts["accepted"] + run.counts["refused"]
-    print(f"seed {args.seed}: {total} inputs of {len(seeds)} kinds; {run.verdict()}")
+    print(
+        f"{'kept' if args.again else f'seed {args.seed}'}: {total} inputs of {len(seeds)} kinds; {run.verdict()}"
+    )
     return 1 if run.failures else 0
 
 

@@ -210,7 +210,7 @@ class Seeds:
         folder = self._folder("model")
         shutil.copy(self.model, folder / "model.safetensors")
         self._add(
-            "draw model", folder, "model.safetensors", "generate", *self._draw(model="model.safetensors"),
+            "draw model", folder, "model.safetensors", "generate.__main__", *self._draw(model="model.safetensors"),
             knowing=("header",), weight=6,
         )  # fmt: skip
         folder = self._folder("control")
@@ -221,12 +221,12 @@ class Seeds:
         )
         Image.new("RGB", (64, 64), "gray").save(folder / "hint.png")
         self._add(
-            "draw controlnet", folder, "c.safetensors", "generate",
+            "draw controlnet", folder, "c.safetensors", "generate.__main__",
             *self._draw("--controlnet", "c.safetensors", "--control-image", "hint.png"),
             knowing=("header",), weight=2,
         )  # fmt: skip
         self._add(
-            "draw control picture", folder, "hint.png", "generate",
+            "draw control picture", folder, "hint.png", "generate.__main__",
             *self._draw("--controlnet", "c.safetensors", "--control-image", "hint.png"),
         )  # fmt: skip
 
@@ -285,7 +285,7 @@ class Seeds:
             "clip_text_encoder/model.safetensors": ("header",), "mt5/spiece.model": (),
             "mt5/config.json": ("json",), "mt5/model.safetensors": ("header",),
         }.items():  # fmt: skip
-            self._add(f"draw with {file}", folder, file, "generate", *draw, knowing=knowing)
+            self._add(f"draw with {file}", folder, file, "generate.__main__", *draw, knowing=knowing)
 
     # -- adapters ------------------------------------------------------------------------------------
 
@@ -331,7 +331,9 @@ class Seeds:
         )
         merge = ("merge", str(self.model), given, "-o", "out.safetensors")
         self._add(f"merge {name}", folder, file, "lora.__main__", *merge, knowing=knowing, weight=3)
-        self._add(f"draw {name}", folder, file, "generate", *self._draw("--lora", given), knowing=knowing)
+        self._add(
+            f"draw {name}", folder, file, "generate.__main__", *self._draw("--lora", given), knowing=knowing
+        )
 
     # -- pictures and tables -------------------------------------------------------------------------
 
@@ -349,7 +351,7 @@ class Seeds:
                 picture.save(folder / "data" / "b.png")
                 (folder / "data" / "b.txt").write_text("a green car")
                 self._dry_run(f"train on {kind}", folder, f"data/a.{kind}", "data", ())
-                self._add(f"start from {kind}", folder, f"data/a.{kind}", "generate",
+                self._add(f"start from {kind}", folder, f"data/a.{kind}", "generate.__main__",
                           *self._draw("--strength", "1", "--init-image", f"data/a.{kind}"))  # fmt: skip
         folder = self._folder("parameters")
         facts = {"prompt": "a red apple", "width": 64, "height": 64, "steps": 1, "seed": 1}
@@ -358,7 +360,7 @@ class Seeds:
             "start from a drawn picture",
             folder,
             "p.png",
-            "generate",
+            "generate.__main__",
             *self._draw("--strength", "1", "--init-image", "p.png"),
         )
 
@@ -434,10 +436,15 @@ class Seeds:
             "w.json",
         )
         self._add(
-            "draw with weights", folder, "w.json", "generate", *self._draw(*control), knowing=("json", "text")
+            "draw with weights",
+            folder,
+            "w.json",
+            "generate.__main__",
+            *self._draw(*control),
+            knowing=("json", "text"),
         )
         draw = [x for x in self._draw("--prompts", "prompts.txt") if x not in ("--prompt", "a red apple")]
-        self._add("draw prompts", folder, "prompts.txt", "generate", *draw, knowing=("text",))
+        self._add("draw prompts", folder, "prompts.txt", "generate.__main__", *draw, knowing=("text",))
         folder = self._folder("settings")
         (folder / "data").mkdir()
         Image.new("RGB", (64, 64), "gray").save(folder / "data" / "a.png")
