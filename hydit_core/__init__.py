@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 
-# Module, or module:name there. Found when first asked for: importing hydit_core alone must not import torch.
+# Module, or module:name in it. Imported on first use: importing hydit_core alone must not import torch.
 _HOMES = {
     "PRESETS": "presets",
     "ControlNet": "model.controlnet",

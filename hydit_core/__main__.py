@@ -14,13 +14,13 @@ from .version import VERSION
 COMMANDS = {
     "generate": "draw pictures from prompts",
     "train": "train all weights, a ControlNet or a LoRA",
-    "weights": "look into weights, convert them",
-    "lora": "look into LoRAs, convert, merge, combine and extract them",
+    "weights": "inspect and convert weights",
+    "lora": "inspect, convert, merge, combine and extract LoRAs",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one of the commands, with the arguments that follow its name. Returns, or exits with, its code."""
+    """Run one of the commands with the arguments after its name. Returns, or exits with, its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(_help())
@@ -58,13 +58,13 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "hydit COMMAND --help tells more; hydit --version says what a report needs.",
+            "hydit COMMAND --help says more; hydit --version prints what a bug report needs.",
         ]
     )
 
 
 def _versions() -> str:
-    """hydit's version, and those of what it stands on, from their metadata: importing torch takes seconds."""
+    """The versions of hydit and of what it uses, from their metadata: importing torch takes seconds."""
     found = [f"Python {platform.python_version()}"]
     for name in ("torch", "transformers", "diffusers", "peft"):
         try:

@@ -1,4 +1,4 @@
-"""ControlNets at work: pictures that steer, weights for each layer, and when they act."""
+"""ControlNets in a run: the pictures that they follow, weights for each layer, and when they act."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .weights.source import TensorSource
 
 CONTROL_KEY = "hydit.control"
-"""Metadata key of a ControlNet's file: JSON of how its control pictures are made (``kind``, thresholds)."""
+"""Metadata key of a ControlNet's file: how its control pictures are made, as JSON (``kind``, thresholds)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ControlInput:
     Args:
         net: on any device; moved to the pipeline's.
         image: the control picture itself (edges, depth ...), scaled and cropped to the size that is drawn.
-        weights: of its residuals, see :class:`~.model.layer_weights.LayerWeights`.
+        weights: of its residuals, see :class:`~.layer_weights.LayerWeights`.
         start, end: fractions of the noise schedule between which it acts, 0 (pure noise) to 1 (finished), as
             ComfyUI counts them.
 
@@ -54,7 +54,7 @@ class ControlInput:
 def picture_facts(source: TensorSource) -> dict[str, Any]:
     """How a ControlNet's control pictures are made, if its file says so: ``kind``, canny's ``low``, ``high``.
 
-    Raises :class:`WeightsError` when what it says cannot be meant.
+    Raises :class:`WeightsError` for impossible values.
     """
     text = source.metadata.get(CONTROL_KEY)
     if text is None:
@@ -73,19 +73,19 @@ _SHARED = ("hidden_size", "depth", "in_channels", "patch_size", "text_len", "t5_
 
 
 def check_fit(net: DiTConfig, base: DiTConfig, who: str = "the ControlNet") -> None:
-    """Raise :class:`ConfigError` when a ControlNet's dimensions are not those of the DiT it shall control."""
+    """Raise :class:`ConfigError` unless a ControlNet has the dimensions of the DiT that it is to control."""
     wrong = [
         f"{name} {getattr(net, name)} instead of {getattr(base, name)}"
         for name in _SHARED
         if getattr(net, name) != getattr(base, name)
     ]
     if wrong:
-        raise ConfigError(f"{who} does not fit this HunyuanDiT: {', '.join(wrong)}; both must be of one size")
+        raise ConfigError(f"{who} does not fit this HunyuanDiT: {', '.join(wrong)}; both must have one size")
 
 
 @dataclass(frozen=True)
 class PreparedControl:
-    """A :class:`ControlInput` for one run: hint latents (1, C, h, w), its own context of B rows, weights."""
+    """A :class:`ControlInput` for one run: hint latents (1, C, h, w), its own context (B rows), weights."""
 
     net: ControlNet
     hint: Tensor
@@ -100,13 +100,13 @@ class PreparedControl:
 
 
 class Controls:
-    """The residuals of several ControlNets, added up."""
+    """The sum of several ControlNets' residuals."""
 
     def __init__(self, controls: Sequence[PreparedControl]):
         self.controls = controls
 
     def __call__(self, x: Tensor, t: Tensor) -> list[Tensor] | None:
-        """Residuals for the DiT at x (B, C, h, w) and t (B,), all of one value; None where none acts."""
+        """Residuals for the DiT at x (B, C, h, w) and t (B,), all equal; None if no ControlNet acts then."""
         now = float(t.flatten()[0])
         acting = [control for control in self.controls if control.acts(now)]
         if not acting:
@@ -135,7 +135,7 @@ def prepare(
 ) -> PreparedControl:
     """Encode what a ControlNet needs once: its picture and, with its own projections, the prompt.
 
-    Raises :class:`ConfigError` when it does not fit the DiT, or its weights are of another number.
+    Raises :class:`ConfigError` if it does not fit the DiT, or has the wrong number of weights.
     """
     net = control.net.to(device)
     check_fit(net.config, base)

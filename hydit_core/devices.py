@@ -10,13 +10,13 @@ from .errors import ConfigError
 
 
 def named_device(name: str | torch.device, *, mps: bool = True) -> torch.device:
-    """The device that a name means here; nothing is put on it, and it need not be there.
+    """The device that a name means here. It is not used yet and need not exist.
 
-    "auto" is CUDA, then Apple's MPS (unless ``mps`` is False), then the CPU. Of the processes that torchrun
-    starts, each takes the GPU of its own number for "cuda".
+    "auto" is CUDA, then Apple's MPS (unless ``mps`` is False), then the CPU. In each process that torchrun
+    starts, "cuda" is the GPU with the process's local rank.
 
     Raises:
-        RuntimeError: torch's own, for what is no name of a device.
+        RuntimeError: torch's own, for what does not name a device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ def named_device(name: str | torch.device, *, mps: bool = True) -> torch.device:
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """As :func:`named_device`. Raises :class:`ConfigError` for a device that is not there."""
+    """As :func:`named_device`. Raises :class:`ConfigError` for a device that cannot be used."""
     try:
         chosen = named_device(device)
         torch.empty(0, device=chosen)

@@ -1,4 +1,4 @@
-"""Every name of a dtype: what people type, what is written, what the safetensors format calls it."""
+"""All names of dtypes: those that people type, the one that is written, and the safetensors format's."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ DTYPES: dict[str, torch.dtype] = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-"""The names that are written; :func:`short_name` knows the others."""
+"""The names that are written; :func:`short_name` turns the others into them."""
 
 FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
 COMPUTE = ("auto", "fp32", "fp16", "bf16")
-"""What a network can be computed in."""
+"""The dtypes that a network can be computed in."""
 
 HOST = ("fp32", "fp16", "bf16", "fp8_e4m3fn", "fp8_e5m2")
-"""What ComfyUI keeps weights in, under its names; the ``weight_dtype`` of a loader, beside "default"."""
+"""What ComfyUI can keep weights in, under its names: a loader's ``weight_dtype``, besides "default"."""
 
 STORED = ("fp32", "fp16", "bf16", "fp8")
-"""What commands write weights in."""
+"""The dtypes that commands write weights in."""
 
 _OTHERS = {"fp8_e4m3fn": "fp8"} | {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 
 def short_name(name: str) -> str:
-    """``fp16`` for ``float16`` and so on: how a dtype is written here. Other texts as they are."""
+    """``fp16`` for ``float16`` and so on: how a dtype is written here. Other texts stay as they are."""
     return _OTHERS.get(name, name)
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype of any of its names. Raises :class:`ConfigError` for another text."""
+    """The dtype with this name. Raises :class:`ConfigError` for any other text."""
     try:
         return DTYPES[short_name(name)]
     except KeyError:
@@ -63,14 +63,14 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``fp16`` for ``torch.float16`` and so on; torch's own name for what has no short one."""
+    """``fp16`` for ``torch.float16`` and so on; torch's own name for a dtype without a short one."""
     return short_name(str(dtype).removeprefix("torch."))
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; "auto" is bf16 on a GPU that has it, else fp16, and fp32 on the CPU.
+    """The dtype to compute in; "auto" is bf16 on GPUs that have it, fp16 on others, and fp32 on the CPU.
 
-    Raises :class:`ConfigError` for an unknown name, and for 8-bit floats, which nothing is computed in.
+    Raises :class:`ConfigError` for an unknown name, and for 8-bit floats, which are for storage only.
     """
     if isinstance(dtype, torch.dtype):
         return dtype

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, and how the command lines show them."""
+"""Errors that a user can act on, and how command lines show them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Categories of Unicode that a terminal obeys, or that hide or turn what stands around them.
+# Unicode categories of characters that a terminal obeys, or that hide or reverse the text around them.
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-# Joiners that emoji and some scripts are written with.
+# Joiners that emoji and some scripts need.
 _JOINERS = "\u200c\u200d"
 
 
 def printable(text: str) -> str:
-    """``text`` on one line, with every character escaped that is not to be seen: ESC as ``\\x1b``.
+    """``text`` on one line, with every invisible character escaped: ESC as ``\\x1b``.
 
-    Names and values of files can be anything; on a terminal or in a log they must not do anything.
+    Names and values in files can be anything; on a terminal or in a log they must not have any effect.
     """
     if text.isprintable():
         return text
@@ -37,7 +37,7 @@ def printable(text: str) -> str:
 class HyditError(Exception):
     """Base of every error that says what was found, what was expected and what to do.
 
-    Each argument is one line of the text; what cannot be printed in it is escaped (:func:`printable`).
+    Each argument is one line of the text; unprintable characters are escaped (:func:`printable`).
     """
 
     def __str__(self) -> str:
@@ -45,11 +45,11 @@ class HyditError(Exception):
 
 
 class WeightsError(HyditError):
-    """A weights file that cannot be read, is of another kind, or does not fit."""
+    """A weights file that cannot be read, is of the wrong kind, or does not fit."""
 
 
 class LoraError(HyditError):
-    """A LoRA that cannot be read, is of another model, or does not fit."""
+    """A LoRA that cannot be read, was made for another model, or does not fit."""
 
 
 class ConfigError(HyditError):
@@ -61,7 +61,7 @@ class DataError(HyditError):
 
 
 class PrintableOutput:
-    """A text stream in which nothing but lines, tabs and what ``kept`` names moves the cursor."""
+    """A text stream in which only line breaks, tabs and the characters of ``kept`` move the cursor."""
 
     def __init__(self, stream: Any, kept: str = "") -> None:
         self._stream = stream
@@ -78,7 +78,7 @@ class PrintableOutput:
 
 @contextlib.contextmanager
 def _printable_streams() -> Iterator[None]:
-    """Output that escapes what a terminal would obey, and what stdout's encoding lacks (on Windows)."""
+    """Escape in all output what a terminal would obey, and what stdout's encoding lacks (on Windows)."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     stdout, stderr = sys.stdout, sys.stderr
@@ -92,7 +92,7 @@ def _printable_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unwound_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise SystemExit, unless somebody else handles or ignores them."""
+    """Let SIGTERM and SIGHUP raise SystemExit, unless they are already handled or ignored."""
 
     def end(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
@@ -111,7 +111,7 @@ def _unwound_by_signals() -> Iterator[None]:
 
 
 def program(command: str) -> str:
-    """What the user has typed for one of our commands: ``hydit train``, or ``python -m hydit_core.train``."""
+    """One of our commands as the user typed it: ``hydit train``, or ``python -m hydit_core.train``."""
     front = "hydit " if Path(sys.argv[0]).stem == "hydit" else "python -m hydit_core."
     return front + command
 
@@ -123,10 +123,10 @@ def _shortened(name: str) -> str:
 def cli_main(run: Callable[[], int | None]) -> int:
     """Run a command line; a :class:`HyditError` becomes ``error: ...`` on stderr and exit code 2.
 
-    So does an :class:`OSError` that names a file: a path that the operating system does not take.
+    So does an :class:`OSError` that names a file: a path that the operating system does not accept.
 
-    Whatever it prints on the way, characters that a terminal would obey come out escaped. A signal that ends
-    the process lets it remove its temporary files.
+    In everything that it prints, characters that a terminal would obey are escaped. A signal that ends the
+    process lets it remove its temporary files.
     """
     with _printable_streams(), _unwound_by_signals():
         try:
@@ -134,11 +134,11 @@ def cli_main(run: Callable[[], int | None]) -> int:
         except HyditError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        except BrokenPipeError:  # as in `... | head`: who reads has enough, and Python would flush once more
+        except BrokenPipeError:  # as in `... | head`: the reader has enough, and Python would flush once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
             return 1
         except OSError as error:
-            if error.filename is None:  # of no file that the user named
+            if error.filename is None:  # not about a file that the user named
                 raise
             name = _shortened(str(error.filename))
             print(f"error: {name}: {error.strerror or type(error).__name__}", file=sys.stderr)

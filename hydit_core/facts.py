@@ -1,7 +1,7 @@
-"""What a model's file says of itself, and what it may say: checked when written and when read.
+"""What a model's file says about itself, and which values are possible: checked on writing and on reading.
 
-:class:`ModelInfo` and :class:`DiffusionConfig` check themselves with :data:`RULES`, so that a file, a
-training's ``[model.info]``, a config.json and a node all meet the same ones.
+:class:`ModelInfo` and :class:`DiffusionConfig` check themselves against :data:`RULES`, so that the same rules
+hold for a file, a training's ``[model.info]``, a config.json and a node.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LEAST_SIGNAL = 1e-20
 
 
 class Rule(NamedTuple):
-    """What a value must be: in words, and as a test."""
+    """What a value has to be: in words, and as a test."""
 
     words: str
     test: Callable[[Any], bool]
@@ -105,7 +105,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "do_lower_case": _BOOL,
     },
     "t5": {
-        "num_heads": _HEADS,  # shapes tell it too
+        "num_heads": _HEADS,  # also known from shapes
         "relative_attention_max_distance": whole(2, 1_000_000),
         "feed_forward_proj": one_of(_FEED_FORWARD),
         "layer_norm_epsilon": _EPSILON,
@@ -118,14 +118,14 @@ RULES: dict[str, dict[str, Rule]] = {
         "preview_rgb": Rule("rows of three numbers: R, G, B for each latent channel", _is_rgb),
     },
 }
-"""Section of ``hydit.config`` ("" for what stands in none) -> field -> what it must be."""
+"""Section of ``hydit.config`` ("" for fields outside sections) -> field -> what it must be."""
 SECTIONS = tuple(filter(None, RULES))
 
 
 def check(section: str, values: Mapping[str, Any]) -> None:
-    """Check the fields that are known of one section; others pass (:func:`unknown` names them).
+    """Check the known fields of one section; others pass (:func:`unknown` names them).
 
-    Raises :class:`ConfigError` with every fault found.
+    Raises :class:`ConfigError` that lists every fault.
     """
     rules = RULES[section]
     faults = [
@@ -138,7 +138,7 @@ def check(section: str, values: Mapping[str, Any]) -> None:
 
 
 def check_betas(start: float, end: float, steps: int) -> None:
-    """Raise :class:`ConfigError` unless scaled-linear betas between these rise and leave some signal."""
+    """Raise :class:`ConfigError` unless scaled-linear betas from start to end rise and leave some signal."""
     if start > end:
         raise ConfigError(f"diffusion.beta_start {start:g} is above diffusion.beta_end {end:g}")
     low, high = math.sqrt(start), math.sqrt(end)
@@ -152,7 +152,7 @@ def check_betas(start: float, end: float, steps: int) -> None:
 
 
 def unknown(values: Mapping[str, Any]) -> list[str]:
-    """The dotted names in a ``hydit.config`` that mean nothing here: misspelt, or of a later version."""
+    """The dotted names in a ``hydit.config`` that are unknown here: misspelt, or from a later version."""
     names = [name for name in values if name not in {*RULES[""], *SECTIONS, "format"}]
     for section in SECTIONS:
         inner = values.get(section)
@@ -184,9 +184,9 @@ NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise schedule (scaled linear betas) and what the model predicts; defaults of v1.2.
+    """The noise schedule (scaled linear betas) and what the model predicts; the defaults are v1.2's.
 
-    Raises :class:`ConfigError` for what is no such schedule (:mod:`.facts`).
+    Raises :class:`ConfigError` for values that break the rules of :mod:`.facts`.
     """
 
     num_train_timesteps: int = 1000
@@ -201,7 +201,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """The settings that a model's file recommends; defaults of the published weights."""
+    """The settings that a model's file recommends; the defaults are those of the published weights."""
 
     sampler: str = "ddpm"
     spacing: str = "leading"
@@ -215,14 +215,15 @@ class SamplingDefaults:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a file's shapes do not tell, stored as JSON in its ``hydit.config`` metadata.
+    """What a model's shapes do not tell, stored as JSON in its file's ``hydit.config`` metadata.
 
     ``version`` is "v1.0", "v1.1" or "v1.2"; ``variant`` is "", "ema", "module" or "distill"; ``bert``, ``t5``
     and ``vae`` hold what those parts' shapes do not tell (attention heads, maximum relative distance, norm
     groups, latent scale, preview colors); ``base`` names the weights that training started from;
     ``posterior`` is "sample" or "mode", the kind of the VAE's latents that the DiT was trained on, or "".
 
-    Raises :class:`ConfigError` for values that no model can have (:mod:`.facts`): what exists can be written.
+    Raises :class:`ConfigError` for values that no model can have (:mod:`.facts`), so that any instance can be
+    written.
     """
 
     version: str
@@ -266,14 +267,14 @@ class ModelInfo:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], *, version: str) -> ModelInfo:
-        """Read a safetensors file's metadata; ``version`` (from the shapes) is used where it says nothing.
+        """Read a safetensors file's metadata; ``version`` (from the shapes) is used if it names none.
 
-        Values that are absent are those that were published for the version. Names that are not known, of a
-        later release or misspelt, are warned of and passed over; a release that changes what a known name
-        means raises the format number.
+        Absent values default to those published for the version. Unknown names, from a later release or
+        misspelt, are ignored with a warning; a release that changes what a known name means raises the
+        format number.
 
-        Raises :class:`WeightsError` when the text is no JSON object, is in a newer format than ours, or has
-        a value that cannot be meant.
+        Raises :class:`WeightsError` if the text is not a JSON object, is in a newer format than ours, or has
+        an impossible value.
         """
         text = metadata.get(METADATA_KEY)
         if text is None:
@@ -289,7 +290,7 @@ class ModelInfo:
             )
         if names := unknown(values):
             shown = printable(", ".join(names[:8]))
-            warnings.warn(f"{where}: passed over what is not known here: {shown}", stacklevel=1)
+            warnings.warn(f"{where}: ignored unknown names: {shown}", stacklevel=1)
         try:
             check("", values)
             return _merged(cls.published(values.get("version", version)), values)
@@ -298,7 +299,7 @@ class ModelInfo:
 
 
 def _merged(start: ModelInfo, values: Mapping[str, Any]) -> ModelInfo:
-    """``start`` with those of its fields that ``values`` names."""
+    """``start`` with the fields that ``values`` names replaced."""
     changes: dict[str, Any] = {name: values[name] for name in RULES[""] if name in values}
     for section in SECTIONS:
         inner = values.get(section, {})

@@ -1,4 +1,4 @@
-"""Where the first value that is not finite comes from."""
+"""Finding where the first value that is not finite comes from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPE_ADVICE = (
 
 
 def is_finite(values: Any) -> bool:
-    """False for a tensor with an infinity or NaN in it, or a sequence or mapping with such a tensor."""
+    """False for a tensor that holds an infinity or NaN, and for a sequence or mapping with such a tensor."""
     if isinstance(values, Mapping):
         values = list(values.values())
     if isinstance(values, tuple | list):
@@ -24,13 +24,13 @@ def is_finite(values: Any) -> bool:
 
 
 def why_not_finite(step: int, x: Tensor, network: nn.Module, run: Callable[[], Any], dtype: Any) -> str:
-    """Whose fault it is that a step's denoised latents are not finite, in a sentence with what to do.
+    """One sentence that says why a step's denoised latents are not finite, and what to do about it.
 
     Args:
         step: counted from 1.
         x: the noisy latents that the step began with.
         network: the DiT, which computes in ``dtype``.
-        run: makes the denoised latents again, from ``x``.
+        run: computes the denoised latents from ``x`` again.
     """
     if not is_finite(x):
         origin = "it was given" if step == 1 else "the sampler made"
@@ -39,17 +39,16 @@ def why_not_finite(step: int, x: Tensor, network: nn.Module, run: Callable[[], A
     place = first_overflow(network, run)
     if place is None:
         return (
-            f"step {step}: guidance made values that are not finite out of the DiT's, which are finite; "
-            "lower cfg, or take out what changes guidance (Perp-Neg divides by zero where its prompts are "
-            "equal)"
+            f"step {step}: guidance turned the DiT's values, which are finite, into values that are not; "
+            "lower cfg, or remove what changes guidance (Perp-Neg divides by zero when its prompts are equal)"
         )
     return f"step {step}: the DiT's values are not finite in {dtype}, {place}; {DTYPE_ADVICE}"
 
 
 def first_overflow(network: nn.Module, run: Callable[[], Any]) -> str | None:
-    """Where in ``network`` values first cease to be finite while ``run()`` calls it, in words.
+    """Say where in ``network`` values first cease to be finite while ``run()`` calls it.
 
-    "in its input context", "first in blocks.3.mlp.fc2", "outside its layers"; None if it gives finite values.
+    "in its input context", "first in blocks.3.mlp.fc2", "outside its layers"; None if its output is finite.
     """
     places: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind as RGB, their sizes, and what makes them fit a size: resize, crop and flip."""
+"""Reading pictures of every kind as RGB, their sizes, and fitting them to a size: resize, crop and flip."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Size = tuple[int, int]
 """A picture's (width, height) in pixels."""
 
 SIZE_MULTIPLE = 8
-"""The VAE makes one latent of 8 x 8 pixels, so both sides of every trained size divide by it."""
+"""The VAE turns 8 x 8 pixels into one latent, so both sides of every trained size are multiples of 8."""
 MIN_SIDE = 16
-"""Pixels: one latent by itself is nothing that a VAE could normalize."""
+"""Pixels: a VAE cannot normalize a single latent."""
 MAX_SIDE = 16384
 """Pixels: more than any VAE or attention can take."""
 
@@ -39,11 +39,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What shows a picture upright, by its orientation."""
+"""The transposition that turns a picture upright, by its orientation."""
 _SWAPPING = (5, 6, 7, 8)
 
 _ASPECT = 0.02
-"""How far two aspect ratios may differ and still be one: rounding of a smaller picture's sides."""
+"""How far two aspect ratios may differ and still count as equal: a smaller picture's sides are rounded."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_HEAD = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 _LONGEST_CHUNK = 1 << 24
@@ -54,7 +54,7 @@ CANNY_THRESHOLDS = (100, 200)
 
 
 class Header(NamedTuple):
-    """What a picture file's header tells: ``size`` as :func:`load_picture` would return it."""
+    """What a picture file's header says: ``size`` is that which :func:`load_picture` would return."""
 
     size: Size
     transparent: bool
@@ -63,11 +63,11 @@ class Header(NamedTuple):
 def load_picture(source: Path | bytes, alpha_color: str = "white", *, name: str | None = None) -> Image.Image:
     """Decode a picture file to 8-bit RGB as a viewer would show it.
 
-    The orientation that EXIF or XMP tell is applied; transparency (an alpha channel, or a transparent
-    palette entry or color) is laid on ``alpha_color``; CMYK, grayscale, palette and 16-bit pictures are
-    converted; of an animation the first frame is taken. Embedded color profiles are not applied.
+    The orientation in EXIF or XMP is applied; transparent parts (by an alpha channel, or a transparent
+    palette entry or color) are blended with ``alpha_color``; CMYK, grayscale, palette and 16-bit pictures
+    are converted; of an animation the first frame is taken. Embedded color profiles are not applied.
 
-    ``source`` is a path or the encoded file itself, for which ``name`` appears in errors.
+    ``source`` is a path, or the encoded file itself, which errors then call ``name``.
     Raises :class:`DataError` naming the file if it is missing or cannot be decoded.
     """
     with _decoding(source, name), _file(source) as file, Image.open(file) as opened:
@@ -75,7 +75,7 @@ def load_picture(source: Path | bytes, alpha_color: str = "white", *, name: str 
 
 
 def load_alpha(source: bytes, *, name: str) -> Image.Image | None:
-    """How opaque each pixel of a picture file is, 8-bit gray as a viewer would show it; None: all of it.
+    """How opaque each pixel of a picture file is, as an upright 8-bit gray picture; None if all of it is.
 
     Raises :class:`DataError` as :func:`load_picture` does.
     """
@@ -85,7 +85,7 @@ def load_alpha(source: bytes, *, name: str) -> Image.Image | None:
 
 
 def load_control(source: Path | bytes, *, name: str | None = None) -> Image.Image:
-    """A control picture as RGB: light lines, and what is transparent is the dark ground.
+    """A control picture as RGB: its lines are light, so transparent parts become the dark ground.
 
     Raises :class:`DataError` as :func:`load_picture` does.
     """
@@ -93,10 +93,10 @@ def load_control(source: Path | bytes, *, name: str | None = None) -> Image.Imag
 
 
 def probe(source: Path | bytes, *, name: str | None = None) -> Header:
-    """What a picture file's header tells, without decoding it.
+    """What a picture file's header says, without decoding the picture.
 
-    Raises :class:`DataError` if it is missing or no picture. A file cut off after its header passes:
-    only decoding finds that.
+    Raises :class:`DataError` if it is missing or not a picture. A file cut off after its header passes:
+    only decoding notices that.
     """
     with _decoding(source, name), _head(source) as head, Image.open(head) as opened:
         return Header(_upright_size(opened), _is_transparent(opened))
@@ -126,12 +126,12 @@ def check_size(size: Size) -> Size:
 
 
 def same_shape(size: Size, other: Size) -> bool:
-    """Whether two sizes have the same proportions, but for the rounding of sides."""
+    """Whether two sizes have the same proportions, up to the rounding of sides."""
     return abs(size[0] * other[1] - size[1] * other[0]) <= _ASPECT * size[0] * other[1]
 
 
 def check_shape(what: str, size: Size, picture: Size) -> None:
-    """Raise :class:`DataError` unless ``what`` has the proportions of its picture, at whatever size."""
+    """Raise :class:`DataError` unless ``what`` has the proportions of its picture, whatever its size."""
     if not same_shape(size, picture):
         raise DataError(
             f"{what} is {size[0]}x{size[1]}, its picture {picture[0]}x{picture[1]}: "
@@ -170,21 +170,21 @@ def _reason(error: Exception) -> str:
 
 
 def _file(source: Path | bytes) -> BinaryIO:
-    # Not for Pillow to open: what it opens by name it maps, and mixes up the sides of turned TIFF pictures.
+    # Not opened by Pillow, which maps files that it opens by name and then swaps the sides of rotated TIFFs.
     return io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")
 
 
 @contextlib.contextmanager
 def _head(source: Path | bytes) -> Iterator[BinaryIO]:
-    """The file, or of a PNG all but its pixels, behind which there may be EXIF and XMP: it is not decoded."""
+    """The file; a PNG without its pixels, as EXIF or XMP after them would make Pillow decode them."""
     with _file(source) as file:
         yield png_head(file) or file
 
 
 def png_head(file: BinaryIO) -> BinaryIO | None:
-    """A PNG without its pixels, for Pillow to open: chunks behind them are found without decoding.
+    """A PNG without its pixels, for Pillow to open: chunks after them are found without decoding.
 
-    None, with ``file`` at its start again, for what is no PNG. Chunks of more than 16 MB are left out.
+    None, with ``file`` at its start again, if it is not a PNG. Chunks of more than 16 MB are left out.
     """
     if file.read(len(_PNG_SIGNATURE)) != _PNG_SIGNATURE:
         file.seek(0)
@@ -193,7 +193,7 @@ def png_head(file: BinaryIO) -> BinaryIO | None:
 
 
 def _chunks_of_head(file: BinaryIO) -> Iterator[bytes]:
-    """The chunks of :data:`_PNG_HEAD` that follow in ``file``, up to where it breaks off."""
+    """The chunks of :data:`_PNG_HEAD` that follow in ``file``, up to its end or where it is cut off."""
     behind = False
     while len(start := file.read(8)) == 8:
         length, kind = int.from_bytes(start[:4], "big"), start[4:]
@@ -204,7 +204,7 @@ def _chunks_of_head(file: BinaryIO) -> Iterator[bytes]:
         content, checksum = file.read(length), file.read(4)
         if len(checksum) < 4:
             return
-        # Behind the pixels Pillow does not look at the checksum when it decodes.
+        # Pillow does not check the checksums of chunks after the pixels when it decodes.
         yield _chunk(kind, content) if behind else start + content + checksum
 
 
@@ -214,9 +214,9 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _orientation(opened: Image.Image) -> int:
-    """1 to 8, by EXIF or else XMP. A damaged EXIF block says nothing, as to a viewer."""
+    """1 to 8, from EXIF or else XMP. A damaged EXIF block is ignored, as viewers do."""
     try:
-        # Not the method of PNG pictures, which decodes them.
+        # Not the method of PNG pictures, which would decode them.
         found = Image.Image.getexif(opened).get(_ORIENTATION_TAG, 1)
         return int(found) if found in _TURNS else 1
     except Exception:
@@ -224,18 +224,18 @@ def _orientation(opened: Image.Image) -> int:
 
 
 def _upright_size(opened: Image.Image) -> Size:
-    """The size that :func:`_upright` will give, before anything is decoded."""
+    """The size of what :func:`_upright` will return, before anything is decoded."""
     size = opened.size
     if isinstance(opened, TiffImagePlugin.TiffImageFile):
-        # Newer releases of Pillow have swapped its sides already where the tag (but not where XMP) says so.
+        # Newer releases of Pillow have already swapped the sides if the tag says so, but not if XMP does.
         size = (opened.tag_v2[_WIDTH_TAG], opened.tag_v2[_HEIGHT_TAG])
     return (size[1], size[0]) if _orientation(opened) in _SWAPPING else size
 
 
 def _upright(opened: Image.Image) -> Image.Image:
-    """The decoded picture as it is shown."""
+    """The decoded picture, turned upright."""
     opened.load()
-    # Pillow itself turns TIFF pictures when it decodes them.
+    # Pillow turns TIFF pictures by itself when it decodes them.
     turned = isinstance(opened, TiffImagePlugin.TiffImageFile)
     method = None if turned else _TURNS.get(_orientation(opened))
     return opened.copy() if method is None else opened.transpose(method)
@@ -277,9 +277,9 @@ class Geometry:
 
     @classmethod
     def cover(cls, original: Size, size: Size, *, fraction: float = 0.5, flip: bool = False) -> Geometry:
-        """Scale ``original`` to just cover ``size`` and crop what sticks out of the longer side.
+        """Scale ``original`` to just cover ``size`` and crop what is left over of the longer side.
 
-        ``fraction`` in [0, 1) says where: 0 the left or top, 0.5 the center.
+        ``fraction`` in [0, 1) says which part to keep: 0 the left or top, 0.5 the center.
         """
         scale = max(size[0] / original[0], size[1] / original[1])
         width = max(size[0], round(original[0] * scale))
@@ -312,7 +312,7 @@ def canny(picture: Image.Image, thresholds: tuple[int, int] = CANNY_THRESHOLDS) 
 
 
 def opencv() -> Any:
-    """OpenCV's module; raises :class:`ConfigError` where it is not installed."""
+    """OpenCV's module; raises :class:`ConfigError` if it is not installed."""
     try:
         import cv2
     except ImportError as error:

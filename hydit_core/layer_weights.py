@@ -43,7 +43,7 @@ CURVES: dict[str, tuple[Callable[[float, int], list[float]], float]] = {
     "only-early": (_early, 1.0),
     "only-late": (_late, 1.0),
 }
-"""By name: what makes the weights from a number and how many are wanted, and the number's default.
+"""By name: the function from a number and the count to the weights, and the number's default.
 
 ``uniform(w)`` is w everywhere; ``decay(b)`` is b ** (n - i); ``linear(w)`` rises to w in equal steps,
 ``ease(w)`` along a smooth step; ``only-early(w)`` and ``only-late(w)`` are w in one half and 0 in the other.
@@ -56,7 +56,7 @@ _CURVE = re.compile(r"([a-z-]+)\s*(?:\(\s*([^()\s]+)\s*\))?")
 class LayerWeights:
     """Weights of a ControlNet's residuals; index i is the residual for skip i, after block i.
 
-    A curve (``curve`` and its ``value``) fits every ControlNet, a list (``values``) only one of that length.
+    A curve (``curve`` and its ``value``) fits every ControlNet, a list (``values``) only those with as many.
     """
 
     curve: str = "uniform"
@@ -65,9 +65,9 @@ class LayerWeights:
 
     @classmethod
     def parse(cls, source: str | float | Sequence[float] | LayerWeights) -> LayerWeights:
-        """Read ``"decay"``, ``"decay(0.9)"``, ``"0.5"``, ``"0.1, 0.2, 1"``, a number or numbers.
+        """Read ``"decay"``, ``"decay(0.9)"``, ``"0.5"``, ``"0.1, 0.2, 1"``, a number or a list of numbers.
 
-        Raises :class:`ConfigError` for anything else, and for numbers that are not finite.
+        Raises :class:`ConfigError` for anything else, including numbers that are not finite.
         """
         if isinstance(source, LayerWeights):
             return source
@@ -97,9 +97,9 @@ class LayerWeights:
         return cls("uniform", numbers[0]) if len(numbers) == 1 else cls("", 1.0, numbers)
 
     def resolve(self, count: int) -> list[float]:
-        """The ``count`` weights for a ControlNet with so many residuals.
+        """The weights for a ControlNet with ``count`` residuals.
 
-        Raises :class:`ConfigError` when a list has another length, or a curve leaves the range of numbers.
+        Raises :class:`ConfigError` if a list has another length, or a curve's values overflow.
         """
         if self.curve:
             try:
@@ -121,23 +121,24 @@ class LayerWeights:
 
 
 def split_weight(text: str) -> tuple[Path, float]:
-    """``FILE:0.7`` -> the path and 0.7; a colon that no number follows belongs to the path.
+    """``FILE:0.7`` -> the path and 0.7; without a number after a colon, the whole text and 1.
 
-    Raises :class:`ConfigError` if that is no path, and one without it.
+    Raises :class:`ConfigError` if what follows the colon is not a number, and only what precedes it exists.
     """
     path, colon, number = text.rpartition(":")
     try:
         return (Path(path), float(number)) if colon and path else (Path(text), 1.0)
     except ValueError:
         if Path(path).expanduser().exists() and not Path(text).expanduser().exists():
-            raise ConfigError(f"{text}: {number!r} after the colon is no number, as in {path}:0.8") from None
+            message = f"{text}: {number!r} after the colon is not a number, as in {path}:0.8"
+            raise ConfigError(message) from None
         return Path(text), 1.0
 
 
 def read_each(texts: Sequence[str], option: str, count: int, of: str) -> list[LayerWeights]:
-    """Layer weights for each of ``count`` things: of as many texts, or of one for all; none of no text.
+    """Layer weights for each of ``count`` things, from as many texts or one for all; none without any text.
 
-    Raises :class:`ConfigError` for another number of texts, or what cannot be read; ``of`` names the things.
+    Raises :class:`ConfigError` for other numbers of texts and unreadable ones; ``of`` names the things.
     """
     if len(texts) not in {0, 1, count}:
         raise ConfigError(f"{option} is given {len(texts)} times for {count} {of}: give 1 or {count}")
@@ -146,9 +147,9 @@ def read_each(texts: Sequence[str], option: str, count: int, of: str) -> list[La
 
 
 def read_weights(text: str, option: str) -> LayerWeights:
-    """Layer weights as a command line has them: text, or the name of a JSON file with a list or text.
+    """Layer weights from a command line: a text, or the name of a JSON file with a list or a text.
 
-    Raises :class:`ConfigError` saying what can be written; it names ``option`` for a file.
+    Raises :class:`ConfigError` that says what can be written; for a file it names ``option``.
     """
     if not text.lower().endswith(".json"):
         return LayerWeights.parse(text)
@@ -162,7 +163,7 @@ def read_weights(text: str, option: str) -> LayerWeights:
 
 
 def _shown(value: float) -> str:
-    """The shortest text that means exactly this number."""
+    """The shortest text that stands for exactly this number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, whoever else writes there at that moment.
+"""Files and folders that appear whole or not at all, even if others write there at the same time.
 
-What is being written has a temporary name in the folder where it will stand, which nobody can guess, and so
-put a link in its place. The content reaches the disk before it gets its own name.
+Until it is complete, a file has a temporary name in its final folder. Nobody can guess that name and put a
+link in its place. The content reaches the disk before it gets its final name.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _GRACE_SECONDS = 600
 
 
 class NotReplacedError(PermissionError):
-    """The old content could not be replaced; ``filename`` is where the new one is, complete."""
+    """The old content could not be replaced; the new content is complete, in the file ``filename``."""
 
 
-# -- files that take the place of older ones ----------------------------------------------------------------
+# -- files that may replace older ones ----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As :func:`replacing`, for what a user asked to be written; an existing folder is not replaced.
+    """As :func:`replacing`, for output that a user asked for; an existing folder is not replaced.
 
-    What a killed process left in the same folder is warned of.
+    Warns of what a killed process left in the same folder.
 
     Raises:
-        WeightsError: if the place cannot be written to. The temporary file is gone then, unless it is
+        WeightsError: if the file cannot be written there. The temporary file is removed then, unless it is
             complete and only the old file cannot be replaced.
     """
     path = Path(path)
@@ -74,15 +74,15 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(path)  # a name that cannot be, before hours of work
+            os.lstat(path)  # so that an impossible name fails before hours of work
         yield temporary
         _sync(temporary)
         with _set_aside(path) if folder else contextlib.nullcontext():
             try:
                 os.replace(temporary, path)
             except PermissionError as error:
-                # Windows refuses to replace a file that is open somewhere; hours of training may be in the
-                # new one.
+                # Windows refuses to replace a file that is open somewhere; the new one may hold hours of
+                # training.
                 kept = not folder
                 if not kept:
                     raise
@@ -95,7 +95,7 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _set_aside(folder: Path) -> Iterator[None]:
-    """Move an existing folder out of the way; it comes back if the block fails, else it is deleted."""
+    """Move an existing folder out of the way; it is restored if the block fails, and deleted if not."""
     if not folder.is_dir():
         yield
         return
@@ -111,9 +111,9 @@ def _set_aside(folder: Path) -> Iterator[None]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder, first its name, so that a crash leaves no half of it under that.
+    """Delete a folder, renaming it first, so that a crash leaves no half of it under its name.
 
-    What cannot be deleted stays, and costs nothing but room.
+    What cannot be deleted stays, which costs only disk space.
     """
     dying = folder if _TEMPORARY.fullmatch(folder.name) else temporary_beside(folder)
     with contextlib.suppress(OSError):
@@ -123,7 +123,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long or out of reach
+    if os.path.isdir(path):  # unlike Path.is_dir, never raises: the name may be too long, or out of reach
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
@@ -131,7 +131,7 @@ def _delete(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Force a file, or a folder with all that is in it, onto the disk."""
+    """Flush a file, or a folder with all its content, to the disk."""
     for place in [path, *sorted(path.rglob("*"))] if path.is_dir() else [path]:
         if place.is_dir():
             _sync_folder(place)
@@ -154,14 +154,14 @@ def _sync_folder(path: Path) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A name for what will be ``path``: of this process, in the same folder, and impossible to guess."""
-    # Short: the name itself may be as long as a name can be.
+    """A temporary name for ``path``: in its folder, marked with this process, and impossible to guess."""
+    # Only the start of the name, which may itself be as long as names can be.
     start = path.name[:_KEPT_OF_NAME]
     return path.parent / f".{start}.{os.getpid()}-{secrets.token_hex(8)}.tmp"
 
 
 def unfinished(folder: Path, name: str | None = None) -> list[Path]:
-    """What has a temporary name in a folder (of what would be ``name``), whether its process lives or not."""
+    """What has a temporary name in a folder (for ``name``, if given), whether or not its process lives."""
     found = ((Path(entry.path), _TEMPORARY.fullmatch(entry.name)) for entry in os.scandir(folder))
     start = None if name is None else name[:_KEPT_OF_NAME]
     return sorted(path for path, match in found if match and start in (None, match[1]))
@@ -169,7 +169,7 @@ def unfinished(folder: Path, name: str | None = None) -> list[Path]:
 
 def abandoned(folder: Path) -> list[Path]:
     """Temporary files in a folder whose process has died without removing them."""
-    # A moment's grace: processes of another machine, on a shared disk, cannot be asked.
+    # Recent files are spared: on a shared disk they may be those of a process on another machine.
     return [
         path
         for path in unfinished(folder)
@@ -179,7 +179,7 @@ def abandoned(folder: Path) -> list[Path]:
 
 def _process(path: Path) -> int:
     match = _TEMPORARY.fullmatch(path.name)
-    assert match is not None  # unfinished() asked the same
+    assert match is not None  # unfinished() matched the same pattern
     return int(match[2])
 
 
@@ -194,7 +194,7 @@ def _warn_of_abandoned(folder: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    if os.name == "nt":  # there, asking would end it
+    if os.name == "nt":  # on Windows, os.kill would end the process
         return True
     try:
         os.kill(process, 0)
@@ -205,7 +205,7 @@ def _runs(process: int) -> bool:
     return True
 
 
-# -- files that never replace others ------------------------------------------------------------------------
+# -- new files, which by default replace nothing ------------------------------------------------------------
 
 
 def write_new(
@@ -216,12 +216,12 @@ def write_new(
     overwrite: bool = False,
     keep_same: bool = False,
 ) -> Path:
-    """Write a file, complete or not at all, under ``path``, or where that is taken with a number behind it.
+    """Write a file, complete or not at all, under ``path``, with a number added if that name is taken.
 
     Args:
-        beside: more files of the same name, by suffix (".txt"); the name is taken if one of them is.
+        beside: more files of the same name, by suffix (".txt"); the name is taken if one of theirs is.
         overwrite: replace what is there.
-        keep_same: leave a file that holds the same already, and give its name.
+        keep_same: if a file already has the same content, leave it and return its name.
 
     Returns:
         the path that was written.
@@ -246,19 +246,19 @@ def write_new(
 
 
 def check_name(path: Path) -> None:
-    """Raise :class:`ConfigError` if no file can have this name: it is too long, or out of reach."""
+    """Raise :class:`ConfigError` if no file can have this name: it is too long, or cannot be accessed."""
     try:
         os.lstat(path)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:  # ValueError: a zero character
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot write {path}: {reason}") from error
 
 
 @contextlib.contextmanager
 def _temporaries(path: Path, contents: Iterable[bytes]) -> Iterator[list[Path]]:
-    """The contents, each in a file of its own beside ``path``, on the disk; gone afterwards."""
+    """The contents, each flushed to its own temporary file beside ``path``; removed afterwards."""
     made: list[Path] = []
     try:
         for content in contents:
@@ -273,7 +273,7 @@ def _temporaries(path: Path, contents: Iterable[bytes]) -> Iterator[list[Path]]:
 
 
 def _place(temporaries: list[Path], targets: list[Path], overwrite: bool) -> bool:
-    """Give all temporary files their names, or none where one is taken; say whether it was done."""
+    """Give all temporary files their names, or none if one is taken; returns whether it did."""
     pairs = list(zip(temporaries, targets, strict=True))
     if overwrite:
         for temporary, target in pairs:
@@ -284,7 +284,7 @@ def _place(temporaries: list[Path], targets: list[Path], overwrite: bool) -> boo
     for temporary, target in pairs:
         try:
             if not _link(temporary, target):
-                # The next best: the name is taken first, and filled at once.
+                # The next best: create the name first, and replace it at once.
                 open(target, "xb").close()
                 empty.append((temporary, target))
         except FileExistsError:
@@ -298,7 +298,10 @@ def _place(temporaries: list[Path], targets: list[Path], overwrite: bool) -> boo
 
 
 def _link(temporary: Path, target: Path) -> bool:
-    """Give a file a name that no other has, in one step; False where the file system has no hard links."""
+    """Give a file a new name in one step; False if the file system has no hard links.
+
+    Raises FileExistsError if the name is taken.
+    """
     try:
         os.link(temporary, target)
     except FileExistsError:

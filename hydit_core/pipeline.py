@@ -46,14 +46,14 @@ if TYPE_CHECKING:
     from .vae import VAE
 
 Progress = Callable[[int, int, Tensor], object]
-"""``(step, steps, denoised latents)``, called once a step, ``step`` counting from 1."""
+"""``(step, steps, denoised latents)``, called once per step; ``step`` counts from 1."""
 
 _TRAINED_SIZE = 1024
-"""The original size that Tencent's inference states to models with a size condition."""
+"""The original size that Tencent's inference gives to models with a size condition."""
 
 
 class Picture(NamedTuple):
-    """One result: the picture, and which prompt (by its position) and which seed it came from."""
+    """One result: the picture, with the position of its prompt and its seed."""
 
     image: Image.Image
     prompt: str
@@ -67,7 +67,7 @@ class Pipeline:
     Args:
         dit, text, vae: the three networks, on one device.
         info: what the model's file says about itself: noise schedule and recommended settings.
-        name: of the file or folder, for the records.
+        name: of the file or folder, for the pictures' metadata.
     """
 
     def __init__(self, dit: DiT, text: TextEncoders, vae: VAE, info: ModelInfo, *, name: str = ""):
@@ -90,22 +90,22 @@ class Pipeline:
         *,
         partial: bool = False,
     ) -> Match:
-        """Add a LoRA to the weights of the DiT and of the text encoders, as far as it changes them.
+        """Add a LoRA to the weights of the DiT and the text encoders that it changes.
 
-        Several add up. The opposite strength takes a plain LoRA off again, up to rounding.
+        Several LoRAs add up. Adding a plain LoRA again with the opposite strength removes it, up to rounding.
 
         Args:
-            lora: a file of any common format, a folder of PEFT's, or what was read from one.
-            strength: 1: as it was trained.
-            block_weights: over the strength, one for each block of the DiT: a number, numbers, or a curve as
-                in "decay(0.9)"; what is in no block weighs 1.
-            partial: more than a tenth of it may be for layers that the model does not have.
+            lora: a file in any common format, a PEFT folder, or what was read from one.
+            strength: 1 is as trained.
+            block_weights: factors on the strength for each block of the DiT: a number, numbers, or a curve as
+                in "decay(0.9)"; layers outside the blocks have weight 1.
+            partial: allow more than a tenth of it to be for layers that the model does not have.
 
         Returns:
             Which of its modules the model has.
 
         Raises:
-            LoraError: it cannot be read or does not fit; the model is as it was then.
+            LoraError: it cannot be read or does not fit; the model is then unchanged.
             ConfigError: the block weights do not fit the number of blocks.
         """
         from .lora import merge, reading
@@ -122,7 +122,7 @@ class Pipeline:
     ) -> SamplingDefaults:
         """The model's recommended settings, or a preset's, with those of ``given`` that are not None.
 
-        Another sampler that is chosen without a spacing brings its own (``DEFAULT_SPACING`` of the samplers).
+        A sampler that is given without a spacing brings its own (``DEFAULT_SPACING`` of the samplers).
 
         Raises:
             ConfigError: a value is unknown or out of range; the message lists what is possible.
@@ -163,9 +163,9 @@ class Pipeline:
         callback: Progress | None = None,
         **given: Unpack[SamplingChoices],
     ) -> list[Image.Image]:
-        """Draw pictures of each prompt; what is not given comes from the model's own recommendation.
+        """Draw pictures of each prompt; what is not given is as the model's file recommends.
 
-        Picture i of a prompt is drawn with ``seed + i`` and does not depend on the batch that it is part of.
+        Picture i of a prompt is drawn with ``seed + i``, whatever the batch that it is part of.
 
         Args:
             prompt: one text or several.
@@ -173,13 +173,13 @@ class Pipeline:
             seed, batch, strength, eta: see :class:`~.presets.RunSettings`.
             init_image: start from this picture, scaled and cropped to fit.
             controls: ControlNets with their pictures; their residuals add up.
-            preset: published settings in place of the model's recommendation, see :data:`~.presets.PRESETS`.
+            preset: published settings instead of the recommended ones, see :data:`~.presets.PRESETS`.
             callback: see :data:`Progress`.
             given: ``width``, ``height``, ``steps``, ``cfg``, ``guidance_rescale``, ``sampler``, ``spacing``:
                 see :class:`~.presets.SamplingChoices`.
 
         Returns:
-            Pictures in the order of the prompts, ``batch`` of each. Warns of cut prompts and poor sizes.
+            Pictures in the order of the prompts, ``batch`` for each. Warns of cut prompts and poor sizes.
 
         Raises:
             ConfigError: a setting is out of range.
@@ -203,9 +203,9 @@ class Pipeline:
         callback: Progress | None = None,
         **given: Unpack[RunChoices],
     ) -> Iterator[Picture]:
-        """As :meth:`__call__`, one picture at a time, so that each can be shown before the next is begun.
+        """As :meth:`__call__`, one picture at a time, so that each can be shown before the next is drawn.
 
-        ``given`` are fields of :class:`~.presets.RunSettings`, over those of ``settings``.
+        ``given`` are fields of :class:`~.presets.RunSettings` that replace those of ``settings``.
         """
         run = settings if isinstance(settings, RunSettings) else RunSettings(settings)
         run = replace(run, **given)
@@ -216,7 +216,7 @@ class Pipeline:
         init = None if init_image is None else self._encode_image(init_image, sampling)
         negative = [self._features([sampling.negative])] if sampling.cfg > 1 else []
         for index, prompt in enumerate(prompts):
-            # In the order of the guided batch
+            # In the order of the guided batch: unconditional rows first
             features = TextFeatures.cat([*negative, self._features([prompt])])
             context = self._context(self.dit, features, sampling, run.batch)
             steering = self._controls(controls, features, sampling, run.batch)
@@ -226,7 +226,7 @@ class Pipeline:
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:
-        """What the DiT is told about B prompts and, if it was trained with sizes, about the size."""
+        """The DiT's :class:`Context` for B prompts and, if it was trained with sizes, for the size."""
         return self._context(self.dit, self._features(prompts), settings, 1)
 
     def _features(self, prompts: Sequence[str]) -> TextFeatures:
@@ -239,7 +239,7 @@ class Pipeline:
     def _context(
         self, net: DiT | ControlNet, features: TextFeatures, settings: SamplingDefaults, repeats: int
     ) -> Context:
-        """What a network makes of B texts, each row ``repeats`` times."""
+        """A network's :class:`Context` for B texts, each row ``repeats`` times."""
         bert, bert_mask, t5, t5_mask = features
         size = None
         if net.config.size_cond:
@@ -318,7 +318,7 @@ class Pipeline:
             extra_args=network,
             callback=each_step,
             disable=True,
-            # The generators that drew the start noise go on: step noise is independent of it.
+            # The generators that drew the start noise continue, so that step noise is independent of it.
             noise_sampler=noise_sampler_from(x, generators),
             **({} if run.eta is None else {"eta": run.eta}),
         )
@@ -357,10 +357,10 @@ def load(
         path: an all-in-one checkpoint, a diffusers folder, a folder in Tencent's layout (``t2i/``), or the
             weights of a DiT alone. None: the model that comes with hydit.
         text_encoders, vae: files or folders that hold these; needed where ``path`` does not.
-        dtype: of the computation: "auto", "float32", "float16", "bfloat16", or a torch dtype. "auto" is
-            float32 on the CPU, bfloat16 on a GPU that computes in it, else float16.
+        dtype: to compute in: "auto", "float32", "float16", "bfloat16", or a torch dtype. "auto" is float32 on
+            the CPU, bfloat16 on GPUs that have it, and float16 on others.
         device: "auto" (a GPU if there is one), or a torch device.
-        load_key: which set of weights to take from a ``.pt`` file that holds several: ema, module, distill.
+        load_key: which set of weights to take from a ``.pt`` file with several: ema, module, distill.
 
     Raises:
         WeightsError: a file is missing, damaged, or holds something else.
@@ -391,7 +391,7 @@ def load(
 
 @contextlib.contextmanager
 def _or_say(part: str, *, given: bool) -> Iterator[None]:
-    """Add to an error about a part that was looked for in the model's own place how to name another."""
+    """Complete an error about a part that was looked for beside the model: say how to name another place."""
     try:
         yield
     except WeightsError as error:

@@ -1,4 +1,4 @@
-"""What a run of pictures is asked for: the settings published for each release, and others."""
+"""The settings of a run: those that were published for each release, what was chosen, and checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESETS: dict[str, SamplingDefaults] = {
     "v1.0": SamplingDefaults(steps=100),
     "v1.1": SamplingDefaults(steps=100),
     "v1.2": SamplingDefaults(steps=100),
-    # The distilled checkpoints are advertised with 25 steps.
+    # The distilled checkpoints were published for 25 steps.
     "distilled": SamplingDefaults(steps=25),
     # HunyuanDiTPipeline's defaults: its negative prompt is empty.
     "diffusers": SamplingDefaults(steps=50, cfg=5.0, negative=""),
@@ -24,7 +24,7 @@ PRESETS: dict[str, SamplingDefaults] = {
 
 
 class SamplingChoices(TypedDict, total=False):
-    """Settings that may be chosen over a model's own or a preset's; None chooses nothing.
+    """Settings that override a model's own or a preset's; None leaves those.
 
     ``width`` and ``height`` are pixels, multiples of 8; ``cfg`` is the guidance scale, 1 (off) and up;
     ``guidance_rescale`` is 0 (off) to 1; for ``sampler``, ``spacing`` and ``steps`` see ``SAMPLERS`` and
@@ -41,7 +41,7 @@ class SamplingChoices(TypedDict, total=False):
 
 
 class RunChoices(TypedDict, total=False):
-    """The fields of :class:`RunSettings` beside ``sampling``."""
+    """The fields of :class:`RunSettings` besides ``sampling``."""
 
     seed: int
     batch: int
@@ -51,14 +51,14 @@ class RunChoices(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All that one run of pictures is asked for, but the prompts.
+    """All settings of one run of pictures, except the prompts.
 
     Attributes:
-        sampling: how to sample, at what size, away from what.
-        seed: of the first picture of each prompt; those of the others count up.
-        batch: pictures of each prompt.
-        strength: how far to leave the picture that it starts from, above 0, up to 1.
-        eta: noise of the ddim sampler, 0 to 1; None: its own.
+        sampling: sampler, size, guidance and negative prompt.
+        seed: of the first picture of each prompt; the others' are consecutive.
+        batch: pictures per prompt.
+        strength: how far to depart from the picture that the run starts from, above 0, up to 1.
+        eta: noise of the ddim sampler, 0 to 1; None for the sampler's default.
 
     Raises:
         ConfigError: ``batch`` or ``seed`` is out of range, or another sampler is given an ``eta``.
@@ -86,7 +86,7 @@ class RunSettings:
 def choose_settings(defaults: SamplingDefaults, preset: str | None = None, **given: Any) -> SamplingDefaults:
     """``defaults`` (a model's own), or a preset's settings, with those of ``given`` that are not None.
 
-    Another sampler that is chosen without a spacing brings its own (``DEFAULT_SPACING`` of the samplers).
+    A sampler that is given without a spacing brings its own (``DEFAULT_SPACING`` of the samplers).
     Raises ConfigError for an unknown preset; the values are not checked, see :func:`check_settings`.
     """
     if preset is not None and preset not in PRESETS:
@@ -99,7 +99,7 @@ def choose_settings(defaults: SamplingDefaults, preset: str | None = None, **giv
 
 
 def size_advice(best: SamplingDefaults, width: int, height: int) -> str | None:
-    """What to tell about a picture's size in pixels that is far from the one that the model was made for."""
+    """A warning for a size in pixels that is far from the one that the model was made for, else None."""
     ratio = width * height / (best.width * best.height)
     if 1 / 3 < ratio < 3:
         return None
@@ -110,7 +110,7 @@ def size_advice(best: SamplingDefaults, width: int, height: int) -> str | None:
 
 
 def check_settings(settings: SamplingDefaults, multiple: int) -> None:
-    """Raise ConfigError for a setting that cannot be sampled with."""
+    """Raise ConfigError for a setting that sampling cannot use."""
     if settings.sampler not in SAMPLERS:
         raise ConfigError(f"unknown sampler {settings.sampler!r}: use one of {', '.join(SAMPLERS)}")
     if settings.spacing not in SPACINGS:
@@ -128,7 +128,7 @@ def check_settings(settings: SamplingDefaults, multiple: int) -> None:
 
 
 def check_seed(seed: int, batch: int) -> None:
-    """Raise ConfigError unless ``seed`` and those counted up from it fit the generator's 64 bits."""
+    """Raise ConfigError unless ``seed`` and the ``batch - 1`` seeds after it fit the generator's 64 bits."""
     last = 2**64 - batch
     if not 0 <= seed <= last:
         raise ConfigError(f"seed {seed}: use a number from 0 to {last}")

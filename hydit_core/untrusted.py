@@ -1,9 +1,9 @@
-"""Text that others wrote, read with limits: the one door for JSON and TOML.
+"""Reading text from untrusted files within limits: everything in JSON or TOML goes through here.
 
-Python's own readers follow a file wherever it leads: into a nesting that ends in a RecursionError or in a
-crash of a thread with a small stack, numbers of a million digits, infinities that no schema expects, keys
-that stand twice and mean one thing to us and another to whoever checked the file. Here each of these is one
-error of the caller's class that names the place.
+Python's own readers accept whatever a file contains: nesting that ends in a RecursionError, or in a crash of
+a thread with a small stack; numbers of a million digits; infinities that no schema expects; duplicate keys
+that mean one thing to us and another to whoever checked the file. Here each of these is one error of the
+caller's class that names the file.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _KINDS = {
 
 
 class _Refused(ValueError):
-    """What the JSON means is not accepted, whatever it is for."""
+    """Valid JSON that is refused whatever its purpose."""
 
 
 def read_json(
@@ -77,17 +77,17 @@ def parse_json(
     error: type[HyditError] = WeightsError,
     max_values: int = MAX_VALUES,
 ) -> Any:
-    """The value that ``text`` stands for.
+    """The value of a JSON text.
 
     Args:
         what: names the text in errors: "FILE", or "FILE: metadata 'x'".
-        kind: what the whole must be, usually an object; ``object`` for anything.
+        kind: the type of the value, usually a dictionary; ``object`` for any.
         error: the class of the error.
-        max_values: how many values it may hold, about.
+        max_values: about how many values it may hold.
 
     Raises:
-        error: it is no JSON, no ``kind``, or breaks a limit: depth, digits, values that are not finite, keys
-            that stand twice, halves of surrogate pairs.
+        error: it is not valid JSON, not of type ``kind``, or breaks a limit: depth, digits, values that are
+            not finite, duplicate keys, halves of surrogate pairs.
     """
     text = decode(text, what, error) if isinstance(text, bytes) else text.removeprefix("\ufeff")
     if (depth := _depth(text)) > MAX_DEPTH:
@@ -117,7 +117,7 @@ def read_toml(path: str | os.PathLike[str], *, error: type[HyditError] = ConfigE
 
 
 def parse_toml(text: str, what: str, *, error: type[HyditError] = ConfigError) -> dict[str, Any]:
-    """The table that ``text`` stands for.
+    """The table that a TOML text holds.
 
     Raises:
         error: it is not valid TOML, or breaks a limit: depth, digits, numbers that are not finite or beyond
@@ -146,7 +146,7 @@ def parse_toml(text: str, what: str, *, error: type[HyditError] = ConfigError) -
 
 
 def read_text(path: str | os.PathLike[str], *, error: type[HyditError], max_bytes: int = MAX_BYTES) -> str:
-    """A text file in UTF-8, with or without a byte order mark.
+    """The content of a text file in UTF-8, with or without a byte order mark.
 
     Raises:
         error: it cannot be read, is larger than ``max_bytes``, or is not UTF-8.
@@ -165,7 +165,7 @@ def read_bytes(
     try:
         with Path(path).open("rb") as file:
             content = file.read(max_bytes + 1)
-    except (OSError, ValueError) as problem:  # ValueError: a zero character in the name
+    except (OSError, ValueError) as problem:  # ValueError: a NUL character in the name
         raise error(f"cannot read {path}: {getattr(problem, 'strerror', None) or problem}") from problem
     if len(content) > max_bytes:
         raise error(f"{path} is larger than {max_bytes:,} bytes: too large for what it should be")
@@ -173,10 +173,10 @@ def read_bytes(
 
 
 def decode(content: bytes, what: str, error: type[HyditError]) -> str:
-    """UTF-8 text, with or without a byte order mark.
+    """Decode UTF-8, with or without a byte order mark.
 
     Raises:
-        error: it is not UTF-8; says what else it may be.
+        error: it is not UTF-8; the message says what else it may be.
     """
     try:
         return content.decode("utf-8-sig")
@@ -195,7 +195,7 @@ def decode(content: bytes, what: str, error: type[HyditError]) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a name that stands in a file is one of a file in the same folder, on every system."""
+    """Whether a name that a file contains can only be that of a file in the same folder, on every system."""
     return (
         isinstance(name, str)
         and 0 < len(name.encode(errors="replace")) <= 255
@@ -205,12 +205,12 @@ def is_plain_name(name: object) -> bool:
 
 
 def count_numbered(names: Iterable[str], before: str) -> int:
-    """How many different numbers stand behind ``before`` in these names, counted from 0 without a gap.
+    """How many different numbers, from 0 without a gap, follow ``before`` in these names.
 
-    What a network is built from: nothing is ever sized by a number that stands in a name.
+    Networks are sized by such counts, never by a number in a name.
 
     Raises:
-        WeightsError: a number is left out, or is not written as numbers are.
+        WeightsError: a number is missing, or not written in the usual way.
     """
     start = len(before)
     found = {name[start:].partition(".")[0] for name in names if name.startswith(before)}
@@ -226,7 +226,7 @@ def count_numbered(names: Iterable[str], before: str) -> int:
 
 
 def _depth(text: str) -> int:
-    """How deep brackets stand in brackets, strings left out; the upper bound where that is small enough."""
+    """How deep brackets are nested, strings aside; if it is small enough, an upper bound."""
     if (most := text.count("[") + text.count("{")) <= MAX_DEPTH:
         return most
     brackets = _NO_BRACKET.sub("", _STRING.sub("", text))
@@ -242,7 +242,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _Refused(f"the key {_shown(twice)!r} stands twice in one object")
+        raise _Refused(f"the key {_shown(twice)!r} occurs twice in one object")
     return values
 
 
@@ -260,7 +260,7 @@ def _float(digits: str) -> float:
 
 
 def _constant(name: str) -> float:
-    raise _Refused(f"{name} is no number of JSON")
+    raise _Refused(f"{name} is not a number in JSON")
 
 
 def _shown(text: str) -> str:
@@ -273,11 +273,11 @@ _DECODER = json.JSONDecoder(
 
 
 def _check(value: Any, depth: int = 0) -> None:
-    """Raise for numbers that JSON would not have, and for what is nested too deep."""
+    """Raise for numbers that JSON cannot have, and for nesting that is too deep."""
     if depth > MAX_DEPTH:
         raise _Refused(f"nested too deep; up to {MAX_DEPTH} levels are read")
     if isinstance(value, float) and not math.isfinite(value):
-        raise _Refused(f"{value} is no number that a setting can have")
+        raise _Refused(f"{value} is not a number that a setting can have")
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         raise _Refused("a number does not fit into 64 bits")
     if isinstance(value, dict | list):

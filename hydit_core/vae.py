@@ -1,9 +1,9 @@
 """The autoencoder between pictures and latents, through diffusers' classes.
 
-``AutoencoderKL`` (the SDXL VAE's architecture, of any size) and ``AutoencoderTiny`` (TAESD) behind one face.
-Latents that leave this module are *scaled*: what the diffusion model works on, of about unit variance
-(Rombach et al. 2022, section D.1). Loaded from a diffusers folder, from a file in LDM, TAESD or diffusers
-names, or from an all-in-one checkpoint.
+``AutoencoderKL`` (the SDXL VAE's architecture, of any size) and ``AutoencoderTiny`` (TAESD) have one
+interface. Latents that leave this module are *scaled*, as the diffusion model needs them, to about unit
+variance (Rombach et al. 2022, section D.1). VAEs are loaded from a diffusers folder, from a file with LDM,
+TAESD or diffusers names, or from an all-in-one checkpoint.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class VAE(nn.Module):
     Args:
         model: ``AutoencoderKL`` or ``AutoencoderTiny`` of diffusers.
         scaling_factor, shift_factor: scaled latents are ``(z - shift_factor) * scaling_factor``.
-        preview_rgb: rows of 3 that turn a latent pixel's channels into a color in [-1, 1]: one row a
-            channel, and optionally one more row, added to the sum.
+        preview_rgb: rows of 3 that turn a latent pixel's channels into a color in [-1, 1]: one row per
+            channel, and optionally one more, which is added to the sum.
     """
 
     def __init__(
@@ -114,14 +114,14 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor, *, tile: int | None = None, overlap: int | None = None) -> Tensor:
         """Decode scaled latents.
 
-        A float16 decoder that overflows (the original SDXL VAE does) is turned into float32 and run again; a
-        device without enough memory for the whole picture gets tiles. Both are told by a warning.
+        A float16 decoder that overflows (the original SDXL VAE does) is converted to float32 and run again;
+        without enough memory for the whole picture, it is decoded in tiles. A warning tells of either.
 
         Args:
             latents: (B, C, h, w), scaled.
             tile: side, in latent pixels, of the square pieces to decode one after another; ``None`` decodes
                 the whole picture at once. Norms see one tile only, so tiles change a picture slightly.
-            overlap: latent pixels that neighboring tiles share and blend over; default a quarter of ``tile``.
+            overlap: latent pixels that neighboring tiles share and blend; by default a quarter of ``tile``.
 
         Returns:
             (B, 3, h * downscale, w * downscale) float32, nominally in [-1, 1], not clamped.
@@ -139,7 +139,7 @@ class VAE(nn.Module):
             if tile is not None:
                 raise
         if images is None:
-            # Outside of the except block: the error's traceback keeps the failed attempt's tensors alive.
+            # Outside the except block: the error's traceback keeps the failed attempt's tensors alive.
             warnings.warn("not enough memory to decode the whole picture: decoding in tiles", stacklevel=2)
             tile = _FALLBACK_TILE
             images = self._decode(z, tile, overlap)
@@ -152,7 +152,7 @@ class VAE(nn.Module):
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """The weights under the names of an all-in-one checkpoint (LDM or TAESD), without its prefix.
 
-        A TAESD's scale and shift are among them; those of a KL autoencoder belong into the metadata.
+        A TAESD's scale and shift are among them; those of a KL autoencoder belong in the metadata.
         """
         state = self.model.state_dict()
         if not self.is_tiny:
@@ -226,11 +226,11 @@ def load_vae(
             ``first_stage_model.`` or none; other tensors in the file are ignored), what was opened there, or
             an open mapping from such names to tensors.
         dtype, device: of the loaded weights.
-        info: what the checkpoint's metadata says; read from the file when not given. Its ``vae`` entry may
+        info: what the checkpoint's metadata says; by default read from the file. Its ``vae`` entry may
             hold ``norm_num_groups``, ``scaling_factor``, ``shift_factor`` and ``preview_rgb``.
 
     Raises:
-        WeightsError: there is no VAE, or it does not fit the architecture that its names announce.
+        WeightsError: there is no VAE, or it does not fit the architecture that its names belong to.
     """
     if isinstance(path_or_source, (str, os.PathLike, Bundle)):
         opened = bundle(path_or_source, only=("vae",))

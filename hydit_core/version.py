@@ -1,4 +1,4 @@
-"""The version of hydit, which ``pyproject.toml`` alone states: ComfyUI's manager reads it there."""
+"""The version of hydit. Only ``pyproject.toml`` states it, where ComfyUI's manager reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _STATED = re.compile(r'^name = "hydit"$.*?^version = "([^"]+)"$', re.MULTILINE |
 
 
 def _find() -> str:
-    """Of a folder that was cloned or unpacked, else of the package that was installed."""
+    """From ``pyproject.toml`` in a cloned or unpacked folder, else from the installed package."""
     try:
         stated = _STATED.search((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text("utf-8"))
     except (OSError, UnicodeDecodeError):

@@ -117,7 +117,7 @@ def test_guidance_that_is_not_finite_is_not_the_networks_fault(host, model):
         lambda args: (args["cond"] - args["cond"]) / (args["cond"] - args["cond"]).norm()
     )
     text = message(host, ksampler(host, perp_neg, latent()))
-    assert text.startswith("step 1: guidance made values that are not finite out of the DiT's")
+    assert text.startswith("step 1: guidance turned the DiT's values, which are finite, into values")
     assert "Perp-Neg" in text and "dtype" not in text
     with broken(model, "blocks.2.mlp.fc2.weight"):  # the network first, where it is both
         assert "the DiT's values are not finite" in message(host, ksampler(host, perp_neg, latent()))

@@ -529,7 +529,7 @@ DAMAGED = {
     "nested": (lambda good: (200_004).to_bytes(8, "little") + b'{"x":' + b"[" * 199_999, "header is damaged"),
     "infinite": (
         lambda good: header_of({"x": {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]}}),
-        r"header is damaged \(header: Infinity is no number of JSON\)",
+        r"header is damaged \(header: Infinity is not a number in JSON\)",
     ),
     "list of dtypes": (
         lambda good: header_of({"x": {"dtype": ["F32"], "shape": [0], "data_offsets": [0, 0]}}),

@@ -35,7 +35,7 @@ def test_is_finite_looks_into_what_holds_tensors():
         ("layer", "step 3: the DiT's values are not finite in bfloat16, first in layer; try dtype"),
         ("outside", "step 3: the DiT's values are not finite in bfloat16, outside its layers; try dtype"),
         ("control", "step 3: the DiT's values are not finite in bfloat16, in its input control"),
-        ("guidance", "step 3: guidance made values that are not finite out of the DiT's, which are finite"),
+        ("guidance", "step 3: guidance turned the DiT's values, which are finite, into values that are not"),
         ("sampler", "step 3 begins with latents that are not finite, which the sampler made"),
     ],
 )

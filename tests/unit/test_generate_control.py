@@ -230,7 +230,7 @@ def test_a_colon_may_belong_to_the_path() -> None:
 def test_a_weight_that_is_no_number(tmp_path: Path) -> None:
     file = tmp_path / "net.safetensors"
     file.touch()
-    with pytest.raises(ConfigError, match="'strong' after the colon is no number"):
+    with pytest.raises(ConfigError, match="'strong' after the colon is not a number"):
         split_weight(f"{file}:strong")
     (tmp_path / "net.safetensors:strong").touch()
     assert split_weight(f"{file}:strong") == (tmp_path / "net.safetensors:strong", 1.0)

@@ -122,7 +122,7 @@ HEADERS = {
     "text": (header({"a": entry(0, 4, shape="4")}, 4), "the header entry of a is damaged"),
     "dimensions": (header({"a": entry(0, 1, shape=[1] * 100)}, 1), "the header entry of a is damaged"),
     "huge": (header({"a": entry(0, 0, shape=[2**63, 0])}, 0), "the header entry of a is damaged"),
-    "twice": (header({}, 4).replace(b"{}", b'{"a":1,"a":1}').replace(b"\x02", b"\x0d", 1), "stands twice"),
+    "twice": (header({}, 4).replace(b"{}", b'{"a":1,"a":1}').replace(b"\x02", b"\x0d", 1), "occurs twice"),
     "tar": (b"pytorch_model/" + bytes(243) + b"ustar\x00" + bytes(300), "is a tar archive"),
 }
 

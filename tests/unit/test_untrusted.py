@@ -31,9 +31,9 @@ BAD_JSON = {
     "negative": ('{"a": -' + "1" * 41 + "}", "has 42 digits"),
     "infinite": ('{"a": 1e999}', "x: the number 1e999 is too large"),
     "long fraction": ('{"a": 0.' + "1" * 5000 + "}", r"x: the number 0\.1{38}\.\.\. is too large"),
-    "Infinity": ('{"a": Infinity}', "x: Infinity is no number of JSON"),
-    "NaN": ('{"a": [NaN]}', "x: NaN is no number of JSON"),
-    "twice": ('{"a": {"b": 1, "b": 2}}', "x: the key 'b' stands twice in one object"),
+    "Infinity": ('{"a": Infinity}', "x: Infinity is not a number in JSON"),
+    "NaN": ('{"a": [NaN]}', "x: NaN is not a number in JSON"),
+    "twice": ('{"a": {"b": 1, "b": 2}}', "x: the key 'b' occurs twice in one object"),
     "half a pair": ('{"a": "\\ud800"}', "x: half of a surrogate pair"),
     "half a pair as a key": ('{"\\uDFFF": 1}', "x: half of a surrogate pair"),
     "many values": ("[" + "0," * 1_000_001 + "0]", "x: about 1,000,003 values"),
@@ -96,9 +96,9 @@ BAD_TOML = {
     "dots of a table": ("[" + ".".join("a" * 50_000) + "]", "x: a key of more than 100 parts"),
     "digits": ("a = " + "9" * 100_000, "x: "),
     "beyond 64 bits": ("a = [{b = 99999999999999999999}]", "x: a number does not fit into 64 bits"),
-    "inf": ("a = -inf", "x: -inf is no number that a setting can have"),
-    "nan": ("[a]\nb = [nan]", "x: nan is no number"),
-    "too large": ("a = 1e999", "x: inf is no number"),
+    "inf": ("a = -inf", "x: -inf is not a number that a setting can have"),
+    "nan": ("[a]\nb = [nan]", "x: nan is not a number"),
+    "too large": ("a = 1e999", "x: inf is not a number"),
 }
 
 
