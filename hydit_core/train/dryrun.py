@@ -38,6 +38,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
     yield "Captions"
     for fit in caption_fits(data.captions(), text.tokenizers):
         yield from (f"  {line}" for line in fit.lines())
+    yield from (f"  warning: {line}" for line in objective.warnings(config, data.captions))
 
     everything = objective.shapes(config, dit, text)
     groups = parameter_groups(everything, config.optimizer)

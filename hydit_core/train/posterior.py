@@ -62,7 +62,7 @@ def choose(config: TrainConfig, info: ModelInfo, data: TrainData, vae: VAE) -> C
     which = "wide" if kind == "mode" else "narrow"
     return Choice(
         kind,
-        f"which is {which}: up to {width:.2g} of the latents' spread (channel {channel}; limit {WIDE:g})",
+        f"which is {which}: up to {width:.2g} times the latents' spread (channel {channel}; limit {WIDE:g})",
     )
 
 

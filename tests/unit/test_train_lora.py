@@ -448,7 +448,9 @@ def test_models_with_sizes_train_too(tmp_path: Path) -> None:
 
 def test_a_trigger_that_no_caption_holds_is_told(config: Path, tmp_path: Path, capsys) -> None:
     run_training(config, f"run.output_dir={tmp_path}", "run.steps=1", "lora.trigger=zqx")
-    assert "no caption holds lora.trigger = 'zqx'" in capsys.readouterr().err
+    warning = "warning: no caption holds lora.trigger = 'zqx'"
+    assert warning in capsys.readouterr().err
+    assert f"  {warning}" in "\n".join(describe(load_config(config, ["lora.trigger=zqx"])))
 
 
 @pytest.mark.parametrize(
