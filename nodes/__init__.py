@@ -1,4 +1,4 @@
-"""The nodes, one file a family."""
+"""The nodes, one file per family."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class HyDiTExtension(ComfyExtension):
-    """What ComfyUI asks for the list of nodes."""
+    """The object that ComfyUI asks for the list of nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -70,7 +70,7 @@ class HyDiTControlNetLoader(io.ComfyNode):
 
 
 def _text(opened: Bundle) -> str:
-    """Such as "HunyuanDiT-g/2 v1.2 ControlNet, canny, fp16"."""
+    """For example "HunyuanDiT-g/2 v1.2 ControlNet, canny, fp16"."""
     dtype = opened.controlnet.main_dtype() if opened.controlnet is not None else None
     said = [
         opened.kind.name.removeprefix("a "),
@@ -81,7 +81,7 @@ def _text(opened: Bundle) -> str:
 
 
 def _picture_kind(source: TensorSource) -> str:
-    """What its control pictures are, if the file says so."""
+    """The kind of its control pictures, if the file says so."""
     return str(picture_facts(source).get("kind", ""))
 
 
@@ -113,7 +113,7 @@ class HyDiTLayerWeights(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights: str, layers: int) -> io.NodeOutput:
-        # How many are wanted is known where the ControlNet is
+        # Only the node with the ControlNet knows how many are needed
         return io.NodeOutput(str(LayerWeights.parse(weights)))
 
 

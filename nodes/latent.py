@@ -14,7 +14,7 @@ _SIZE = (
 
 
 class HyDiTEmptyLatent(io.ComfyNode):
-    """Latents of nothing, to be sampled from noise."""
+    """Empty latents, to be sampled from noise."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

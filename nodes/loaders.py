@@ -21,7 +21,7 @@ from .schema import make_schema
 
 _CATEGORY = "HunyuanDiT/loaders"
 _SAME = "same as bert_name"
-# What to do with a file of another kind, in a graph.
+# What to do in a graph with a file of another kind.
 _ADVICE = {
     "dit": "load it with HyDiTDiTLoader",
     "bert": "load it with HyDiTTextEncoderLoader",
@@ -74,7 +74,7 @@ class HyDiTCheckpointLoader(io.ComfyNode):
     @classmethod
     def execute(cls, ckpt_name: str, weight_dtype: str) -> io.NodeOutput:
         opened = bundle(folders.resolve(ckpt_name, *folders.CHECKPOINTS))
-        # Before anything is loaded: what is missing costs no time.
+        # Before anything is loaded, so that a missing part costs no time.
         source, info = _vae_of_whole(opened)
         model = load_model(opened, weight_dtype=weight_dtype)
         clip = load_clip(opened)
@@ -185,7 +185,7 @@ class HyDiTTextEncoderLoader(io.ComfyNode):
 
 
 def dtype_input(what: str) -> io.Combo.Input:
-    """The widget ``weight_dtype`` of a loader; ``what`` it loads."""
+    """The widget ``weight_dtype`` of a loader of ``what``."""
     return io.Combo.Input(
         "weight_dtype",
         options=["default", *HOST],
@@ -196,7 +196,7 @@ def dtype_input(what: str) -> io.Combo.Input:
 
 
 def _vae_of_whole(opened: Bundle) -> tuple[TensorSource, ModelInfo]:
-    """The VAE of a place that holds everything that the checkpoint loader gives; raises if it does not."""
+    """The VAE of a complete model; raises if something that the checkpoint loader returns is missing."""
     if opened.dit is None:
         raise wrong_kind(opened.path, opened.kind, "a HunyuanDiT all-in-one checkpoint")
     parts = {"BERT": opened.bert, "mT5": opened.mt5, "VAE": opened.vae}
@@ -210,13 +210,13 @@ def _vae_of_whole(opened: Bundle) -> tuple[TensorSource, ModelInfo]:
 
 
 def wrong_kind(path: Path, kind: FileKind, expected: str) -> WeightsError:
-    """The error for a file of another kind, with the node that takes it."""
+    """The error for a file of the wrong kind, which names the node for it."""
     advice = _ADVICE.get(kind.kind, "choose another")
     return WeightsError(f"{path} is {kind.name}; expected {expected}; {advice}")
 
 
 def _model_text(opened: Bundle) -> str:
-    """Such as "HunyuanDiT-g/2 v1.2, ema, fp16"."""
+    """For example "HunyuanDiT-g/2 v1.2, ema, fp16"."""
     name = opened.kind.name.removeprefix("a ").removesuffix(" checkpoint").removesuffix(" all-in-one")
     diffusion = opened.info.diffusion
     said = [name, opened.info.variant, _dtype_text(opened.dit)]

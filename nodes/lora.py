@@ -1,4 +1,4 @@
-"""LoRAs: on the fly onto a model, several into one, and written."""
+"""LoRAs: applying them to a model, merging several into one, and saving them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _strength_input(name: str, tooltip: str) -> io.Float.Input:
 
 
 def _partial_input() -> io.Boolean.Input:
-    # Workflows that were saved before this input ran so: web/js/lora_report.js and the defaults of execute.
+    # Older workflows lack this input; web/js/lora_report.js and execute's default let them run as before.
     return io.Boolean.Input(
         "partial",
         optional=True,
@@ -41,7 +41,7 @@ def _partial_input() -> io.Boolean.Input:
 
 
 class _FromFile(io.ComfyNode):
-    """What nodes with ``lora_name`` have in common."""
+    """The common part of nodes with ``lora_name``."""
 
     @classmethod
     def validate_inputs(cls, lora_name: Any = None) -> bool | str:
@@ -53,7 +53,7 @@ class _FromFile(io.ComfyNode):
 
 
 class HyDiTLoraLoader(_FromFile):
-    """A LoRA of any format onto MODEL and CLIP."""
+    """Applies a LoRA of any format to MODEL and CLIP."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -112,7 +112,7 @@ class HyDiTLoraLoader(_FromFile):
 
 
 class HyDiTLoraMerge(_FromFile):
-    """One more LoRA into a LoRA."""
+    """Merges one more LoRA into a LoRA."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -33,7 +33,7 @@ def _given(value: Any, unset: Any) -> Any:
 
 
 class HyDiTKSampler(io.ComfyNode):
-    """Published settings in one node; one seed gives the same picture as `python -m hydit_core.generate`."""
+    """Published settings in one node; the same seed gives the picture of `python -m hydit_core.generate`."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -42,7 +42,7 @@ class HyDiTModelSave(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, filename_prefix: str, clip: Any = None, vae: Any = None) -> io.NodeOutput:
-        # Not before it is needed: it brings the text encoders' tokenizers.
+        # Imported only when needed: it imports the text encoders' tokenizers.
         from .host.save import output_name, save_model, save_path
 
         path = save_path(filename_prefix)

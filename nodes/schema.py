@@ -1,4 +1,4 @@
-"""One way to write a node's schema for every ComfyUI that the pack runs on."""
+"""Node schemas for every version of ComfyUI that the pack supports."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def _known() -> frozenset[str]:
 
 
 def make_schema(**kwargs: Any) -> io.Schema:
-    """``io.Schema`` without what this ComfyUI's schema does not have (``search_aliases`` ... came later).
+    """``io.Schema`` without the fields that this version of ComfyUI lacks (``search_aliases`` ... are newer).
 
-    ``has_intermediate_output``: a run sends once more what the node told the page, where its result comes
-    from the cache. Where ComfyUI does not know that, the page reads it in the history of the run.
+    ``has_intermediate_output``: a run whose result comes from the cache sends the page again what the node
+    showed. In versions without it, the page reads that in the history of the run.
     """
     return io.Schema(**{name: value for name, value in kwargs.items() if name in _known()})

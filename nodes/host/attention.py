@@ -11,9 +11,9 @@ from .patches import REPLACEMENT
 
 
 class HostAttention:
-    """The attention that ComfyUI was started with, or that a node put in its place.
+    """The attention that ComfyUI was started with, or that a node replaced it with.
 
-    ``precision`` is the dtype of the scores where the backend lets one choose; None: that of the queries.
+    ``precision`` is the dtype of the scores, if the backend allows a choice; None: that of the queries.
     """
 
     def __init__(self, precision: torch.dtype | None = None) -> None:
@@ -22,8 +22,8 @@ class HostAttention:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
         """``q`` (B, N, heads, head_dim), ``k``, ``v`` (B, M, heads, head_dim) -> (B, N, heads * head_dim).
 
-        ``options`` are ComfyUI's ``transformer_options``: an ``optimized_attention_override`` is called, and
-        what :mod:`.patches` puts in the place of the attention.
+        ``options`` are ComfyUI's ``transformer_options``: an ``optimized_attention_override`` in them is
+        called, and so are the replacements that :mod:`.patches` puts there.
         """
         if options is not None and REPLACEMENT in options:
             return options[REPLACEMENT](q.flatten(2), k.flatten(2), v.flatten(2))

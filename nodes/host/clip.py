@@ -27,33 +27,33 @@ from .text_model import encoder_info as _encoder_info
 from .tokens import HyDiTTokenizer, TokenLists, shipped_vocabulary, tokenizers_of
 
 _TEXT_LEN, _T5_LEN = 77, 256
-# BERT's vocabulary, which ComfyUI ships.
+# The size of BERT's vocabulary that ComfyUI ships.
 _PUBLISHED_ROWS = 47020
-# Vocabularies of encoders in mT5's layout, for those who took one for mT5.
+# Vocabulary sizes of other encoders in mT5's layout, which users may mistake for mT5.
 _OTHER_T5 = {32128: "T5 v1.1 (of SD3, Flux, PixArt ...)", 256384: "umT5 (of Wan, AuraFlow ...)"}
-# A float32 mT5 beyond this many bytes is held in the host's usual 16 bits, as Tencent runs it.
+# A float32 mT5 of more bytes than this is held in the host's usual 16 bits, as Tencent runs it.
 _LARGE = 2**30
 
 
 def load_clip(
     bert: Bundle, mt5: Bundle | None = None, *, weight_dtype: str = "default", disable_dynamic: bool = False
 ) -> HyDiTCLIP:
-    """BERT and mT5 of opened files or folders, for ComfyUI's own text nodes and ours.
+    """BERT and mT5 from opened files or folders, as a CLIP for ComfyUI's own text nodes and ours.
 
     Prompts are padded to the lengths of the DiT in the same file, else to 77 and 256. Weights are copied, one
     tensor at a time; the host moves them between devices.
 
     Args:
-        bert: what holds BERT. Its vocabulary is sought in it, beside it, and for the published size it is
-            ComfyUI's own.
-        mt5: what holds mT5 (default: ``bert``). Its sentencepiece model is sought in it and beside it.
-        weight_dtype: one of :data:`~hydit_core.dtypes.HOST`, or "default": what the host was told when it
-            was started, else the file's own, but 16 bits for a large mT5 in float32. In 8 bits, embeddings,
-            norms and biases stay in 16.
-        disable_dynamic: a patcher that loads weights at once, where ComfyUI would stream them.
+        bert: what holds BERT. Its vocabulary is looked for in it, then beside it; for a BERT of the published
+            size, ComfyUI's own is the fallback.
+        mt5: what holds mT5 (default: ``bert``). Its sentencepiece model is looked for in it, then beside it.
+        weight_dtype: one of :data:`~hydit_core.dtypes.HOST`, or "default": what the host was started with,
+            else the file's own, but 16 bits for a large mT5 in float32. With 8 bits, embeddings, norms and
+            biases stay in 16.
+        disable_dynamic: use a patcher that loads weights at once, where ComfyUI would stream them.
 
     Raises:
-        WeightsError: an encoder or its tokenizer is missing, damaged, of another model, or does not fit.
+        WeightsError: an encoder or its tokenizer is missing, damaged, another model's, or does not fit.
         ConfigError: ComfyUI's classes cannot compute it.
     """
     mt5 = bert if mt5 is None else mt5
@@ -77,7 +77,7 @@ def load_clip(
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
         model_options={
             "dtype": mt5_dtype,
-            # Filled here; the host moves the encoders to where they run when they run.
+            # Filled here; the host moves the encoders to the device where they run.
             "initial_device": comfy.model_management.text_encoder_offload_device(),
         },
         **({"disable_dynamic": True} if disable_dynamic else {}),  # 0.3.64 streams no weights
@@ -88,13 +88,13 @@ def load_clip(
 
 
 def _load_again(bert: Path, mt5: Path, weight_dtype: str, disable_dynamic: bool = False) -> Any:
-    """The same encoders once more, as ComfyUI asks for them where it cannot stream weights (hooks)."""
+    """The same encoders again, which ComfyUI asks for where it cannot stream weights (hooks)."""
     opened = bundle(bert), bundle(mt5)
     return load_clip(*opened, weight_dtype=weight_dtype, disable_dynamic=disable_dynamic).patcher
 
 
 class HyDiTCLIP(comfy.sd.CLIP):
-    """A CLIP whose scheduled encoding (hooks over time) keeps what is more than BERT's features."""
+    """A CLIP whose scheduled encoding (hooks over time) keeps mT5's features and the masks."""
 
     def clone(self, *args: Any, **kwargs: Any) -> HyDiTCLIP:
         other = super().clone(*args, **kwargs)
@@ -108,8 +108,8 @@ class HyDiTCLIP(comfy.sd.CLIP):
 def encode(clip: Any, tokens: TokenLists, *args: Any, **kwargs: Any) -> list[Any]:
     """The CONDITIONING of tokens, by ComfyUI's ``CLIP.encode_from_tokens_scheduled``.
 
-    That function drops mT5's features and both masks when hooks are scheduled; they are put back, each to
-    what was encoded with it. The clip may be ComfyUI's own.
+    That function drops mT5's features and both masks when hooks are scheduled; they are put back, each into
+    the entry that it was encoded for. The clip may be ComfyUI's own.
     """
     recorder = _Recorder(clip.cond_stage_model)
     view = copy.copy(clip)
@@ -122,7 +122,7 @@ def encode(clip: Any, tokens: TokenLists, *args: Any, **kwargs: Any) -> list[Any
 
 
 class _Recorder:
-    """Encoders that remember the third thing that they returned, each time."""
+    """Encoders that record the third value of each of their results."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -141,7 +141,7 @@ def encoder_info(clip: Any) -> dict[str, dict[str, Any]]:
     """``bert`` and ``t5`` of :class:`~hydit_core.facts.ModelInfo` for a file that holds this CLIP.
 
     Raises:
-        ConfigError: it is no CLIP of HunyuanDiT.
+        ConfigError: it is not a CLIP of HunyuanDiT.
     """
     return _encoder_info(clip.cond_stage_model, tokenizers_of(clip).lowercase)
 
@@ -198,7 +198,7 @@ def _tokenizers(
 
 
 def _length(opened: Bundle, name: str, default: int) -> int:
-    """Tokens a prompt, as the DiT in the same place has them."""
+    """Tokens per prompt, as the DiT in the same place expects them."""
     config = opened.kind.config if opened.dit is not None else None
     return default if config is None else int(getattr(config, name))
 
@@ -215,7 +215,7 @@ def _default(source: TensorSource, large: float = float("inf")) -> torch.dtype:
 
 
 def _named(opened: Bundle, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call it; an error that does not name the file gets its name."""
+    """Call it; add the file's name to an error that lacks it."""
     try:
         return call(*arguments)
     except HyditError as error:

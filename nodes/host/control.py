@@ -1,4 +1,4 @@
-"""ControlNets of HunyuanDiT as CONTROL_NETs of ComfyUI."""
+"""HunyuanDiT's ControlNets as ComfyUI's CONTROL_NETs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONDITIONS = ["text_embedding_mask", "encoder_hidden_states_t5", "text_embeddin
 
 
 class HostControlNet(ControlNet):
-    """A ControlNet that is called as ComfyUI calls its own HunyuanDiT's, of any version and size.
+    """A ControlNet of any version and size, called as ComfyUI calls its own HunyuanDiT's.
 
     ``compute`` is the dtype that it computes in, ``dtype`` the one that its weights are made in.
     """
@@ -32,7 +32,7 @@ class HostControlNet(ControlNet):
     def __init__(
         self, config: DiTConfig, *, dtype: torch.dtype, compute: torch.dtype, device: Any, operations: Any
     ) -> None:
-        # The scores of v1.2 overflow in float16 on the backends that compute them apart
+        # v1.2's scores overflow in float16 on backends that compute them separately
         precision = torch.float32 if config.version == "v1.2" else None
         attention = HostAttention(precision)
         super().__init__(config, dtype=dtype, device=device, operations=operations, attention=attention)
@@ -40,7 +40,7 @@ class HostControlNet(ControlNet):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What ComfyUI casts its inputs to: float32, because timesteps and sizes are rounded in others."""
+        """What ComfyUI casts its inputs to: float32, because others would round timesteps and sizes."""
         return torch.float32
 
     def forward(  # type: ignore[override]
@@ -55,10 +55,10 @@ class HostControlNet(ControlNet):
         image_meta_size: Tensor | None = None,
         **_: Any,
     ) -> dict[str, list[Tensor]]:
-        """Residuals (B, N, D) under "output". Writes into no input.
+        """Residuals (B, N, D) under "output". Changes no input.
 
         ``x`` (B, C, H, W) are latents, ``hint`` (B or 1, C, H, W) the control picture's, ``timesteps`` (B,);
-        ``context`` and the others are the conditioning's, by the names of ComfyUI's HunyuanDiT.
+        ``context`` and the others come from the conditioning, under the names of ComfyUI's HunyuanDiT.
 
         Raises:
             HyditError: the conditioning is another model's.
@@ -113,7 +113,7 @@ def load_control(opened: Bundle, *, weight_dtype: str = "default") -> Any:
         config, dtype=stored, compute=compute or stored, device=offload, operations=operations
     )
     fill(network, view, plan_dtypes(view, stored, compute), offload)
-    # Exactly this class, and no child of it: other packs know what to do with it
+    # Exactly this class, not a subclass: other packs recognize only it
     return comfy.controlnet.ControlNet(
         network,
         compression_ratio=1,

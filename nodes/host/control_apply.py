@@ -1,4 +1,4 @@
-"""A CONTROL_NET on both prompts, with a weight for each layer and a mask."""
+"""Applying a CONTROL_NET to both prompts, with a weight for each layer and a mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...hydit_core.errors import HyditError
 from ...hydit_core.layer_weights import LayerWeights
 
-# By how much the shapes of two pictures may differ that are cropped alike: sizes are rounded
+# How far the aspect ratios of two pictures may differ for them to be cropped alike: sizes are rounded
 _SAME_SHAPE = 0.01
 
 
@@ -38,10 +38,10 @@ def apply_control(
 
     Raises:
         HyditError: it is another model's ControlNet, would act for no time, or there is no VAE.
-        ConfigError: the weights are of another number than its layers.
+        ConfigError: there are not as many weights as layers.
     """
     values = weights.resolve(layer_count(control))
-    if vae is None:  # as ComfyUI's checkpoint loader gives it for a file without one
+    if vae is None:  # as from ComfyUI's checkpoint loader for a file without one
         raise HyditError("the control picture must be encoded, and vae is empty: connect the model's VAE")
     if start > end:
         raise HyditError(
@@ -71,7 +71,7 @@ def apply_control(
 
 
 def layer_count(control: Any) -> int:
-    """How many residuals a CONTROL_NET gives; HyditError unless it is HunyuanDiT's, ours or ComfyUI's."""
+    """How many residuals a CONTROL_NET has; HyditError unless it is HunyuanDiT's, ours or ComfyUI's."""
     network = getattr(control, "control_model", None)
     projections = getattr(network, "after_proj_list", None)
     if projections is None:
@@ -88,8 +88,8 @@ def layer_count(control: Any) -> int:
 class WeightedNetwork(torch.nn.Module):
     """A ControlNet's network whose residuals are multiplied layer by layer, and by a mask.
 
-    The mask is what the encoded picture has beyond the channels of latents. Everything else about it is the
-    network's, which is shared: packs ask a CONTROL_NET for it.
+    The mask is the encoded picture's channel after those of latents. All other attributes, which packs ask a
+    CONTROL_NET for, are the shared network's.
     """
 
     def __init__(self, network: Any, weights: Sequence[float]) -> None:
@@ -103,7 +103,7 @@ class WeightedNetwork(torch.nn.Module):
             return getattr(super().__getattr__("network"), name)
 
     def forward(self, x: Tensor, hint: Tensor, **conditions: Any) -> dict[str, list[Tensor]]:
-        """As the network's: ``x`` (B, C, H, W), ``hint`` (B or 1, C or C + 1, H, W)."""
+        """As the network's forward: ``x`` (B, C, H, W), ``hint`` (B or 1, C or C + 1, H, W)."""
         channels = x.shape[1]
         mask = self._token_mask(hint[:, channels:]) if hint.shape[1] > channels else None
         control = self.network(x=x, hint=hint[:, :channels], **conditions)
@@ -133,10 +133,10 @@ def _multiply(residual: Tensor, weight: float, mask: Tensor | None) -> Tensor:
 def _set_picture(
     control: Any, picture: Tensor, mask: Tensor | None, vae: Any, strength: float, reach: tuple[float, float]
 ) -> None:
-    """Give ``control`` its picture (B, 3, H, W), and a mask that reaches the network behind its latents.
+    """Give ``control`` its picture (B, 3, H, W), and a mask that reaches the network as one more channel.
 
-    A mask of the picture's shape is the picture's fourth channel, so that whoever cuts the picture into tiles
-    cuts the mask with it. One of another shape is scaled and cropped to the latents by itself.
+    A mask of the picture's shape becomes the picture's fourth channel, so that nodes that cut the picture
+    into tiles cut the mask too. A mask of another shape is scaled and cropped to the latents by itself.
     """
     beside: list[Tensor] = []
     if mask is not None:
@@ -157,7 +157,7 @@ def _aspect(picture: Tensor) -> float:
 
 
 class _MaskedVae:
-    """A VAE that hands the fourth channel of pictures through: its mean over the square of each latent."""
+    """A VAE that passes on the fourth channel of pictures, averaged over the pixels of each latent."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae
@@ -173,7 +173,7 @@ class _MaskedVae:
 
 
 def _masked(latent_format: Any) -> Any:
-    """A latent format that leaves what stands behind the latents' channels as it is."""
+    """A latent format that leaves channels after the latents' own unchanged."""
     masked, channels = copy.copy(latent_format), latent_format.latent_channels
 
     def process_in(latents: Tensor) -> Tensor:
@@ -187,9 +187,9 @@ def _masked(latent_format: Any) -> Any:
 
 
 def _checked(control: Any) -> Any:
-    """``control``, which says then if it does not fit the MODEL, and forgets what an interrupted run left.
+    """``control``, made to check then that it fits the MODEL, and to drop what an interrupted run left.
 
-    Its class stays ComfyUI's own, which packs expect; copies that they make are without this, as any are.
+    Its class stays ComfyUI's own, which packs expect; the copies that they make lose this addition.
     """
     begin = control.pre_run
 

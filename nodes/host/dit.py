@@ -19,7 +19,7 @@ from .patches import PatchedBlock, block_options, check_patches
 
 
 class HostDiT(DiT):
-    """A DiT that is called as ComfyUI calls its own, and lets nodes in where ComfyUI's own does.
+    """A DiT that is called as ComfyUI calls its own, and that nodes can patch where they can patch that one.
 
     ``config`` and the rest are the model configuration's ``unet_config``; ``attn_precision`` is the dtype of
     the attention scores (:class:`HostAttention`).
@@ -39,7 +39,7 @@ class HostDiT(DiT):
     ) -> None:
         attention = HostAttention(attn_precision)
         super().__init__(config, dtype=dtype, device=device, operations=operations, attention=attention)
-        self.in_channels = config.in_channels  # RenormCFG asks
+        self.in_channels = config.in_channels  # RenormCFG reads it
 
     def forward(  # type: ignore[override]
         self,
@@ -55,19 +55,19 @@ class HostDiT(DiT):
         transformer_options: Options = None,
         **_: Any,
     ) -> Tensor:
-        """``x`` (B, C, H, W), ``t`` (B,) 0..999 -> the prediction, (B, C, H, W). Writes into no input.
+        """``x`` (B, C, H, W), ``t`` (B,) 0..999 -> the prediction, (B, C, H, W). Changes no input.
 
         ``context`` (B, L, text_dim) and ``encoder_hidden_states_t5`` (B, M, t5_dim) are BERT's and mT5's
         features with their masks (B, L) and (B, M); ``control["output"][i]`` (B, N, D) is added to skip i.
 
-        Raises HyditError when ``control`` is that of another model.
+        Raises HyditError if ``control`` is for another model.
         """
         options = transformer_options or {}
         wrappers = comfy.patcher_extension.get_all_wrappers(
             comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
         )
         run = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
-        # By position, the options last: wrappers look for them there
+        # Positional, with the options last, where wrappers look for them
         return run.execute(
             x,
             t,
@@ -109,7 +109,7 @@ class HostDiT(DiT):
         return out[:, : self.config.in_channels]
 
     def _rope(self, th: int, tw: int, device: torch.device, options: Options) -> Rope:
-        """As ComfyUI's other models: ScaleROPE's numbers stretch and move the grid."""
+        """As in ComfyUI's other models, ScaleROPE's numbers stretch and move the grid."""
         given = (options or {}).get("rope_options") or {}
         scale = given.get("scale_y", 1.0), given.get("scale_x", 1.0)
         shift = given.get("shift_y", 0.0), given.get("shift_x", 0.0)

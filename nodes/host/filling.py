@@ -1,4 +1,4 @@
-"""Give networks their weights: in which dtype to keep them, and tensor by tensor."""
+"""Choosing the dtypes of a network's weights, and copying the weights into it tensor by tensor."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ...hydit_core.weights.views import rename
 def choose_dtypes(
     source: TensorSource, weight_dtype: str, device: torch.device, supported: Sequence[torch.dtype]
 ) -> tuple[torch.dtype, torch.dtype | None]:
-    """The dtype to keep weights in, and the one to cast them to for each use (None: the same).
+    """The dtype to keep weights in, and the dtype to cast them to for each use (None if it is the same).
 
     Args:
         source: a DiT or ControlNet in Tencent's names.
         weight_dtype: one of :data:`~hydit_core.dtypes.HOST`, or "default": ComfyUI's choice for this device
             and model, but nothing wider than the file.
-        supported: what the network can compute in, the best first.
+        supported: the dtypes that the network can compute in, the best first.
     """
     management = comfy.model_management
     if weight_dtype == "default":
@@ -43,7 +43,7 @@ def choose_dtypes(
 def plan_dtypes(
     source: TensorSource, stored: torch.dtype, compute: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Each tensor's dtype. In an 8-bit float only the matrices inside the blocks are kept."""
+    """Each tensor's dtype. Only the matrices inside the blocks are kept in an 8-bit float."""
     if stored not in FP8_DTYPES:
         return dict.fromkeys(source.keys(), stored)
     short = {key for key, dtype in dtypes_for(source, stored).items() if dtype == stored}
@@ -53,7 +53,7 @@ def plan_dtypes(
 def fill(
     network: nn.Module, source: TensorSource, dtypes: Mapping[str, torch.dtype], device: torch.device
 ) -> None:
-    """Give a network, whose own tensors were never touched, those of ``source``: copies, on ``device``."""
+    """Fill a network, whose own tensors were never used, with copies of those of ``source`` on ``device``."""
     state: dict[str, Tensor] = {}
     for key, dtype in dtypes.items():
         tensor = source.get(key, dtype)
@@ -63,6 +63,6 @@ def fill(
         source.release(key)
     network.load_state_dict(state, assign=True)
     network.requires_grad_(False).eval()
-    # ComfyUI noted the dtypes of the empty network, where all are the same
+    # ComfyUI noted the dtypes of the empty network, which were all the same
     if archive := vars(comfy.model_management).get("archive_model_dtypes"):
         archive(network)

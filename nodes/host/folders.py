@@ -25,19 +25,19 @@ DIT = ("diffusion_models", "checkpoints", "diffusers")
 TEXT_ENCODERS = ("text_encoders", "checkpoints", "diffusers")
 CONTROLNETS = ("controlnet", "diffusers")
 LORAS = ("loras",)
-"""ComfyUI's folders, in the order in which a name is looked for."""
+"""ComfyUI's folders, in the order in which they are searched for a name."""
 
 _EMBEDDED = "[embedded] "
 _ENCODERS = (*FOLDERS["bert"], *FOLDERS["t5"])
-# Of a folder that is one encoder, as transformers writes it.
+# The file names in a folder of one encoder, as transformers writes it.
 _OWN_WEIGHTS = ("model.", "model-", "pytorch_model")
-# Other folders with a file of the same name in a pipeline.
+# Other folders of a pipeline that contain a file of the same name.
 _PIPELINE_PARTS = (("transformer",), ("unet",), ("vae",), ("prior",))
 _READ = (*SUFFIXES, ".json", ".txt", ".model")
 _SHOWN, _LONGEST = 10, 100
 PathParts = tuple[str, ...]
 _TREES: dict[str, tuple[dict[str, int], list[PathParts]]] = {}
-"""Of folders: when each folder below was changed, and the weights files there."""
+"""For each root: when the folders below it were changed, and the weights files in them."""
 
 
 def checkpoint_names() -> list[str]:
@@ -63,7 +63,7 @@ def text_encoder_names() -> list[str]:
 
 def control_names() -> list[str]:
     """The embedded ControlNets, files of ControlNets of any model, and diffusers folders with one."""
-    # ComfyUI lists each file of the first folder by itself
+    # ComfyUI itself lists each file of the first folder
     return [*_embedded(CONTROLNETS), *_files(CONTROLNETS), *_folders(CONTROLNETS[1:], _control_folder)]
 
 
@@ -79,10 +79,10 @@ def resolve(name: str, *kinds: str) -> Path:
         kinds: ComfyUI's folders to look in, such as :data:`DIT`.
 
     Raises:
-        HyditError: if it is not there any more; names what is.
+        HyditError: if it is no longer there; the message names what is.
     """
-    if not isinstance(name, str):  # from a prompt that no page wrote
-        raise HyditError(f"{_shortened(repr(name))} is no name of a file; choose one of the list")
+    if not isinstance(name, str):  # in a prompt that no page wrote
+        raise HyditError(f"{_shortened(repr(name))} is not the name of a file; choose one from the list")
     if name.startswith(_EMBEDDED):
         own = _embedded(kinds)
         if name in own:
@@ -104,7 +104,7 @@ def resolve(name: str, *kinds: str) -> Path:
 
 
 def check(name: Any, *kinds: str) -> bool | str:
-    """True, or what :func:`resolve` would raise, as ``validate_inputs`` wants it. None: linked, not known."""
+    """True, or :func:`resolve`'s error as text, for ``validate_inputs``. None is a linked, unknown name."""
     try:
         return name is None or bool(resolve(name, *kinds))
     except HyditError as error:
@@ -112,7 +112,7 @@ def check(name: Any, *kinds: str) -> bool | str:
 
 
 def fingerprint(path: Path) -> str:
-    """Another text when the file, or any file in the folder, is another one (by time and size)."""
+    """A text that changes whenever the file, or any file in the folder, does (by time and size)."""
     digest = sha256()
     for file in sorted(_walk(path, _READ)) if path.is_dir() else [path]:
         status = file.stat()
@@ -121,13 +121,13 @@ def fingerprint(path: Path) -> str:
 
 
 def _embedded(kinds: PathParts) -> dict[str, Path]:
-    """What comes with hydit, by its name in the lists."""
+    """The files that come with hydit, by their names in the lists."""
     parts = {CONTROLNETS: embedded_controlnets, LORAS: embedded_loras}
     if kinds in parts:
         return {f"{_EMBEDDED}{path.stem}": path for path in parts[kinds]()}
     try:
         path = embedded_model()
-    except WeightsError as error:  # the nodes must load all the same
+    except WeightsError as error:  # the nodes must load nevertheless
         logging.warning("hydit: %s", error)
         return {}
     return {f"{_EMBEDDED}{path.stem}": path}
@@ -138,7 +138,7 @@ def _roots(kind: str) -> list[str]:
 
 
 def _files(kinds: Iterable[str]) -> list[str]:
-    """Files without doubles: the first kind that has a name gives its file."""
+    """Files without duplicates: the first kind with a name provides its file."""
     lists = (folder_paths.get_filename_list(kind) for kind in kinds if kind != "diffusers" and _roots(kind))
     return list(dict.fromkeys(name for names in lists for name in names))
 
@@ -150,7 +150,7 @@ def _find(kind: str, name: str) -> Path | None:
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if not parts or any(part == ".." or ":" in part for part in parts):
         return None
-    # os.path: a name that is too long for any folder is not there
+    # os.path, which says of a name that is too long that it does not exist
     return next(
         (Path(path) for root in _roots(kind) if os.path.isdir(path := os.path.join(root, *parts))), None
     )
@@ -171,18 +171,18 @@ def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _weights(kind: str) -> Iterator[PathParts]:
-    """The path, below its root, of every weights file of a kind that is in a folder of its own."""
+    """The path, relative to its root, of every weights file of a kind that is in a subfolder."""
     if kind == "diffusers":  # ComfyUI lists no files there
         for root in _roots(kind):
             yield from _tree(root)
     else:
-        # Names alone first: a folder may hold a hundred thousand files
+        # Only names at first: a folder may hold a hundred thousand files
         nested = (name.replace("\\", "/") for name in _files([kind]) if "/" in name or "\\" in name)
         yield from (tuple(name.split("/")) for name in nested)
 
 
 def _tree(root: str) -> list[PathParts]:
-    """The weights files below a folder, which is walked again when it has changed, as ComfyUI's lists are."""
+    """The weights files below a folder, searched again after a change, as ComfyUI's lists are."""
     times, files = _TREES.get(root, ({}, []))
     if root not in times or any(_changed(folder) != time for folder, time in times.items()):
         times, files = {root: _changed(root)}, []
@@ -202,13 +202,13 @@ def _changed(folder: str) -> int:
 
 
 def _folders(kinds: Iterable[str], rule: Callable[[PathParts], PathParts]) -> list[str]:
-    """The folders that ``rule`` sees from where the weights files are."""
+    """The folders that ``rule`` derives from the paths of the weights files."""
     found = {folder for kind in kinds for parts in _weights(kind) if (folder := rule(parts))}
     return sorted("/".join(folder) + "/" for folder in found)
 
 
 def _model_folder(parts: PathParts) -> PathParts:
-    """The folder that has the transformer as diffusers or Tencent keep it; () if this file is none."""
+    """The model's folder if this file is a transformer where diffusers or Tencent keep it; else ()."""
     if parts[-3:-1] == ("t2i", "model"):
         return parts[:-3] or parts[:-2]
     tencent = parts[-2:-1] == ("model",) and parts[-1].startswith("pytorch_model")
@@ -216,20 +216,20 @@ def _model_folder(parts: PathParts) -> PathParts:
 
 
 def _encoders_folder(parts: PathParts) -> PathParts:
-    """The folder that has a text encoder as diffusers or Tencent keep it."""
+    """The model's folder if this file is a text encoder where diffusers or Tencent keep it; else ()."""
     if len(parts) < 3 or parts[-2] not in _ENCODERS:
         return ()
     return parts[:-3] or parts[:-2] if parts[-3] == "t2i" else parts[:-2]
 
 
 def _encoder_folder(parts: PathParts) -> PathParts:
-    """That, or the folder of one encoder, as transformers writes it."""
+    """The same, or the folder of one encoder as transformers writes it."""
     own = parts[:-1] if parts[-1].startswith(_OWN_WEIGHTS) else ()
     return _encoders_folder(parts) or own
 
 
 def _control_folder(parts: PathParts) -> PathParts:
-    """The folder that has a ControlNet as diffusers keeps it: alone, or as a part of a pipeline."""
+    """The folder of a ControlNet as diffusers keeps it: alone, or as part of a pipeline."""
     if parts[-2:-1] == ("controlnet",):
         return parts[:-2] or parts[:-1]
     alone = parts[-1].startswith("diffusion_pytorch_model") and parts[-2:-1] not in _PIPELINE_PARTS
@@ -237,5 +237,5 @@ def _control_folder(parts: PathParts) -> PathParts:
 
 
 def _adapter_folder(parts: PathParts) -> PathParts:
-    """The folder that has a LoRA as PEFT keeps it."""
+    """The folder of a LoRA as PEFT keeps it."""
     return parts[:-1] if parts[-1].startswith("adapter_model.") else ()

@@ -1,4 +1,4 @@
-"""LoRAs on MODELs and CLIPs: as patches that ComfyUI adds, streams and takes away again itself."""
+"""LoRAs on MODELs and CLIPs, as patches that ComfyUI itself applies, streams and removes."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Target = str | tuple[str, tuple[int, int, int]]
 
 
 class PatchAdapter(comfy.weight_adapter.WeightAdapterBase):
-    """What a :class:`Patch` does to a weight, where ComfyUI has no such adapter or another formula.
+    """A :class:`Patch` for which ComfyUI has no adapter, or one with another formula.
 
-    ``weights`` is (patch, tensors): ComfyUI makes copies of an adapter with all tensors in nested tuples
-    moved, and keeps whatever else is in them. The patch therefore has its tensors without their content.
+    ``weights`` is (patch, tensors): ComfyUI copies adapters, moving all tensors in nested tuples and keeping
+    everything else in them. The tensors in the patch itself therefore have no content.
     """
 
     name = "hydit"
@@ -47,7 +47,7 @@ class PatchAdapter(comfy.weight_adapter.WeightAdapterBase):
         return cls(set(), (patch.mapped(lambda tensor: tensor.to("meta")), tuple(patch.all_tensors())))
 
     def patch(self, device: torch.device) -> Patch:
-        """It again, on ``device``."""
+        """The patch with its content, on ``device``."""
         patch, tensors = self.weights
         move = comfy.model_management.cast_to_device
         moved = iter([move(tensor, device, tensor.dtype) for tensor in tensors])
@@ -64,19 +64,19 @@ class PatchAdapter(comfy.weight_adapter.WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Any = None,
     ) -> Tensor:
-        """Changes ``weight`` in place, as ComfyUI's adapters do."""
+        """Change ``weight`` in place, as ComfyUI's adapters do."""
         weight.copy_(changed(weight, [self.patch(weight.device)], strength))
         return weight
 
 
 def open_lora(path: Path) -> Adapter:
-    """The LoRA in a file or in PEFT's folder, which is not needed afterwards.
+    """The LoRA in a file or a PEFT folder, which is not needed afterwards.
 
     Raises:
         LoraError: it is something else.
     """
     adapter = read(path)
-    # Copies of the tensors, which may be views of the file: Windows replaces no open one.
+    # Copies of the tensors, which may be views of the file: Windows cannot replace an open file.
     owned = {
         module: [patch.mapped(torch.clone) for patch in patches]
         for module, patches in adapter.modules.items()
@@ -94,15 +94,15 @@ def apply_lora(
     block_weights: str | BlockWeights = "uniform(1)",
     partial: bool = True,
 ) -> tuple[Any, Any, str]:
-    """A MODEL and a CLIP with a LoRA on them, and what is to be said about it. Neither is changed.
+    """A MODEL and a CLIP with a LoRA on them, and a report on it. The given ones are not changed.
 
     Args:
         model, clip: HunyuanDiT's, ours or ComfyUI's own; either may be None.
-        partial: more than a tenth of the LoRA may be for layers that they do not have.
+        partial: allow more than a tenth of the LoRA to be for layers that they do not have.
 
     Raises:
         LoraError: too little of the LoRA is for them, or its sizes are another model's.
-        HyditError: the MODEL is no HunyuanDiT.
+        HyditError: the MODEL is not a HunyuanDiT.
         ConfigError: there are not as many weights as blocks.
     """
     weights = BlockWeights.parse(block_weights)
@@ -119,7 +119,7 @@ def apply_lora(
         if strength == 0:
             continue
         for i, patch in enumerate(adapter.modules[module]):
-            # ComfyUI takes one patch for each target at a time
+            # ComfyUI takes one patch per target at a time
             rounds["dit" if part == "dit" else "text", strength, i].update(_patches(patch, keys[module]))
     model = _patched(model, [(s, p) for (of, s, _), p in rounds.items() if of == "dit"])
     clip = _patched(clip, [(s, p) for (of, s, _), p in rounds.items() if of == "text"])
@@ -127,7 +127,7 @@ def apply_lora(
 
 
 def _targets(model: Any, clip: Any) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """By an adapter's module keys: the names of the weights that it may change, and their shapes."""
+    """The names of the weights that an adapter may change, and their shapes, by its module keys."""
     states: dict[str, Mapping[str, Tensor]] = {}
     if model is not None:
         model_info(model)  # raises for other families
@@ -159,7 +159,7 @@ def _patches(patch: Patch, key: str) -> Iterator[tuple[Target, Any]]:
 
 def _weight_patch(patch: Patch, key: str) -> Iterator[tuple[Target, Any]]:
     if isinstance(patch, LoRA):
-        # Packs that look for LoRAs on a model know this one
+        # Packs that look for LoRAs on a model recognize this one
         given = (patch.tensors["up"], patch.tensors["down"], patch.alpha, None, None, None)
         yield _sliced(key, patch.rows), comfy.weight_adapter.LoRAAdapter(set(), given)
     else:
@@ -183,7 +183,7 @@ def _patched(owner: Any, rounds: list[tuple[float, dict[Target, Any]]]) -> Any:
 
 
 def _base(model: Any, clip: Any) -> str:
-    """What a LoRA is put on, to be named."""
+    """What a LoRA is put on, in words."""
     said = []
     if model is not None:
         blocks = depth_of(_targets(model, None)[1])

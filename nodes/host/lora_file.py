@@ -1,4 +1,4 @@
-"""LORA_MODELs: several LoRAs in one, as the dictionary that ComfyUI's own nodes pass; and files of them."""
+"""LORA_MODELs: several LoRAs in one, as the dictionary that ComfyUI's own nodes pass on; and their files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TRIGGERS = ("hydit.trigger", "modelspec.trigger_phrase")
 
 
 class LoraModel(dict[str, Tensor]):
-    """A LORA_MODEL: tensors by ComfyUI's names, strengths worked in. ``metadata`` is that of its files."""
+    """A LORA_MODEL: tensors under ComfyUI's names, strengths included. ``metadata`` is for its files."""
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         super().__init__(tensors)
@@ -45,15 +45,15 @@ def merge_lora(
     clip: Any = None,
     partial: bool = True,
 ) -> tuple[LoraModel, Any, Any, str]:
-    """One more LoRA with its strength in a LORA_MODEL, and all of it on MODEL and CLIP.
+    """Add a LoRA with its strength to a LORA_MODEL, and put all of that on MODEL and CLIP.
 
     Args:
         lora: a LORA_MODEL, ours or of ComfyUI's own nodes; None: none yet.
-        model, clip: without what is in ``lora``. They are not changed; None stays None.
+        model, clip: without the LoRAs in ``lora``. They are not changed; None stays None.
         partial: see :func:`apply_lora`.
 
     Returns:
-        The LORA_MODEL, MODEL, CLIP, and what is to be said.
+        The LORA_MODEL, MODEL, CLIP, and a report.
 
     Raises:
         LoraError: a DoRA among several, or at another strength than 1; or what :func:`apply_lora` raises.
@@ -76,7 +76,7 @@ def adapter_of(lora: Any) -> Adapter:
 
 
 def _depth(adapter: Adapter, weights: BlockWeights, model: Any) -> int:
-    """How many blocks there are to weight."""
+    """The number of blocks that weights are needed for."""
     if model is not None:
         return len(model.model.diffusion_model.blocks)
     depth = told_depth(adapter, weights)
@@ -86,7 +86,7 @@ def _depth(adapter: Adapter, weights: BlockWeights, model: Any) -> int:
 
 
 def _together(before: Adapter, own: Adapter) -> Adapter:
-    """The changes of both."""
+    """An adapter with the changes of both."""
     modules = {
         key: [*before.modules.get(key, ()), *own.modules.get(key, ())]
         for key in (*before.modules, *own.modules)
@@ -105,7 +105,7 @@ def _together(before: Adapter, own: Adapter) -> Adapter:
 
 
 def _recipe(adapter: Adapter) -> list[dict[str, Any]]:
-    """What went into a LoRA."""
+    """The LoRAs that a LoRA was merged from."""
     try:
         return list(parse_json(adapter.metadata[COMBINED_KEY], COMBINED_KEY, kind=list, error=LoraError))
     except (KeyError, LoraError):
@@ -121,11 +121,11 @@ def save_lora(
     prompt: Any = None,
     extra_pnginfo: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Write a LORA_MODEL below ComfyUI's output folder; it appears when it is complete.
+    """Write a LORA_MODEL below ComfyUI's output folder, where it appears when it is complete.
 
     Args:
         format: ``comfy`` or ``kohya``, one file; ``peft``, a folder.
-        rank: 0: as it is; else the most that a module may have.
+        rank: the most that a module may have; 0 keeps all.
         prompt, extra_pnginfo: the graph, for the metadata.
 
     Returns:
@@ -133,7 +133,7 @@ def save_lora(
 
     Raises:
         ConfigError: the name cannot be used.
-        LoraError: the LORA_MODEL is another model's, or cannot be written so.
+        LoraError: the LORA_MODEL is another model's, or cannot be written in this format.
     """
     path = save_path(filename_prefix, suffix="" if format == "peft" else ".safetensors")
     adapter, notes = adapter_of(lora), []

@@ -1,4 +1,4 @@
-"""hydit_core's DiT as a MODEL of ComfyUI."""
+"""hydit_core's DiT as a ComfyUI MODEL."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class HyDiTModelConfig(comfy.supported_models.HunyuanDiT):
         old = config.version != "v1.2"
         network: dict[str, Any] = {"image_model": "hydit1" if old else "hydit", "config": config}
         if not old:
-            # The scores of v1.2 overflow in float16 on the backends that compute them apart
+            # v1.2's scores overflow in float16 on backends that compute them separately
             network["attn_precision"] = torch.float32
         super().__init__(network)
         self.hydit_info = info
@@ -59,7 +59,7 @@ class HyDiTModelConfig(comfy.supported_models.HunyuanDiT):
 
 
 class _PredictsSample(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.X0):
-    """For models that predict the clean sample, which ComfyUI's model types do not know."""
+    """For models that predict the clean sample, for which ComfyUI has no model type."""
 
 
 class HyDiTModel(comfy.model_base.HunyuanDiT):
@@ -68,17 +68,17 @@ class HyDiTModel(comfy.model_base.HunyuanDiT):
     info_in_tensors = True
 
     def __init__(self, model_config: HyDiTModelConfig, model_type: Any, device: Any = None) -> None:
-        # The parent's own constructor makes ComfyUI's network.
+        # Not the parent's constructor, which makes ComfyUI's network.
         comfy.model_base.BaseModel.__init__(self, model_config, model_type, device=device, unet_model=HostDiT)
         self.hydit_info = model_config.hydit_info
         if self.hydit_info.diffusion.prediction == "sample":
             self.model_sampling = _PredictsSample(model_config)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """As the parent's, checked against this model's dimensions, and with sizes as it was trained with.
+        """As the parent's, checked against this model's dimensions, and with sizes as in its training.
 
-        A size that the conditioning brings (``target_width``, ``target_height``, else ``width``, ``height``)
-        comes first, then that of the latent.
+        A size in the conditioning (``target_width``, ``target_height``, else ``width``, ``height``) takes
+        precedence over that of the latent.
 
         Raises:
             HyditError: the conditioning is another model family's.
@@ -93,7 +93,7 @@ class HyDiTModel(comfy.model_base.HunyuanDiT):
         out["text_embedding_mask"] = comfy.conds.CONDRegular(bert_mask)
         out["text_embedding_mask_t5"] = comfy.conds.CONDRegular(t5_mask)
         width, height = _side("width", -1, kwargs), _side("height", -2, kwargs)
-        # Integers, because ComfyUI casts other tensors: bfloat16 would make 1080 of 1083
+        # Integers, because ComfyUI casts other tensors, and bfloat16 would turn 1083 into 1080
         sizes = torch.tensor([[1024, 1024, width, height, 0, 0]], dtype=torch.long)
         out["image_meta_size"] = comfy.conds.CONDRegular(sizes)
         return out
@@ -101,8 +101,8 @@ class HyDiTModel(comfy.model_base.HunyuanDiT):
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """As the parent's, without its ``v_pred``, a mark that only Stable Diffusion's loaders read.
 
-        Where ComfyUI's own nodes save, the metadata is theirs: what the file said about itself goes with the
-        tensors.
+        If ComfyUI's own nodes save it, they write their own metadata: what the file said about itself is then
+        added to the tensors.
         """
         tensors: dict[str, Tensor] = super().state_dict_for_saving(*args, **kwargs)
         tensors.pop("v_pred", None)
@@ -117,7 +117,7 @@ def _side(name: str, axis: int, given: Mapping[str, Any]) -> int:
 
 
 def _mask(name: str, features: Tensor | None, mask: Tensor | None, length: int, dim: int) -> Tensor:
-    """The mask (B, L) of text features (B, L, dim). Rows that it does not know, of joined prompts, count."""
+    """The mask (B, L) of text features (B, L, dim). Rows beyond it, from joined prompts, count as tokens."""
     if features is None:
         raise HyditError(
             f"the conditioning has no {name} features: another model's text encoder made it; {_ENCODE}"
@@ -135,9 +135,9 @@ def _mask(name: str, features: Tensor | None, mask: Tensor | None, length: int, 
 
 
 def _without_padding(features: Any, mask: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Cut to the length that the model was trained on, where only padding is behind it.
+    """Cut to the length that the model was trained on, if only padding follows.
 
-    Text encoders from files of their own do not know a small model's lengths and pad to the published ones.
+    Text encoders from separate files do not know a small model's lengths and pad to the published ones.
     """
     if mask[:, length:].any():
         return features, mask
@@ -145,7 +145,7 @@ def _without_padding(features: Any, mask: Tensor, length: int) -> tuple[Tensor, 
 
 
 def model_info(model: Any) -> ModelInfo:
-    """What is known of a MODEL (a ModelPatcher), ours or ComfyUI's own HunyuanDiT.
+    """What is known about a MODEL (a ModelPatcher), ours or ComfyUI's own HunyuanDiT.
 
     Raises:
         HyditError: it is another model family's.
@@ -169,12 +169,12 @@ def load_model(source: Place, *, weight_dtype: str = "default", disable_dynamic:
     Args:
         source: an open checkpoint, or the path of a file or folder.
         weight_dtype: one of :data:`~hydit_core.dtypes.HOST`, or "default": ComfyUI's choice for this
-            machine and model, but nothing wider than the file. In an 8-bit float only the matrices inside
-            the blocks are kept.
-        disable_dynamic: a patcher that loads weights at once, where ComfyUI would stream them.
+            machine and model, but nothing wider than the file. Only the matrices inside the blocks are kept
+            in an 8-bit float.
+        disable_dynamic: use a patcher that loads weights at once, where ComfyUI would stream them.
 
     Raises:
-        WeightsError: if it is something else, or lacks tensors, or has too many.
+        WeightsError: if it is something else, lacks tensors, or has unknown ones.
     """
     opened = bundle(source, only=("dit",), kinds=("dit",))
     config, view, info = opened.kind.config, opened.dit, opened.info
@@ -190,7 +190,7 @@ def load_model(source: Place, *, weight_dtype: str = "default", disable_dynamic:
     model = model_config.get_model(None)
     fill(model.diffusion_model, view, plan_dtypes(view, stored, compute), offload)
     patcher_class = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic:  # 0.3.64 has but one; the other is set while ComfyUI starts
+    if not disable_dynamic:  # 0.3.64 has only one; the other is chosen while ComfyUI starts
         patcher_class = vars(comfy.model_patcher).get("CoreModelPatcher", patcher_class)
     patcher = patcher_class(model.to(offload), load_device=device, offload_device=offload)
     patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, "hydit", _patch_bare)
@@ -200,12 +200,12 @@ def load_model(source: Place, *, weight_dtype: str = "default", disable_dynamic:
 
 
 def _load_again(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
-    """The same model once more, as ComfyUI asks for it for a second GPU."""
+    """The same model again, which ComfyUI asks for on a second GPU."""
     return load_model(path, weight_dtype=weight_dtype, disable_dynamic=disable_dynamic)
 
 
 def _patch_bare(patcher: Any, device: Any, *_: Any) -> None:
-    """Patch (merge) the parameters that belong to no layer, which ComfyUI's own loading leaves out."""
+    """Patch (merge) the parameters outside layers, which ComfyUI's own loading leaves out."""
     for name in _BARE:
         key = f"diffusion_model.{name}"
         if key in patcher.patches and key not in patcher.backup:

@@ -1,7 +1,7 @@
-"""What nodes hang into the attention of a MODEL, in the convention of ComfyUI's UNets.
+"""Other nodes' patches of a MODEL's attention, in the convention of ComfyUI's UNets.
 
-There a patch sees tokens (B, N, D), a replacement queries, keys and values (B, N, heads * head_dim); both get
-``extra_options``: what is in ``transformer_options``, with the attention's ``n_heads`` and ``dim_head``.
+In it a patch gets tokens (B, N, D), a replacement queries, keys and values (B, N, heads * head_dim). Both also
+get ``extra_options``: ``transformer_options`` with the attention's ``n_heads`` and ``dim_head``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ...hydit_core.model.blocks import Block
 log = logging.getLogger(__name__)
 
 REPLACEMENT = "hydit_replacement"
-"""Where the options of an attention have what is called in its place: (q, k, v) -> out, as tokens."""
+"""The key of an attention's options with the function to call instead: (q, k, v) -> out, as tokens."""
 
 _KINDS = ("attn1", "attn2")
 _HONOURED = {f"{kind}_{what}" for kind in _KINDS for what in ("patch", "output_patch")}
-# What Flux and the like give their patches by name
+# Arguments that Flux and similar models give their patches by name
 _FOREIGN = {"pe", "attn_mask"}
 
 
 class PatchedBlock(Block):
-    """A block whose attentions run the patches that are in its options."""
+    """A block whose attentions run the patches in its options."""
 
     def _attend(self, x: Tensor, rope: Rope, options: Options) -> Tensor:
         def run(n: Tensor, context: Tensor, value: Tensor, options: Options) -> Tensor:
@@ -50,7 +50,7 @@ class PatchedBlock(Block):
 
 
 def block_options(options: Mapping[str, Any], index: int, depth: int) -> dict[str, Any]:
-    """The options of one block, which say where it stands."""
+    """The options of one block, which say where in the model it is."""
     return {
         **options,
         "block": ("double_block", index),
@@ -61,7 +61,7 @@ def block_options(options: Mapping[str, Any], index: int, depth: int) -> dict[st
 
 
 def check_patches(options: Mapping[str, Any], depth: int) -> None:
-    """Raise HyditError for a replacement in a block that is not there; say in the log what has no effect."""
+    """Raise HyditError for a replacement in a block that does not exist; log patches without effect."""
     for name in options.get("patches", {}):
         if name not in _HONOURED:
             _warn(name)
@@ -80,12 +80,12 @@ def check_patches(options: Mapping[str, Any], depth: int) -> None:
 @cache  # once is enough
 def _warn(name: str) -> None:
     log.warning(
-        "hydit: a node patches the model's %s, which HunyuanDiT does not have: that has no effect", name
+        "hydit: a node patches the model's %s, which HunyuanDiT does not have: this has no effect", name
     )
 
 
 def _names(index: int, depth: int) -> Iterator[tuple[Any, ...]]:
-    """What nodes call a block: by its number, or by its place in a UNet, whose skips HunyuanDiT has too."""
+    """Nodes' names for a block: its number, or its place in a UNet, which has skips like HunyuanDiT's."""
     middle = depth // 2
     if index == middle:
         place: tuple[str, int] = ("middle", 0)
@@ -113,7 +113,7 @@ def _patched(
     context: Tensor,
     options: Mapping[str, Any],
 ) -> Tensor:
-    """``run(x, context, value, options)`` with the patches of ``kind`` before, in and behind it."""
+    """``run(x, context, value, options)`` with the patches of ``kind`` before, inside and after it."""
     extra = _extra_options(attention, x, options)
     patches, value = options.get("patches", {}), context
     for patch in patches.get(f"{kind}_patch", ()):
@@ -122,7 +122,7 @@ def _patched(
         if not isinstance(changed, tuple | list) or len(changed) != 3:
             raise _foreign(patch, f"{kind}_patch", "three tensors back: tokens, context, value")
         x, context, value = changed
-        if context.shape[:2] != value.shape[:2]:  # PyTorch's attention would read what is not there
+        if context.shape[:2] != value.shape[:2]:  # PyTorch's attention would read out of bounds
             raise _foreign(patch, f"{kind}_patch", "as many values as keys")
     if replacement := _replacement(kind, options):
 
@@ -156,7 +156,7 @@ def _call(patch: Callable[..., Any], kind: str, convention: str, *arguments: Any
         signature.bind(*arguments)
     except TypeError:
         raise _foreign(patch, kind, convention) from None
-    except ValueError:  # built in: nothing is known of it
+    except ValueError:  # built in: its signature is unknown
         return patch(*arguments)
     if _FOREIGN & signature.parameters.keys():
         raise _foreign(patch, kind, convention)

@@ -1,4 +1,4 @@
-"""How latents look before they are decoded: the latent format of a HunyuanDiT."""
+"""The latent format of a HunyuanDiT: the latents' scale, and previews before they are decoded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ log = logging.getLogger(__name__)
 
 
 class HyDiTLatentFormat(comfy.latent_formats.SDXL):
-    """SDXL's latents, which HunyuanDiT was trained on, with what the model's file says otherwise.
+    """SDXL's latents, which HunyuanDiT was trained on, except where the model's file says otherwise.
 
-    A VAE of its own comes with its own preview colors; then there is no TAESD that fits it.
+    A model with its own VAE has its own preview colors, and no TAESD fits it.
     """
 
     def __init__(self, info: ModelInfo) -> None:

@@ -45,7 +45,7 @@ def empty_latent(width: int, height: int, batch_size: int) -> dict[str, Any]:
     """A LATENT of zeros (B, 4, height / 8, width / 8). Raises ConfigError for a size that does not fit."""
     check_settings(SamplingDefaults(width=width, height=height), DOWNSCALE)
     management = comfy.model_management
-    # 0.3.64 has no dtype of its own for what travels between nodes.
+    # 0.3.64 has no separate dtype for what nodes pass to each other.
     dtype = getattr(management, "intermediate_dtype", lambda: torch.float32)()
     shape = (batch_size, 4, height // DOWNSCALE, width // DOWNSCALE)
     latent: dict[str, Any] = {
@@ -61,9 +61,9 @@ def _fix_parameters() -> set[str]:
 
 
 def usable_latents(model: Any, latent: dict[str, Any]) -> Tensor:
-    """The latents (B, C, h, w) of a LATENT; empty ones of another shape are made to fit, as ComfyUI does.
+    """The latents (B, C, h, w) of a LATENT; empty ones of another shape are made to fit, as in ComfyUI.
 
-    Raises HyditError for what is no picture's latents, or another model family's.
+    Raises HyditError for what is not a picture's latents, or another model family's.
     """
     samples = latent["samples"]
     if samples.is_nested or samples.ndim != 4 or 0 in samples.shape:
@@ -90,11 +90,11 @@ def model_sigmas(model: Any, spacing: str, steps: int, denoise: float = 1.0) -> 
     """The sigmas of a run on a MODEL, descending to 0: float32 (n + 1,) on the CPU.
 
     They are the model's own sigmas (those that ModelSamplingDiscrete set, if it did) at the timesteps of
-    :meth:`Schedule.timesteps`. ``denoise`` below 1 keeps the last ``int(steps * denoise)`` steps; of 0 there
-    are no sigmas, which leaves latents as they are, as ComfyUI's own schedulers have it.
+    :meth:`Schedule.timesteps`. ``denoise`` below 1 keeps the last ``int(steps * denoise)`` steps; 0 gives no
+    sigmas, which leaves latents as they are, as with ComfyUI's own schedulers.
 
     Raises:
-        HyditError: the MODEL is no HunyuanDiT.
+        HyditError: the MODEL is not a HunyuanDiT.
         ConfigError: steps, spacing or denoise are out of range.
     """
     schedule = Schedule(model_info(model).diffusion)
@@ -119,7 +119,7 @@ def model_sigmas(model: Any, spacing: str, steps: int, denoise: float = 1.0) -> 
 def with_guidance_rescale(model: Any, rescale: float) -> Any:
     """A clone of a MODEL whose guidance is rescaled on the network's prediction (see ``guide``).
 
-    A guidance function that the MODEL already has is kept: its result is what is rescaled.
+    A guidance function that the MODEL already has is kept, and its result is rescaled.
     """
     model = model.clone()
     before = model.model_options.get("sampler_cfg_function")
@@ -141,13 +141,13 @@ def with_guidance_rescale(model: Any, rescale: float) -> Any:
 
 
 class _PredictionView:
-    """Between denoised latents, which ComfyUI's guidance sees, and what the network predicted."""
+    """Converts between denoised latents, which ComfyUI's guidance gets, and the network's prediction."""
 
     def __init__(self, sampling: Any, x: Tensor, sigma: Tensor) -> None:
         kinds = {
             comfy.model_sampling.V_PREDICTION: "v",
             comfy.model_sampling.X0: "sample",
-            comfy.model_sampling.EPS: "epsilon",  # last: the others derive from it
+            comfy.model_sampling.EPS: "epsilon",  # last, because the others are its subclasses
         }
         kind = next((name for cls, name in kinds.items() if isinstance(sampling, cls)), None)
         if kind is None:
@@ -176,18 +176,18 @@ class _PredictionView:
 class HyDiTKSAMPLER(comfy.samplers.KSAMPLER):
     """A SAMPLER that runs one of hydit_core's samplers.
 
-    Next to what ComfyUI's own does:
+    What it does beyond ComfyUI's own:
 
-    * An empty latent starts from unit noise, as Tencent's pipeline and diffusers do, also where the first
-      sigma is not the largest. Pictures and masks keep ComfyUI's scaling.
+    * An empty latent starts from unit noise, as in Tencent's pipeline and diffusers, even if the first sigma
+      is not the largest. Pictures and masks keep ComfyUI's scaling.
     * Step noise continues the random generators that drew the start noise, so that both are independent.
-    * It stops at the first step whose values are not finite, and says where they come from.
+    * It stops at the first step whose values are not finite, and says where these come from.
 
     Args:
         name: one of ``SAMPLERS``.
         eta: noise of the ddim sampler, 0 to 1; None for the others.
-        seeds: those of the pictures of the batch, if each was drawn by a generator of its own; by default
-            they count up from the sampling node's seed.
+        seeds: the seeds of the batch's pictures, if each has its own generator; by default they count up
+            from the sampling node's seed.
     """
 
     def __init__(self, name: str, *, eta: float | None = None, seeds: Sequence[int] | None = None) -> None:
@@ -220,7 +220,7 @@ class HyDiTKSAMPLER(comfy.samplers.KSAMPLER):
 
 
 class _Run(comfy.samplers.KSAMPLER):
-    """One run. ComfyUI's own scaling starts from unit noise where it believes to be at the largest sigma."""
+    """One run. ComfyUI's own scaling starts from unit noise if it takes the sigma for the largest."""
 
     unit_start = False
 
@@ -231,15 +231,15 @@ class _Run(comfy.samplers.KSAMPLER):
 def start_generators(noise: Tensor, seed: int, seeds: Sequence[int] | None = None) -> Generators:
     """CPU generators in the state that they were in after drawing ``noise`` (B, ...) from ``seed``.
 
-    Tried are one generator for each picture (``seeds``, by default ``seed + i``) and one for the batch, as
-    ComfyUI's noise nodes have. Noise of another origin gets a generator of its own: one that began with
+    One generator for each picture (``seeds``, by default ``seed + i``) is tried first, then one for the
+    batch, as ComfyUI's noise nodes have it. Noise of another origin gets a new generator: one seeded with
     ``seed`` could draw some of that noise again.
     """
     each = seeds or [(seed + i) % 2**64 for i in range(len(noise))]
     found = noise.detach().float().cpu()
     for candidate in (each, seed):
         generators = _generators(candidate)
-        # Close, not equal: the noise may have been rounded to a shorter dtype on its way here.
+        # Close, not equal: the noise may have been rounded to a shorter dtype before.
         if torch.allclose(draw_noise(noise.shape, generators), found, rtol=1e-2, atol=1e-3):
             return generators
     return _generators((seed + 0x9E3779B97F4A7C15) % 2**64)
@@ -265,7 +265,7 @@ def _guarded(function: Callable[..., Tensor], network: Any, generators: Generato
         **options: Any,
     ) -> Tensor:
         def each_step(state: dict[str, Any]) -> None:
-            # ComfyUI's own checks are in its layers, not in compiled ones, and in progress that is shown.
+            # ComfyUI itself checks only in its layers, if not compiled, and when it shows progress.
             comfy.model_management.throw_exception_if_processing_interrupted()
             if not is_finite(state["denoised"]):
                 dtype = network.manual_cast_dtype or network.get_dtype()
@@ -305,11 +305,11 @@ def sample(
     denoise: float = 1.0,
     **given: Any,
 ) -> tuple[dict[str, Any], list[str]]:
-    """What HyDiTKSampler does: a LATENT sampled with the settings of the model or of a preset, and advice.
+    """What HyDiTKSampler does: sample a LATENT with the settings of the model or a preset, and give advice.
 
     Picture i of the batch is drawn with ``seed + i`` (``seed + batch_index[i]`` if the LATENT says which
-    pictures of a batch it holds) and does not depend on the batch, as in ``hydit_core.Pipeline``. ``given``
-    are settings of :class:`SamplingDefaults` to use instead; None leaves them.
+    pictures of a batch it holds), whatever the batch, as in ``hydit_core.Pipeline``. ``given`` are fields of
+    :class:`SamplingDefaults` to use instead; None leaves them.
 
     Raises:
         HyditError: the MODEL or the LATENT is another family's, or the network's values overflow.

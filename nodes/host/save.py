@@ -1,4 +1,4 @@
-"""Saving what went through a graph, so that our loaders, ComfyUI's own and hydit_core open it."""
+"""Saving models from a graph, so that our loaders, ComfyUI's own and hydit_core can open them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .vae import stored_tensors
 log = logging.getLogger(__name__)
 
 _BERT_WEIGHTS, _MT5_WEIGHTS = f"{BERT}.transformer.bert.", f"{MT5}.transformer."
-# Of a ModelInfo's `vae`: what a VAE that runs in ComfyUI has in one form only.
+# Keys of a ModelInfo's `vae` for which a VAE that runs in ComfyUI has only one value.
 _FIXED = ("norm_num_groups", "act_fn")
 
 
@@ -48,11 +48,11 @@ def save_path(filename_prefix: str, suffix: str = ".safetensors") -> Path:
     Raises:
         ConfigError: it leads out of the output folder, or the place cannot be used.
     """
-    # As a path: ComfyUI counts from 1 again after a trailing separator, onto what is there.
+    # As a path: after a trailing separator ComfyUI counts from 1 again and overwrites what is there.
     name = os.path.normpath(filename_prefix)
     if not name.strip(" /\\."):
         raise ConfigError(
-            f"filename_prefix {filename_prefix!r} is no name; use one such as checkpoints/hydit"
+            f"filename_prefix {filename_prefix!r} is not a name; use one such as checkpoints/hydit"
         )
     output = folder_paths.get_output_directory()
     try:
@@ -62,14 +62,14 @@ def save_path(filename_prefix: str, suffix: str = ".safetensors") -> Path:
         raise ConfigError(
             f"filename_prefix {filename_prefix!r} cannot be used in {output}: {reason}"
         ) from error
-    # ComfyUI compares names by their case; some file systems do not.
+    # ComfyUI compares names case-sensitively; some file systems do not.
     while os.path.exists(path := Path(folder, f"{name}_{counter:05}_{suffix}")):
         counter += 1
     return path
 
 
 def output_name(path: Path) -> str:
-    """A file's name below ComfyUI's output folder, to be shown."""
+    """A file's name below ComfyUI's output folder, for display."""
     return path.relative_to(folder_paths.get_output_directory()).as_posix()
 
 
@@ -84,9 +84,9 @@ def save_model(
 ) -> list[str]:
     """Write a MODEL with its patches (LoRAs, merges) applied; with CLIP and VAE an all-in-one checkpoint.
 
-    The names are those of ComfyUI's checkpoints. Tensors are written as they are held: what was loaded as an
-    8-bit float is 8-bit in the file. The file appears when it is complete; whatever goes wrong, an
-    interruption too, what was there before stays.
+    The names are those of ComfyUI's checkpoints. Tensors are written in the dtype that they are held in: what
+    was loaded as 8-bit floats is 8-bit in the file. The file appears when it is complete; on any error or
+    interruption, what was there before stays.
 
     Args:
         prompt, extra_pnginfo: the graph, which goes into the metadata unless ComfyUI was told not to.
@@ -129,7 +129,7 @@ def save_model(
 
 @contextmanager
 def _info_in_metadata(network: Any) -> Iterator[None]:
-    """Where this module saves, ``hydit_info`` is in the metadata alone."""
+    """When this module saves, ``hydit_info`` is only in the metadata."""
     network.info_in_tensors = False
     try:
         yield
@@ -138,14 +138,14 @@ def _info_in_metadata(network: Any) -> Iterator[None]:
 
 
 def _held(model: Any, info: ModelInfo) -> tuple[DiTConfig, torch.dtype | None]:
-    """A MODEL's dimensions, and the dtype that most of it is held in."""
+    """A MODEL's dimensions, and the dtype of most of its weights."""
     network = MemorySource(model.model.diffusion_model.state_dict())
     heads = {"pooler_heads": info.pooler_heads, "rope_base": info.rope_base}
     return DiTConfig.from_state_dict(network.shapes(), **heads), network.main_dtype()
 
 
 class _Clip:
-    """A CLIP as :func:`comfy.sd.save_checkpoint` asks for it: the encoders' weights and their tokenizers."""
+    """A CLIP as :func:`comfy.sd.save_checkpoint` needs it: the encoders' weights and their tokenizers."""
 
     def __init__(self, clip: Any) -> None:
         self._clip = clip
@@ -156,11 +156,11 @@ class _Clip:
     def get_sd(self) -> dict[str, torch.Tensor]:
         return self._complete(self._clip.get_sd())
 
-    def state_dict_for_saving(self) -> dict[str, torch.Tensor]:  # what newer versions call
+    def state_dict_for_saving(self) -> dict[str, torch.Tensor]:  # called by newer versions
         return self._complete(self._clip.state_dict_for_saving())
 
     def _complete(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # ComfyUI's classes also have a logit_scale, which no HunyuanDiT file has.
+        # ComfyUI's classes also have a logit_scale, which is in no HunyuanDiT file.
         kept = {key: value for key, value in tensors.items() if key.startswith((_BERT_WEIGHTS, _MT5_WEIGHTS))}
         tokenizers = tokenizers_of(self._clip)
         for name, data in (
@@ -172,7 +172,7 @@ class _Clip:
 
 
 class _Vae:
-    """A VAE as :func:`comfy.sd.save_checkpoint` asks for it."""
+    """A VAE as :func:`comfy.sd.save_checkpoint` needs it."""
 
     def __init__(self, vae: Any) -> None:
         self._vae = vae

@@ -12,8 +12,8 @@ PACK = Path(__file__).parents[2]
 def serve_workflows() -> None:
     """Serve ``workflows`` where the page asks for this pack's templates.
 
-    ComfyUI lists the templates of every folder that it knows a name for, and serves the first such folder
-    alone: ``examples``, with the trainings in it, would hide this one. What is added first answers.
+    ComfyUI lists the templates of all folders with certain names, but serves only the first such folder:
+    ``examples``, which holds trainings, would hide this one. The route that is added first answers.
     """
     server = getattr(PromptServer, "instance", None)
     if server is not None and (PACK / "workflows").is_dir():

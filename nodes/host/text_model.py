@@ -1,4 +1,4 @@
-"""ComfyUI's BERT and T5 in the dimensions of a file, filled with its weights."""
+"""ComfyUI's BERT and T5 with a file's dimensions and weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...hydit_core.weights.load import check_names
 from ...hydit_core.weights.source import TensorSource
 
 _COMFY_BUCKETS = 32
-# Matrices that are looked up, not multiplied: the host would expand them whole from 8 bits at each prompt.
+# Matrices for look-ups, not products: the host would expand all of them from 8 bits for each prompt.
 _TABLES = ("embeddings.", "shared.", "relative_attention_bias.")
 
 
@@ -55,7 +55,7 @@ class Bert(comfy.text_encoders.hydit.HyditBertModel):
         fill(self.transformer.bert, shell, source, dtype)
 
     def process_tokens(self, tokens: Any, device: Any) -> Any:
-        """The mask reaches to the last end token: "[SEP]" written in a prompt does not end it."""
+        """Let the mask reach to the last end token: a "[SEP]" written in a prompt does not end it."""
         embeds, mask, counts, info = super().process_tokens(tokens, device)
         for row, chunk in enumerate(tokens):
             ends = [i for i, token in enumerate(chunk) if isinstance(token, int) and token == self._end]
@@ -105,7 +105,7 @@ class MT5(comfy.text_encoders.hydit.MT5XLModel):
 
 
 def _relative_bias(model: Any, config: Mapping[str, Any], operations: Any, dtype: torch.dtype) -> None:
-    """What ComfyUI's T5 has as constants."""
+    """Set a file's numbers of relative positions, which are constants in ComfyUI's T5."""
     attention = model.encoder.block[0].layer[0].SelfAttention
     buckets = config["relative_attention_num_buckets"]
     attention.relative_attention_max_distance = config.get("relative_attention_max_distance", 128)
@@ -132,7 +132,7 @@ def encoder_info(model: Any, lowercase: bool = True) -> dict[str, dict[str, Any]
 
     Args:
         model: ours, or ComfyUI's own HyditModel.
-        lowercase: whether BERT's vocabulary is.
+        lowercase: whether BERT's vocabulary is lower-case.
     """
     bert, mt5 = model.hydit_clip.transformer.bert, model.mt5xl.transformer
     first = mt5.encoder.block[0].layer
@@ -153,12 +153,12 @@ def encoder_info(model: Any, lowercase: bool = True) -> dict[str, dict[str, Any]
 
 
 def fill(model: torch.nn.Module, shell: torch.nn.Module, source: TensorSource, dtype: torch.dtype) -> None:
-    """Give a model its weights: copies, one tensor at a time.
+    """Copy a model's weights into it, one tensor at a time.
 
     Args:
-        shell: the same model of torch's own layers on the meta device. (The host's layers may come without
-            parameters, and then say nothing of what they need.)
-        dtype: of the weights; of an 8-bit one only the matrices.
+        shell: the same model with torch's own layers on the meta device. (The host's layers may come without
+            parameters, and then do not say what they need.)
+        dtype: of the weights; if it has 8 bits, only of the matrices.
 
     Raises:
         WeightsError: listing tensors that are missing, unexpected or of another shape.
@@ -166,11 +166,11 @@ def fill(model: torch.nn.Module, shell: torch.nn.Module, source: TensorSource, d
     expected = {key: tuple(value.shape) for key, value in shell.state_dict().items()}
     check_names(expected, source)
     state: dict[str, torch.Tensor] = {}
-    # The largest first: it is there twice for a moment, which counts least while nothing else is.
+    # The largest first: it exists twice for a moment, which matters least while nothing else is loaded.
     for key in sorted(expected, key=source.nbytes, reverse=True):
         kept = _kept(source, key, dtype)
         tensor = source.get(key, kept)
-        # What was not cast may be a view of the file, which others may write over.
+        # What was not cast may be a view of the file, which others may overwrite.
         state[key] = tensor.clone() if source.dtype(key) == kept else tensor
         source.release(key)
     model.load_state_dict(state, assign=True)

@@ -1,6 +1,6 @@
 """Prompts as the token lists that ComfyUI's CLIP objects encode, for HunyuanDiT's two encoders.
 
-What passes is ComfyUI's own: {"hydit_clip": chunks, "mt5xl": chunks}, a chunk being [(token, weight), ...].
+Their form is ComfyUI's own: {"hydit_clip": chunks, "mt5xl": chunks}, where a chunk is [(token, weight), ...].
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Token = tuple[Any, float]
 TokenLists = dict[str, list[list[Token]]]
 
 BERT, MT5 = "hydit_clip", "mt5xl"
-# As ComfyUI looks for it, in what stands between two weights
+# As ComfyUI looks for it, in the text between two weights
 _EMBEDDING = re.compile(r"(?:^|[ \n])embedding:(\S+)")
 
 
 class HyDiTTokenizer:
-    """What a CLIP tokenizes with: ComfyUI's prompt syntax over our tokenizers.
+    """A CLIP's tokenizer: ComfyUI's prompt syntax on top of our tokenizers.
 
     Args:
-        exact: the tokenizers, whose lengths are the least that a prompt is padded to.
-        widths: of BERT's and mT5's embeddings; learned embeddings of another width are refused by ComfyUI.
+        exact: the tokenizers; prompts are padded at least to their lengths.
+        widths: of BERT's and mT5's embeddings; ComfyUI refuses learned embeddings of other widths.
         positions: how many tokens BERT takes at once; longer prompts are encoded in chunks.
     """
 
@@ -71,14 +71,14 @@ class HyDiTTokenizer:
 
 
 class _LearnedEmbeddings(comfy.sd1_clip.SDTokenizer):
-    """Reads ComfyUI's "embedding:name"; what could not reach the encoder becomes no token."""
+    """Reads ComfyUI's "embedding:name"; embeddings that the encoder cannot use become no tokens."""
 
     def _try_get_embedding(self, embedding_name: str) -> Any:
         found = self._read(embedding_name)
         return (None, *found[1:]) if self._misfit(found[0]) else found
 
     def left_out(self, text: str) -> tuple[str, ...]:
-        """What of a prompt's embeddings the encoder is not given, each with the reason."""
+        """The embeddings of a prompt that the encoder does not get, each with the reason."""
         names = [word for segment, _ in _segments(text) for word in _EMBEDDING.findall(segment)]
         reasons = {name: self._problem(name) for name in names}
         return tuple(f"embedding:{name.strip(',')} ({reason})" for name, reason in reasons.items() if reason)
@@ -88,14 +88,14 @@ class _LearnedEmbeddings(comfy.sd1_clip.SDTokenizer):
         return "not found, or not readable" if vectors is None else self._misfit(vectors)
 
     def _read(self, name: str) -> Any:
-        """(vectors or None, ..., the text behind the name), as ComfyUI's method returns it."""
+        """(vectors or None, ..., the text after the name), as ComfyUI's method returns it."""
         try:
             return super()._try_get_embedding(name)
-        except Exception as error:  # whatever a file makes ComfyUI raise
+        except Exception as error:  # a file can make ComfyUI raise anything
             raise ConfigError(
                 f"embedding:{name.strip()} in the prompt cannot be used: {type(error).__name__}: "
                 f"{' '.join(str(error).split())}; write the name of a file in ComfyUI/models/embeddings, or "
-                "take it out"
+                "remove it"
             ) from error
 
     def _misfit(self, vectors: Any) -> str:
@@ -123,9 +123,9 @@ class _BertTokenizer(_LearnedEmbeddings):
         )
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> Any:
-        """As ComfyUI does; chunks of a prompt beyond BERT's positions are made equally long.
+        """As in ComfyUI, but the chunks of a prompt beyond BERT's positions are made equally long.
 
-        (ComfyUI's own HunyuanDiT leaves them as they come, and cannot stack them.)
+        (ComfyUI's own HunyuanDiT leaves their lengths as they are, and then cannot stack them.)
         """
         chunks = super().tokenize_with_weights(text, return_word_ids, **options)
         longest = max(len(chunk) for chunk in chunks)
@@ -150,7 +150,7 @@ class _Mt5Tokenizer(_LearnedEmbeddings):
 
 
 class _WordPiece:
-    """Our WordPiece tokenizer with the face that SDTokenizer expects."""
+    """Our WordPiece tokenizer with the interface that SDTokenizer expects."""
 
     def __init__(self, exact: Tokenizers) -> None:
         self._exact = exact
@@ -169,7 +169,7 @@ class _WordPiece:
 
 @cache
 def shipped_vocabulary() -> bytes:
-    """The vocabulary of the published BERT, which ComfyUI brings along."""
+    """The vocabulary of the published BERT, which comes with ComfyUI."""
     folder = Path(getfile(comfy.text_encoders.hydit)).parent
     return (folder / "hydit_clip_tokenizer" / "vocab.txt").read_bytes()
 
@@ -181,7 +181,7 @@ def tokenizers_of(clip: Any) -> Tokenizers:
     """The tokenizers of a CLIP, ours or ComfyUI's own HunyuanDiT.
 
     Raises:
-        ConfigError: it is the CLIP of another model, or none.
+        ConfigError: it is another model's CLIP, or None.
     """
     if clip is None:
         raise ConfigError(
@@ -203,7 +203,7 @@ def tokenizers_of(clip: Any) -> Tokenizers:
 
 
 def _rebuilt(tokenizer: Any) -> Tokenizers:
-    """Tokenizers from the data of ComfyUI's."""
+    """Our tokenizers, made from the data of ComfyUI's."""
     bert, mt5 = getattr(tokenizer, BERT), getattr(tokenizer, MT5)
     names = (bert.inv_vocab[i] for i in sorted(bert.inv_vocab))
     return Tokenizers(
@@ -283,7 +283,7 @@ def _read_weighted(
 
 
 def _left_out(clip: Any, encoder: str, text: str) -> tuple[str, ...]:
-    """ComfyUI's own HunyuanDiT reads "embedding:name" as words: nothing is left out."""
+    """Nothing for ComfyUI's own HunyuanDiT, which reads "embedding:name" as words."""
     tokenizer = getattr(clip.tokenizer, encoder)
     return tokenizer.left_out(text) if isinstance(tokenizer, _LearnedEmbeddings) else ()
 
@@ -318,7 +318,7 @@ def _is(token: Token, number: int) -> bool:
 
 
 def _numbers(tokens: list[Token]) -> list[int | None]:
-    """None for a learned embedding's vector."""
+    """Token numbers; None for a learned embedding's vector."""
     return [int(token) if isinstance(token, Integral) else None for token, _ in tokens]
 
 
@@ -327,13 +327,13 @@ def _without_syntax(text: str) -> str:
 
 
 def _segments(text: str) -> list[tuple[str, float]]:
-    """What stands between two weights, and its weight."""
+    """The stretches of a text with the same weight, and their weights."""
     weighted = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
     return [(comfy.sd1_clip.unescape_important(segment), weight) for segment, weight in weighted]
 
 
 def _lines(vocabulary: bytes) -> bytes:
-    """Whatever wrote it, the same ends of lines."""
+    """With the same line ends, whichever program wrote it."""
     return vocabulary.replace(b"\r\n", b"\n").rstrip(b"\n")
 
 

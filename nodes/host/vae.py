@@ -16,12 +16,12 @@ from ...hydit_core.weights.source import TensorSource
 from .preview import latent_format
 
 _GROUPS = 32
-# What ComfyUI's two architectures have, and files can only say so.
+# The activations of ComfyUI's two architectures; a file cannot choose others.
 _ACTIVATIONS = {"kl": "silu", "tiny": "relu"}
 _SCALES = ("vae_scale", "vae_shift")
-# What decoders had once, and tiling packs ask for still
+# What decoders once had, and tiling packs still ask for
 _ASKED_FOR = ("give_pre_end", "tanh_out")
-# Where a VAE keeps what its file had and ComfyUI changed: name -> tensor, or the dtype alone.
+# Where a VAE keeps what its file had and ComfyUI changed: name -> tensor, or only its dtype.
 _STORED = "hydit_stored"
 
 
@@ -37,12 +37,12 @@ def load_vae(source: TensorSource, info: ModelInfo) -> comfy.sd.VAE:
         the one that ComfyUI uses on this device.
 
     Raises:
-        WeightsError: if there is no VAE in it, or ComfyUI cannot run it.
+        WeightsError: if it holds no VAE, or one that ComfyUI cannot run.
     """
     try:
         source = vae_part(source, info.vae)
         kind = vae_layout.detect_vae(source.keys())
-        assert kind is not None  # vae_part() asked the same
+        assert kind is not None  # vae_part() checked that
         activation = info.vae.get("act_fn", _ACTIVATIONS[kind.architecture])
         if activation != _ACTIVATIONS[kind.architecture]:
             raise WeightsError(f"its activation is {activation}, {_ONLY} {_ACTIVATIONS[kind.architecture]}")
@@ -57,9 +57,9 @@ _ONLY = "and ComfyUI's autoencoders only have"
 
 
 def stored_tensors(vae: comfy.sd.VAE) -> dict[str, torch.Tensor]:
-    """A VAE's weights for a file: as its own file had them where that loses nothing.
+    """A VAE's weights for a file: as in the file that it came from, where that loses nothing.
 
-    On the CPU, ComfyUI holds a 16-bit VAE in float32; it is 16-bit again here. A TAESD has the scale that
+    On the CPU, ComfyUI holds a 16-bit VAE in float32; here it is 16-bit again. A TAESD gets the scale that
     belongs to ComfyUI's own constant.
     """
     stored: Mapping[str, torch.Tensor | torch.dtype] = getattr(vae, _STORED, {})
@@ -121,8 +121,8 @@ def _tiny(source: TensorSource, kind: vae_layout.VaeKind, info: ModelInfo) -> co
     names = {name: name for name in source}
     scaling, shift = vae_layout.latent_scale(kind, names, source, info.vae)
     vae = _build(source, None)
-    # The network's z is what the model works on, divided by `scaling`, plus `shift`; ComfyUI gives the VAE
-    # what the model works on, divided by the latent format's scale, plus its shift.
+    # The network's z is the model's latent divided by `scaling`, plus `shift`; ComfyUI gives the VAE the
+    # model's latent divided by the latent format's scale, plus its shift.
     space = latent_format(info)
     with torch.no_grad():
         vae.first_stage_model.vae_scale.fill_(space.scale_factor / scaling)
@@ -136,8 +136,8 @@ def _tiny(source: TensorSource, kind: vae_layout.VaeKind, info: ModelInfo) -> co
 
 
 def _build(source: TensorSource, config: dict[str, Any] | None) -> comfy.sd.VAE:
-    """ComfyUI's VAE with these weights, all of them and nothing else."""
-    # Copies: where ComfyUI takes the tensors themselves, the file would stay mapped.
+    """ComfyUI's VAE with exactly these weights."""
+    # Copies: ComfyUI may take the tensors themselves, and the file would stay mapped.
     tensors = {name: source.get(name).clone() for name in source}
     try:
         vae = comfy.sd.VAE(sd=dict(tensors), config=config)

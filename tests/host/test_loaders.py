@@ -410,5 +410,5 @@ def test_names_of_odd_types_give_one_line(host, kind):
                 told = result.error.node_errors[node.id]["errors"][-1]
                 assert told["type"] == "custom_validation_failed", (name, told)
                 said = told["details"]
-            expected = "is not there" if isinstance(name, str) else f"{name!r} is no name of a file; choose"
+            expected = "is not there" if isinstance(name, str) else f"{name!r} is not the name of a file;"
             assert expected in said and said.isprintable() and len(said) < 1500
