@@ -1,7 +1,7 @@
 """Other nodes' patches of a MODEL's attention, in the convention of ComfyUI's UNets.
 
-In it a patch gets tokens (B, N, D), a replacement queries, keys and values (B, N, heads * head_dim). Both also
-get ``extra_options``: ``transformer_options`` with the attention's ``n_heads`` and ``dim_head``.
+In it a patch gets tokens (B, N, D), a replacement queries, keys and values (B, N, heads * head_dim). Both
+also get ``extra_options``: ``transformer_options`` with the attention's ``n_heads`` and ``dim_head``.
 """
 
 from __future__ import annotations
