@@ -44,7 +44,7 @@ class HyDiTCheckpointLoader(io.ComfyNode):
             display_name="HunyuanDiT Checkpoint Loader",
             category=_CATEGORY,
             description="Loads HunyuanDiT with its text encoders and VAE from one all-in-one file, a "
-            "diffusers folder or Tencent's folder. It finds the version out itself and shows it on the node.",
+            "diffusers folder or Tencent's folder. It recognizes the version and shows it on the node.",
             has_intermediate_output=True,  # what the node shows
             search_aliases=["hydit", "hunyuan", "混元", "load checkpoint"],
             inputs=[
@@ -190,8 +190,9 @@ def dtype_input(what: str) -> io.Combo.Input:
         "weight_dtype",
         options=["default", *HOST],
         default="default",
-        tooltip=f"How {what} is kept in memory. default: ComfyUI chooses for the file and the machine. fp8 "
-        "takes half the memory of fp16 and changes the picture a little; fp16 may overflow (black pictures).",
+        tooltip=f"In which precision to keep {what} in memory. default: ComfyUI chooses for the file and the "
+        "machine. fp8 takes half the memory of fp16 and changes the picture a little; fp16 may overflow "
+        "(black pictures).",
     )
 
 

@@ -36,7 +36,7 @@ def _partial_input() -> io.Boolean.Input:
         optional=True,
         default=False,
         tooltip="Use a LoRA of which more than a tenth is for layers that the model does not have. Off: that "
-        "is an error, because it is probably of another model.",
+        "is an error, because such a LoRA is probably for another model.",
     )
 
 
@@ -132,7 +132,7 @@ class HyDiTLoraMerge(_FromFile):
                     "lora", optional=True, tooltip="The LoRA so far: from another of these nodes, or trained."
                 ),
                 io.Model.Input(
-                    "model", optional=True, tooltip="Without any of these LoRAs: gets all of them."
+                    "model", optional=True, tooltip="A model with none of these LoRAs yet; gets all of them."
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The same for the text encoders."),
                 _partial_input(),
