@@ -10,6 +10,7 @@ import hashlib
 import json
 import runpy
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,8 +58,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     def command(module: str, *arguments: str, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", [module, *arguments])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_module(f"hydit_core.{module}", run_name="__main__")
+        # The training's command ignores signals from its end on, which is not the end of this process.
+        handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+        try:
+            with pytest.raises(SystemExit) as end:
+                runpy.run_module(f"hydit_core.{module}", run_name="__main__")
+        finally:
+            for number, handler in handlers.items():
+                if handler is not None and signal.getsignal(number) != handler:
+                    signal.signal(number, handler)
         printed = capsys.readouterr()
         assert (end.value.code or 0) == code, printed.err
         return printed.out + printed.err
