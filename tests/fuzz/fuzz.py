@@ -187,9 +187,8 @@ def main() -> int:
         else:
             fuzz(run, seeds, args.inputs, args.seed)
     total = run.counts["accepted"] + run.counts["refused"]
-    print(
-        f"{'kept' if args.again else f'seed {args.seed}'}: {total} inputs of {len(seeds)} kinds; {run.verdict()}"
-    )
+    which = "kept" if args.again else f"seed {args.seed}"
+    print(f"{which}: {total} inputs of {len(seeds)} kinds; {run.verdict()}")
     return 1 if run.failures else 0
 
 

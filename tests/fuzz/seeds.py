@@ -210,8 +210,8 @@ class Seeds:
         folder = self._folder("model")
         shutil.copy(self.model, folder / "model.safetensors")
         self._add(
-            "draw model", folder, "model.safetensors", "generate.__main__", *self._draw(model="model.safetensors"),
-            knowing=("header",), weight=6,
+            "draw model", folder, "model.safetensors", "generate.__main__",
+            *self._draw(model="model.safetensors"), knowing=("header",), weight=6,
         )  # fmt: skip
         folder = self._folder("control")
         save_file(
