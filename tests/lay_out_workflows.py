@@ -39,10 +39,10 @@ ROOM_OTHERS = (1895, 1128)
 SIZES = {
     "CFGGuider": (210, 102), "Canny": (210, 90), "ConditioningCombine": (217, 54),
     "ConditioningSetMask": (210, 110), "HyDiTCheckpointLoader": (251, 174),
-    "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 134), "HyDiTDiTLoader": (210, 134),
-    "HyDiTEmptyLatent": (213, 224), "HyDiTKSampler": (210, 560), "HyDiTLayerWeights": (219, 302),
+    "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 150), "HyDiTDiTLoader": (210, 134),
+    "HyDiTEmptyLatent": (213, 224), "HyDiTKSampler": (210, 596), "HyDiTLayerWeights": (219, 302),
     "HyDiTLoraLoader": (211, 296), "HyDiTLoraMerge": (210, 292), "HyDiTLoraSave": (210, 208),
-    "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 358),
+    "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 372),
     "HyDiTTextEncoderLoader": (263, 162), "ImageCompositeMasked": (212, 158), "ImageScale": (210, 146),
     "ImageScaleBy": (210, 90), "ImageStitch": (210, 150), "ImageToMask": (210, 62), "InvertMask": (140, 34),
     "LoadImage": (223, 322), "MarkdownNote": (210, 88), "MaskComposite": (210, 138),
@@ -181,7 +181,7 @@ LAYOUTS: dict[str, Box] = {
     "hydit_text_to_image_embedded": stages(
         first(group(MODEL, column(3, 4)), width=328, note=165),
         group(WORDS, column(5, 6, width=320)),
-        group(SAMPLING, column(node(7, 300, 580), shut(8), node(10, 300))),
+        group(SAMPLING, column(node(7, 300, 600), shut(8), node(10, 300))),
         drawn(node(11, 450, 500), node(9, 450)),
     ),
     "hydit_text_to_image_v1.2": stages(

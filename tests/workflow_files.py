@@ -75,10 +75,10 @@ def overlaps(workflow: dict[str, Any], title: float = 40) -> list[tuple[str, str
     return overlapping([(f"{node['id']} {node['type']}", box(node, title)) for node in workflow["nodes"]])
 
 
-def overlapping(boxes: Sequence[tuple[str, Box]]) -> list[tuple[str, str]]:
-    """Pairs of named boxes that cover each other."""
+def overlapping(boxes: Sequence[tuple[str, Box]]) -> list[str]:
+    """Pairs of named boxes that cover each other, and by how much."""
     return [
-        (a, b)
+        f"{a} covers {b} by {min(p[2], q[2]) - max(p[0], q[0]):.0f} x {min(p[3], q[3]) - max(p[1], q[1]):.0f}"
         for i, (a, p) in enumerate(boxes)
         for b, q in boxes[:i]
         if p[0] < q[2] and q[0] < p[2] and p[1] < q[3] and q[1] < p[3]
