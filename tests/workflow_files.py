@@ -70,7 +70,7 @@ def extent(workflow: dict[str, Any]) -> tuple[float, float]:
     return max(right) - min(left), max(bottom) - min(top)
 
 
-def overlaps(workflow: dict[str, Any], title: float = 40) -> list[tuple[str, str]]:
+def overlaps(workflow: dict[str, Any], title: float = 40) -> list[str]:
     """Pairs of nodes that cover each other."""
     return overlapping([(f"{node['id']} {node['type']}", box(node, title)) for node in workflow["nodes"]])
 
