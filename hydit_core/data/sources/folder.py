@@ -15,7 +15,7 @@ from .entry import Entry, PassedOver, PictureFile
 PICTURE_SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 )
-"""What is read; :func:`~..images.load_picture` goes by the content."""
+"""What is read; :func:`~...images.load_picture` goes by the content."""
 _OTHER_PICTURES = frozenset(
     (
         *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".jpe", ".jif", ".jfi", ".apng"),
