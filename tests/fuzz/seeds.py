@@ -211,12 +211,7 @@ class Seeds:
         shutil.copy(self.model, folder / "model.safetensors")
         self._add(
             "draw model", folder, "model.safetensors", "generate.__main__",
-<<<<<<< HEAD
             *self._draw(model="model.safetensors"), knowing=("header",), weight=6,
-=======
-            *self._draw(model="model.safetensors"),
-            knowing=("header",), weight=6,
->>>>>>> 0843135 (Break lines of the fuzzer)
         )  # fmt: skip
         folder = self._folder("control")
         save_file(
