@@ -94,7 +94,7 @@ def test_references_resolve():
     ]
     wrong = [f"{path.relative_to(ROOT)}: {target}" for path, target in found if not _resolves(path, target)]
     assert not wrong, "\n".join(wrong)
-    assert sum(target.startswith(".") for _, target in found) > 50
+    assert sum(target.startswith(".") for _, target in found) > 30
 
 
 @pytest.mark.parametrize(
