@@ -285,7 +285,7 @@ LAYOUTS: dict[str, Box] = {
             )),
             stages(*(
                 group(title, row(
-                    column(node(n), node(n + 1, height=154), width=330),
+                    column(node(n), node(n + 1, height=151), width=330),
                     column(shut(n + 2), shut(n + 3), shut(n + 4), shut(n + 5), width=236),
                 ))
                 for n, title in ((16, "Depth · 深度"), (22, "Pose · 姿态"))
@@ -314,14 +314,14 @@ LAYOUTS: dict[str, Box] = {
             ),
         ),
         column(group(FOLLOW, column(24, 25, width=260)), group("File · 文件", node(28, 260))),
-        drawn(node(26, 330), shut(27), shut(29), node(30, 330, 360)),
+        drawn(node(26, 330), shut(27), shut(29), node(30, 330, 326)),
     ),
     "hydit_two_prompts": stages(
         first(group(MODEL, column(3, 4, width=270)), width=298, note=150),
         group("Two halves · 左右两半", column(10, 11, width=250)),
         column(
             group("Two encoders · 两个编码器", column(5, shut(6), width=250)),
-            group("Masks · 遮罩", column(shut(12), shut(13), node(14), shut(15), 16, 17, width=250, gap=9)),
+            group("Masks · 遮罩", column(shut(12), shut(13), node(14), shut(15), 16, 17, width=250, gap=7)),
         ),
         group("Two encoders · 两个编码器", column(node(7), shut(8), node(9), width=240)),
         group("Two halves · 左右两半", column(shut(18), node(19), shut(20), node(21), width=240)),
@@ -353,8 +353,8 @@ LAYOUTS: dict[str, Box] = {
         group(WORDS, column(6, 7, width=290)),
         group("Merging · 合并", column(8, 9, 10, width=290)),
         column(
-            group("With it · 加上 LoRA", column(node(11), shut(12), width=290)),
-            group("Without · 不加", column(shut(14), shut(15), node(16), width=290)),
+            group("With it · 加上 LoRA", column(node(11), shut(12), width=290, gap=5)),
+            group("Without · 不加", column(shut(14), shut(15), node(16), width=290, gap=5)),
         ),
         drawn(node(17, 480), node(18, 480, 520), node(13, 480)),
     ),
