@@ -84,12 +84,12 @@ SIDE = 128
 
 BEGIN = (
     "It runs as it is, with the small model that comes with these nodes and draws icons of 128 × 128 pixels. "
-    "For pictures choose a HunyuanDiT checkpoint and a size it was trained for, such as 1024 × 1024. "
-    "0 steps and 0 cfg take what the model recommends."
+    "For larger pictures choose a HunyuanDiT checkpoint and a size it was trained for, such as 1024 × 1024. "
+    "With steps 0 and cfg 0, the model's recommendations are used."
 )
 BEGIN_ZH = (
     "添加后即可运行：默认使用插件自带的小模型，画 128 × 128 的图标。"
-    "要画大图，请换成混元 DiT 的 checkpoint，并选用它训练过的尺寸，例如 1024 × 1024。"
+    "要画大图，请换成混元DiT 的 checkpoint，并选用它训练过的尺寸，例如 1024 × 1024。"
     "步数和 cfg 填 0，就采用模型推荐的值。"
 )
 
@@ -115,9 +115,9 @@ def begin(blueprint: Blueprint, prompt: str, clip: Output | None = None) -> Ends
         clip = loader[1]
     words = {"text_mt5": "", "mode": "exact", "width": 0, "height": 0}
     positive = blueprint.add("HyDiTTextEncode", "Prompt · 提示词", clip=clip, text=prompt, **words)
-    negative = blueprint.add("HyDiTTextEncode", "Negative prompt · 反向提示词", clip=clip, text="", **words)
+    negative = blueprint.add("HyDiTTextEncode", "Negative prompt · 负面提示词", clip=clip, text="", **words)
     blueprint.ask("prompt", "prompt · 提示词", "STRING", (positive, "text"))
-    blueprint.ask("negative_prompt", "negative prompt · 反向", "STRING", (negative, "text"))
+    blueprint.ask("negative_prompt", "negative prompt · 负面", "STRING", (negative, "text"))
     blueprint.ask("ckpt_name", "model · 模型", "COMBO", (loader, "ckpt_name"))
     return Ends(loader, positive, negative)
 
@@ -148,7 +148,7 @@ def sample(
     blueprint.ask("steps", "steps · 步数", "INT", (sampler, "steps"))
     blueprint.ask("cfg", "cfg", "FLOAT", (sampler, "cfg"))
     if "denoise" in more:
-        blueprint.ask("denoise", "denoise · 重画幅度", "FLOAT", (sampler, "denoise"))
+        blueprint.ask("denoise", "denoise · 降噪", "FLOAT", (sampler, "denoise"))
     return blueprint.add("VAEDecode", samples=sampler[0], vae=Output(1, 2))[0]
 
 
@@ -188,8 +188,8 @@ def image_to_image() -> Blueprint:
     blueprint = Blueprint(
         "Image to Image (HunyuanDiT) · 图生图",
         described(
-            "Draws a picture again as the prompt says: the lower denoise is, the more of it stays.",
-            "按提示词重画一张图：重画幅度（denoise）越低，保留的原图越多。",
+            "Redraws a picture as the prompt says: the lower denoise is, the more of it stays.",
+            "按提示词重画一张图：降噪（denoise）越低，保留的原图越多。",
         ),
         ("image to image", "img2img", "hunyuan", "hydit", "混元", "图生图"),
     )
@@ -210,12 +210,12 @@ def image_to_image() -> Blueprint:
 
 def inpaint() -> Blueprint:
     blueprint = Blueprint(
-        "Inpaint (HunyuanDiT) · 局部重画",
+        "Inpaint (HunyuanDiT) · 局部重绘",
         described(
-            "Draws again what the mask covers; every other pixel stays as it was.",
-            "只重画遮罩盖住的部分，其余像素不变。",
+            "Redraws what the mask covers; every other pixel stays as it was.",
+            "只重绘遮罩盖住的部分，其余像素不变。",
         ),
-        ("inpaint", "mask", "hunyuan", "hydit", "混元", "局部重绘", "局部重画"),
+        ("inpaint", "mask", "hunyuan", "hydit", "混元", "局部重绘", "局部重绘"),
     )
     loader, positive, negative = begin(blueprint, "a blue butterfly")
     image = scaled(blueprint)
