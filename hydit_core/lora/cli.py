@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=program("lora"), description="Look into HunyuanDiT LoRAs and make others of them."
+        prog=program("lora"), description="Inspect, convert, merge, combine and extract HunyuanDiT LoRAs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (_add_inspect, _add_convert, _add_merge, _add_combine, _add_extract):
@@ -136,7 +136,7 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _add_combine(commands: Any) -> None:
-    parser = commands.add_parser("combine", help="make one LoRA of several, or cut one to a lower rank")
+    parser = commands.add_parser("combine", help="make one LoRA out of several, or cut one to a lower rank")
     _add_loras(parser)
     parser.add_argument(
         "--rank",
@@ -173,7 +173,7 @@ def _combine(args: argparse.Namespace) -> None:
 
 
 def _add_extract(commands: Any) -> None:
-    parser = commands.add_parser("extract", help="make a LoRA of the difference of two checkpoints")
+    parser = commands.add_parser("extract", help="make a LoRA from the difference of two checkpoints")
     parser.add_argument(
         "tuned", metavar="TUNED", help="the trained checkpoint, a file or folder of any layout"
     )

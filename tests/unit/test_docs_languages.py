@@ -22,7 +22,13 @@ PAIRS = {
         if path.name not in ENGLISH_ONLY
     },
 }
-PAGES = [path for pair in PAIRS.values() for path in pair] + [DOCS / name for name in sorted(ENGLISH_ONLY)]
+PAGES = [
+    *(path for pair in PAIRS.values() for path in pair),
+    *(DOCS / name for name in sorted(ENGLISH_ONLY)),
+    *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "examples").glob("*/README.md")),
+    ROOT / "hydit_core" / "assets" / "MODEL_CARD.md",
+]
 pairs = pytest.mark.parametrize(("english", "chinese"), PAIRS.values(), ids=PAIRS)
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
