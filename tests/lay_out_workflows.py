@@ -303,8 +303,8 @@ LAYOUTS: dict[str, Box] = {
                 group(title, row(
                     node(words, 250),
                     column(
-                        shut(sampler), shut(sampler + 1), shut(edges),
-                        row(node(sampler + 2, 156), node(edges + 1, 156), gap=GAP),
+                        shut(sampler), shut(sampler + 1), shut(sampler + 2), shut(edges), node(edges + 1),
+                        width=240,
                     ),
                     gap=GAP,
                 ))

@@ -44,12 +44,12 @@ KINDS: dict[str, Kind] = {
     "HyDiTDiTLoader": Kind((), _PARTS[:1], (320, 140)),
     "HyDiTTextEncoderLoader": Kind((), _PARTS[1:2], (320, 170)),
     "HyDiTTextEncode": Kind(
-        (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (320, 320)
+        (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (320, 340)
     ),
     "HyDiTLoraLoader": Kind(
         (("model", "MODEL"), ("clip", "CLIP")), (*_PARTS[:2], ("report", "STRING")), (320, 300)
     ),
-    "HyDiTControlNetLoader": Kind((), (("CONTROL_NET", "CONTROL_NET"),), (320, 140)),
+    "HyDiTControlNetLoader": Kind((), (("CONTROL_NET", "CONTROL_NET"),), (320, 155)),
     "HyDiTControlNetApply": Kind(
         (
             ("positive", "CONDITIONING"),
@@ -71,7 +71,7 @@ KINDS: dict[str, Kind] = {
             ("latent_image", "LATENT"),
         ),
         _LATENT,
-        (320, 570),
+        (320, 600),
     ),
     "EmptyLatentImage": Kind((), _LATENT, (320, 120)),
     "VAELoader": Kind((), _PARTS[2:], (320, 70)),
