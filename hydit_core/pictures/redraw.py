@@ -15,7 +15,7 @@ from .workflow import KINDS, Graph, Output
 
 _INNER = ("transformer", "t2i", "controlnet")
 """Folders that ComfyUI's lists show under the name of their parent."""
-_BELOW = 740
+_BELOW = 780
 """Top of the second row, below loaders and prompts."""
 _COLUMN = 360
 """From the left of one node to that of the next. The page leaves out texts if a graph is too wide for it."""
