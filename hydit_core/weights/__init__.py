@@ -1,1 +1,1 @@
-"""Weights on disk: safe lazy reading, atomic writing, every key layout, and naming what a file is."""
+"""Weights on disk: safe and lazy reading, atomic writing, all key layouts, and recognizing what a file is."""

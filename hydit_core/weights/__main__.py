@@ -16,18 +16,18 @@ from .layouts import LAYOUTS
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=program("weights"), description="Look into HunyuanDiT weights and convert them."
+        prog=program("weights"), description="Inspect and convert HunyuanDiT weights."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    key_help = "which weights of a torch file that holds several: ema, module, distill ... (default: ema)"
+    key_help = "which weights of a torch file with several sets: ema, module, distill ... (default: ema)"
 
     inspect = commands.add_parser("inspect", help="say what a file is, from its header alone")
-    inspect.add_argument("file", help="a weights file, or a folder of diffusers' or Tencent's")
+    inspect.add_argument("file", help="a weights file, or a diffusers or Tencent folder")
     inspect.add_argument("--load-key", help=key_help)
     inspect.set_defaults(run=_inspect)
 
     change = commands.add_parser("convert", help="write a DiT or ControlNet in another layout or dtype")
-    change.add_argument("input", metavar="IN", help="a weights file, or a folder of diffusers' or Tencent's")
+    change.add_argument("input", metavar="IN", help="a weights file, or a diffusers or Tencent folder")
     output.add_arguments(change, "a .safetensors file; a folder for --layout diffusers", positional=True)
     change.add_argument(
         "--layout",
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         type=short_name,
         choices=STORED,
-        help="of the DiT (default: as it is); fp8: matrices of the blocks only, the rest keeps 16 bits",
+        help="of the DiT (default: unchanged); fp8: only the blocks' matrices, the rest keeps 16 bits",
     )
     change.add_argument("--load-key", help=key_help)
     change.set_defaults(run=_convert)

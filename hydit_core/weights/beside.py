@@ -1,4 +1,4 @@
-"""The text encoders, tokenizers and VAE that stand beside the transformer in a published folder."""
+"""The text encoders, tokenizers and VAE beside the transformer in a published folder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FOLDERS = {
     "t5": ("text_encoder_2", "mt5"),
     "vae": ("vae", "sdxl-vae-fp16-fix"),
 }
-"""Where the folders that are published keep each part, the transformer apart."""
-# How such a file says what it describes.
+"""Where published folders keep each part except the transformer."""
+# The fields in which such a file says what it describes.
 _MARKS = {"bert": "bert", "t5": "t5", "vae": "autoencoder"}
 _TOKENIZER = "tokenizer_config.json"
 _SPIECE = ("tokenizer_2/spiece.model", "mt5/spiece.model")
@@ -34,10 +34,10 @@ class Beside:
     """What was found beside a model's file.
 
     Attributes:
-        sources: under the names of an all-in-one checkpoint.
+        sources: their tensors, under the names of an all-in-one checkpoint.
         found: what they are, in words.
-        options: by part, what shapes do not tell and its config.json says.
-        looked_for: the parts that would have been found.
+        options: by part, what its config.json says beyond the shapes.
+        looked_for: the parts that were looked for.
     """
 
     sources: list[TensorSource] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Beside:
     looked_for: tuple[str, ...] = ()
 
     def joined(self, other: Beside) -> Beside:
-        """This, and what was found of other parts."""
+        """This, together with what was found of other parts."""
         return Beside(
             [*self.sources, *other.sources],
             [*self.found, *other.found],
@@ -55,7 +55,7 @@ class Beside:
         )
 
     def complete(self, info: ModelInfo) -> ModelInfo:
-        """``info`` with what these parts' shapes do not tell."""
+        """``info``, completed with what these parts' shapes do not tell."""
         said: dict[str, Any] = {}
         for part, options in self.options.items():
             said[part] = {**options, **getattr(info, part)}
@@ -63,7 +63,7 @@ class Beside:
 
 
 def look_beside(folder: Path, only: Collection[str] = tuple(FOLDERS)) -> Beside:
-    """Look in a diffusers pipeline's folder or Tencent's ``t2i`` (or the one above it); may find nothing.
+    """Look in a diffusers pipeline's folder or Tencent's ``t2i`` (or its parent); may find nothing.
 
     Args:
         only: which parts to look for: ``bert``, ``t5`` (each with its tokenizer), ``vae``.
@@ -95,7 +95,7 @@ def look_beside(folder: Path, only: Collection[str] = tuple(FOLDERS)) -> Beside:
 
 
 def options_beside(source: TensorSource, part: str) -> Beside:
-    """What a config.json beside a part's file, or in its folder, says, if it is about such a part."""
+    """What a config.json beside a part's file, or in its folder, says, if it describes such a part."""
     folder = source.path if source.path.is_dir() else source.path.parent
     says = _config(folder, "model_type", "_class_name")
     if not any(_MARKS[part] in str(value).lower() for value in says.values()):
@@ -111,13 +111,13 @@ def vocabulary(folder: Path) -> bytes | None:
     """
     if (folder / "vocab.txt").is_file():
         return read_bytes(folder / "vocab.txt")
-    # transformers 5 writes the vocabulary into tokenizer.json only.
+    # transformers 5 writes the vocabulary only into tokenizer.json.
     model = _config(folder, "model", file_name="tokenizer.json").get("model")
     if not isinstance(model, dict) or model.get("type") != "WordPiece":
         return None
     vocab = model.get("vocab")
     if not isinstance(vocab, dict) or not all(type(number) is int for number in vocab.values()):
-        raise WeightsError(f"{folder / 'tokenizer.json'}: its vocabulary is no object of words and numbers")
+        raise WeightsError(f"{folder / 'tokenizer.json'}: its vocabulary does not map words to numbers")
     return "\n".join(sorted(vocab, key=vocab.__getitem__)).encode()
 
 
@@ -139,11 +139,11 @@ def _config(folder: Path | None, *names: str, file_name: str = "config.json") ->
 
 
 def _options(part: str, folder: Path | None, file_name: str = "config.json") -> dict[str, Any]:
-    """Those fields of a folder's config.json that shapes do not tell, as hydit.config keeps them."""
+    """The fields of a folder's config.json that shapes do not tell, named as in hydit.config."""
     values = _config(folder, *facts.RULES[part], file_name=file_name)
     try:
         facts.check(part, values)
     except ConfigError as error:
-        assert folder is not None  # there are values
+        assert folder is not None  # values come from a file in it
         raise WeightsError(f"{folder / file_name}: {error}") from None
     return values

@@ -1,4 +1,4 @@
-"""Whatever place holds a model or some of its parts: opened once, and handed on to all who need of it."""
+"""A place that holds a model or some of its parts: opened once, and handed on to all that need it."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from .single import bert_part, mt5_part, vae_part
 from .source import MergedSource, TensorSource
 from .views import rename, without_prefix
 
-# Where the folders that are published keep the transformer: diffusers' and Tencent's.
+# Where published folders keep the transformer: diffusers' and Tencent's.
 _MODEL_FOLDERS = ("", "transformer", "model", "t2i/model", "controlnet")
 _BERT = tuple(f"{prefix}transformer.bert." for prefix in BERT_PREFIXES)
 _MT5 = tuple(f"{prefix}transformer." for prefix in MT5_PREFIXES)
 
 
 class Bundle:
-    """What an open place holds; None for a part that it does not hold, or that was not looked for.
+    """What an open place holds; None for a part that it lacks, or that was not looked for.
 
-    Each part is loaded from it once: the memory that a part's tensors take is freed then.
+    Each part can be loaded from it once, which frees the memory that the part's tensors took.
 
     Attributes:
-        place: what was asked to be opened.
-        path: of the file, or of the folder where parts stand beside the model's file.
+        place: the path that was given.
+        path: of the file, or of the folder if there are parts beside the model's file.
         source: the model's file under its own names; in a folder without one, the parts in it.
         metadata, kind: of ``source``.
-        beside: what stands beside the model's file.
+        beside: what is beside the model's file.
         dit, controlnet: Tencent's names.
         bert: the names of transformers' BertModel (``embeddings.word_embeddings.weight`` ...).
         mt5: the names of transformers' MT5EncoderModel (``shared.weight``, ``encoder.block.0...``).
         spiece_model: the serialized sentencepiece model of mT5's tokenizer.
         bert_vocab: the text of BERT's ``vocab.txt``, in UTF-8.
         vae: LDM or TAESD names.
-        info: what shapes do not tell. Without a DiT or ControlNet, its version and diffusion are those of
-            v1.2 and mean nothing.
+        info: what shapes do not tell. Without a DiT or ControlNet, its version and diffusion are v1.2's and
+            mean nothing.
 
     Raises:
-        WeightsError: its weights are quantised, or what they say of themselves cannot be meant.
+        WeightsError: its weights are quantised, or its metadata is impossible.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Bundle:
         self.mt5 = _part(places, _MT5)
         if self.mt5 is not None and "shared.weight" in self.mt5:
             self.mt5 = rename(self.mt5, lambda key: None if key == "encoder.embed_tokens.weight" else key)
-        # Without a prefix: ComfyUI saves each text encoder in a file of its own so.
+        # Without a prefix, as ComfyUI saves each text encoder in its own file.
         self.spiece_model = _bytes(places, tuple(f"{prefix}spiece_model" for prefix in (*MT5_PREFIXES, "")))
         self.bert_vocab = _bytes(places, tuple(f"{prefix}vocab" for prefix in (*BERT_PREFIXES, "")))
         self.vae = _part(places, VAE_PREFIXES)
 
 
 Place = str | os.PathLike[str] | Bundle
-"""Where a model is: a path, or what was opened there."""
+"""A model's place: a path, or what was opened there."""
 
 
 def bundle(
@@ -102,19 +102,19 @@ def bundle(
     kinds: Collection[str] = (),
     load_key: str | None = None,
 ) -> Bundle:
-    """Open whatever place holds a model, or some of its parts; what is open already is not opened again.
+    """Open a place that holds a model or some of its parts; what is already open is not opened again.
 
-    A file: an all-in-one checkpoint, a DiT, one text encoder or a VAE. A folder: that of such a file, a
-    diffusers pipeline's, Tencent's ``t2i`` or the one above it, with what stands beside the transformer.
+    A file can be an all-in-one checkpoint, a DiT, one text encoder or a VAE. A folder can be that of such a
+    file, or a diffusers pipeline's, Tencent's ``t2i`` or its parent, with what is beside the transformer.
 
     Args:
-        only: the parts that are wanted: ``dit``, ``bert``, ``t5``, ``vae``, ``controlnet``. Folders of others
-            are not looked into.
+        only: the parts that are wanted: ``dit``, ``bert``, ``t5``, ``vae``, ``controlnet``. The folders of
+            others are not searched.
         kinds: what the model's file must be, such as ``dit``; default: anything.
-        load_key: which weights of a torch file that holds several.
+        load_key: which weights of a torch file with several sets.
 
     Raises:
-        WeightsError: if nothing of the kind is there or it cannot be read.
+        WeightsError: if no such thing is there, or it cannot be read.
     """
     if isinstance(path, Bundle):
         return _more(path, only, kinds)
@@ -134,7 +134,7 @@ def bundle(
 
 
 def _more(opened: Bundle, only: Collection[str], kinds: Collection[str]) -> Bundle:
-    """An open bundle with what stands beside it and was not looked for before."""
+    """An open bundle, completed with parts beside it that were not looked for before."""
     if kinds:
         require_kind(opened.source, opened.kind, *kinds)
     more = [part for part in FOLDERS if part in only and part not in opened.beside.looked_for]
@@ -145,7 +145,7 @@ def _more(opened: Bundle, only: Collection[str], kinds: Collection[str]) -> Bund
 
 
 def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
-    """Open the file of a DiT or ControlNet alone: itself, its folder, a diffusers pipeline's, or Tencent's.
+    """Open only the file of a DiT or ControlNet: itself, or in its own, a diffusers or Tencent's folder.
 
     Raises:
         WeightsError: if nothing is there or it cannot be read.
@@ -158,11 +158,11 @@ def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> 
 
 
 def _own_source(path: Path, only: Collection[str], load_key: str | None) -> TensorSource | None:
-    """The file, or the one that a folder itself or its transformer's folder holds."""
+    """The file, or the one in a folder itself or in its transformer's folder."""
     if not path.is_dir():
         return open_tensors(path, load_key=load_key)
     names: tuple[str, ...] = _MODEL_FOLDERS if "dit" in only else ("",)
-    if "controlnet" in only:  # goes before the DiT beside it
+    if "controlnet" in only:  # takes precedence over the DiT beside it
         names = ("controlnet", *_MODEL_FOLDERS)
     return next(
         (open_tensors(path / name, load_key=load_key) for name in names if has_weights(path / name)), None
@@ -188,7 +188,7 @@ def _info(source: TensorSource, kind: FileKind) -> ModelInfo:
     if kind.kind in ("dit", "controlnet"):
         return model_info(source, kind)
     try:
-        # The version only picks defaults that do not concern the other parts.
+        # The version only selects defaults that do not concern the other parts.
         info = ModelInfo.from_metadata(source.metadata, version="v1.2")
     except WeightsError as error:
         raise WeightsError(f"{source.path}: {error}") from error
@@ -196,12 +196,12 @@ def _info(source: TensorSource, kind: FileKind) -> ModelInfo:
 
 
 def _is_alone(source: TensorSource, kind: FileKind) -> bool:
-    """Whether a file holds one part and nothing else, without the prefix of an all-in-one file's."""
+    """Whether a file holds one part and nothing else, without the prefix that it has in all-in-one files."""
     return kind.kind in FOLDERS and not any(key.startswith((*_BERT, *_MT5, *VAE_PREFIXES)) for key in source)
 
 
 def _alone(source: TensorSource, kind: FileKind, info: ModelInfo) -> list[TensorSource]:
-    """The one part of a file under the names of an all-in-one checkpoint."""
+    """A file's only part, under the names of an all-in-one checkpoint."""
     if not _is_alone(source, kind):
         return []
     if kind.kind == "vae":

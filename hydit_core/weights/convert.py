@@ -29,8 +29,8 @@ from .views import rename
 from .writer import Progress, save_safetensors
 
 _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-# What we write anew, and what no longer holds of other tensors: an index's size, hashes of kohya's trainer
-# and of the metadata standard.
+# Metadata that we write anew, or that is wrong for other tensors: an index's size, the hashes of kohya's
+# trainer and of the metadata standard.
 _NOT_KEPT = (
     METADATA_KEY,
     "hydit.source",
@@ -45,7 +45,7 @@ _NOT_KEPT = (
 
 @dataclass(frozen=True)
 class Converted:
-    """What :func:`convert` did: what it wrote, and one line for each thing that a user should know."""
+    """What :func:`convert` wrote, and one line for each thing that a user should know."""
 
     path: Path
     kind: FileKind
@@ -68,24 +68,24 @@ def convert(
     """Write a DiT or ControlNet in another layout or dtype, one tensor at a time and atomically.
 
     * ``tencent``: one safetensors file with the DiT alone.
-    * ``comfy``: one safetensors file. Everything else that an all-in-one file holds is kept as it is; of a
-      published folder the text encoders, tokenizers and VAE are put in. A ControlNet has no prefix there.
-    * ``diffusers``: a folder, ``transformer/`` and ``scheduler/`` (a ControlNet: the folder itself).
+    * ``comfy``: one safetensors file. Everything else in an all-in-one file is kept as it is; the text
+      encoders, tokenizers and VAE of a published folder are added. A ControlNet gets no prefix.
+    * ``diffusers``: a folder with ``transformer/`` and ``scheduler/`` (for a ControlNet, the folder itself).
 
     Args:
         path: a file or folder, or what was opened there.
         out: the file to write or, for the layout diffusers, the folder, new or empty.
-        dtype: for the DiT or ControlNet; default: as it is. Other parts keep theirs.
-        load_key: which weights of a torch file that holds several.
-        change: puts another source of the same names in place of one that is written: of the DiT under
-            Tencent's names, before it is cast, and of the other parts under those of an all-in-one file.
-        extra: metadata over what the file gets by itself.
-        inputs: what else is read for it, and so is never written over.
-        overwrite: an existing file may be replaced, if it is no input.
+        dtype: for the DiT or ControlNet; by default unchanged. Other parts keep theirs.
+        load_key: which weights of a torch file with several sets.
+        change: replaces a source that is written by another with the same names: the DiT's under Tencent's
+            names, before the cast, and the other parts' under those of an all-in-one file.
+        extra: metadata that is added to the file's, or replaces it.
+        inputs: what else is read for it, and so must not be overwritten.
+        overwrite: an existing file may be replaced, unless it is an input.
 
     Raises:
         WeightsError: if the input is something else or does not fit the layout, or the output cannot be
-            written or is there. Nothing half-written is left.
+            written or exists. Nothing half-written is left.
     """
     out = Path(out)
     given = path.place if isinstance(path, Bundle) else Path(path)
@@ -116,7 +116,7 @@ def convert(
 
 
 def _metadata(source: TensorSource, kind: FileKind, info: ModelInfo) -> dict[str, str]:
-    """Our metadata; what the input's own says beside that is kept."""
+    """Our metadata, and what else the input's metadata says."""
     assert kind.config is not None
     kept = {key: text for key, text in source.metadata.items() if key not in _NOT_KEPT}
     role = "controlnet" if kind.kind == "controlnet" else ""
@@ -156,7 +156,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _others(source: TensorSource, kind: FileKind) -> TensorSource:
-    """What a file holds beside its DiT, under the file's own names."""
+    """What a file holds besides its DiT, under the file's own names."""
     return rename(source, lambda key: None if belongs_to_model(key, kind.prefix) else key)
 
 

@@ -1,4 +1,4 @@
-"""Say what a file is, from its names and shapes alone."""
+"""Recognizing what a file is, only from its names and shapes."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class FileKind:
         kind: ``dit``, ``controlnet``, ``lora``, ``ip_adapter``, ``bert``, ``t5``, ``vae``, ``other`` (a
             known family that is not ours) or ``unknown``.
         name: what to call it in a sentence, such as "a HunyuanDiT-g/2 v1.2 checkpoint".
-        version: "v1.2" or "v1.1" (standing for v1.0 too: their shapes are the same); "" if not ours.
-        layout: "tencent", "diffusers" or "comfy" for DiT and ControlNet; for others their own layout's name.
-        prefix: what stands before the model's names in the file.
+        version: "v1.2", or "v1.1" for v1.0 too, whose shapes are the same; "" if not ours.
+        layout: "tencent", "diffusers" or "comfy" for DiT and ControlNet; others have their own names.
+        prefix: the prefix of the model's names in the file.
         config: the dimensions of a DiT or ControlNet.
-        parts: of an all-in-one file: which of "bert", "t5", "vae" it holds beside the DiT.
+        parts: which of "bert", "t5", "vae" an all-in-one file holds besides the DiT.
     """
 
     kind: str
@@ -62,7 +62,7 @@ class FileKind:
 
 
 def detect(source: TensorSource | Mapping[str, torch.Tensor]) -> FileKind:
-    """Name what the tensors are. Reads no tensor data.
+    """Recognize what the tensors are. Reads no tensor data.
 
     Raises:
         WeightsError: if it is a HunyuanDiT whose dimensions contradict each other.
@@ -76,10 +76,10 @@ def detect(source: TensorSource | Mapping[str, torch.Tensor]) -> FileKind:
 
 
 def expect(source: TensorSource, *wanted: str) -> FileKind:
-    """:func:`detect`, and an error in one line when the file is of another kind.
+    """:func:`detect`, with an error in one line if the file is of the wrong kind.
 
     Raises:
-        WeightsError: names the file, what it is and what was expected; or its weights are quantised.
+        WeightsError: it is something else (the message says what), or its weights are quantised.
     """
     kind = detect(source)
     require_kind(source, kind, *wanted)
@@ -114,7 +114,7 @@ def model_size(config: DiTConfig) -> str:
 
 
 def version_text(config: DiTConfig, metadata: Mapping[str, str]) -> str:
-    """The version as people say it; shapes cannot tell v1.0 from v1.1, metadata can."""
+    """The version in words; shapes cannot tell v1.0 from v1.1, but metadata can."""
     if METADATA_KEY in metadata:
         return ModelInfo.from_metadata(metadata, version=config.version).version
     return "v1.2" if config.version == "v1.2" else "v1.1 or v1.0"
@@ -146,7 +146,7 @@ def _lora(source: TensorSource, keys: Keys) -> FileKind | None:
         return FileKind("lora", "a LoRA of HunyuanDiT's BERT (kohya layout)", layout="kohya")
     # diffusers names of this model: blocks.N, not transformer_blocks.N
     ours = [key for key in keys if ".blocks." in f".{key}" and "_blocks." not in key]
-    # Wan's blocks are named so too, but for their MLP.
+    # Wan's blocks have the same names, except for the MLP.
     if _has(dict.fromkeys(ours), ".attn1.to_") and not _has(keys, ".ffn."):
         return FileKind("lora", "a HunyuanDiT LoRA (diffusers names)", layout="diffusers")
     family = _lora_family(keys)
@@ -196,7 +196,7 @@ _PARTS = {"bert": BERT_PREFIXES, "t5": MT5_PREFIXES, "vae": VAE_PREFIXES}
 
 
 def _heads(source: TensorSource) -> dict[str, int]:
-    """What the shapes do not tell but the dimensions need."""
+    """What is needed for the dimensions but not visible in shapes."""
     if METADATA_KEY not in source.metadata:
         return {}
     info = ModelInfo.from_metadata(source.metadata, version="v1.2")
@@ -209,7 +209,7 @@ def _other(source: TensorSource, keys: Keys) -> FileKind | None:
 
 
 def _anchored(keys: Keys, anchor: str, also: Callable[[str], str]) -> str | None:
-    """The prefix before ``anchor``, if what ``also`` makes of it is there too."""
+    """The prefix before ``anchor``, if the name that ``also`` makes of it exists too."""
     for key in keys:
         if key.endswith(anchor):
             prefix = key[: -len(anchor)]

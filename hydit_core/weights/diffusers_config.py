@@ -1,4 +1,4 @@
-"""The JSON files of a diffusers folder, in diffusers' own field names."""
+"""The JSON files of a diffusers folder, with diffusers' own field names."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _mlp_ratio(config: DiTConfig) -> float:
 def _check(config: DiTConfig) -> None:
     fixed = (
         ("the mT5 projection is not 4 times as wide as mT5", config.t5_hidden == 4 * config.t5_dim),
-        ("the pooler has not 8 heads", config.pooler_heads == 8),
+        ("the pooler does not have 8 heads", config.pooler_heads == 8),
         ("it has only one of size and style condition", config.size_cond == config.style_cond),
         (
             "its output channels are neither those of the input nor twice those",

@@ -1,4 +1,4 @@
-"""Known model families that are not HunyuanDiT, so that an error can say what was given instead."""
+"""Known model families other than HunyuanDiT, so that an error can say what was given instead."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.", "transformer.", "unet.", "")
 
-# A name that the family has behind any prefix, the more telling first. All names of a row must be there.
+# Names that a family has after any prefix, the most distinctive first. All names of a row must be there.
 _BY_NAME: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a HunyuanVideo model", ("txt_in.individual_token_refiner.blocks.0.norm1.weight",)),
     ("a Hunyuan3D model", ("latent_in.weight", "cond_in.weight")),
@@ -32,7 +32,7 @@ _BY_NAME: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a CLIP image encoder", ("vision_model.encoder.layers.0.self_attn.q_proj.weight",)),
     ("a language model", ("layers.0.self_attn.q_proj.weight", "embed_tokens.weight")),
 )
-# Found anywhere in a name.
+# Parts of names, found anywhere in them.
 _BY_WORD = (
     ("an IP-Adapter for Stable Diffusion", ".to_k_ip.weight"),
     ("an AnimateDiff motion module", "motion_modules."),
@@ -52,7 +52,7 @@ _UNETS = {
 
 
 def other_family(shapes: Shapes) -> str | None:
-    """What the tensors are if they are one of the known families, with an article; else None."""
+    """The known family that the tensors belong to, with an article; else None."""
     for family, names in _BY_NAME:
         for prefix in _PREFIXES:
             if all(prefix + name in shapes for name in names):

@@ -54,7 +54,7 @@ def open_tensors(path: str | os.PathLike[str], *, load_key: str | None = None) -
     ``mp_rank_00_model_states.pt``.
 
     Args:
-        load_key: ``ema``, ``module``, ``distill`` ...: which weights of a torch file that holds several.
+        load_key: ``ema``, ``module``, ``distill`` ...: which weights of a torch file with several sets.
 
     Raises:
         WeightsError: if it is missing, damaged, or holds no tensors.
@@ -83,7 +83,7 @@ def open_tensors(path: str | os.PathLike[str], *, load_key: str | None = None) -
 
 
 class SafetensorsSource(MappedSource):
-    """A mapped safetensors file."""
+    """A memory-mapped safetensors file."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -103,7 +103,7 @@ class SafetensorsSource(MappedSource):
 
 
 def _note(path: Path, entry: Entry) -> str:
-    """What a file says of itself as a tensor of bytes: ComfyUI's own nodes keep no metadata of ours."""
+    """What a file says about itself in a tensor of bytes, as ComfyUI's own nodes drop our metadata."""
     if entry.dtype != torch.uint8 or entry.end - entry.begin > _LONGEST_NOTE:
         raise WeightsError(
             f"{path}: tensor {METADATA_KEY} is {entry.dtype} {entry.shape}; expected at most "
@@ -115,7 +115,7 @@ def _note(path: Path, entry: Entry) -> str:
 
 
 def _read_header(file: Any, path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data starts, and the header; names what is wrong with a damaged file."""
+    """Where the data starts, and the header; the error says what is wrong with a damaged file."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     peek = file.read(1)
@@ -179,11 +179,11 @@ def _check_names(path: Path, header: dict[str, Any]) -> None:
 
 
 def _check_ranges(path: Path, entries: dict[str, Entry], start: int, size: int) -> None:
-    """Tensors must fill the file without a gap, as the safetensors library demands: nothing hides in one."""
+    """Tensors must fill the file without a gap, as the safetensors library demands, so that nothing hides."""
     reached, before = start, "the header"
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin < reached:
-            raise WeightsError(f"{path}: {before} and {key} lie over each other, it is damaged;{_AGAIN}")
+            raise WeightsError(f"{path}: {before} and {key} overlap, it is damaged;{_AGAIN}")
         if entry.begin > reached:
             gap = f"{entry.begin - reached:,} bytes between {before} and {key}"
             raise WeightsError(f"{path}: {gap} belong to no tensor, it is damaged;{_AGAIN}")
@@ -195,7 +195,7 @@ def _check_ranges(path: Path, entries: dict[str, Entry], start: int, size: int) 
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weights files of a folder, the one to take first."""
+    """The weights files of a folder, with the one to take first in front."""
     return sorted((p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES), key=_preference)
 
 
@@ -225,9 +225,9 @@ def _open_folder(folder: Path, load_key: str | None) -> TensorSource:
 
 
 def _index(folder: Path, files: list[Path]) -> Path | None:
-    """The index of the shards to take, if any; one without its shards gives way to what is complete.
+    """The index of the shards to take, if any; an index without its shards yields to complete files.
 
-    (Downloads that leave a format or a variant out often bring its index.)
+    (Downloads that skip a format or a variant often include its index.)
     """
     found = {*folder.glob("*.index.json"), *folder.glob("*.index.*.json")}
     indexes = sorted(found, key=_preference)
@@ -239,7 +239,7 @@ def _index(folder: Path, files: list[Path]) -> Path | None:
 
 
 def _preference(path: Path) -> tuple[bool, bool, int, str]:
-    """The order in which the files of a folder are tried: the format, then plain before variants."""
+    """The order in which the files of a folder are tried: by format, then plain before variants."""
     name = path.name
     torch_format = ".safetensors" not in name
     unwanted = any(word in name for word in ("optim", "zero_pp_rank", "training_args", "scheduler"))
@@ -257,7 +257,7 @@ def _read_index(index: Path) -> tuple[dict[str, Any], list[str]]:
         raise WeightsError(f"{index} is damaged: no weight_map in it; download it again") from error
     if strange := [name for name in names if not is_plain_name(name)]:
         raise WeightsError(
-            f"{index}: {str(strange[0])[:100]!r} is no name of a file in this folder, where shards must be"
+            f"{index}: {str(strange[0])[:100]!r} does not name a file in this folder, where shards must be"
         )
     return content, sorted(names)
 

@@ -1,4 +1,4 @@
-"""Frozen linear layers: stored in few bits, computed with in the dtype of their input."""
+"""Frozen linear layers, which are stored in few bits and compute in the dtype of their input."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _BITS = {name: 8 * dtype_of(name).itemsize for name in STORED} | {"int8": 8, "nf
 class FrozenLinear(nn.Linear):
     """A linear layer that is not trained but passes gradients on.
 
-    For the backward pass it keeps the weight as it is stored, not the copy that it computes with: a base in 8
-    bits would otherwise need as much memory as one in 16.
+    For the backward pass it keeps the stored weight, not the copy that it computes with: otherwise an 8-bit
+    base would need as much memory as a 16-bit one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class FrozenLinear(nn.Linear):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight  # not save_for_backward: what torchao makes cannot pass through it
+        ctx.weight = weight  # not save_for_backward, which does not accept torchao's tensors
         return F.linear(x, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -53,7 +53,7 @@ OPERATIONS = SimpleNamespace(
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A stored weight as an ordinary tensor."""
-    for method in ("get_original_weight", "dequantize"):  # torchao's NF4 and its others
+    for method in ("get_original_weight", "dequantize"):  # torchao's NF4, and its other classes
         if type(weight).__module__.startswith("torchao") and hasattr(weight, method):
             weight = getattr(weight, method)()
     return weight.to(dtype)
@@ -61,10 +61,10 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def store(dit: DiT, precision: str) -> None:
-    """Store the matrices of a frozen DiT in ``precision``, everything else of it in float32.
+    """Store the matrices of a frozen DiT in ``precision``, and everything else in float32.
 
-    What needs fewer than 16 bits does so inside the blocks only (96 % of DiT-g/2); the errors of the other
-    matrices would reach every token, so they keep 16.
+    Precisions below 16 bits apply only inside the blocks (96 % of DiT-g/2); errors of the other matrices
+    would reach every token, so these keep 16 bits.
 
     Raises:
         ConfigError: as :func:`quantizer` does.
@@ -99,7 +99,7 @@ def stored_bytes(dit: DiT, precision: str) -> int:
 
 
 def quantizer(precision: str) -> Any:
-    """What stores the weight of one layer in ``precision``.
+    """The function that stores a layer's weight in ``precision``.
 
     Raises:
         ConfigError: int8 and nf4 without torchao.
@@ -121,14 +121,14 @@ def quantizer(precision: str) -> Any:
                 from torchao.dtypes.nf4tensor import to_nf4
     except ImportError as error:
         raise ConfigError(
-            f"lora.base_precision = {precision!r} needs torchao: pip install torchao, or take fp8"
+            f"lora.base_precision = {precision!r} needs torchao: pip install torchao, or use fp8"
         ) from error
 
     def to_torchao(module: nn.Linear) -> None:
         module.weight.data = module.weight.data.to(torch.bfloat16)
         if precision == "int8":
             quantize_(module, Int8WeightOnlyConfig())
-        elif module.weight.numel() % 64 == 0:  # values share a scale by 64, scales by up to 256
+        elif module.weight.numel() % 64 == 0:  # 64 values share a scale, and up to 256 scales share one
             together = math.gcd(module.weight.numel() // 64, 256)
             packed = to_nf4(module.weight.data, 64, together)
             module.weight = nn.Parameter(packed, requires_grad=False)

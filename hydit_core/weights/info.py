@@ -1,4 +1,4 @@
-"""What a file says of itself: in its metadata, by a scheduler beside it, and by its name."""
+"""What a file says about itself: in its metadata, by a scheduler beside it, and by its name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .source import TensorSource
 
 _SCHEDULER = Path("scheduler") / "scheduler_config.json"
 _PREDICTIONS = {"v_prediction": "v"}
-# What other values of these would change, and ours has not.
+# Options of which this library supports only these values.
 _SCHEDULE = {
     "beta_schedule": "scaled_linear",
     "trained_betas": None,
@@ -33,11 +33,11 @@ def model_info(source: TensorSource, kind: FileKind) -> ModelInfo:
     if METADATA_KEY in source.metadata:
         return info
     info = _with_scheduler(info, source.path)
-    # A torch file's own key comes first, then Tencent's file names (pytorch_model_ema.pt).
+    # A torch file's own key takes precedence over Tencent's file names (pytorch_model_ema.pt).
     text = f"{source.metadata.get('hydit.load_key', '')} {source.path.name}"
     variant = _VARIANT.search(text.lower())
     name = variant.group(1) if variant else ""
-    # A pipeline says it in the name of its folder alone.
+    # A pipeline says it only in the name of its folder.
     if not name and re.search(r"(?<![a-z])distill(ed)?(?![a-z])", "/".join(source.path.parts[-4:]).lower()):
         name = "distill"
     if name == "distill":
@@ -49,7 +49,7 @@ def _with_scheduler(info: ModelInfo, path: Path) -> ModelInfo:
     """Take the steps, betas and prediction type of a diffusers pipeline's scheduler.
 
     Raises:
-        WeightsError: it is no schedule that this library has.
+        WeightsError: this library does not have that schedule.
     """
     folder = path if path.is_dir() else path.parent
     config = next(
@@ -74,4 +74,4 @@ def _with_scheduler(info: ModelInfo, path: Path) -> ModelInfo:
         diffusion = replace(info.diffusion, **changes, prediction=_PREDICTIONS.get(prediction, prediction))
         return replace(info, diffusion=diffusion)
     except (ConfigError, TypeError) as error:
-        raise WeightsError(f"{config} is no scheduler configuration of diffusers: {error}") from error
+        raise WeightsError(f"{config} is not a scheduler configuration of diffusers: {error}") from error

@@ -24,14 +24,14 @@ Layout = Literal["tencent", "diffusers", "comfy"]
 LAYOUTS: tuple[Layout, ...] = ("tencent", "diffusers", "comfy")
 COMFY_PREFIX = "model.diffusion_model."
 PART_PREFIXES = ("text_encoders.", "cond_stage_model.", "vae.", "first_stage_model.", "conditioner.")
-"""What stands before the other parts of an all-in-one file."""
+"""The prefixes of the other parts of an all-in-one file."""
 
 
 class Rule(NamedTuple):
-    """One Tencent module (or bare parameter) and what diffusers calls it; ``{n}`` is a block number.
+    """One Tencent module (or bare parameter) and its diffusers name; ``{n}`` is a block number.
 
-    Several diffusers names: the Tencent tensor is their concatenation on dimension 0.
-    ``swap``: the two halves of dimension 0 change places.
+    With several diffusers names, Tencent's tensor is their concatenation on dimension 0.
+    ``swap``: the two halves of dimension 0 are swapped.
     """
 
     tencent: str
@@ -95,14 +95,14 @@ def split_key(key: str) -> tuple[str, str, str]:
 
 
 def tencent_name(diffusers_key: str) -> str | None:
-    """The Tencent key that a diffusers key becomes, or becomes a part of; None when it is not known."""
+    """The Tencent key that a diffusers key becomes, or becomes part of; None if it is unknown."""
     module, number, suffix = split_key(diffusers_key)
     rule = _BY_DIFFUSERS.get(module)
     return rule and rule.tencent.replace("{n}", number) + suffix
 
 
 def diffusers_names(tencent_key: str) -> tuple[str, ...]:
-    """The diffusers keys that a Tencent key becomes, in the order of its rows; empty when not known."""
+    """The diffusers keys that a Tencent key becomes, in the order of its rows; empty if it is unknown."""
     module, number, suffix = split_key(tencent_key)
     rule = _BY_TENCENT.get(module)
     return tuple(name.replace("{n}", number) + suffix for name in rule.diffusers) if rule else ()
@@ -111,15 +111,15 @@ def diffusers_names(tencent_key: str) -> tuple[str, ...]:
 def to_tencent(
     source: TensorSource | Mapping[str, torch.Tensor], layout: Layout, *, prefix: str = ""
 ) -> TensorView:
-    """See a DiT or ControlNet under Tencent's names, lazily.
+    """A lazy view of a DiT or ControlNet under Tencent's names.
 
-    Names that the table does not know are kept as they are, so that a strict load lists them; a fused
-    tensor whose parts are not all there is left out, and its parts are kept. Of several style rows (old
-    checkpoints) row 0 stays, the only one that sampling ever used.
+    Names that are not in the table are kept, so that a strict load lists them; a fused tensor with missing
+    parts is left out, and its other parts are kept. Of several style rows (in old checkpoints) row 0 is
+    kept, the only one that sampling ever used.
 
     Args:
-        prefix: what stands before every name; tensors without it, and an all-in-one file's other parts,
-            are left out. ``comfy`` has its own.
+        prefix: of all names; tensors without it, and an all-in-one file's other parts, are left out.
+            ``comfy`` has its own.
     """
     view = model_part(as_source(source), prefix or (COMFY_PREFIX if layout == "comfy" else ""))
     if layout != "diffusers":
@@ -138,10 +138,10 @@ def to_tencent(
 
 
 def from_tencent(source: TensorSource | Mapping[str, torch.Tensor], layout: Layout) -> TensorView:
-    """See a DiT or ControlNet that has Tencent's names under those of another layout, lazily.
+    """A lazy view of a DiT or ControlNet with Tencent's names under those of another layout.
 
     Raises:
-        WeightsError: if a name is not in the table (layout ``diffusers``): nothing may get lost on the way.
+        WeightsError: if a name is not in the table (layout ``diffusers``), because nothing may get lost.
     """
     source = as_source(source)
     if layout == "tencent":
@@ -184,7 +184,7 @@ def _first_style_row(view: TensorView) -> TensorView:
 
 
 def belongs_to_model(key: str, prefix: str) -> bool:
-    """Whether a file's key is of its DiT or ControlNet, not of another part of an all-in-one file."""
+    """Whether a file's key belongs to its DiT or ControlNet, not to another part of an all-in-one file."""
     return key.startswith(prefix) and not key.startswith(PART_PREFIXES)
 
 
@@ -193,7 +193,7 @@ def model_part(source: TensorSource, prefix: str) -> TensorView:
     return rename(source, lambda key: key[len(prefix) :] if belongs_to_model(key, prefix) else None)
 
 
-# What only this model has, in each layout: found at the end of a key, whatever stands before it.
+# Names that only this model has, in each layout: the ends of keys, after any prefix.
 _ANCHORS: tuple[tuple[Layout, str], ...] = (
     ("tencent", "mlp_t5.0.weight"),
     ("diffusers", "text_embedder.linear_1.weight"),
@@ -205,7 +205,7 @@ def find_model(keys: Iterable[str]) -> tuple[Layout, str] | None:
     """The layout of the DiT or ControlNet among these keys and the prefix of its names, or None.
 
     Any prefix is accepted (``module.``, ``model.``, ``model.diffusion_model.``, ``base_model.model.``,
-    ``transformer.``, ``_orig_mod.`` ...): it is what stands before a name that only this model has.
+    ``transformer.``, ``_orig_mod.`` ...): it is what comes before a name that only this model has.
     """
     present = keys if isinstance(keys, (set, dict)) else set(keys)
     found: list[tuple[Layout, str]] = []

@@ -1,4 +1,4 @@
-"""From a file or folder to a model."""
+"""Loading a DiT or ControlNet from a file or folder."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def load_dit(
     """Load a HunyuanDiT of any version, size and layout.
 
     Tensors are cast as they are read, and nothing is ever held twice. Without a cast, CPU weights are views
-    of the mapped file (copy on write): do not truncate the file while the model lives.
+    of the mapped file (copy on write): do not truncate the file while the model exists.
 
     Args:
         path: a file, or a folder (diffusers pipeline, its transformer, Tencent's ``t2i``), or what was
             opened there.
-        dtype: of the weights; default: the file's own, bfloat16 if that is an 8-bit float.
-        operations: namespace of layer classes, default ``torch.nn``.
-        attention: attention function, default the model's own.
-        load_key: which weights of a torch file that holds several (``ema``, ``module`` ...).
+        dtype: of the weights; by default the file's own, or bfloat16 if that is an 8-bit float.
+        operations: namespace of layer classes, by default ``torch.nn``.
+        attention: attention function, by default the model's own.
+        load_key: which weights of a torch file with several sets (``ema``, ``module`` ...).
 
     Returns:
         The :class:`~..model.dit.DiT` in eval mode, and what the file says about itself.
 
     Raises:
-        WeightsError: if the file is something else, or lacks tensors, or has too many.
+        WeightsError: if the file is something else, lacks tensors, or has unknown ones.
     """
     opened = bundle(path, only=("dit",), kinds=("dit",), load_key=load_key)
     return _load(DiT, opened, opened.dit, dtype, device, operations, attention)
@@ -88,7 +88,7 @@ def _load(
 
 
 def compute_dtype(source: TensorSource) -> torch.dtype:
-    """The dtype that a file's weights are used in when nobody chose one."""
+    """The dtype that a file's weights are used in by default."""
     stored = source.main_dtype() or torch.float32
     return torch.bfloat16 if stored in FP8_DTYPES else stored
 
@@ -96,7 +96,7 @@ def compute_dtype(source: TensorSource) -> torch.dtype:
 def assign_weights(
     model: Module, source: TensorSource, *, dtype: torch.dtype | None, device: str | torch.device
 ) -> Module:
-    """Give a model on the meta device its weights, one tensor at a time.
+    """Fill a model on the meta device with its weights, one tensor at a time.
 
     Raises:
         WeightsError: listing tensors that are missing, unexpected or of another shape.
@@ -118,8 +118,8 @@ def assign_weights(
 def check_names(expected: Mapping[str, tuple[int, ...]], source: TensorSource) -> None:
     """Raise a WeightsError that lists tensors of a model that are missing, unexpected or of another shape.
 
-    Integers are no weights either: they are those of something quantised, or of something else. Weights
-    with scales are refused by name.
+    Integers are not accepted as weights either: they belong to something quantised, or to something else.
+    Weights with scales are refused with the name of their scheme.
     """
     refuse_quantised(source)
     found = source.shapes()

@@ -1,4 +1,4 @@
-"""Tensors that lie in a file as they are in memory: mapped, and read when they are used."""
+"""Tensors whose bytes in a file are those in memory: mapped, and read when they are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .source import TensorSource, cast
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: bytes ``begin`` to ``end`` of the file; ``stride`` unless it is contiguous."""
+    """A tensor's place: bytes ``begin`` to ``end`` of the file; ``stride`` unless it is contiguous."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 class MappedSource(TensorSource):
     """Tensors of a mapped file, views of the mapping (copy on write) until they are cast.
 
-    The entries must lie in the file: whoever makes them has checked that.
+    The entries must be inside the file; the caller has to check that.
     """
 
     def __init__(self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
@@ -64,9 +64,9 @@ class MappedSource(TensorSource):
         return cast(values.as_strided(entry.shape, entry.stride), dtype)
 
     def release(self, key: str) -> None:
-        """Give the tensor's pages back, those it shares with no other; a later use reads them again.
+        """Free the tensor's pages, except those that it shares with others; a later use reads them again.
 
-        Only once: whoever took the tensor may have written into it since.
+        Only once, because whoever took the tensor may have written into it since.
         """
         if key in self._released:
             return

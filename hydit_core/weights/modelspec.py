@@ -1,4 +1,4 @@
-"""The metadata that every file of ours carries: ``hydit.config`` and the Model Metadata Standard.
+"""The metadata in every file that we write: ``hydit.config`` and the Model Metadata Standard.
 
 The standard: https://github.com/Stability-AI/ModelSpec (version 1.0.1).
 """
@@ -24,7 +24,7 @@ def file_metadata(
     source: str = "",
     extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The metadata of a file that holds this model; ``extra`` goes over the rest.
+    """The metadata of a file that holds this model; ``extra`` overrides the rest.
 
     Args:
         role: ``controlnet`` or ``lora``; empty for the model itself.

@@ -1,4 +1,4 @@
-"""Where commands write: an existing file is replaced only when asked, an input never."""
+"""Where commands write: an existing file is replaced only on request, and an input never."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def check_output(
 ) -> None:
     """Refuse a place that must not be written to, before anything is computed.
 
-    Files are compared by identity, so another spelling, a symbolic or a hard link of an input is the input.
-    Whatever lies in a folder that was given is an input too: shards, PEFT's files, the parts of a pipeline.
+    Files are compared by identity, so another spelling of an input, or a link to it, counts as the input.
+    All files in a given folder are inputs too: shards, PEFT's files, the parts of a pipeline.
 
     Args:
         out: a ``.safetensors`` file or, with ``folder``, a folder that is new or empty.
         inputs: files and folders that are read.
-        overwrite: an existing file that is no input may be replaced; a folder never is.
+        overwrite: an existing file may be replaced unless it is an input; a folder never is.
         form: what is written, for messages: "the layout diffusers".
 
     Raises:
-        WeightsError: naming ``out``, and what is in the way.
+        WeightsError: names ``out`` and what is in the way.
     """
     out = Path(out)
     _check_inputs(out, inputs)
@@ -56,7 +56,7 @@ def check_free(out: StrPath, inputs: Iterable[StrPath] = (), *, overwrite: bool 
     if not overwrite:
         raise WeightsError(f"{out} exists; choose another name, or replace it with --overwrite")
     if out.exists() and not out.is_file():
-        raise WeightsError(f"{out} is no regular file and cannot be replaced; choose another name")
+        raise WeightsError(f"{out} is not a regular file and cannot be replaced; choose another name")
 
 
 def _check_inputs(out: Path, inputs: Iterable[StrPath]) -> None:
@@ -82,7 +82,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _use(out: Path, inputs: Iterable[StrPath]) -> str:
-    """What an existing output is to the inputs; empty if it is nothing to them."""
+    """How an existing output is related to the inputs; empty if it is not."""
     own = _identity(out)
     if own is None:
         return ""
@@ -97,7 +97,7 @@ def _use(out: Path, inputs: Iterable[StrPath]) -> str:
 
 
 def _identity(path: StrPath) -> tuple[int, int] | None:
-    """What all names of a file or folder have in common; None where there is none."""
+    """The identity that all names of a file or folder share; None if it does not exist."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -106,10 +106,10 @@ def _identity(path: StrPath) -> tuple[int, int] | None:
 
 
 def _inside(folder: Path) -> Iterator[tuple[int, int] | None]:
-    """The identities of all files and folders in a folder, behind links as well."""
+    """The identities of all files and folders in a folder, through links too."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        if (own := _identity(place)) in seen:  # a link that leads back
+        if (own := _identity(place)) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(own)
@@ -125,14 +125,14 @@ def add_arguments(parser: argparse.ArgumentParser, what: str, *, positional: boo
 
     Args:
         what: the help of ``-o``.
-        positional: OUT may still stand last as an argument of its own; if not, it may be the last of a list.
+        positional: OUT may still be a separate last argument; otherwise it may be the last of a list.
     """
     if positional:
-        # One release longer; :func:`take_output` warns.
+        # For one more release; :func:`take_output` warns.
         parser.add_argument("last", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--out", metavar="OUT", help=what)
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace OUT if it is a file that exists; an input never is"
+        "--overwrite", action="store_true", help="replace OUT if the file exists; an input is never replaced"
     )
 
 
@@ -140,10 +140,10 @@ def take_output(args: argparse.Namespace, among: list[str] | None = None) -> Pat
     """The output of a command line.
 
     Args:
-        among: the arguments of which the last stands for it where ``-o`` is missing; it is taken away.
+        among: arguments whose last is the output if ``-o`` is missing; it is removed from them.
 
     Raises:
-        ConfigError: if none is given, two are, or it stands last and is there already.
+        ConfigError: if none or two are given, or the last argument stands for it and exists.
     """
     last = getattr(args, "last", None)
     if args.out is not None:
@@ -157,10 +157,10 @@ def take_output(args: argparse.Namespace, among: list[str] | None = None) -> Pat
     out = Path(last)
     if os.path.lexists(out) and not (out.is_dir() and _is_empty(out)):
         raise ConfigError(
-            f"{out} exists, and without -o the last argument stands for the output: name the output with -o"
+            f"{out} exists, and without -o the last argument is the output: name the output with -o"
         )
     print(
-        f"warning: an output that stands last will not be understood in the next release; write -o {out}",
+        f"warning: naming the output without -o will not be understood in the next release; write -o {out}",
         file=sys.stderr,
     )
     return out

@@ -1,10 +1,10 @@
-"""The pickle inside a torch file, read without torch's unpickler and without running anything of it.
+"""The pickle inside a torch file, read without torch's unpickler and without running any of its code.
 
 torch's ``weights_only`` had holes in releases that this library runs on (CVE-2025-32434 below 2.6,
-CVE-2026-24747 below 2.10). Here a pickle is data: its instructions are looked at before the first is obeyed,
-and no name in it is ever imported. Tensors become descriptions (:class:`StoredTensor`), plain dictionaries
-become dictionaries, and what trainers put beside weights (numbers of numpy, paths, command lines) becomes
-an object that means nothing. Every other name is refused.
+CVE-2026-24747 below 2.10). Here a pickle is data: all its instructions are checked before the first is
+executed, and no name in it is ever imported. Tensors become descriptions (:class:`StoredTensor`), plain
+dictionaries become dictionaries, and what trainers put beside weights (numpy's numbers, paths, command lines)
+becomes a meaningless object. Every other name is refused.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 
 MAX_BYTES = 16 << 20
-"""Of one pickle: the names and shapes of about 50,000 tensors."""
+"""In one pickle; enough for the names and shapes of about 50,000 tensors."""
 MAX_INSTRUCTIONS = 2_000_000
 _MAX_DIMENSIONS = 16
-# A dictionary of whole numbers above 64 bits can be made to need time that grows with its square.
+# A dictionary of integers above 64 bits can be built so that it needs time that grows with its square.
 _MAX_LONG = 9
 
 _ALLOWED = {
@@ -34,7 +34,7 @@ _ALLOWED = {
     "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "BUILD", "BINPERSID",
 }  # fmt: skip
 
-# What stands beside weights and is not needed: module -> names. None of it is imported.
+# What may be beside weights and is not needed: module -> names. None of it is imported.
 _INERT: dict[str, frozenset[str]] = {
     module: frozenset(names.split())
     for module, names in {
@@ -63,7 +63,7 @@ _INERT: dict[str, frozenset[str]] = {
         "torch.torch_version": "TorchVersion",
     }.items()
 }
-# Names of modules that pickles of protocol 2 have.
+# Modules' old names, as in pickles of protocol 2.
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 _DICTIONARIES = {"OrderedDict", "defaultdict", "Counter"}
 _STORAGES: dict[str, torch.dtype | None] = {
@@ -94,7 +94,7 @@ _OTHER_TENSORS = {
 
 
 class Refused(Exception):
-    """The pickle is well-formed and not accepted; the text completes "FILE holds ..."."""
+    """The pickle is well-formed but not accepted; the text completes "FILE holds ..."."""
 
 
 class ForeignNames(Exception):
@@ -120,22 +120,22 @@ class StoredTensor(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """Stored elements from the first to the last that it names."""
+        """The number of stored elements from the first to the last that it uses."""
         if not math.prod(self.shape):
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
 
 def read_pickle(stream: io.BytesIO, storages: dict[str, Storage], *, longest: int = _MAX_LONG) -> Any:
-    """The value of the pickle that begins where ``stream`` stands; it stands behind it afterwards.
+    """The value of the pickle that begins at ``stream``'s position, which is then at its end.
 
     Args:
-        storages: gets every storage that is named.
-        longest: bytes of the largest whole number.
+        storages: every storage that is named is added to it.
+        longest: the most bytes of an integer.
 
     Raises:
         Refused, ForeignNames: it is not accepted.
-        Exception: of nearly any class, if it is damaged.
+        Exception: nearly any class, if it is damaged.
     """
     start = stream.tell()
     _look(stream, longest)
@@ -147,7 +147,7 @@ def read_pickle(stream: io.BytesIO, storages: dict[str, Storage], *, longest: in
 
 
 def _look(stream: io.BytesIO, longest: int) -> None:
-    """Go through the instructions without obeying them."""
+    """Check the instructions without executing them."""
     foreign: list[str] = []
     argument: Any
     for number, (code, argument, _) in enumerate(pickletools.genops(stream)):
@@ -201,7 +201,7 @@ class _Dict(dict):  # type: ignore[type-arg]
 
 
 class _Nothing:
-    """In place of an object that is not needed: takes everything, keeps nothing, does nothing."""
+    """In place of an object that is not needed: accepts everything, keeps nothing, does nothing."""
 
     __slots__ = ()
 
@@ -303,7 +303,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 class _Reader(pickle.Unpickler):
-    """Python's unpickler with nothing to import: every name is answered from the tables above."""
+    """Python's unpickler without imports: all names come from the tables above."""
 
     def __init__(self, stream: io.BytesIO, storages: dict[str, Storage]) -> None:
         super().__init__(stream, encoding="latin-1")
@@ -326,7 +326,7 @@ class _Reader(pickle.Unpickler):
             return _Function(_size)
         if module == "torch" and (dtype := _dtype(name)) is not None:
             return dtype
-        # A class for each: NEWOBJ needs one, and what a pickle might do to it ends with this file.
+        # A new class for each: NEWOBJ needs one, and what a pickle may do to it must not outlive this file.
         return type(name, (_Nothing,), {"__slots__": ()})
 
     def persistent_load(self, pid: Any) -> Storage:

@@ -1,4 +1,4 @@
-"""Weights in ``torch.save`` files: which of the tensors in one are the weights."""
+"""Weights in ``torch.save`` files, and which of the tensors in one are the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .pickle_reader import ForeignNames, Refused, StoredTensor
 from .torch_file import TorchFile
 
 LOAD_KEYS = ("ema", "module", "state_dict", "model_state_dict", "model", "distill", "merge", "params")
-"""Where trainers put the weights inside the saved dictionary, the preferred first."""
+"""Where trainers put the weights inside the saved dictionary, preferred ones first."""
 _MOST_NAMED_TWICE = 4
 _LONGEST_NAME = 1000
 _DEEPEST = 3
@@ -23,11 +23,11 @@ Tensors = dict[str, StoredTensor]
 def open_pickle(path: Path, *, load_key: str | None = None) -> MappedSource:
     """Open a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file in either of torch's formats.
 
-    It is mapped, so nothing is read until a tensor is used. torch's own unpickler does not see it: see
+    It is mapped, so nothing is read until a tensor is used. torch's own unpickler is not used, see
     :mod:`.pickle_reader`.
 
     Args:
-        load_key: which of several sets of weights to take (``ema``, ``module`` ...); default: the first
+        load_key: which of several sets of weights to take (``ema``, ``module`` ...); by default the first
             of :data:`LOAD_KEYS` that the file has.
 
     Raises:
@@ -64,10 +64,10 @@ def _reason(error: Exception) -> str:
 
 
 def _entries(file: TorchFile, tensors: Tensors) -> dict[str, Entry]:
-    """Where each tensor lies.
+    """Where each tensor is in the file.
 
     Raises:
-        WeightsError: names are too long, or many tensors are made of the same few bytes.
+        WeightsError: names are too long, or many tensors share the same few bytes.
     """
     entries = {}
     for name, tensor in tensors.items():
@@ -80,7 +80,7 @@ def _entries(file: TorchFile, tensors: Tensors) -> dict[str, Entry]:
     if named > _MOST_NAMED_TWICE * file.size:
         raise WeightsError(
             f"{file.path}: its tensors name {named:,} bytes, the file has {file.size:,}: many are the same "
-            "bytes, so it is no checkpoint"
+            "bytes, so it is not a checkpoint"
         )
     return entries
 
@@ -116,7 +116,7 @@ def _find_tensors(
         found = f"it has {', '.join(choices)}" if choices else "it is one plain state dict"
         raise WeightsError(f"{path} has no weights under {load_key!r}; {found}")
     tensors = _tensors_of(loaded)
-    # A checkpoint may hold tensors beside its weights (a step counter, a random state).
+    # A checkpoint may hold tensors besides its weights (a step counter, a random state).
     for key in (*LOAD_KEYS, *(() if tensors else choices)):
         if key in choices:
             tensors, rest = _find_tensors(loaded[key], path, None, depth - 1)
@@ -129,14 +129,14 @@ def _find_tensors(
 
 
 def _choices(loaded: Any) -> list[str]:
-    """The keys under which there are tensors."""
+    """The keys with tensors under them."""
     seen: set[tuple[int, int]] = set()
     items = loaded.items() if isinstance(loaded, Mapping) else ()
     return [key for key, value in items if isinstance(key, str) and _holds_tensors(value, seen)]
 
 
 def _holds_tensors(value: Any, seen: set[tuple[int, int]], depth: int = _DEEPEST) -> bool:
-    """``seen`` has the dictionaries without tensors: a file can name one of them a million times."""
+    """``seen`` holds the dictionaries without tensors: a file can name one of them a million times."""
     if not isinstance(value, Mapping) or depth == 0 or (id(value), depth) in seen:
         return False
     if _tensors_of(value) or any(_holds_tensors(inner, seen, depth - 1) for inner in value.values()):
@@ -146,7 +146,7 @@ def _holds_tensors(value: Any, seen: set[tuple[int, int]], depth: int = _DEEPEST
 
 
 def _zero_hint(path: Path) -> str:
-    """What a shard of DeepSpeed's ZeRO is, and where the weights are."""
+    """For a shard of DeepSpeed's ZeRO, what it is and where the weights are; else an empty text."""
     if "optim_states" in path.name:
         return (
             "; it is an optimizer shard of DeepSpeed. With ZeRO 1 and 2 the weights are in "

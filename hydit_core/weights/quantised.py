@@ -1,6 +1,6 @@
-"""Quantised weights: told by the names of their scales, and refused until they can be read.
+"""Quantised weights: recognized by the names of their scales, and refused until they can be read.
 
-Without its scale such a weight is another one, hundreds of times too large, and nothing in its shape tells.
+Without its scale such a weight is wrong, hundreds of times too large, and its shape does not show it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from ..errors import WeightsError
 from .source import TensorSource
 
-# What stands at the end of a name, or in it; the family that writes it.
+# The family that writes such weights, and what is at the end of a name, or in it.
 _MARKS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("ComfyUI's scaled fp8", re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input)$")),
     ("ComfyUI's quantised layers", re.compile(r"(^|\.)comfy_quant$")),
@@ -27,7 +27,7 @@ _METADATA = ("_quantization_metadata", "quantization_config", "quantization_meta
 
 
 def quantised(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
-    """Who quantised a file, and by which name that is told; None for weights as they are."""
+    """What quantised a file, and the name that shows it; None for ordinary weights."""
     found = next((key for key in _METADATA if key in metadata), None)
     if found is not None:
         return f"it is quantised: metadata {found}"
@@ -39,8 +39,8 @@ def quantised(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
 
 
 def refuse_quantised(source: TensorSource) -> None:
-    """Raise :class:`WeightsError` for a file whose weights mean nothing without the scales beside them."""
+    """Raise :class:`WeightsError` for a file whose weights are meaningless without the scales beside them."""
     if said := quantised(source, source.metadata):
         raise WeightsError(
-            f"{source.path}: {said}. Such weights cannot be read yet; take the model in fp16 or bf16"
+            f"{source.path}: {said}. Such weights cannot be read yet; use the model in fp16 or bf16"
         )

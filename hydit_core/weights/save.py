@@ -1,4 +1,4 @@
-"""Writing checkpoints that this project, ComfyUI and Tencent's code open."""
+"""Writing checkpoints that this project, ComfyUI and Tencent's code can open."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def save_checkpoint(
 ) -> None:
     """Write a DiT, or an all-in-one checkpoint in ComfyUI's layout, atomically.
 
-    A DiT alone is written under Tencent's names without a prefix. With any other part the file is an
-    all-in-one: ``model.diffusion_model.*``, ``text_encoders.*``, ``vae.*``.
+    A DiT alone is written under Tencent's names without a prefix. With any other part it is an all-in-one
+    file: ``model.diffusion_model.*``, ``text_encoders.*``, ``vae.*``.
 
     Args:
         dit: Tencent's names. ``bert`` and ``t5``: the names of transformers' BertModel and MT5EncoderModel.
         vae: LDM or TAESD names.
-        dtype: of all floating-point tensors; default: as they are. For an 8-bit float see :func:`dtypes_for`.
-        metadata: goes over what the file gets by itself (:func:`~.modelspec.file_metadata`).
+        dtype: of all floating-point tensors; by default unchanged. For 8-bit floats see :func:`dtypes_for`.
+        metadata: overrides what the file gets by itself (:func:`~.modelspec.file_metadata`).
 
     Raises:
-        WeightsError: if the file cannot be written; what was there before is still there then.
+        WeightsError: if the file cannot be written; what was there before is then still there.
     """
     dit = as_source(dit)
     dit_names = dit.keys()
@@ -74,7 +74,7 @@ def other_parts(
     bert_vocab: bytes | None = None,
     vae: Tensors | None = None,
 ) -> list[TensorSource]:
-    """What stands beside the DiT in an all-in-one file, under the names that it has there."""
+    """What is beside the DiT in an all-in-one file, under the names that it has there."""
     parts: list[TensorSource] = []
     for prefix, tensors in ((BERT_PREFIX, bert), (MT5_PREFIX, t5), (VAE_PREFIX, vae)):
         if tensors is not None:
@@ -93,10 +93,10 @@ def _prefixed(source: TensorSource, prefix: str) -> TensorSource:
 
 
 def dtypes_for(source: TensorSource, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Which dtype each floating-point tensor gets when a file is cast to ``dtype``.
+    """The dtype that each floating-point tensor gets when a file is cast to ``dtype``.
 
-    In an 8-bit float only the matrices inside the DiT's blocks are stored (96 % of DiT-g/2); norms, biases,
-    embedders and the final layer, whose errors every token sees, keep 16 bits. Single numbers (a TAESD's
+    Only the matrices inside the DiT's blocks (96 % of DiT-g/2) are stored in an 8-bit float; norms, biases,
+    embedders and the final layer, whose errors reach every token, keep 16 bits. Single numbers (a TAESD's
     scale) stay as they are.
     """
     plan: dict[str, torch.dtype] = {}

@@ -1,4 +1,4 @@
-"""A file that holds one part alone, under the names that the part has in :class:`~.bundle.Bundle`."""
+"""Files that hold only one part, under the names that the part has in :class:`~.bundle.Bundle`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .detect import expect
 from .source import MemorySource, TensorSource
 from .views import rename
 
-# What an encoder's file may hold that this model does not use: heads, a decoder, buffers, a tokenizer.
+# What an encoder's file may contain that this model does not use: heads, a decoder, buffers, a tokenizer.
 _SURPLUS = {
     "bert": re.compile(
         r"(^|\.)((pooler|cls|classifier|qa_outputs|lm_head|text_projection|visual\w*)\."
@@ -26,10 +26,10 @@ _SURPLUS = {
 
 
 def check_rest(source: TensorSource, part: str, used: Collection[str]) -> None:
-    """Whether all that a text encoder's file holds beside the ``used`` names is known to be of no use.
+    """Check that all tensors of a text encoder's file besides the ``used`` names are known to be unused.
 
     Raises:
-        WeightsError: there are other tensors, which may change what those that are used mean.
+        WeightsError: there are other tensors, which may change what the used ones mean.
     """
     rest = [key for key in source if key not in used and not _SURPLUS[part].search(key)]
     if rest:
@@ -41,7 +41,7 @@ def check_rest(source: TensorSource, part: str, used: Collection[str]) -> None:
 
 
 def bert_part(source: TensorSource) -> TensorSource:
-    """A file of BERT alone, under the names of transformers' BertModel.
+    """A file with only BERT, under the names of transformers' BertModel.
 
     Raises:
         WeightsError: if the file is something else.
@@ -59,7 +59,7 @@ def bert_part(source: TensorSource) -> TensorSource:
 
 
 def mt5_part(source: TensorSource) -> TensorSource:
-    """A file of mT5 alone, under the names of transformers' MT5EncoderModel, the embedding once.
+    """A file with only mT5, under the names of transformers' MT5EncoderModel, with its embedding once.
 
     Raises:
         WeightsError: if the file is something else.
@@ -78,14 +78,14 @@ def mt5_part(source: TensorSource) -> TensorSource:
 
 
 def vae_part(source: TensorSource, options: Mapping[str, Any]) -> TensorSource:
-    """A file of a VAE alone, under LDM or TAESD names; ``options`` may hold a TAESD's scale and shift.
+    """A file with only a VAE, under LDM or TAESD names; ``options`` may hold a TAESD's scale and shift.
 
     Raises:
         WeightsError: if the file is something else.
     """
     expect(source, "vae")
     kind = vae_layout.detect_vae(source.keys())
-    assert kind is not None  # expect() asked the same
+    assert kind is not None  # expect() checked that
     names: Mapping[str, str] = vae_layout.strip_vae_prefix(source.keys(), kind)
     # Views of a mapped file: nothing is read until it is written.
     tensors = {name: source.get(key) for name, key in names.items()}

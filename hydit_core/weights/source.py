@@ -1,4 +1,4 @@
-"""Named tensors that are read one at a time, wherever they come from."""
+"""Named tensors from any source, which are read one at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import WeightsError
 def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """Cast a floating-point tensor; integers (a vocabulary, a tokenizer's bytes) stay as they are.
 
-    Casting to an 8-bit float clamps to its range first: torch would turn what is too large into NaN.
+    Values are clamped to the range of an 8-bit float first: torch would turn those beyond it into NaN.
     """
     if dtype is None or tensor.dtype == dtype or not tensor.is_floating_point():
         return tensor
@@ -50,7 +50,7 @@ class TensorSource(ABC):
 
     @abstractmethod
     def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Read one tensor, cast to ``dtype`` if it is a floating-point one."""
+        """Read one tensor, and cast it to ``dtype`` if it is floating-point."""
 
     def release(self, key: str) -> None:  # noqa: B027 - most sources hold nothing that could be freed
         """Say that this tensor is not needed again; a source that holds it in memory may free it."""
@@ -68,7 +68,7 @@ class TensorSource(ABC):
         return {key: self.shape(key) for key in self.keys()}
 
     def main_dtype(self) -> torch.dtype | None:
-        """The floating-point dtype that most of the data has; None without floating-point tensors."""
+        """The floating-point dtype of most of the data; None without floating-point tensors."""
         sizes: dict[torch.dtype, int] = {}
         for key in self.keys():
             if (dtype := self.dtype(key)).is_floating_point:
@@ -123,7 +123,7 @@ class MemorySource(TensorSource):
 
 
 class MergedSource(TensorSource):
-    """Several sources with different names as one: the shards of a folder, the parts of a checkpoint."""
+    """Several sources with different names as one: a folder's shards, or a checkpoint's parts."""
 
     def __init__(self, sources: list[TensorSource], *, path: Path, metadata: Mapping[str, str]) -> None:
         self.path = path
@@ -150,7 +150,7 @@ class MergedSource(TensorSource):
 
 
 class CastSource(TensorSource):
-    """A source whose tensors have other dtypes: ``dtypes`` names those that change."""
+    """A source with other dtypes for the tensors that are named in ``dtypes``."""
 
     def __init__(self, source: TensorSource, dtypes: Mapping[str, torch.dtype]) -> None:
         self.path = source.path
@@ -169,7 +169,7 @@ class CastSource(TensorSource):
 
     def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         wanted = self._dtypes.get(key)
-        made = self._source.get(key, wanted)  # a source that computes rounds once, to what is asked for
+        made = self._source.get(key, wanted)  # so that a source that computes rounds only once
         if wanted == torch.float16 and torch.isinf(made).any():
             exact = self._source.get(key, torch.float32)
             if torch.isfinite(exact).all():
@@ -187,5 +187,5 @@ class CastSource(TensorSource):
 
 
 def as_source(tensors: TensorSource | Mapping[str, Any]) -> TensorSource:
-    """A mapping of tensors as a source; a source stays itself."""
+    """A mapping of tensors as a source; a source is returned as it is."""
     return tensors if isinstance(tensors, TensorSource) else MemorySource(tensors)

@@ -1,4 +1,4 @@
-"""The two formats of ``torch.save``: a zip file (since torch 1.6), and pickles with numbers behind them."""
+"""The two formats of ``torch.save``: a zip file (since torch 1.6), and pickles followed by numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TorchFile:
 
     Raises:
         Refused, ForeignNames: it holds something that is not accepted.
-        Exception: of nearly any class, if it is damaged.
+        Exception: nearly any class, if it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,7 +34,7 @@ class TorchFile:
             self.value, self._begins = self._read_pickles()
 
     def place(self, tensor: StoredTensor) -> tuple[int, int]:
-        """Bytes of the file that a tensor lies in."""
+        """The range of bytes in the file that a tensor is in."""
         begin = self._begins[tensor.storage.key] + tensor.offset * tensor.dtype.itemsize
         return begin, begin + tensor.reach * tensor.dtype.itemsize
 
@@ -71,7 +71,7 @@ class TorchFile:
             raise Refused("compressed or encrypted entries, which torch does not write")
 
     def _begin(self, file: io.BufferedReader, info: zipfile.ZipInfo) -> int:
-        """Where an entry's content begins: behind its own header, which may differ from the directory's."""
+        """Where an entry's content begins: after its own header, which may differ from the directory's."""
         file.seek(info.header_offset)
         header = file.read(30)
         if header[:4] != b"PK\x03\x04":

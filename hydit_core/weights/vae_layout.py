@@ -1,4 +1,4 @@
-"""Key names and architectures of the VAEs that HunyuanDiT files carry.
+"""Key names and architectures of the VAEs in HunyuanDiT files.
 
 Two architectures, each in two name layouts:
 
@@ -25,7 +25,7 @@ from ..untrusted import count_numbered
 from .source import TensorSource
 
 SCALING_FACTOR = 0.13025
-"""Of the SDXL VAE's latents, which every published HunyuanDiT works on."""
+"""The scaling factor of the SDXL VAE's latents, which all published HunyuanDiTs work on."""
 PREFIXES = ("", "vae.", "first_stage_model.")
 _TRAINING_ONLY = ("loss.", "model_ema.")
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
@@ -52,7 +52,7 @@ _MARKS = {
 
 
 def detect_vae(keys: Iterable[str]) -> VaeKind | None:
-    """Say which VAE the keys belong to, or ``None``. Reads names only."""
+    """The kind of VAE that the keys belong to, or ``None``. Reads only names."""
     present = set(keys)
     for prefix in PREFIXES:
         for mark, (architecture, layout) in _MARKS.items():
@@ -68,7 +68,7 @@ def strip_vae_prefix(keys: Iterable[str], kind: VaeKind) -> dict[str, str]:
 
 
 def _tiny_layers(keys: Iterable[str], side: str) -> int:
-    """One more than the highest number of a layer; between those with weights stands one without, or two."""
+    """The highest layer number plus one; between layers with weights there are one or two without."""
     found = {int(match[1]) for key in keys if (match := re.match(rf"{side}\.layers\.(\d{{1,4}})\.", key))}
     count = max(found, default=-1) + 1
     if count > 3 * len(found) + 3:
@@ -115,10 +115,10 @@ def kl_key_table(levels: int, layers: int) -> dict[str, str]:
 
 
 def kl_renaming(keys: Iterable[str], *, to: str) -> dict[str, str]:
-    """Renaming of one KL autoencoder's keys (without prefix) into the layout ``to`` ("ldm" or "diffusers").
+    """The renaming of a KL autoencoder's keys (without prefix) into the layout ``to`` ("ldm" or "diffusers").
 
     Raises:
-        WeightsError: a key has no counterpart (for example attention outside of the middle block).
+        WeightsError: a key has no counterpart (for example attention outside the middle block).
     """
     names = list(keys)
     if to == "diffusers":
@@ -140,7 +140,7 @@ def kl_renaming(keys: Iterable[str], *, to: str) -> dict[str, str]:
 
 
 def is_attention_matrix(name: str) -> bool:
-    """True for the tensors that are (C, C, 1, 1) in LDM names and (C, C) in diffusers names."""
+    """True for the tensors that are (C, C, 1, 1) in the LDM layout and (C, C) in diffusers'."""
     return name.endswith(".weight") and (
         (".mid.attn_1." in name and ".attn_1.norm." not in name)
         or (".mid_block.attentions.0." in name and ".group_norm." not in name)
@@ -167,7 +167,7 @@ def _check_matrix(tensor: Tensor) -> None:
 
 
 def undeprecate(name: str) -> str:
-    """Old diffusers files call the attention's layers query, key, value, proj_attn; return today's name."""
+    """Today's name for attention layers that old diffusers files call query, key, value, proj_attn."""
     head, _, leaf = name.rpartition(".")
     module, _, layer = head.rpartition(".")
     return f"{module}.{_DEPRECATED[layer]}.{leaf}" if layer in _DEPRECATED else name
@@ -192,7 +192,7 @@ def diffusers_to_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def taesd_renaming(keys: Iterable[str], *, to: str) -> dict[str, str]:
-    """Renaming of a TAESD's keys (without prefix) into the layout ``to`` ("taesd" or "diffusers").
+    """The renaming of a TAESD's keys (without prefix) into the layout ``to`` ("taesd" or "diffusers").
 
     ``vae_scale`` and ``vae_shift``, which ComfyUI stores beside the weights, have no counterpart and are left
     out.
@@ -237,8 +237,8 @@ def diffusers_to_taesd(
 def taesd_scale(scaling_factor: float, shift_factor: float) -> tuple[float, float]:
     """ComfyUI's ``vae_scale`` and ``vae_shift`` of a TAESD whose scaled latents are (z - shift) * factor.
 
-    ComfyUI's unscaled latents are z / vae_scale + vae_shift, z being what the network makes; times the latent
-    format's constant they are what the diffusion model works on.
+    ComfyUI's unscaled latents are z / vae_scale + vae_shift, where z is the network's output; multiplied by
+    the latent format's constant they are what the diffusion model works on.
     """
     vae_scale = SCALING_FACTOR / scaling_factor
     return vae_scale, -shift_factor / vae_scale
@@ -252,18 +252,18 @@ def latent_scale(
 ) -> tuple[float, float]:
     """Scaling and shift factor: the diffusion model works on ``(z - shift) * scaling``.
 
-    z is what a KL autoencoder's mean is, or what a TAESD's network makes.
+    z is a KL autoencoder's mean, or the output of a TAESD's network.
 
     Args:
         stored: the VAE's own names -> those in ``tensors`` (:func:`strip_vae_prefix`).
-        options: ``vae`` of the file's ``hydit.config``. A TAESD's own scale, in its tensors, goes first.
+        options: ``vae`` of the file's ``hydit.config``. The scale in a TAESD's tensors takes precedence.
     """
     if kind.layout != "taesd" or "vae_scale" not in stored:
         default = 1.0 if kind.architecture == "tiny" else SCALING_FACTOR
         return float(options.get("scaling_factor", default)), float(options.get("shift_factor") or 0.0)
-    # ComfyUI defines a TAESD's unscaled latents as z / vae_scale + vae_shift, z being what the network makes,
-    # and scales them by its latent format's constant.
-    # As float32, in which the file holds its own scale: equal ones then give exactly 1.
+    # ComfyUI defines a TAESD's unscaled latents as z / vae_scale + vae_shift, where z is the network's
+    # output, and scales them by its latent format's constant.
+    # In float32, as the file stores its own scale, so that equal ones give exactly 1.
     scaling = float(torch.tensor(SCALING_FACTOR))
     vae_scale = _single(tensors[stored["vae_scale"]], "vae_scale")
     vae_shift = _single(tensors[stored["vae_shift"]], "vae_shift") if "vae_shift" in stored else 0.0
@@ -283,7 +283,7 @@ def kl_config(keys: Iterable[str], shape: Shape, *, norm_num_groups: int = 32) -
 
     Args:
         keys: names without prefix.
-        shape: gives a tensor's shape by name.
+        shape: returns a tensor's shape by name.
         norm_num_groups: groups of the group norms, which shapes do not tell.
     """
     names = set(keys)
@@ -320,7 +320,7 @@ def _tiny_stages(names: set[str], side: str) -> list[list[int]]:
             stages.append([])
         elif f"{side}.layers.{layer}.conv.0.weight" in names:
             stages[-1].append(layer)
-    # A stage follows each convolution but the last one, which makes the output.
+    # A stage follows each convolution except the last, which makes the output.
     return stages[1:-1]
 
 

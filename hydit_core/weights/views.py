@@ -17,7 +17,7 @@ from ..errors import WeightsError
 from .source import TensorSource, cast
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""What torch.compile, DDP, FSDP and checkpointing put into names."""
+"""What torch.compile, DDP, FSDP and checkpointing add to names."""
 
 _WRAPPED = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
 
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 class TensorView(TensorSource):
-    """A lazy view: ``recipes`` says for each name which pieces of ``source`` it is made of, in order."""
+    """A lazy view; ``recipes`` lists for each name the pieces of ``source`` that it is made of, in order."""
 
     def __init__(self, source: TensorSource, recipes: Mapping[str, Sequence[Piece]]) -> None:
         self.path = source.path
@@ -79,13 +79,13 @@ class TensorView(TensorSource):
             if piece.whole:
                 return self.source.get(piece.key, dtype)
             return cast(self.source.get(piece.key)[piece.start : piece.stop], dtype)
-        # Written into place piece by piece: the source's dtype never exists as a second whole tensor.
+        # Written piece by piece, so that the whole tensor never also exists in the source's dtype.
         stored = self.dtype(key)
         out = torch.empty(self.shape(key), dtype=dtype if dtype and stored.is_floating_point else stored)
         row = 0
         for piece in pieces:
             part = self.source.get(piece.key)[piece.start : piece.stop]
-            # copy_ casts on the way, without a temporary; to 8 bits cast() has to clamp first.
+            # copy_ casts without a temporary; for 8 bits, cast() has to clamp first.
             out[row : row + len(part)].copy_(cast(part, dtype) if dtype in FP8_DTYPES else part)
             row += len(part)
         return out
@@ -116,9 +116,9 @@ def rename(source: TensorSource, name: Callable[[str], str | None]) -> TensorVie
 
 
 def unwrapped(source: TensorSource) -> TensorSource:
-    """``source`` without what torch.compile, DDP, FSDP and checkpointing put into names, wherever it stands.
+    """``source`` without what torch.compile, DDP, FSDP and checkpointing put anywhere into names.
 
-    A name that would then stand twice stays as it is.
+    Names that would then be duplicates stay as they are.
     """
     names = {key: unwrapped_name(key) for key in source}
     if all(key == name for key, name in names.items()):

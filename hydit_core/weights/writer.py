@@ -33,7 +33,7 @@ def save_safetensors(
     order, so that every tensor is aligned to its element size and equal content gives equal bytes.
 
     Raises:
-        WeightsError: if a dtype has no place in the format or the file cannot be written.
+        WeightsError: if the format lacks a dtype, or the file cannot be written.
     """
     source = as_source(tensors)
     order = sorted(source.keys(), key=lambda key: (-source.dtype(key).itemsize, key))

@@ -524,7 +524,7 @@ DAMAGED = {
             )
             + bytes(12)
         ),
-        "x and y lie over each other",
+        "x and y overlap",
     ),
     "nested": (lambda good: (200_004).to_bytes(8, "little") + b'{"x":' + b"[" * 199_999, "header is damaged"),
     "infinite": (

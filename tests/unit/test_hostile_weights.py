@@ -114,7 +114,7 @@ HEADERS = {
     ),
     "trailing": (header({"a": entry(0, 4)}, 5), "1 bytes after the last tensor belong to none"),
     "trailing alone": (header({}, 5), "5 bytes after the last tensor"),
-    "overlap": (header({"a": entry(0, 4), "b": entry(2, 6)}, 6), "a and b lie over each other"),
+    "overlap": (header({"a": entry(0, 4), "b": entry(2, 6)}, 6), "a and b overlap"),
     "huge header": ((1 << 40).to_bytes(8, "little") + b"{" + bytes(100), "a safetensors header of 1,099,511"),
     "name": (header({"n" * 100_000: entry(0, 4)}, 4), "a tensor's name has 100,000 characters (nnnn"),
     "bool": (header({"a": entry(0, 1, shape=[True])}, 1), "the header entry of a is damaged"),

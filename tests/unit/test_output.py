@@ -131,7 +131,7 @@ def test_an_output_that_stands_last(name: str, place: Path, capsys: pytest.Captu
     end = next((i for i, word in enumerate(given) if str(word).startswith("--")), len(given))
     out = place.parent / "new.safetensors"
     assert run(*given[:end], out, *given[end:]) == 0
-    assert "warning: an output that stands last will not be understood" in capsys.readouterr().err
+    assert "warning: naming the output without -o will not be understood" in capsys.readouterr().err
     written = out.read_bytes()
     for option in ([], ["--overwrite"]):
         assert run(*given[:end], out, *given[end:], *option) == 2
@@ -151,7 +151,7 @@ def test_a_forgotten_output(place: Path, capsys: pytest.CaptureFixture[str]) -> 
         ["combine", a, place / "peft"],
     ):
         assert run(*given) == 2
-        assert "without -o the last argument stands for the output" in capsys.readouterr().err
+        assert "without -o the last argument is the output" in capsys.readouterr().err
     for given in (["combine", a], ["convert", a], ["weights", "convert", a, "--layout", "comfy"]):
         assert run(*given) == 2
         assert capsys.readouterr().err == "error: no output: name it with -o OUT\n"
@@ -195,7 +195,7 @@ def test_shards_and_odd_places(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="exists"):
         check_output(tmp_path / "nowhere.safetensors")
     os.mkfifo(tmp_path / "pipe.safetensors")
-    with pytest.raises(WeightsError, match="is no regular file"):
+    with pytest.raises(WeightsError, match="is not a regular file"):
         check_output(tmp_path / "pipe.safetensors", overwrite=True)
     check_output(tmp_path / "new.safetensors", [shards, tmp_path / "gone", "bad\0name"])
 

@@ -344,7 +344,7 @@ def test_a_model_that_diffusers_cannot_hold_is_refused(tmp_path, capsys):
     save_checkpoint(tmp_path / "odd.safetensors", dit=DiT(config).state_dict(), info=info)
     odd, out = tmp_path / "odd.safetensors", tmp_path / "out"
     line = refused(capsys, "convert", odd, "-o", out, "--layout", "diffusers")
-    assert "mT5 projection is not 4 times as wide" in line and "pooler has not 8 heads" in line
+    assert "mT5 projection is not 4 times as wide" in line and "the pooler does not have 8 heads" in line
     assert "odd.safetensors: " in line and "use the layout tencent or comfy" in line
     assert not (tmp_path / "out").exists()
 
