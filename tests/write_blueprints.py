@@ -4,7 +4,8 @@
     python tests/write_blueprints.py
 
 ComfyUI takes a blueprint's name from its file's name, and has no translations for it, so the names are in two
-languages. Category, description (which is its help page, too) and words to search for are in the file.
+languages. Category, description (which is its help page, too) and words to search for are in the file; for
+packs' blueprints the pages up to 1.58.1 drop those words, and search in the names alone.
 """
 
 from __future__ import annotations

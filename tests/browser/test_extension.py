@@ -447,7 +447,8 @@ def show(page: Any, kinds: list[str]) -> None:
 
 OVERLAPS = """() => {
   const box = (element) => element.getBoundingClientRect();
-  const rows = [...document.querySelectorAll(".hydit-row")].map(box).filter((a) => a.width && a.height);
+  const elements = [...document.querySelectorAll(".hydit-row")];
+  const rows = elements.map(box).filter((a) => a.width && a.height);
   const fields = [...document.querySelectorAll("textarea")].map(box);
   const hit = (a, b) =>
     a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
@@ -455,12 +456,22 @@ OVERLAPS = """() => {
   const widgets = app.graph.nodes.flatMap((n) => n.widgets ?? []);
   const wanted = widgets.filter((w) => w.name.startsWith("hydit_") && w.computeSize(200)[1] > 0).length;
   if (rows.length !== wanted) wrong.push(`${rows.length} of ${wanted} rows`);
-  for (const a of rows) {
-    if (fields.some((b) => hit(a, b))) wrong.push("over a text field");
+  // Of its element in Nodes 2.0: what is kept of a node's size there need not be what it covers.
+  const inside = (element, a) => {
+    const node = element.closest("[data-node-id]");
+    if (node) {
+      const b = box(node);
+      return a.left > b.left && a.right < b.right && a.top > b.top && a.bottom < b.bottom;
+    }
     const [x, y] = app.canvas.convertEventToCanvasOffset({ clientX: a.left, clientY: a.bottom });
-    const inside = app.graph.nodes.some(
+    return app.graph.nodes.some(
       ({ pos, size }) => x > pos[0] && x < pos[0] + size[0] && y > pos[1] && y < pos[1] + size[1] + 2);
-    if (!inside) wrong.push("outside its node");
+  };
+  for (const element of elements) {
+    const a = box(element);
+    if (!a.width || !a.height) continue;
+    if (fields.some((b) => hit(a, b))) wrong.push("over a text field");
+    if (!inside(element, a)) wrong.push("outside its node");
   }
   return [wrong, rows.length];
 }"""

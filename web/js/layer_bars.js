@@ -27,7 +27,7 @@ const CSS = `
 .hydit-bars-bar { position: relative; flex: 1 1 0; min-width: 0; outline: none; }
 .hydit-bars-bar > i {
   position: absolute; inset: auto max(0.5px, 12%) 0; min-height: 2px; border-radius: 2px 2px 0 0;
-  background: var(--p-primary-color, #60a5fa); pointer-events: none;
+  background: var(--hydit-accent); pointer-events: none;
 }
 .hydit-bars-bar:hover > i, .hydit-bars-bar.hydit-bars-now > i { filter: brightness(1.25); }
 .hydit-bars-bar:focus > i { background: var(--input-text, #ddd); }

@@ -30,11 +30,11 @@ const CSS = `
 }
 .hydit-weights-presets button:hover:not(:disabled) { border-color: var(--input-text, #ddd); }
 .hydit-weights-presets button:focus-visible {
-  outline: 2px solid var(--p-primary-color, #60a5fa); outline-offset: -1px;
+  outline: 2px solid var(--hydit-accent); outline-offset: -1px;
 }
 .hydit-weights-presets button[aria-pressed="true"] {
-  background: var(--p-primary-color, #60a5fa); border-color: transparent; font-weight: 600;
-  color: var(--p-primary-contrast-color, #000);
+  background: var(--hydit-accent); border-color: transparent; font-weight: 600;
+  color: var(--hydit-on-accent);
 }
 .hydit-weights-presets button:disabled { opacity: 0.5; cursor: default; }
 `;

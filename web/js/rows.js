@@ -7,12 +7,17 @@ const MARGIN = 6; // above, below and beside a row, where the page draws nodes o
 const GAP = 4; // what the page adds below every widget of fixed height
 const STYLE_ID = "hydit-style";
 
+// Pages from 1.58 on have no --p-primary-color; their own accent is too pale on a light node, so it is mixed with
+// the color of texts, which makes it darker there and lighter on a dark one. So is what is muted.
 const CSS = `
 .hydit-row {
+  --hydit-accent:
+    var(--p-primary-color, color-mix(in srgb, var(--primary-background, #60a5fa) 70%, var(--input-text, #ddd)));
+  --hydit-on-accent: var(--p-primary-contrast-color, #000);
   box-sizing: border-box; min-width: 0; color: var(--input-text, #ddd);
   font: 11px/16px Inter, "Noto Sans SC", "Microsoft YaHei", "WenQuanYi Micro Hei", Arial, sans-serif;
 }
-.hydit-muted { color: var(--descrip-text, #999); }
+.hydit-muted { color: color-mix(in srgb, var(--descrip-text, #999) 75%, var(--input-text, #ddd)); }
 `;
 
 const styles = new Set();

@@ -28,10 +28,10 @@ const CSS = `
   overflow: hidden; cursor: pointer;
 }
 .hydit-sizes button:hover:not(:disabled) { border-color: var(--input-text, #ddd); }
-.hydit-sizes button:focus-visible { outline: 2px solid var(--p-primary-color, #60a5fa); outline-offset: -1px; }
+.hydit-sizes button:focus-visible { outline: 2px solid var(--hydit-accent); outline-offset: -1px; }
 .hydit-sizes button[aria-pressed="true"] {
-  background: var(--p-primary-color, #60a5fa); border-color: transparent; font-weight: 600;
-  color: var(--p-primary-contrast-color, #000);
+  background: var(--hydit-accent); border-color: transparent; font-weight: 600;
+  color: var(--hydit-on-accent);
 }
 .hydit-sizes button:disabled { opacity: 0.5; cursor: default; }
 `;
