@@ -1,4 +1,4 @@
-"""Turn a finished run's file into the one that ships: final decoder, title and licences in its metadata.
+"""Turn a finished run's file into the one that ships: final decoder, title and licenses in its metadata.
 
 python finish.py work/run/model.safetensors ../../hydit_core/assets/hydit-icons-128.safetensors
 """
