@@ -8,16 +8,6 @@ import pytest
 from blueprint_files import BLUEPRINTS, definition, flat
 from workflow_files import read, without_titles
 
-#: What the page keeps of every blueprint, for its node library and its search: once it has read `count`.
-KNOWN = """(count) => {
-  const stores = document.querySelector("#vue-app").__vue_app__.config.globalProperties.$pinia._s;
-  const all = stores.get("subgraph").subgraphBlueprints  // newer pages keep them with the other nodes
-    ?? [...stores.get("nodeDef").blueprintNodeDefsByName.values()];
-  const ours = all.filter((known) => known.category.endsWith("HunyuanDiT"));
-  return ours.length >= count && Object.fromEntries(
-    ours.map((known) => [known.display_name, [known.description, known.category]]));
-}"""
-
 
 def renumbered(prompt: dict[str, Any]) -> dict[str, Any]:
     """A prompt by the numbers inside the subgraph: the page puts the number of the node around before."""
@@ -32,16 +22,6 @@ def renumbered(prompt: dict[str, Any]) -> dict[str, Any]:
         }
         for number, node in without_titles(prompt).items()
     }
-
-
-def test_the_node_library_has_them(page):
-    if page.server.version.startswith("0.3."):
-        pytest.skip("this ComfyUI has no blueprints of packs")
-    known = page.page.wait_for_function(KNOWN, arg=len(BLUEPRINTS)).json_value()
-    assert sorted(known) == [path.stem for path in BLUEPRINTS]
-    for path in BLUEPRINTS:
-        description = definition(read(path))["description"]
-        assert known[path.stem] == [description, "Subgraph Blueprints/HunyuanDiT"]
 
 
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem.split(" (")[0])
