@@ -1,8 +1,8 @@
 """One forward of our DiT against diffusers' HunyuanDiT2DModel: time, memory and difference, on the CPU.
 
 Both models share one set of random weights and get the same inputs; runs alternate in one process, and the
-ratio is the median of the paired ratios, so that a machine that slows down slows both. Both do all of a
-forward: text projection and pooling (which sampling does once per prompt with ours) and image blocks.
+ratio is the median of the paired ratios, so that a machine that slows down slows both. Both do a complete
+forward: text projection and pooling (which ours does once per prompt in sampling) and image blocks.
 diffusers gets its rotary table ready-made, as from its pipeline; ours computes it.
 
     python benchmarks/forward.py
@@ -49,12 +49,12 @@ HEADER = (
     "diffusers, MiB",
     "max difference / std",
 )
-WARM_UP_SIZE = 64  # so that what libraries allocate once is not counted as memory of the first forward
+WARM_UP_SIZE = 64  # so that libraries' one-time allocations do not count as memory of the first forward
 TIMESTEP = 500  # exact in bfloat16, which diffusers casts it to
 
 
 class Result(NamedTuple):
-    """Seconds and bytes of one forward each, and how far the outputs lie apart."""
+    """Seconds and bytes of one forward each, and how far the outputs differ."""
 
     ours: float
     theirs: float
@@ -65,7 +65,7 @@ class Result(NamedTuple):
 
 
 def make_models(config: DiTConfig, dtype: torch.dtype) -> tuple[DiT, HunyuanDiT2DModel]:
-    """Our DiT with random weights in every tensor, and diffusers' on the same memory."""
+    """Our DiT with random weights in every tensor, and diffusers' sharing their memory."""
     generator = torch.Generator().manual_seed(0)
     ours = DiT(config).eval().requires_grad_(False)
     ours.initialize(generator)
@@ -147,7 +147,7 @@ def compare(run_ours: Callable[[], Tensor], run_theirs: Callable[[], Tensor], ru
 
 
 def matmul_peak(config: DiTConfig, tokens: int, dtype: torch.dtype, runs: int) -> float:
-    """FLOP/s of the best of a square product and the model's largest, fc1 on these many tokens."""
+    """FLOP/s of a square product or the model's largest one (fc1 on ``tokens``), whichever is faster."""
     shapes = [(2048, 2048, 2048), (tokens, config.hidden_size, config.mlp_hidden)]
     best = 0.0
     for rows, inner, columns in shapes:
@@ -160,7 +160,7 @@ def matmul_peak(config: DiTConfig, tokens: int, dtype: torch.dtype, runs: int) -
 
 
 def flops(config: DiTConfig, tokens: int, batch: int) -> float:
-    """Floating-point operations of one forward (a multiply-add is two), without norms and the like."""
+    """Floating-point operations of one forward (a multiply-add counts as two), without norms and the like."""
     d, n, text = config.hidden_size, tokens, config.text_len + config.t5_len
     per_block = (
         8 * n * d**2  # self-attention: q, k, v and output projections

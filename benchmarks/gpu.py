@@ -84,7 +84,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def random_dit(dtype: torch.dtype, **options: Any) -> DiT:
-    """Random values in every tensor, those that start as zeros included."""
+    """Random values in every tensor, including those that start as zeros."""
     model = DiT(CONFIG, device=DEVICE, dtype=dtype, **options)
     generator = torch.Generator(DEVICE).manual_seed(0)
     model.initialize(generator)
@@ -160,7 +160,7 @@ def drawing(rows: list[list[str]]) -> None:
 
 
 def training(rows: list[list[str]]) -> None:
-    """A full step (AdamW, bf16 autocast, every block checkpointed), and what its memory was thought to be."""
+    """A full step (AdamW, bf16 autocast, every block checkpointed), and the estimate of its memory."""
     model = random_dit(torch.float32, attention=training_attention).train()
     model.gradient_checkpointing = 1.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -184,7 +184,7 @@ def training(rows: list[list[str]]) -> None:
 
 
 def autoencoder(rows: list[list[str]]) -> None:
-    """SDXL's architecture, a picture to latents and back."""
+    """SDXL's architecture, from a picture to latents and back."""
     channels = (128, 256, 512, 512) if CUDA else (32, 32, 32, 32)
     for dtype in (torch.bfloat16, torch.float32):
         with torch.device(DEVICE):
@@ -211,7 +211,7 @@ def main() -> None:
         try:
             with torch.set_grad_enabled(part is training):
                 part(rows)
-        except Exception as error:  # the other figures shall come
+        except Exception as error:  # so that the other figures are still measured
             traceback.print_exc()
             failures.append(f"{part.__name__}: {type(error).__name__}: {str(error)[:300]}")
         if CUDA:

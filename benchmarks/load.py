@@ -3,8 +3,8 @@
 Random fp16 weights are written once, as Tencent's file and as diffusers' folder, in safetensors and in
 torch's format. Each measurement is a process of its own, ours and diffusers' in turn; it starts when the
 libraries are imported and ends when every weight has been read once in the compute dtype. The files are in
-the page cache. Memory is RssAnon above that of the same process before loading: what cannot be given back
-to the disk; pages of mapped files can.
+the page cache. Memory is RssAnon above that of the same process before loading: what the system cannot drop,
+as it can pages of mapped files.
 
     python benchmarks/load.py
     python benchmarks/load.py --write docs/benchmarks.md
@@ -54,7 +54,7 @@ HEADER = (
 
 
 class Case(NamedTuple):
-    """What one row compares: the file that ours reads and the folder that diffusers reads."""
+    """One row's comparison: the file that ours reads and the folder that diffusers reads."""
 
     name: str
     ours: str
@@ -104,7 +104,7 @@ def write_files(folder: Path, config: DiTConfig) -> None:
 
 
 def _in_memory(path: Path) -> dict[str, torch.Tensor]:
-    # A copy each, because torch.save would write the whole mapped file for every view of it.
+    # Copies, because torch.save would write the whole mapped file for every view of it.
     return {key: value.clone() for key, value in dict(open_tensors(path)).items()}
 
 
@@ -117,7 +117,7 @@ def anonymous_memory() -> int:
 
 
 class PeakMemory:
-    """The highest RssAnon above the start, looked at every 2 ms in a thread."""
+    """The highest RssAnon above the start, sampled every 2 ms in a thread."""
 
     def __enter__(self) -> PeakMemory:
         self.start = anonymous_memory()
@@ -141,11 +141,11 @@ class PeakMemory:
 
 
 def touch(model: torch.nn.Module) -> int:
-    """Read every weight once, at the speed of memory."""
+    """Read every weight once, at memory speed."""
     total = 0
     for parameter in model.parameters():
         bits = torch.int16 if parameter.dtype.itemsize == 2 else torch.int32
-        # In pieces that fit the cache: torch sums small integers through a wider copy.
+        # In pieces that fit into the cache: torch sums small integers through a wider copy.
         for piece in parameter.detach().view(bits).reshape(-1).split(2**17):
             total += int(piece.sum())
     return total

@@ -1,14 +1,14 @@
-"""Merging a LoRA into a full-size HunyuanDiT on the CPU: time and memory, with peft's way beside ours.
+"""Merging a LoRA into a full-size HunyuanDiT on the CPU: time and memory, ours compared with peft's.
 
 Random fp16 weights of DiT-g/2 v1.2 and a rank-64 LoRA of its 201 attention projections, in PEFT's folder, are
 written once. Each measurement is a process of its own that starts when the libraries are imported:
 
-* copy: the base is read, written and fsynced tensor by tensor, nothing else. What no merge can do without.
+* copy: the base is only read, written and fsynced, tensor by tensor: what every merge has to do.
 * ours: ``hydit_core.lora.merge_files``, from file to file. It fsyncs too.
 * peft: the DiT is loaded, ``PeftModel.from_pretrained(...).merge_and_unload()``, ``save_file``, fsync.
 
-Memory is peak RssAnon above that of the same process before it starts: what cannot be given back to the
-disk; pages of mapped files can.
+Memory is peak RssAnon above that of the same process before it starts: what the system cannot drop, as it
+can pages of mapped files.
 
     python benchmarks/merge.py --threads 1 --write docs/benchmarks.md
 
@@ -65,7 +65,7 @@ def write_files(folder: Path, config: DiTConfig) -> None:
 
 
 def measure(who: str, folder: Path, out: Path) -> dict[str, float]:
-    """Once in this process: seconds, those of the processor, and bytes of peak memory."""
+    """One merge in this process: seconds, CPU seconds, and bytes of peak memory."""
     base, lora = folder / "base.safetensors", folder / "lora"
     with PeakMemory() as memory:
         start, start_cpu = time.perf_counter(), time.process_time()
@@ -84,7 +84,7 @@ def measure(who: str, folder: Path, out: Path) -> dict[str, float]:
 
 
 def check(folder: Path, out: Path) -> float:
-    """The largest distance of a merged weight from W + B A in float32, in steps of fp16 at its size."""
+    """The largest difference between a merged weight and W + B A in float32, in fp16 steps at its size."""
     base, merged, adapter = (
         open_tensors(folder / "base.safetensors"),
         open_tensors(out),
@@ -94,14 +94,14 @@ def check(folder: Path, out: Path) -> float:
     for module, patches in list(adapter.modules.items())[::20]:
         key = module.removeprefix("dit.") + ".weight"
         exact = changed(base.get(key), patches, STRENGTH, dtype=torch.float32)
-        # Of the binade, or of the numbers below the smallest normal one.
+        # The step of the number's binade, or of numbers below the smallest normal one.
         step = (2.0 ** (torch.frexp(exact)[1] - 1) * torch.finfo(torch.float16).eps).clamp_min(2.0**-24)
         worst = max(worst, float(((merged.get(key).float() - exact).abs() / step).max()))
     return worst
 
 
 def in_process(who: str, folder: Path, threads: int) -> dict[str, float]:
-    """:func:`measure` in a new process; what it wrote is looked at and removed."""
+    """:func:`measure` in a new process; its output is checked and removed."""
     out = folder / f"{who}.safetensors"
     line = [sys.executable, __file__, "--measure", who, str(folder), str(out), "--threads", str(threads)]
     done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, the memory of a call, tables, sections of a document."""
+"""Shared by the benchmarks: a description of the machine, a call's memory, tables, document sections."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def _field(path: str, name: str) -> str | None:
 
 
 def with_peak_memory(call: Callable[[], T]) -> tuple[T, float | None]:
-    """The call's result, and by how many bytes this process's memory rose above its start while it ran.
+    """The call's result, and by how many bytes this process's memory rose above its start during the call.
 
-    Resident memory as the kernel records its peak (VmHWM), which Linux alone lets a process reset; None
-    elsewhere. Memory that the allocator holds back from earlier calls would hide what this one takes, so it
-    is returned first.
+    This is the kernel's peak of resident memory (VmHWM), which a process can reset only on Linux; None
+    elsewhere. Memory that the allocator keeps from earlier calls would hide what this one needs, so it is
+    released first.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -71,7 +71,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_section(path: Path, name: str, text: str) -> None:
-    """Replace what stands between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in a document, or append it."""
+    """Replace what is between ``<!-- NAME -->`` and ``<!-- /NAME -->`` in a document, or append it."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     section = f"{start}\n{text.strip()}\n{end}"
     document = path.read_text(encoding="utf-8") if path.exists() else "# Benchmarks\n"

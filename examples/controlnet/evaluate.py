@@ -1,11 +1,11 @@
-"""How well pictures follow the edges that they were given, on pictures that the training never saw.
+"""Measure how well pictures follow given edges, on pictures that the training never saw.
 
     python examples/controlnet/evaluate.py CONTROLNET.safetensors --config examples/controlnet/canny.toml
 
-Edges of the drawn picture are compared with the control picture: an edge pixel counts as right within two
-pixels of one of the other's. Printed is the F1 score for several strengths; strength 0 is what the prompt
-alone gives. With ``--prompts other`` every picture's edges are drawn with the caption of another one, so that
-only the ControlNet can know of them.
+Edges of the drawn picture are compared with the control picture: an edge pixel counts as right if the other
+picture has one within two pixels. The F1 score is printed for several strengths; strength 0 is what the
+prompt alone gives. With ``--prompts other`` every picture's edges are drawn with the caption of another one,
+so that only the ControlNet can know about them.
 """
 
 from __future__ import annotations

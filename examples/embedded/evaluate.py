@@ -1,12 +1,11 @@
-"""Measure what a small model draws: is the picture nearest to the thing that was asked for?
+"""Measure what a small model draws: is the picture closest to the thing that was asked for?
 
     python evaluate.py --out work/eval [--model FILE]
     python evaluate.py --twemoji node_modules/@iconify-json/twemoji --write-signatures
 
-Pictures are cropped to what is not white, brought to one size of 16 x 16 and compared with every concept (and
-its mirror image) by color distance, so that position and size do not count. Writes ``report.json`` and
-contact sheets. ``signatures.npz`` holds what the concepts look like at that size, so that no icon package is
-needed.
+Pictures are cropped to what is not white, scaled to 16 x 16 pixels and compared with every concept (and its
+mirror image) by color distance, so that position and size do not count. Writes ``report.json`` and contact
+sheets. ``signatures.npz`` holds the concepts at that size, so that no icon package is needed.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class References:
 
 
 def chosen(concepts: list[Concept], count: int = 30) -> list[Concept]:
-    """Every n-th trained concept: nobody picked the easy ones."""
+    """Every n-th trained concept, so that the easy ones are not picked."""
     trained = [concept for concept in concepts if not concept.held_out]
     return [trained[round(i * (len(trained) - 1) / (count - 1))] for i in range(count)]
 

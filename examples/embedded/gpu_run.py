@@ -3,9 +3,9 @@
     python gpu_run.py --out OUT --trial             speeds, and whether everything works; about 200 s
     python gpu_run.py --out OUT --seconds 520 [--vae stages/vae.safetensors]
 
-Every stage has its share of the time and leaves what it made in OUT: ``vae.safetensors``,
+Every stage has its share of the time and leaves its results in OUT: ``vae.safetensors``,
 ``model.safetensors`` (copied at every checkpoint), ``canny.safetensors``, ``judge.zip``, ``logs.txt``,
-``records.zip``. A stage that fails or takes too long does not take the others with it.
+``records.zip``. A stage that fails or takes too long does not stop the others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WORK = HERE / "work"
 
 @dataclass
 class Job:
-    """A process of one stage, its log and what it leaves."""
+    """A stage's process, its log and its results."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -85,7 +85,7 @@ class Driver:
         return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
     def wait(self, job: Job, limit: float) -> bool:
-        """Until it ends or ``limit`` seconds are over, copying what it leaves; True if it ended well."""
+        """Wait at most ``limit`` seconds for its end, copying its results; True if it succeeded."""
         end = time.monotonic() + max(limit, 1)
         while job.process.poll() is None and time.monotonic() < end:
             time.sleep(0.2)
@@ -145,8 +145,8 @@ class Driver:
     def train_until(self, name: str, config: str, seconds: float, export: str) -> bool:
         """Train for ``seconds`` in all, the learning rate's decay included.
 
-        The first steps, at a constant rate, tell how many there is time for; where that is not what the run
-        was started with, it is stopped and goes on with that number.
+        The first steps, at a constant rate, show how many there is time for; if that differs from what the
+        run was started with, it is stopped and continues with the new number.
         """
         end = time.monotonic() + seconds
         metrics = WORK / name / "metrics.jsonl"
@@ -190,7 +190,7 @@ class Driver:
 
 
 def last_record(metrics: Path) -> dict[str, float]:
-    """The last line with a time; zeros before there is one."""
+    """The last line with a time; zeros if there is none yet."""
     lines = metrics.read_text("utf-8").splitlines() if metrics.exists() else []
     for line in reversed(lines):
         if '"seconds"' in line and line.endswith("}"):
@@ -199,7 +199,7 @@ def last_record(metrics: Path) -> dict[str, float]:
 
 
 def rate(metrics: Path, skip: int) -> float:
-    """Steps a second after the first ``skip``, without what validation took at the beginning."""
+    """Steps per second after the first ``skip``, without the time that validation took at the beginning."""
     records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     timed = [(r["step"], r["seconds"]) for r in records if "seconds" in r and r["step"] >= skip]
     (first, before), (last, after) = timed[0], timed[-1]

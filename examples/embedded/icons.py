@@ -153,7 +153,7 @@ def shape_svg(shape: str, colour: str) -> str:
 
 
 def tint(picture: Image.Image, colour: str) -> Image.Image:
-    """The saturated parts of a picture moved to another hue; greys, whites and blacks stay."""
+    """A picture with its saturated parts moved to another hue; grays, whites and blacks stay."""
     hue, saturation, value = TINTS[colour]
     rgba = np.asarray(picture)
     hsv = np.asarray(picture.convert("RGB").convert("HSV")).astype(np.float32)

@@ -1,11 +1,11 @@
-"""Judge what a model draws: the thing asked for, its color, how many, where, and which two.
+"""Judge what a model draws: whether the thing, its color, number, place and pairs are as asked for.
 
     python judge.py --icons work/icons.zip --out work/judge [--model FILE] [--share 0.1] [--seeds 1 2 3]
 
-A thing is right when its picture, cropped to what is not white and brought to 16 x 16 pixels, is nearest to
-that thing among all of the vocabulary (mirror images count as well). Counts are connected components, places
-the middle of what is not white, pairs the things of both halves. Writes ``report.json`` and contact sheets,
-and draws ``ordinary_prompts.txt`` for a reader to name.
+A thing is right if its picture, cropped to what is not white and scaled to 16 x 16 pixels, is closest to that
+thing among the whole vocabulary (mirror images count as well). Numbers are counted as connected components,
+places are the middle of what is not white, pairs are the things in both halves. Writes ``report.json`` and
+contact sheets, and draws ``ordinary_prompts.txt`` for a reader to name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ORDINARY = Path(__file__).resolve().parent / "ordinary_prompts.txt"
 
 
 class References:
-    """What every thing looks like: (things, 2, 16, 16, 3) in 0..1, mirrored too."""
+    """The look of every thing and its mirror image: (things, 2, 16, 16, 3) in 0..1."""
 
     def __init__(self, things: list[Thing], icons: Icons) -> None:
         self.things = things
@@ -52,7 +52,7 @@ class References:
         self.whole = {t.id: len(components(p)) == 1 for t, p in zip(things, pictures, strict=True)}
 
     def is_nearest(self, picture: Image.Image, thing: Thing) -> bool:
-        """Whether nothing looks more like the picture, but for what looks like the thing itself."""
+        """Whether nothing is closer to the picture, except things that look like this one."""
         return self.name(picture) in self._alike(thing)
 
     def name(self, picture: Image.Image) -> str:
@@ -85,7 +85,7 @@ def components(picture: Image.Image) -> list[tuple[int, int, int, int]]:
 
 
 def middle(picture: Image.Image) -> tuple[float, float]:
-    """Of what is not white, as fractions of the picture."""
+    """The middle of what is not white, as fractions of the picture."""
     rows, columns = np.nonzero(foreground(picture))
     if len(rows) == 0:
         return 0.5, 0.5
@@ -120,7 +120,7 @@ class Question:
 
 
 def spread(items: list[Thing], count: int) -> list[Thing]:
-    """Every n-th: nobody picked the easy ones."""
+    """Every n-th item, so that the easy ones are not picked."""
     count = min(count, len(items))
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 

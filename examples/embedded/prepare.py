@@ -4,8 +4,8 @@
     python prepare.py --twemoji node_modules/@iconify-json/twemoji --out work/data
 
 Writes ``plain.jsonl`` (each concept in the middle of the canvas, and mirrored), ``varied.jsonl`` (smaller and
-elsewhere, half of them saying so), their pictures, ``vocab.txt`` and ``spiece.model``. Same packages,
-same files.
+elsewhere, which half of the captions say), their pictures, ``vocab.txt`` and ``spiece.model``. The same
+packages give the same files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def article(words: str) -> str:
 
 
 def captions(concept: Concept, small: bool = False, side: str | None = None) -> list[str]:
-    """Every way of asking for a concept, English and Chinese in equal number."""
+    """All captions for a concept, as many in English as in Chinese."""
     english, chinese = [], []
     for words in concept.english:
         said = f"{SMALL[0]} {words}" if small else words
@@ -65,7 +65,7 @@ def place(icon: Image.Image, side: int, left: int, top: int, mirror: bool) -> Im
 
 
 def vary(random_: random.Random) -> tuple[int, int, int, bool, str | None]:
-    """Side, left, top, whether it is small, and where the icon lies (None: nowhere in particular)."""
+    """Side, left, top, whether it is small, and where the icon is (None: nowhere in particular)."""
     side = random_.randint(60, 112)
     room = SIZE - side
     left, top = random_.randint(0, room), random_.randint(0, room)

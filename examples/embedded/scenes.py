@@ -5,7 +5,7 @@
 
 ``icons`` renders the icon package once (resvg-py is needed for that alone). ``draw`` composes the training
 pictures on every core and writes their captions: ``plain.jsonl``, ``varied.jsonl``, ``counts.jsonl``,
-``pairs.jsonl``, and ``control.jsonl`` for a ControlNet. Same icons and numbers, same files.
+``pairs.jsonl``, and ``control.jsonl`` for a ControlNet. The same icons and numbers give the same files.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Scene:
 
 
 def write_icons(package: IconSet, path: Path) -> None:
-    """Every icon of the vocabulary, every shape, and under ``other/`` what only the autoencoder sees."""
+    """All icons of the vocabulary, all shapes, and under ``other/`` those that only the autoencoder sees."""
     wanted = {thing.code for thing in read_things() if thing.code}
     names = {package.name_of(code) for code in wanted}
     others = [n for n in sorted(package.icons) if n not in names and not re.search("skin-tone", n)]
@@ -112,7 +112,7 @@ class Icons:
 
 
 def draw(places: tuple[Place, ...], icons: Icons) -> Image.Image:
-    """The things on white."""
+    """The things on a white ground."""
     canvas = Image.new("RGBA", (SIZE, SIZE), "white")
     for place in places:
         icon = icons.of(place.thing)
@@ -126,7 +126,7 @@ def draw(places: tuple[Place, ...], icons: Icons) -> Image.Image:
 
 
 def centered(thing: Thing, side: int, x: float, y: float, mirror: bool) -> Place:
-    """With its middle at (x, y), moved inside the canvas where it would stick out."""
+    """A place with its middle at (x, y), moved into the canvas if it would stick out."""
     left, top = (min(max(round(v - side / 2), 0), SIZE - side) for v in (x, y))
     return Place(thing, side, left, top, mirror)
 
@@ -148,7 +148,7 @@ def standard(thing: Thing) -> Place:
 
 
 def varied(thing: Thing, r: random.Random) -> Scene:
-    """Small or big, at one side of the canvas, or both; some captions do not tell."""
+    """Small or big, at one side of the canvas, or both; some captions do not say so."""
     kind = r.choice(("small", "small", "big", "side", "side", "side", "small side"))
     size = "small" if "small" in kind else "big" if kind == "big" else ""
     side = r.choice(("left", "right", "top", "bottom")) if "side" in kind else ""
@@ -195,7 +195,7 @@ def pair(first: Thing, second: Thing, r: random.Random) -> Scene:
 
 
 def scenes(numbers: argparse.Namespace) -> dict[str, list[Scene]]:
-    """All scenes of a training, by file; nothing that is held out is among them."""
+    """All scenes of a training, by file; none of them is held out."""
     things = [thing for thing in read_things() if not thing.held_out]
     countable = [thing for thing in things if thing.plural]
     found: dict[str, list[Scene]] = {"plain": [], "varied": [], "counts": [], "pairs": []}
@@ -217,7 +217,7 @@ def scenes(numbers: argparse.Namespace) -> dict[str, list[Scene]]:
 
 
 def _shapes_of_any_color(things: list[Thing], numbers: argparse.Namespace) -> list[Scene]:
-    """ "a circle": of whatever color."""
+    """ "a circle" of any color."""
     found = []
     for thing in things:
         if thing.shape and thing.name not in ("star", "moon"):  # these have an icon of their own
@@ -257,7 +257,7 @@ def _write(job: tuple[Path, tuple[Place, ...]]) -> None:
 
 
 def write_scenes(found: dict[str, list[Scene]], icons: Path, out: Path, processes: int) -> None:
-    """The pictures under ``pictures/``, then one JSONL file a group."""
+    """The pictures under ``pictures/``, then one JSONL file per group."""
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     jobs, lines = [], {}
     for group, members in found.items():
@@ -275,7 +275,7 @@ def write_scenes(found: dict[str, list[Scene]], icons: Path, out: Path, processe
 
 
 def control_rows(found: dict[str, list[Scene]]) -> str:
-    """Pictures for a ControlNet with one short caption a language: edges tell the rest."""
+    """Pictures for a ControlNet with one short caption per language: the edges say the rest."""
     rows = []
     for group, step in (("varied", 2), ("counts", 8), ("pairs", 10)):
         for i, scene in list(enumerate(found[group]))[::step]:
@@ -285,7 +285,7 @@ def control_rows(found: dict[str, list[Scene]]) -> str:
 
 
 def some_of(captions: tuple[str, ...], name: str, most: int = 16) -> list[str]:
-    """At most ``most`` captions of a picture, both languages in equal number."""
+    """At most ``most`` captions of a picture, as many in each language."""
     half, r = most // 2, random.Random(name)
     sides = (captions[::2], captions[1::2])  # English and Chinese alternate
     if len(captions) <= most:
@@ -323,7 +323,7 @@ def main() -> None:
     drawing.add_argument("--counts", type=int, default=4, help="of two or three")
     drawing.add_argument("--pairs", type=int, default=8000, help="pictures of two things, in all")
     drawing.add_argument(
-        "--share", type=float, default=1.0, help="less than 1: only so much of it, for a trial"
+        "--share", type=float, default=1.0, help="below 1: only that fraction of it, for a trial"
     )
     drawing.add_argument("--seed", type=int, default=1)
     drawing.add_argument("--processes", type=int, default=os.cpu_count())

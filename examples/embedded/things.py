@@ -159,7 +159,7 @@ def plural_of(name: str) -> str:
 
 
 def read_things(path: Path = HERE / "things.csv") -> list[Thing]:
-    """Icons, shapes in every color, tints, in this order."""
+    """Icons, shapes in all colors, and tints, in this order."""
     with open(path, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     icons = []
@@ -245,7 +245,7 @@ def chinese_nouns(thing: Thing, size: str = "") -> list[str]:
 
 
 def chinese_counted(thing: Thing, count: int, size: str = "") -> list[str]:
-    """一辆红色的汽车: every noun with the measure word, and with 个, which many people say for all."""
+    """一辆红色的汽车: every noun with its measure word, and with 个, which many people use for everything."""
     number = NUMBERS[count][1]
     measures = [thing.measure, thing.measure, "个"] if thing.measure != "个" else ["个"]
     nouns = chinese_nouns(thing, size)
@@ -260,7 +260,7 @@ def chinese_counted(thing: Thing, count: int, size: str = "") -> list[str]:
 
 
 def balanced(english: list[str], chinese: list[str]) -> list[str]:
-    """Both languages in equal number, alternating."""
+    """As many captions in each language, alternating."""
     longest = max(len(english), len(chinese))
     return [group[i % len(group)] for i in range(longest) for group in (english, chinese)]
 

@@ -14,7 +14,7 @@ import sentencepiece
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-# Words that users try even though no caption has them: each stays one token, known or not to the model.
+# Words that users try although no caption has them: each stays one token, whether or not the model knows it.
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 
 
@@ -47,7 +47,7 @@ def train_spiece(captions: list[str], path: Path) -> None:
 
     Ids as T5's: pad 0, end 1, unknown 2.
 
-    Left to itself the trainer splits "red" and merges whole Chinese phrases, and then nothing composes.
+    By default the trainer splits "red" and merges whole Chinese phrases, and then words do not combine.
     """
     english, chinese = words_of(captions)
     cased = {word for caption in captions for word in re.findall(r"[A-Za-z0-9]+", caption)}
@@ -65,7 +65,7 @@ def train_spiece(captions: list[str], path: Path) -> None:
         bos_id=-1,
         user_defined_symbols=whole,
         required_chars="".join(LETTERS),
-        normalization_rule_name="nmt_nfkc_cf",  # capital letters mean nothing here
+        normalization_rule_name="nmt_nfkc_cf",  # capital letters make no difference here
         minloglevel=2,
     )
     path.with_suffix(".vocab").unlink(missing_ok=True)

@@ -83,7 +83,7 @@ class Crops:
             other = self.things + (self._uniform(size) * others).long()
             index = torch.where(self._uniform(size) < 0.25, other, index)
         x = as_input(self.pictures[index.clamp(max=n - 1)])
-        # An affine map a sample: how much of the picture a crop shows, where, mirrored or not. Things are
+        # An affine map per sample: how much of the picture a crop shows, where, mirrored or not. Things are
         # shrunk to 0.35 at most, as small things and groups of three are drawn.
         share = self.crop / SIZE
         u = self._uniform(size)
@@ -203,7 +203,7 @@ def measure(vae: AutoencoderKL, pictures: Tensor, batch: int = 32) -> dict[str, 
 
 
 class Run:
-    """The two phases of training, by steps or until the time is over."""
+    """The two phases of training, for a number of steps or until the time is over."""
 
     def __init__(self, args: argparse.Namespace, pictures: Tensor, things: int) -> None:
         self.args, self.device = args, pictures.device
@@ -246,7 +246,7 @@ class Run:
         return self.vae.eval()
 
     def _freeze_encoder(self) -> None:
-        """From here on the averaged encoder's latents stay as they are."""
+        """Keep the averaged encoder's latents as they are from here on."""
         self.vae.load_state_dict(self.ema)
         self.vae.encoder.requires_grad_(False)
         self.vae.quant_conv.requires_grad_(False)
