@@ -1,9 +1,9 @@
-"""Draw the library's rooms and who imports whom into docs/images/house.svg.
+"""Draw the library's rooms and their imports into docs/images/house.svg.
 
     python tests/draw_house.py
 
-A room is a folder of hydit_core or a file at its top; it stands one floor above the highest that it imports.
-An arrow that follows from others (a imports b, b imports c, a imports c) is left out; one that passes a floor
+A room is a folder of hydit_core or a file at its top; it is one floor above the highest room that it imports.
+An arrow that follows from others (a imports b, b imports c, a imports c) is left out; one that skips a floor
 is dashed.
 """
 

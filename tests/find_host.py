@@ -1,8 +1,8 @@
-"""Find the ComfyUI to test with. Only the standard library: it also runs before anything is installed.
+"""Find the ComfyUI to test with. Uses only the standard library, as it runs before anything is installed.
 
-    python tests/find_host.py          prints the folder, exit status 1 when there is none
+    python tests/find_host.py          prints the folder; exit status 1 if there is none
 
-In this order: COMFYUI_PATH, the ComfyUI whose custom_nodes folder holds this repository, ~/comfy/ComfyUI.
+The order is: COMFYUI_PATH, the ComfyUI whose custom_nodes folder holds this repository, ~/comfy/ComfyUI.
 """
 
 from __future__ import annotations

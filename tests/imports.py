@@ -1,4 +1,4 @@
-"""The imports of the library, read from its text: between files and between rooms."""
+"""The library's imports, read from its source: between files and between rooms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The complete key lists of the published layouts, and files that hold them without costing disk or time."""
+"""The complete key lists of the published layouts, and files with them that cost neither disk nor time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the nodes of the shipped workflows stand: written here once, computed into `workflows/*.json`.
+"""The positions of the shipped workflows' nodes: described here once, written into `workflows/*.json`.
 It also writes this version of hydit there.
 
     python tests/lay_out_workflows.py            writes places, sizes and groups of all workflows

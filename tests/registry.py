@@ -1,10 +1,10 @@
-"""What the ComfyUI registry gets: pack it, look into it, publish it. With comfy-cli, in its environment.
+"""Pack, inspect and publish what the ComfyUI registry gets, with comfy-cli in its own environment.
 
     python tests/registry.py [--out FILE.zip]     comfy node pack and validate; no network
     python tests/registry.py --publish vX.Y.Z     comfy node publish; the token is in COMFY_REGISTRY_TOKEN
 
-Works in a copy of the files that git tracks, in which pyproject.toml says what only the registry may read.
-CONTRIBUTING.md says how a version is released.
+Works in a copy of the files that git tracks, whose pyproject.toml also says what only the registry may read.
+CONTRIBUTING.md describes how a version is released.
 """
 
 from __future__ import annotations

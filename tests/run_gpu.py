@@ -1,10 +1,10 @@
-"""The tests of tests/gpu and the figures of benchmarks/gpu.py, on a CUDA device or on the one that is named.
+"""Run the tests of tests/gpu and benchmarks/gpu.py, on a CUDA device or the one that is named.
 
     python tests/run_gpu.py [--device cpu]
 
-It runs with the Python that runs it, which has torch. What that lacks may lie as wheels in `.whl/` (made by
-`make gpu-wheels`): they are unpacked into `.gpu-site/`, and nothing is installed. Logs and JSON go into the
-folder OUT if that variable is set, else into outputs/gpu. The tables are the last that is printed.
+The Python that runs it must have torch. Wheels of other packages may be in `.whl/` (from `make gpu-wheels`):
+they are unpacked into `.gpu-site/`, and nothing is installed. Logs and JSON go into the folder OUT if that
+variable is set, else into outputs/gpu. The tables are printed last.
 """
 
 from __future__ import annotations

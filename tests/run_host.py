@@ -6,7 +6,7 @@ COMFYUI_PATH     the ComfyUI folder, else the one around this repository, else ~
 COMFYUI_PYTHON   its Python, else venv or .venv in it or beside it, else the Python that runs this
 COMFYUI_BROWSER  the Chromium for tests/browser, else one on PATH
 
-What the tests need and that Python lacks goes into .host-tests/ in this repository, in the versions of
+Packages that the tests need and that Python lacks go into .host-tests/ in this repository, in the versions of
 constraints.txt and without dependencies: the user's ComfyUI environment is never changed.
 """
 

@@ -1,4 +1,4 @@
-"""A complete random HunyuanDiT in one small file: for tests that need every part, but no meaning."""
+"""A complete random HunyuanDiT in one small file, for tests that need all parts but no training."""
 
 from __future__ import annotations
 

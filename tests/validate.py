@@ -1,13 +1,13 @@
-"""Check the pack with the validators of others, without a network once they are installed.
+"""Check the pack with third-party validators, without a network once they are installed.
 
     python tests/validate.py [--keep FOLDER]
 
 * comfy-import-guard: every name of ComfyUI's that the pack uses exists in the ComfyUI found.
-* nodesafe: nothing in the pack looks like malware, but for what EXPLAINED says.
+* nodesafe: nothing in the pack looks like malware, except what EXPLAINED lists.
 * comfy-lint: every prompt in tests/workflows_api fits the nodes of that ComfyUI with the pack in it.
 * comfy-test lint: the page's extension stays in its namespace.
 
-docs/testing.md has each command for use by hand. The ComfyUI is found as tests/find_host.py tells.
+docs/testing.md lists each command for use by hand. tests/find_host.py finds the ComfyUI.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Damage good files of every kind in every way, and see that each command takes it as it should.
+"""Damage good files of every kind in every way, and check that each command reacts as it should.
 
     python tests/fuzz/fuzz.py --inputs 2000 [--seed 1] [--only TEXT] [--keep FOLDER]
-    python tests/fuzz/fuzz.py --again [--keep FOLDER]      what was kept once more, after a repair
+    python tests/fuzz/fuzz.py --again [--keep FOLDER]      the kept inputs again, after a repair
 
 For each input a child is forked from a warm process: a clean exit or one `error:` line, at most 2 seconds
 of CPU and 200 MB beyond what the good file takes, no traceback, no crash, no control characters. What breaks

@@ -1,4 +1,4 @@
-"""The device under test, the precisions to try on it, and how far two results lie apart."""
+"""The device under test, the precisions to try on it, and how far two results differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ComfyUI as users start it: `main.py` in its own process, spoken to over HTTP and its websocket."""
+"""ComfyUI as users start it: `main.py` in its own process, used over HTTP and its websocket."""
 
 from __future__ import annotations
 

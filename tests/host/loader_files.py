@@ -1,4 +1,4 @@
-"""The embedded model in every form in which people have a HunyuanDiT on disk, and files that are none."""
+"""The embedded model in every form in which people have a HunyuanDiT on disk, and files of other kinds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a process has come to hold (Linux)."""
+"""How much memory a process has used at most (Linux)."""
 
 from __future__ import annotations
 

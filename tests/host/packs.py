@@ -1,7 +1,7 @@
-"""Packs of others, to be run beside ours where they can be had.
+"""Other people's packs, to be run beside ours if they are available.
 
-They are looked for under their repository's name in the folder that COMFYUI_PACKS names, else in the host's
-own custom_nodes. Nothing of them is part of this repository.
+They are looked for under their repositories' names in the folder COMFYUI_PACKS, else in the host's own
+custom_nodes. No part of them is in this repository.
 """
 
 from __future__ import annotations

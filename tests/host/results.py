@@ -1,4 +1,4 @@
-"""What running a prompt gives, inside the test process or over HTTP."""
+"""The result of running a prompt, inside the test process or over HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small random text encoders as transformers has them, and the files that people have them in."""
+"""Small random text encoders from transformers, and the files in which people have them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a source file can be changed into a wrong one, and how: one small change a site."""
+"""Where a source file can be changed into a wrong one, and how: one small change per site."""
 
 from __future__ import annotations
 

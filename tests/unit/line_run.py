@@ -1,4 +1,4 @@
-"""A training of a few numbers with the real loop: steps take a millisecond, and any of them can go wrong."""
+"""Training a few numbers with the real loop: steps take a millisecond, and any of them can fail."""
 
 from __future__ import annotations
 
