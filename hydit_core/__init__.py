@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .errors import ConfigError, DataError, HyditError, LoraError, WeightsError
+from .moved import install
 from .version import VERSION
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .weights.save import save_checkpoint
 
 __version__ = VERSION
+install(__name__)
 
 # Module, or module:name in it. Imported on first use: importing hydit_core alone must not import torch.
 _HOMES = {

@@ -93,7 +93,9 @@ def comfy(folder: Path, *command: str) -> str:
         settings = {"HOME": home, "USERPROFILE": home, "DO_NOT_TRACK": "1", "PYTHONUTF8": "1"}
         # It asks git for the files' names, and leaves out those that git puts in quotes: the Chinese ones.
         settings |= {
-            "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.quotePath", "GIT_CONFIG_VALUE_0": "false"
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": "core.quotePath",
+            "GIT_CONFIG_VALUE_0": "false",
         }
         done = subprocess.run(
             [program, "--skip-prompt", "node", *command],

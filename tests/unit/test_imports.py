@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from hydit_core.moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "hydit_core"
@@ -47,3 +52,36 @@ def test_importing_the_library_and_the_model_loads_no_heavy_library():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("config", "DiTConfig DiffusionConfig ModelInfo SamplingDefaults DIT_G2_V12"),
+        ("data", "DataConfig TrainData open_dataset open_latent_cache canny"),
+        ("data.images", "load_picture probe_size to_tensor"),
+        ("diffusion", "SAMPLERS Schedule Denoiser"),
+        ("generate", "main"),
+        ("lora.formats", "read write FORMATS"),
+        ("model", "DiT ControlNet sdpa rope_table"),
+        ("model.layer_weights", "LayerWeights"),
+        ("png", "png_info read_parameters"),
+        ("text", "TextEncoders Tokenizers load_text_encoders"),
+        ("weights.dtypes", "DTYPES dtype_name"),
+        ("weights.parts", "bundle model_info"),
+    ],
+)
+def test_names_of_the_last_release_are_found_where_they_were(module: str, names: str) -> None:
+    former = importlib.import_module(f"hydit_core.{module}")
+    for name in names.split():
+        with pytest.warns(DeprecationWarning, match=rf"{name} is in hydit_core\..* now"):
+            assert getattr(former, name) is not None
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        former.nothing_of_the_kind  # noqa: B018
+
+
+def test_every_former_name_has_a_home() -> None:
+    for former, homes in MOVED.items():
+        with pytest.raises(AttributeError):
+            importlib.import_module(f"hydit_core.{former}").nothing  # noqa: B018
+        assert all(importlib.import_module(f"hydit_core.{home}") for home in homes)
