@@ -138,7 +138,7 @@ class LoKr(Patch):
 
     def file_scale(self, scaling: Scaling, module: str, alpha: Tensor | None) -> float:
         if self.rank == 0 and scaling.config is not None:
-            return scaling.usable(scaling.config.without_factors(module), module)
+            return scaling.config.without_factors(module)
         return super().file_scale(scaling, module, alpha)
 
     @property

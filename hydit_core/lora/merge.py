@@ -28,6 +28,7 @@ from .adapter import Adapter, Match, changed, changed_bias
 from .blocks import BlockWeights, check_strength, depth_of, each_weights
 from .patch import Patch
 from .reading import read
+from .scaling import LARGEST
 
 MERGED_KEY = "hydit.merged"
 """Metadata of a merged file: a JSON list of what went in, oldest first."""
@@ -89,6 +90,11 @@ def plan(
         patches = adapter.modules[module]
         share = strength * weights.of(module, depth)
         check_strength(share, f"{adapter.name}, {module}")
+        if large := next((patch.scale for patch in patches if abs(patch.scale) > LARGEST), None):
+            raise LoraError(
+                f"{adapter.name}: the alpha of {module} makes a scale of {large:g}; expected "
+                f"{LARGEST:g} at most"
+            )
         if any(patch.bias is not None for patch in patches):
             name = f"{module}.bias"
             if name not in shapes:

@@ -130,7 +130,7 @@ def _from_source(source: TensorSource, config: PeftConfig | None, part: str = ""
         raise LoraError(_not_a_lora(source))
     diffusers = is_diffusers(modules)
     layout = _layout(modules, source, diffusers)
-    scaling = Scaling(config, source.metadata, layout == "tencent-gui", str(source.path))
+    scaling = Scaling(config, source.metadata, layout == "tencent-gui")
     result: dict[str, list[Patch]] = {}
     known = 0
     for name, module in modules.items():

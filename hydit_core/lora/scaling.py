@@ -138,24 +138,11 @@ class Scaling:
     config: PeftConfig | None
     metadata: Mapping[str, str]
     gui: bool
-    file: str
 
     def of(self, module: str, rank: int, alpha: Tensor | None) -> float:
-        """The scale of a module with factors of a rank; 1 without factors.
-
-        Raises :class:`LoraError` for one that is no number or so large that no change could be meant.
-        """
-        return self.usable(self._of(module, rank, alpha) if rank else 1.0, module)
-
-    def usable(self, scale: float, module: str) -> float:
-        """``scale``, if it can be one."""
-        if not abs(scale) <= LARGEST:
-            raise LoraError(
-                f"{self.file}: the alpha of {module} makes a scale of {scale:g}; expected {LARGEST:g} at most"
-            )
-        return scale
-
-    def _of(self, module: str, rank: int, alpha: Tensor | None) -> float:
+        """The scale of a module with factors of a rank; 1 without factors."""
+        if rank == 0:
+            return 1.0
         if alpha is not None:
             # ComfyUI's rule for all files: what a trainer means by .alpha is alpha / rank.
             return float(alpha.item()) / rank

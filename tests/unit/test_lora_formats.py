@@ -21,6 +21,7 @@ from hydit_core.errors import HyditError, LoraError
 from hydit_core.lora.__main__ import main
 from hydit_core.lora.adapter import changed, module_shapes
 from hydit_core.lora.extract import combine
+from hydit_core.lora.merge import apply
 from hydit_core.lora.reading import from_tensors, read
 from hydit_core.lora.summary import describe, plot
 from hydit_core.lora.writing import FORMATS, to_tensors, write
@@ -126,8 +127,10 @@ def test_a_scale_beyond_all_numbers(tmp_path: Path, config: Any, metadata: Any, 
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata)
     if config is not None:
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **config}))
-    with pytest.raises(LoraError, match=r"adapter_model\.safetensors: the alpha of .*Wqkv makes a scale of "):
-        read(tmp_path / "adapter_model.safetensors")
+    adapter = read(tmp_path / "adapter_model.safetensors")
+    assert describe(adapter)
+    with pytest.raises(LoraError, match=r"adapter_model: the alpha of .*Wqkv makes a scale of "):
+        apply(adapter, DiT(TINY))
 
 
 def test_hadamard_and_kronecker_products() -> None:
