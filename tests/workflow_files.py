@@ -76,13 +76,14 @@ def overlaps(workflow: dict[str, Any], title: float = 40) -> list[str]:
 
 
 def overlapping(boxes: Sequence[tuple[str, Box]]) -> list[str]:
-    """Pairs of named boxes that cover each other, and by how much."""
-    return [
-        f"{a} covers {b} by {min(p[2], q[2]) - max(p[0], q[0]):.0f} x {min(p[3], q[3]) - max(p[1], q[1]):.0f}"
-        for i, (a, p) in enumerate(boxes)
-        for b, q in boxes[:i]
-        if p[0] < q[2] and q[0] < p[2] and p[1] < q[3] and q[1] < p[3]
-    ]
+    """Pairs of named boxes that cover each other by a pixel or more, and by how much."""
+    found = []
+    for i, (a, p) in enumerate(boxes):
+        for b, q in boxes[:i]:
+            width, height = min(p[2], q[2]) - max(p[0], q[0]), min(p[3], q[3]) - max(p[1], q[1])
+            if width >= 1 and height >= 1:
+                found.append(f"{a} covers {b} by {width:.0f} x {height:.0f}")
+    return found
 
 
 def backward(workflow: dict[str, Any]) -> list[tuple[str, str]]:

@@ -140,7 +140,7 @@ SCHEDULERS = {
     "thresholding": ({"thresholding": True}, "thresholding is True"),
     "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is of FlowMatchEuler.*; HunyuanDiT"),
     "prediction": ({"prediction_type": "flow"}, "diffusion.prediction is 'flow'; expected one of v, epsilon"),
-    "no name": ({"prediction_type": ["v"]}, "no scheduler configuration of diffusers"),
+    "no name": ({"prediction_type": ["v"]}, "not a scheduler configuration of diffusers"),
     "betas": ({"beta_start": 0}, "diffusion.beta_start is 0; expected a number from"),
     "text": ({"beta_end": "0.02"}, "diffusion.beta_end is '0.02'"),
     "steps": ({"num_train_timesteps": 10**12}, "num_train_timesteps is 1000000000000; expected"),
