@@ -123,7 +123,7 @@ def test_guidance_that_is_not_finite_is_not_the_networks_fault(host, model):
         assert "the DiT's values are not finite" in message(host, ksampler(host, perp_neg, latent()))
     sampler = "HyDiTSampler", {"sampler": "ddpm"}
     sigmas = "HyDiTScheduler", {"steps": 4}
-    assert "guidance made" in message(host, custom(host, perp_neg, latent(), sampler, sigmas))
+    assert "guidance turned" in message(host, custom(host, perp_neg, latent(), sampler, sigmas))
 
 
 def test_latents_that_are_not_finite_are_named(host, model):

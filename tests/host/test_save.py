@@ -140,7 +140,7 @@ def test_names_count_on_and_know_the_date(host, folder):
     year = names[0][2:6]
     assert year.isdecimal() and int(year) > 2024
     assert names == [f"x_{year}_00001_.safetensors", f"x_{year}_00002_.safetensors"]
-    wrong = ("../x", "leads out of the output folder"), (" ", "is no name"), ("x/..", "is no name")
+    wrong = ("../x", "leads out of the output folder"), (" ", "is not a name"), ("x/..", "is not a name")
     for prefix, message in wrong:
         g, node = whole(prefix)
         error = host.run(g).error
