@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .weights.save import save_checkpoint
 
 __version__ = VERSION
-install(__name__)
+install()
 
 # Module, or module:name in it. Imported on first use: importing hydit_core alone must not import torch.
 _HOMES = {

@@ -8,7 +8,4 @@ from __future__ import annotations
 
 from ..moved import former
 
-_HOMES = (
-    "cache.latents", "cache.text", "config", "control_images", "dataset", "manifest", "order", "summary",
-)  # fmt: skip
-__getattr__ = former(__name__, _HOMES)
+__getattr__ = former(__name__)

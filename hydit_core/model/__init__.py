@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from ..moved import former
 
-__getattr__ = former(__name__, ("attention", "controlnet", "dit", "rope"))
+__getattr__ = former(__name__)

@@ -15,6 +15,7 @@ from ..model.attention import AttentionFn, sdpa
 from ..model.config import DiTConfig
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
+from ..moved import former
 from .bundle import Bundle, Place, bundle
 from .detect import FileKind
 from .quantised import refuse_quantised
@@ -161,3 +162,6 @@ def model_config(view: TensorSource, kind: FileKind) -> DiTConfig:
     if kind.config is None:
         raise WeightsError(f"{view.path} is {kind.name}, which has no dimensions of a HunyuanDiT")
     return kind.config
+
+
+__getattr__ = former(__name__)

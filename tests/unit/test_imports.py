@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hydit_core.moved import MOVED
+from hydit_core.moved import MOVED, RE_EXPORTED
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "hydit_core"
@@ -68,6 +68,7 @@ def test_importing_the_library_and_the_model_loads_no_heavy_library():
         ("png", "png_info read_parameters"),
         ("text", "TextEncoders Tokenizers load_text_encoders"),
         ("weights.dtypes", "DTYPES dtype_name"),
+        ("weights.load", "open_model save_checkpoint"),
         ("weights.parts", "bundle model_info"),
     ],
 )
@@ -85,3 +86,15 @@ def test_every_former_name_has_a_home() -> None:
         with pytest.raises(AttributeError):
             importlib.import_module(f"hydit_core.{former}").nothing  # noqa: B018
         assert all(importlib.import_module(f"hydit_core.{home}") for home in homes)
+    for names in RE_EXPORTED.values():
+        for home, text in names.items():
+            assert all(hasattr(importlib.import_module(f"hydit_core.{home}"), name) for name in text.split())
+
+
+def test_former_names_are_not_looked_for_where_a_module_is_asked_for() -> None:
+    """`from package import module` first asks the package for that name."""
+    code = (
+        "import sys\nfrom hydit_core.model import config\nfrom hydit_core.data import section\n"
+        "assert not {'hydit_core.model.dit', 'hydit_core.data.dataset'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], check=True, cwd=ROOT)
