@@ -82,8 +82,8 @@ def _printable_streams() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     stdout, stderr = sys.stdout, sys.stderr
-    sys.stdout = PrintableOutput(stdout)  # type: ignore[assignment]
-    sys.stderr = PrintableOutput(stderr, "\r")  # type: ignore[assignment] # progress bars
+    sys.stdout = PrintableOutput(stdout)
+    sys.stderr = PrintableOutput(stderr, "\r")  # progress bars
     try:
         yield
     finally:

@@ -151,7 +151,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
-        return _FusedAttention.apply(q, k, v)  # type: ignore[no-any-return,no-untyped-call]
+        return _FusedAttention.apply(q, k, v)
 
 
 def largest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

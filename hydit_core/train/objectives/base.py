@@ -131,7 +131,7 @@ class DiffusionModule(nn.Module):
 
     def predict(self, x_t: Tensor, t: Tensor, contexts: Any, **conditions: Tensor) -> Tensor:
         """(B, 2 C, h, w) of noisy latents (B, C, h, w), with what :meth:`contexts` gave."""
-        return self.dit(x_t, t, contexts)  # type: ignore[no-any-return]
+        return self.dit(x_t, t, contexts)
 
 
 def _in_compute_dtype(features: TextFeatures) -> TextFeatures:

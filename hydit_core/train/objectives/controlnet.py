@@ -64,7 +64,7 @@ class ControlModule(DiffusionModule):
         """
         base, own = contexts
         controls = self.controlnet(x_t, t, own, conditions["hint"])
-        return self.dit(x_t, t, base, controls)  # type: ignore[no-any-return]
+        return self.dit(x_t, t, base, controls)
 
 
 class ControlNetObjective(DiffusionObjective):
@@ -212,7 +212,7 @@ def open_controlnet(path: Path, dit: DiTConfig, **how: Any) -> ControlNet:
     """
     controlnet, _ = load_controlnet(path, **how)
     check_fit(controlnet.config, dit, str(path))
-    return controlnet  # type: ignore[no-any-return]
+    return controlnet
 
 
 def _how_made(control: ControlConfig) -> dict[str, Any]:
