@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..hydit_core.diffusion.samplers import SAMPLERS
-from ..hydit_core.diffusion.schedule import SPACINGS
 from ..hydit_core.errors import ConfigError
+from ..hydit_core.facts import SPACINGS
 from ..hydit_core.presets import PRESETS
 from .host import sampling
 from .schema import make_schema

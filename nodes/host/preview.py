@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import comfy.latent_formats
+import torch
 
 from ...hydit_core.facts import ModelInfo
 
@@ -35,10 +36,10 @@ class HyDiTLatentFormat(comfy.latent_formats.SDXL):
         self.latent_rgb_factors = rows[:channels]
         self.latent_rgb_factors_bias = rows[channels] if len(rows) > channels else None
 
-    def process_in(self, latent):
+    def process_in(self, latent: torch.Tensor) -> torch.Tensor:
         return (latent - self.shift_factor) * self.scale_factor
 
-    def process_out(self, latent):
+    def process_out(self, latent: torch.Tensor) -> torch.Tensor:
         return latent / self.scale_factor + self.shift_factor
 
 
