@@ -4,45 +4,40 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from ..diffusion.samplers import SAMPLERS
 from ..dtypes import COMPUTE, short_name
 from ..errors import ConfigError, cli_main, program
-from ..facts import NEGATIVE_PROMPT, SPACINGS, SamplingDefaults
-from ..images import load_picture, parse_size
+from ..facts import SPACINGS
+from ..images import parse_size
 from ..new_files import check_name, write_new
-from ..pictures.png import png_info
-from ..pictures.redraw import redraw
-from ..pipeline import Picture, Pipeline, load
-from ..presets import PRESETS, RunSettings, check_seed, check_settings
+from ..pipeline import Picture
+from ..presets import PRESETS, check_seed
 from ..untrusted import read_text
 from ..weights.output import check_free
 from . import control as control_cli
+from . import drawing
 from . import lora as lora_cli
 
-VERSIONS = ("v1.0", "v1.1", "v1.2")
 _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code: 0, or 2 after an ``error: ...`` line on stderr."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return cli_main(lambda: _run(args))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """All options; :mod:`~.drawing` says what they mean."""
     parser = argparse.ArgumentParser(
         prog=program("generate"),
         description="Draw pictures from prompts. Defaults are those that the model's file recommends.",
@@ -112,77 +107,37 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    prompts = _prompts(args)
-    if args.strength is not None and args.init_image is None:
-        raise ConfigError("--strength needs --init-image")
+    prompts = read_prompts(args)
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: use 1 or more")
     check_seed(args.seed, args.batch)
-    lora_cli.check(args)
-    control_cli.check(args)
-    init = None if args.init_image is None else load_picture(args.init_image)
+    drawing.check(args)
     names = _output_names(args, len(prompts) * args.batch)
     rank, mine = _share(len(prompts))
     if not mine:
         return
-    adapters = lora_cli.read(args)
-    nets = control_cli.open_files(args)
-    pipe = load(
-        args.model,
-        text_encoders=args.text_encoders,
-        vae=args.vae,
-        dtype=args.dtype,
-        device=args.device,
-    )
-    loras = lora_cli.load(args, adapters, pipe, quiet=rank != 0)
-    run = _settings(pipe, args, init)
-    settings = run.sampling
-    controls, control_facts = control_cli.read(args, nets, pipe, settings, names.folder)
+    files = drawing.open_files(args)
+    model = drawing.load_model(args, files, quiet=rank != 0)
+    job = drawing.Drawing(args, files, model, names.folder)
     own = [prompts[index] for index in mine]
     # Printed once, for the prompts of all ranks
-    notes = pipe.advice(prompts, settings) if rank == 0 else []
-    foreign = args.preset in VERSIONS and (args.preset == "v1.2") != (pipe.info.version == "v1.2")
-    if foreign and rank == 0:
-        notes.append(
-            f"preset {args.preset} is meant for another release than this model ({pipe.info.version})"
-        )
-    for note in notes:
+    for note in job.advice(prompts) if rank == 0 else []:
         print(f"warning: {note}", file=sys.stderr)
 
-    steps = len(pipe.schedule.sigmas_for(settings.spacing, settings.steps, run.strength)) - 1
     # None: no bar where stderr is not a terminal.
-    with tqdm(total=steps * len(own), unit="step", disable=None if rank == 0 else True) as bar:
-        drawn = pipe.pictures(
-            own,
-            run,
-            init_image=init,
-            controls=controls,
-            callback=lambda *_: bar.update(),
-        )
-        for picture in drawn:
+    with tqdm(total=job.steps * len(own), unit="step", disable=None if rank == 0 else True) as bar:
+        for picture in job.pictures(own, callback=lambda *_: bar.update()):
             index = mine[picture.prompt_index]
             path = names.path(index * args.batch + picture.seed - args.seed, index, picture)
-            facts = _facts(pipe, settings, picture)
-            if init is not None:
-                facts |= {"init_image": args.init_image.name, "strength": run.strength}
-            if loras:
-                facts["loras"] = loras
-            if controls:
-                facts["controls"] = control_facts
-            graph = redraw(
-                facts, **_places(args), loras=lora_cli.files(args), controlnets=control_cli.files(args)
-            )
-            info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
-            file = io.BytesIO()
-            picture.image.save(file, format="PNG", pnginfo=info)
             beside = {".txt": f"{picture.prompt}\n".encode()} if args.captions else {}
             overwrite = args.overwrite and names.stem is not None
-            path = write_new(path, file.getvalue(), beside, overwrite=overwrite)
+            path = write_new(path, job.png(picture), beside, overwrite=overwrite)
             bar.clear()
             print(path, flush=True)
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """``--prompt`` and the lines of ``--prompts``. Raises :class:`ConfigError` if there are none."""
     prompts = list(args.prompt)
     if args.prompts is not None:
         lines = read_text(args.prompts, error=ConfigError).splitlines()
@@ -196,57 +151,10 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _settings(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | None) -> RunSettings:
-    negative = NEGATIVE_PROMPT if args.negative == "tencent" else args.negative
-    settings = pipe.settings(
-        args.preset,
-        negative=negative,
-        steps=args.steps,
-        cfg=args.cfg,
-        guidance_rescale=args.guidance_rescale,
-        sampler=args.sampler,
-        spacing=args.spacing,
-        width=args.size and args.size[0],
-        height=args.size and args.size[1],
-    )
-    if init is not None and args.size is None:
-        width, height = _size_like(init.size, settings.width * settings.height)
-        settings = replace(settings, width=width, height=height)
-        check_settings(settings, pipe.vae.downscale)
-    strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
-    return RunSettings(settings, args.seed, args.batch, strength)
-
-
-def _size_like(size: tuple[int, int], area: int) -> tuple[int, int]:
-    """Multiples of 16 with the proportions of ``size`` and about ``area`` pixels."""
-    scale = (area / (size[0] * size[1])) ** 0.5
-    width, height = (max(16, round(side * scale / 16) * 16) for side in size)
-    return width, height
-
-
 def _share(count: int) -> tuple[int, list[int]]:
     """This process's rank, and which of ``count`` prompts it draws under torchrun."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return rank, list(range(rank, count, world))
-
-
-def _facts(pipe: Pipeline, settings: SamplingDefaults, picture: Picture) -> dict[str, Any]:
-    """What is written into the picture."""
-    return {
-        "prompt": picture.prompt,
-        **vars(settings),
-        "negative": settings.negative if settings.cfg > 1 else "",
-        "seed": picture.seed,
-        "model": pipe.name,
-        "version": pipe.info.version,
-        "dtype": str(pipe.dit.dtype).removeprefix("torch."),
-    }
-
-
-def _places(args: argparse.Namespace) -> dict[str, Path | None]:
-    """The files that :func:`~..pictures.redraw.redraw` takes."""
-    given = {name: getattr(args, name) for name in ("model", "text_encoders", "vae", "init_image")}
-    return {name: None if path is None else Path(path).expanduser() for name, path in given.items()}
 
 
 class _Names:

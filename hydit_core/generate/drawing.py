@@ -1,0 +1,187 @@
+"""What the options of ``python -m hydit_core.generate`` mean: files to open, a model, and pictures.
+
+Other commands that draw with the same options (:mod:`hydit_core.compare`) go the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+
+from ..errors import ConfigError
+from ..facts import NEGATIVE_PROMPT
+from ..images import load_picture
+from ..pictures.png import png_info
+from ..pictures.redraw import redraw
+from ..pipeline import Picture, Pipeline, Progress, load
+from ..presets import RunSettings, check_settings
+from . import control as control_cli
+from . import lora as lora_cli
+
+if TYPE_CHECKING:
+    from ..lora.adapter import Adapter
+    from ..weights.bundle import Bundle
+
+LOADING = ("text_encoders", "vae", "dtype", "device")
+"""The options that :func:`hydit_core.load` gets, beside the model."""
+_OF_MODEL = ("model", *LOADING, "lora", "lora_block_weights", "partial")
+_VERSIONS = ("v1.0", "v1.1", "v1.2")
+
+
+class Files(NamedTuple):
+    """What is opened before the model is loaded, which takes longer and may be in vain."""
+
+    init: Image.Image | None
+    adapters: list[Adapter]
+    controlnets: list[Bundle]
+
+
+class Model(NamedTuple):
+    """A loaded model with its LoRAs, and what pictures say about these."""
+
+    pipe: Pipeline
+    loras: list[dict[str, Any]]
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options that cannot work, before anything is opened. Raises :class:`ConfigError`."""
+    if args.strength is not None and args.init_image is None:
+        raise ConfigError("--strength needs --init-image")
+    lora_cli.check(args)
+    control_cli.check(args)
+
+
+def open_files(args: argparse.Namespace) -> Files:
+    """Open what the options name beside the model.
+
+    Raises :class:`HyditError` for files that cannot be read.
+    """
+    init = None if args.init_image is None else load_picture(args.init_image)
+    return Files(init, lora_cli.read(args), control_cli.open_files(args))
+
+
+def model_key(args: argparse.Namespace) -> tuple[str, ...]:
+    """The same for two command lines whose models are the same, LoRAs included."""
+    return tuple(repr(getattr(args, name)) for name in _OF_MODEL)
+
+
+def load_model(args: argparse.Namespace, files: Files, *, quiet: bool = False) -> Model:
+    """Load the model and put the LoRAs into it; unless ``quiet``, say on stderr what of them fits.
+
+    Raises :class:`HyditError` for files that cannot be read or do not fit.
+    """
+    pipe = load(args.model, **{name: getattr(args, name) for name in LOADING})
+    return Model(pipe, lora_cli.load(args, files.adapters, pipe, quiet=quiet))
+
+
+class Drawing:
+    """A command line's pictures: settings, ControlNets, and what is written into each file.
+
+    Args:
+        folder: where the pictures go; control pictures are written there.
+
+    Raises:
+        HyditError: a setting is out of range, or a ControlNet does not fit.
+    """
+
+    def __init__(self, args: argparse.Namespace, files: Files, model: Model, folder: Path):
+        self.args = args
+        self.pipe = model.pipe
+        self.run = _settings(model.pipe, args, files.init)
+        self._init = files.init
+        self._loras = model.loras
+        self._controls, self._control_facts = control_cli.read(
+            args, files.controlnets, model.pipe, self.run.sampling, folder
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps of each prompt's batch."""
+        sampling = self.run.sampling
+        return len(self.pipe.schedule.sigmas_for(sampling.spacing, sampling.steps, self.run.strength)) - 1
+
+    def advice(self, prompts: Sequence[str]) -> list[str]:
+        """What the user should know before sampling."""
+        notes = self.pipe.advice(prompts, self.run.sampling)
+        preset, version = self.args.preset, self.pipe.info.version
+        if preset in _VERSIONS and (preset == "v1.2") != (version == "v1.2"):
+            notes.append(f"preset {preset} is meant for another release than this model ({version})")
+        return notes
+
+    def pictures(self, prompts: Sequence[str], callback: Progress | None = None) -> Iterator[Picture]:
+        """See :meth:`Pipeline.pictures`."""
+        return self.pipe.pictures(
+            prompts, self.run, init_image=self._init, controls=self._controls, callback=callback
+        )
+
+    def png(self, picture: Picture) -> bytes:
+        """The picture as a PNG file that remembers how it was made."""
+        facts = self.facts(picture)
+        args = self.args
+        graph = redraw(
+            facts, **_places(args), loras=lora_cli.files(args), controlnets=control_cli.files(args)
+        )
+        info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
+        file = io.BytesIO()
+        picture.image.save(file, format="PNG", pnginfo=info)
+        return file.getvalue()
+
+    def facts(self, picture: Picture) -> dict[str, Any]:
+        """What is written into the picture."""
+        settings = self.run.sampling
+        facts = {
+            "prompt": picture.prompt,
+            **vars(settings),
+            "negative": settings.negative if settings.cfg > 1 else "",
+            "seed": picture.seed,
+            "model": self.pipe.name,
+            "version": self.pipe.info.version,
+            "dtype": str(self.pipe.dit.dtype).removeprefix("torch."),
+        }
+        if self._init is not None:
+            facts |= {"init_image": self.args.init_image.name, "strength": self.run.strength}
+        if self._loras:
+            facts["loras"] = self._loras
+        if self._controls:
+            facts["controls"] = self._control_facts
+        return facts
+
+
+def _settings(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | None) -> RunSettings:
+    negative = NEGATIVE_PROMPT if args.negative == "tencent" else args.negative
+    settings = pipe.settings(
+        args.preset,
+        negative=negative,
+        steps=args.steps,
+        cfg=args.cfg,
+        guidance_rescale=args.guidance_rescale,
+        sampler=args.sampler,
+        spacing=args.spacing,
+        width=args.size and args.size[0],
+        height=args.size and args.size[1],
+    )
+    if init is not None and args.size is None:
+        width, height = _size_like(init.size, settings.width * settings.height)
+        settings = replace(settings, width=width, height=height)
+        check_settings(settings, pipe.vae.downscale)
+    strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
+    return RunSettings(settings, args.seed, args.batch, strength)
+
+
+def _size_like(size: tuple[int, int], area: int) -> tuple[int, int]:
+    """Multiples of 16 with the proportions of ``size`` and about ``area`` pixels."""
+    scale = (area / (size[0] * size[1])) ** 0.5
+    width, height = (max(16, round(side * scale / 16) * 16) for side in size)
+    return width, height
+
+
+def _places(args: argparse.Namespace) -> dict[str, Path | None]:
+    """The files that :func:`~..pictures.redraw.redraw` takes."""
+    given = {name: getattr(args, name) for name in ("model", "text_encoders", "vae", "init_image")}
+    return {name: None if path is None else Path(path).expanduser() for name, path in given.items()}
