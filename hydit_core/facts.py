@@ -19,7 +19,7 @@ from .untrusted import parse_json
 
 VERSIONS = ("v1.0", "v1.1", "v1.2")
 PREDICTIONS = ("v", "epsilon", "sample")
-SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m", "euler")
+SAMPLER_NAMES = ("ddpm", "ddim", "dpmpp_2m", "euler", "lcm")
 SPACINGS = ("leading", "linspace", "trailing")
 ACTIVATIONS = (
     "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu",

@@ -78,7 +78,7 @@ class HyDiTKSampler(io.ComfyNode):
                     options=[PRESET, *SAMPLERS],
                     default=PRESET,
                     tooltip="ddpm adds noise at each step; ddim, euler and dpmpp_2m do not. dpmpp_2m needs "
-                    "the fewest steps.",
+                    "the fewest steps. lcm is for distilled models and LoRAs.",
                 ),
                 io.Combo.Input(
                     "spacing",
@@ -160,7 +160,8 @@ class HyDiTSampler(io.ComfyNode):
                     "sampler",
                     options=list(SAMPLERS),
                     default="ddpm",
-                    tooltip="ddpm adds noise at each step; ddim (eta 0), euler and dpmpp_2m do not.",
+                    tooltip="ddpm adds noise at each step; ddim (eta 0), euler and dpmpp_2m do not. lcm adds "
+                    "new noise at each step and is for distilled models and LoRAs.",
                 ),
                 io.Float.Input(
                     "eta",

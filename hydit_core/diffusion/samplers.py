@@ -200,11 +200,35 @@ def sample_dpmpp_2m(
     return _integrate(model, x, sigmas, extra_args, callback, disable, update)
 
 
+def sample_lcm(
+    model: Model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    noise_sampler: NoiseSampler | None = None,
+) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1; Luo et al. 2023), for distilled models.
+
+    Every step goes to the clean picture and back to the next noise level with new noise: ``denoised + s'
+    noise``. Other models blur with it.
+    """
+    if noise_sampler is None:
+        noise_sampler = default_noise_sampler(x, (extra_args or {}).get("seed"))
+
+    def update(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
+        return denoised + noise_sampler(sigma, sigma_next) * sigma_next if sigma_next > 0 else denoised
+
+    return _integrate(model, x, sigmas, extra_args, callback, disable, update)
+
+
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "ddpm": sample_ddpm,
     "ddim": sample_ddim,
     "dpmpp_2m": sample_dpmpp_2m,
     "euler": sample_euler,
+    "lcm": sample_lcm,
 }
 
 DEFAULT_SPACING: dict[str, str] = {
@@ -212,5 +236,7 @@ DEFAULT_SPACING: dict[str, str] = {
     "ddim": "leading",
     "dpmpp_2m": "linspace",
     "euler": "leading",
+    "lcm": "trailing",
 }
-"""The spacing that Tencent pairs with each sampler (euler, which it lacks, is the same method as ddim)."""
+"""The spacing that Tencent pairs with each sampler; of those that it lacks, euler is the same method as ddim,
+and lcm, with its few steps, has to begin at the last timestep."""

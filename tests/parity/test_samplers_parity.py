@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
 from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import rescale_noise_cfg
 
 from hydit_core.diffusion.denoiser import Denoiser
@@ -145,6 +151,38 @@ def test_image_to_image_equals_diffusers(name, strength, steps_left):
     ours = run_ours(name, 10, 0.018, 6.0, 0.0, strength=strength, init=init)
     theirs = run_diffusers(name, 10, 0.018, 6.0, 0.0, first=10 - steps_left, init=init)
     assert error(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("prediction", ["v", "epsilon"])
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_lcm_equals_diffusers(steps, prediction):
+    """At our timesteps; from t = 100 on its c_skip and c_out, which we leave out, are 0 and 1 to 1e-6."""
+    schedule = Schedule(DiffusionConfig(prediction=prediction))
+    scheduler = LCMScheduler(
+        beta_start=0.00085,
+        beta_end=0.018,
+        prediction_type={"v": "v_prediction"}.get(prediction, prediction),
+        original_inference_steps=1000,
+    )
+    scheduler.set_timesteps(
+        timesteps=schedule.timesteps("trailing", steps).tolist(), original_inference_steps=1000
+    )
+    net, batch = network(), SHAPE[0]
+    generator = torch.Generator().manual_seed(SEED)
+    latents = torch.randn(SHAPE, generator=generator)
+    for t in scheduler.timesteps:
+        output = net(latents, t.float().expand(batch), torch.ones(batch, dtype=torch.long))[:, :4]
+        latents = scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]
+    sigmas = schedule.sigmas_for("trailing", steps)
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(SEED))
+    ours = SAMPLERS["lcm"](
+        our_denoiser(schedule, 1.0, 0.0),
+        start_latents(noise, sigmas),
+        sigmas,
+        extra_args={"seed": SEED},
+        disable=True,
+    )
+    assert error(ours, latents) <= 3e-5
 
 
 def test_comparison_notices_a_wrong_run():

@@ -113,8 +113,8 @@ def test_ranges_are_true(tmp_path, key, inside, outside):
         ("model.info.defaults.steps", "1 to 100000", "1 到 100000"),
         (
             "model.info.defaults.sampler",
-            "`ddpm`, `ddim`, `dpmpp_2m`, `euler`",
-            "`ddpm`、`ddim`、`dpmpp_2m`、`euler`",
+            "`ddpm`, `ddim`, `dpmpp_2m`, `euler`, `lcm`",
+            "`ddpm`、`ddim`、`dpmpp_2m`、`euler`、`lcm`",
         ),
     ],
 )
