@@ -353,6 +353,8 @@ def load(
 ) -> Pipeline:
     """Load a model and what belongs to it.
 
+    Quantised matrices stay in 8 bits in memory, if comfy-kitchen is installed.
+
     Args:
         path: an all-in-one checkpoint, a diffusers folder, a folder in Tencent's layout (``t2i/``), or the
             weights of a DiT alone. None: the model that comes with hydit.
@@ -375,7 +377,7 @@ def load(
     dtype = choose_dtype(dtype, device)
     source = embedded_model() if path is None else Path(path).expanduser()
     opened = bundle(source, only=("dit",), kinds=("dit",), load_key=load_key)
-    dit, info = load_dit(opened, dtype=dtype, device=device)
+    dit, info = load_dit(opened, dtype=dtype, device=device, keep_quantised=True)
     with _or_say("text_encoders", given=text_encoders is not None):
         text = load_text_encoders(
             text_encoders or opened,
@@ -383,6 +385,7 @@ def load(
             device=device,
             text_len=dit.config.text_len,
             t5_len=dit.config.t5_len,
+            keep_quantised=True,
         )
     with _or_say("vae", given=vae is not None):
         autoencoder = load_vae(vae or opened, dtype=dtype, device=device)

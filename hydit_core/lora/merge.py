@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from ..dtypes import FP8_DTYPES, dtype_name
 from ..errors import LoraError
 from ..untrusted import parse_json
+from ..weights import kitchen
 from ..weights.bundle import Bundle, Place, bundle
 from ..weights.convert import convert
 from ..weights.detect import BERT_PREFIXES, MT5_PREFIXES, FileKind
 from ..weights.layouts import PART_PREFIXES, Layout
 from ..weights.output import check_output
+from ..weights.packed import Packed, Scheme, pack
 from ..weights.source import TensorSource, cast
 from ..weights.writer import Progress
 from .adapter import Adapter, Match, changed, changed_bias
@@ -126,7 +128,8 @@ def apply(
 ) -> Match:
     """Add a LoRA to a model's weights in place; the opposite strength takes a plain LoRA off again.
 
-    Everything is computed before anything is changed: after an error the model is as it was.
+    Everything is computed before anything is changed: after an error the model is as it was. Weights that are
+    kept quantised are quantised again.
 
     Args:
         model: a DiT, or networks by part: ``dit``, ``bert``, ``t5``.
@@ -141,10 +144,20 @@ def apply(
     tensors = {f"{part}.{name}": p for part, net in parts.items() for name, p in net.named_parameters()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     match, changes = plan(adapter, shapes, strength, block_weights, base=base, partial=partial)
-    new = {name: _result(name, tensors[name].data, [change]) for name, change in changes.items()}
+    new = {name: _new_value(name, tensors[name], change) for name, change in changes.items()}
     for name, value in new.items():
-        tensors[name].data = value
+        if kitchen.is_quantised(tensors[name]):
+            kitchen.put(tensors[name], value)
+        else:
+            tensors[name].data = value
     return match
+
+
+def _new_value(name: str, parameter: Tensor, change: Change) -> Tensor:
+    """In a parameter's dtype; in float32 for one that is kept quantised."""
+    if kitchen.is_quantised(parameter):
+        return _result(name, kitchen.packed_of(parameter).dense(), [change])
+    return _result(name, parameter.data, [change])
 
 
 def _result(name: str, tensor: Tensor, changes: Sequence[Change], dtype: torch.dtype | None = None) -> Tensor:
@@ -199,6 +212,16 @@ class MergingSource(TensorSource):
                 return value
             self._kept[key, dtype] = value
         return self._kept[key, dtype]
+
+    def scheme(self, key: str) -> Scheme | None:
+        return self._source.scheme(key)
+
+    def packed(self, key: str) -> Packed:
+        """Quantised again, as it was, if it is changed."""
+        scheme = self._source.scheme(key)
+        if key not in self._changes or scheme is None:
+            return self._source.packed(key)
+        return pack(self.get(key, torch.float32), scheme, f"{self.path}: {key}")
 
     def release(self, key: str) -> None:
         self._source.release(key)
@@ -275,7 +298,7 @@ def merge_files(
         for name, one in own.items():
             changes.setdefault(name, []).append(one)
     extra = _record(opened.source, adapters, strengths, weights, matches)
-    notes = _notes(opened.source, dtype, adapters, matches)
+    notes = [*_notes(opened.source, dtype, adapters, matches), *_requantised(opened, layout, dtype, changes)]
 
     def change(part: TensorSource) -> TensorSource:
         return MergingSource(part, {key: changes[name] for key in part if (name := _name(key)) in changes})
@@ -345,6 +368,24 @@ def _record(
     if triggers:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(triggers))
     return metadata
+
+
+def _requantised(
+    opened: Bundle, layout: Layout, dtype: torch.dtype | None, changes: Mapping[str, object]
+) -> list[str]:
+    """What happens to quantised layers of what is written."""
+    if layout == "diffusers":
+        return []
+    parts = {"dit": None if dtype else opened.dit, "bert": opened.bert, "t5": opened.mt5}
+    schemes = {
+        f"{part}.{key}": scheme
+        for part, source in parts.items()
+        if source is not None
+        for key, scheme in source.schemes().items()
+    }
+    again = sorted({scheme.name for name, scheme in schemes.items() if name in changes})
+    count = sum(name in changes for name in schemes)
+    return [f"unpacked, changed and quantised again ({', '.join(again)}): {count} layers"] if count else []
 
 
 def _notes(

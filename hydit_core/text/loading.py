@@ -35,6 +35,7 @@ def load_text_encoders(
     t5_dtype: torch.dtype | None = None,
     t5_pad_id: int = 0,
     tokenizers: str | os.PathLike[str] | None = None,
+    keep_quantised: bool = False,
 ) -> TextEncoders:
     """Load BERT, mT5's encoder and their tokenizers, frozen and in eval mode.
 
@@ -50,6 +51,8 @@ def load_text_encoders(
         t5_pad_id: see :class:`~.tokenizers.Tokenizers`.
         tokenizers: where to find ``vocab.txt`` and ``spiece.model`` instead: one of these files, a folder
             with them, or a pipeline's folder. By default they are sought in the checkpoint, then beside it.
+        keep_quantised: see :func:`~..weights.load.load_dit`; products take the unpacked weights, as ComfyUI's
+            do.
 
     Raises:
         WeightsError: an encoder or a tokenizer is missing, damaged, or does not fit.
@@ -75,8 +78,8 @@ def load_text_encoders(
             lowercase=lowercase,
             t5_pad_id=t5_pad_id,
         )
-        bert = _load_bert(opened.bert, info.bert, dtype, device)
-        t5 = _load_t5(opened.mt5, info.t5, t5_dtype or dtype, device)
+        bert = _load_bert(opened.bert, info.bert, dtype, device, keep_quantised)
+        t5 = _load_t5(opened.mt5, info.t5, t5_dtype or dtype, device, keep_quantised)
         encoders = TextEncoders(bert, t5, tokenizer)
     except WeightsError as error:
         raise WeightsError(f"{opened.path}: {error}") from None
@@ -94,12 +97,17 @@ def t5_config(source: TensorSource, options: Mapping[str, Any]) -> MT5Config:
 
 
 def _load_bert(
-    source: TensorSource, options: Mapping[str, Any], dtype: torch.dtype | None, device: str | torch.device
+    source: TensorSource,
+    options: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    keep: bool,
 ) -> BertModel:
     with torch.device("meta"):
         model = BertModel(bert_config(source, options), add_pooling_layer=False)
     view = _only(source, "bert", {key: key for key in model.state_dict()})
-    assign_weights(model, view, dtype=dtype or compute_dtype(view), device=device)
+    dtype = dtype or compute_dtype(view)
+    assign_weights(model, view, dtype=dtype, device=device, keep_quantised=keep)
     # Buffers are not in the state dict: they have to be created again, outside the meta device.
     positions = torch.arange(model.config.max_position_embeddings, device=device).expand(1, -1)
     model.embeddings.register_buffer("position_ids", positions, persistent=False)
@@ -108,7 +116,11 @@ def _load_bert(
 
 
 def _load_t5(
-    source: TensorSource, options: Mapping[str, Any], dtype: torch.dtype | None, device: str | torch.device
+    source: TensorSource,
+    options: Mapping[str, Any],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    keep: bool,
 ) -> MT5EncoderModel:
     with torch.device("meta"):
         model = MT5EncoderModel(t5_config(source, options))
@@ -118,7 +130,8 @@ def _load_t5(
     dtype = dtype or compute_dtype(view)
     kept = {key: torch.float32 for key in view if dtype == torch.float16 and key.endswith(".wo.weight")}
     plan = {key: kept.get(key, dtype) for key in view}
-    assign_weights(model, CastSource(view, plan), dtype=None, device=device)
+    planned = CastSource(view, plan, packed=True)
+    assign_weights(model, planned, dtype=None, device=device, keep_quantised=keep)
     return model
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..dtypes import dtype_name
 from ..errors import WeightsError
 from ..facts import METADATA_KEY, ModelInfo
 from ..model.config import DiTConfig
@@ -23,6 +24,7 @@ from .layouts import Layout, belongs_to_model, from_tencent
 from .load import check_names, model_shapes
 from .modelspec import file_metadata
 from .output import check_output
+from .packing import unquantised
 from .save import dtypes_for
 from .source import CastSource, MergedSource, TensorSource
 from .views import rename
@@ -75,7 +77,8 @@ def convert(
     Args:
         path: a file or folder, or what was opened there.
         out: the file to write or, for the layout diffusers, the folder, new or empty.
-        dtype: for the DiT or ControlNet; by default unchanged. Other parts keep theirs.
+        dtype: for the DiT or ControlNet; by default unchanged: what is quantised stays so, but in the layout
+            diffusers. Other parts keep theirs.
         load_key: which weights of a torch file with several sets.
         change: replaces a source that is written by another with the same names: the DiT's under Tencent's
             names, before the cast, and the other parts' under those of an all-in-one file.
@@ -102,17 +105,19 @@ def convert(
     if dtype is not None:
         model = CastSource(model, dtypes_for(model, dtype))
     metadata = {**_metadata(source, kind, info), **(extra or {})}
+    told = _told_of_quantised(view, layout, dtype)
     if layout == "diffusers":
-        _write_folder(out, from_tencent(model, layout), kind, kind.config, info, metadata, progress)
-        return Converted(out, kind, _left_out(kind))
+        tensors = from_tencent(unquantised(model), layout)
+        _write_folder(out, tensors, kind, kind.config, info, metadata, progress)
+        return Converted(out, kind, (*told, *_left_out(kind)))
     if layout == "tencent" or kind.kind == "controlnet":
         save_safetensors(out, model, metadata, progress=progress)
-        return Converted(out, kind, _left_out(kind))
+        return Converted(out, kind, (*told, *_left_out(kind)))
     others = _others(source, kind)
     rest = [change(part) for part in (others, *beside.sources)]
     whole = MergedSource([from_tencent(model, layout), *rest], path=source.path, metadata={})
     save_safetensors(out, whole, metadata, progress=progress)
-    return Converted(out, kind, _put_in(others, beside))
+    return Converted(out, kind, (*told, *_put_in(others, beside)))
 
 
 def _metadata(source: TensorSource, kind: FileKind, info: ModelInfo) -> dict[str, str]:
@@ -158,6 +163,18 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _others(source: TensorSource, kind: FileKind) -> TensorSource:
     """What a file holds besides its DiT, under the file's own names."""
     return rename(source, lambda key: None if belongs_to_model(key, kind.prefix) else key)
+
+
+def _told_of_quantised(view: TensorSource, layout: Layout, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """What becomes of quantised layers, if there are any."""
+    names = sorted({scheme.name for scheme in view.schemes().values()})
+    if not names:
+        return ()
+    if dtype is None and layout != "diffusers":
+        return (f"still quantised: {', '.join(names)} (--dtype fp16 or bf16 unpacks it)",)
+    reason = "" if dtype else "; diffusers does not read ComfyUI's formats"
+    unpacked = dtype_name(dtype or view.main_dtype() or torch.bfloat16)
+    return (f"unpacked from {', '.join(names)} into {unpacked}{reason}",)
 
 
 def _left_out(kind: FileKind) -> tuple[str, ...]:

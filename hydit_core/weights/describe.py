@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ..model.config import DiTConfig
 from .bundle import open_model
 from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, version_text
 from .info import model_info
+from .packed import Scheme
 from .quantised import quantised
 from .source import TensorSource
 
@@ -31,11 +33,12 @@ def describe(path: str | os.PathLike[str], *, load_key: str | None = None) -> st
         WeightsError: if it is missing, damaged, or holds no tensors.
     """
     source = open_model(path, load_key=load_key)
-    kind, said = detect(source), quantised(source, source.metadata)
+    kind, said = detect(source), quantised(source)
     rows = [("file", str(source.path)), ("kind", kind.name), *_model_rows(source, kind)]
     rows += [
         ("dtype", _dtypes(source, source)),
-        *([("note", f"{said}; not supported yet")] if said else []),
+        *([("quantised", _quantised(schemes.values()))] if (schemes := source.schemes()) else []),
+        *([("note", f"{said}; this cannot be read")] if said else []),
         ("size", f"{_size(Path(path), source):,} bytes"),
         ("tensors", f"{len(source):,}"),
         ("parameters", f"{_parameters(source, source):,}"),
@@ -79,12 +82,18 @@ def _dimensions(config: DiTConfig) -> str:
 def _dtypes(source: TensorSource, keys: Iterable[str]) -> str:
     counts: dict[str, int] = {}
     for key in keys:
-        name = dtype_name(source.dtype(key))
+        scheme = source.scheme(key)
+        name = scheme.name if scheme else dtype_name(source.dtype(key))
         counts[name] = counts.get(name, 0) + source.numel(key)
     if len(counts) == 1:
         return next(iter(counts))
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} ({count:,} values)" for name, count in ordered)
+
+
+def _quantised(schemes: Iterable[Scheme]) -> str:
+    counts = Counter(scheme.name for scheme in schemes)
+    return "layers: " + ", ".join(f"{count} in {name}" for name, count in counts.most_common())
 
 
 def _part_rows(source: TensorSource, kind: FileKind) -> Iterator[tuple[str, str]]:

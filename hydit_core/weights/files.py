@@ -17,6 +17,7 @@ from ..untrusted import is_plain_name, parse_json, read_json
 from .mapped import Entry, MappedSource
 from .pickles import open_pickle
 from .source import MergedSource, TensorSource
+from .unpacking import unpacking
 from .views import unwrapped
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -40,7 +41,8 @@ _LONGEST_NAME = 1000
 _FOREIGN = {
     b"<": "an HTML or XML page (a failed download?)",
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (run git lfs pull)",
-    b"GGUF": "a GGUF file, which is not supported; use safetensors",
+    b"GGUF": "a GGUF file, whose formats ComfyUI itself does not read: take the model's safetensors, and "
+    "make a small file of it with `python -m hydit_core.weights quantize`",
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture",
 }
@@ -48,6 +50,8 @@ _FOREIGN = {
 
 def open_tensors(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
     """Open a weights file, or a folder of them, without reading its tensors.
+
+    Layers that are quantised in ComfyUI's formats appear as ordinary weights (:mod:`.unpacking`).
 
     The content decides what a file is, not its suffix. In a folder: an ``*.index.json`` with its shards,
     else the one safetensors or torch file, else Tencent's ``pytorch_model_{load_key}.pt`` or DeepSpeed's
@@ -59,7 +63,11 @@ def open_tensors(path: str | os.PathLike[str], *, load_key: str | None = None) -
     Raises:
         WeightsError: if it is missing, damaged, or holds no tensors.
     """
-    path = Path(path)
+    return unpacking(_open(Path(path), load_key))
+
+
+def _open(path: Path, load_key: str | None = None) -> TensorSource:
+    """As it is stored."""
     if path.is_dir():
         return _open_folder(path, load_key)
     if not path.exists():
@@ -221,7 +229,7 @@ def _open_folder(folder: Path, load_key: str | None) -> TensorSource:
         shown = ", ".join(p.name for p in files[:8])
         raise WeightsError(f"{folder} holds {len(files)} weights files; name one of them: {shown}")
     keyed = load_key is not None and files[0].stem.endswith(f"_{load_key}")
-    return open_tensors(files[0], load_key=None if keyed else load_key)
+    return _open(files[0], None if keyed else load_key)
 
 
 def _index(folder: Path, files: list[Path]) -> Path | None:
@@ -271,7 +279,7 @@ def _open_shards(index: Path) -> TensorSource:
     if missing := _missing_shards(index):
         shown = ", ".join(missing[:5])
         raise WeightsError(f"{index.parent} lacks {len(missing)} of {len(names)} shards: {shown}")
-    shards = [open_tensors(index.parent / name) for name in names]
+    shards = [_open(index.parent / name) for name in names]
     merged = MergedSource(shards, path=index.parent, metadata=_metadata(content.get("metadata")))
     lost = [key for key in content["weight_map"] if key not in merged]
     if lost:

@@ -14,6 +14,8 @@ from ..dtypes import STORED, dtype_of
 from ..errors import ConfigError
 from ..model.dit import DiT
 from ..quiet import quiet_imports
+from . import kitchen
+from .packed import INT8
 from .source import cast
 
 _BITS = {name: 8 * dtype_of(name).itemsize for name in STORED} | {"int8": 8, "nf4": 4}
@@ -24,25 +26,62 @@ class FrozenLinear(nn.Linear):
 
     For the backward pass it keeps the stored weight, not the copy that it computes with: otherwise an 8-bit
     base would need as much memory as a 16-bit one.
+
+    Attributes:
+        in_8_bits: an int8 weight that a file brought is multiplied in int8, with inputs that are rounded to
+            8 bits row by row, as ComfyUI does; never where a gradient is asked for.
     """
+
+    in_8_bits = False
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        return _Product.apply(x, self.weight, self.bias)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Product.apply(x, self.weight, self.bias)
+        return _product(x, self.weight, self.bias, in_8_bits=self.in_8_bits)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenLinear:
+        # torch moves a parameter by its data, which comfy-kitchen's tensors do not have
+        weight = self.weight
+        if not kitchen.is_quantised(weight):
+            return super()._apply(fn, recurse)
+        del self.weight
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.weight = kitchen.moved(weight, fn)
+        return self
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight  # not save_for_backward, which does not accept torchao's tensors
-        return F.linear(x, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         return gradient @ dense(ctx.weight, gradient.dtype), None, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, *, in_8_bits: bool = False) -> Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    if in_8_bits and kitchen.is_quantised(weight) and kitchen.scheme_of(weight).format == INT8:
+        with torch.no_grad():
+            return F.linear(x, weight, bias)
+    return F.linear(x, dense(weight, x.dtype), bias)
+
+
+def freeze_kept(model: nn.Module, *, in_8_bits: bool) -> None:
+    """Make the layers of a model whose weights are kept quantised compute with them, frozen."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and kitchen.is_quantised(module.weight):
+            module.__class__ = FrozenLinear  # which adds nothing to the layer but how it computes
+            module.in_8_bits = in_8_bits  # type: ignore[assignment]
+            module.weight.requires_grad_(False)
 
 
 OPERATIONS = SimpleNamespace(
@@ -53,6 +92,8 @@ OPERATIONS = SimpleNamespace(
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A stored weight as an ordinary tensor."""
+    if kitchen.is_quantised(weight):
+        return kitchen.packed_of(weight).dense().to(dtype)
     for method in ("get_original_weight", "dequantize"):  # torchao's NF4, and its other classes
         if type(weight).__module__.startswith("torchao") and hasattr(weight, method):
             weight = getattr(weight, method)()
@@ -60,20 +101,26 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def store(dit: DiT, precision: str) -> None:
+def store(dit: DiT, precision: str | None, *, default: str = "fp32") -> None:
     """Store the matrices of a frozen DiT in ``precision``, and everything else in float32.
 
-    Precisions below 16 bits apply only inside the blocks (96 % of DiT-g/2); errors of the other matrices
-    would reach every token, so these keep 16 bits.
+    None is ``default`` for what is not quantised, and leaves the rest as it is. Precisions below 16 bits hold
+    only inside the blocks (96 % of DiT-g/2): errors of the other matrices would reach every token, so these
+    keep 16 bits.
 
     Raises:
         ConfigError: as :func:`quantizer` does.
     """
+    keeps, precision = precision is None, precision or default
     quantize = quantizer(precision)
     for name, module in dit.named_modules():
         if isinstance(module, FrozenLinear):
             module.weight.requires_grad_(False)
-            if _in_few_bits(name, precision):
+            if kitchen.is_quantised(module.weight) and not keeps:
+                module.weight = nn.Parameter(dense(module.weight, torch.float32), requires_grad=False)
+            if kitchen.is_quantised(module.weight):
+                pass
+            elif _in_few_bits(name, precision):
                 quantize(module)
             else:
                 module.weight.data = module.weight.data.to(torch.bfloat16)
@@ -88,12 +135,14 @@ def _in_few_bits(name: str, precision: str) -> bool:
     return _BITS[precision] >= 16 or ".blocks." in f".{name}"
 
 
-def stored_bytes(dit: DiT, precision: str) -> int:
+def stored_bytes(dit: DiT, precision: str | None, *, default: str = "fp32") -> int:
     """The size of a DiT in memory after :func:`store`."""
+    keeps, precision = precision is None, precision or default
     total = 4 * sum(p.numel() for p in dit.parameters())
     for name, module in dit.named_modules():
         if isinstance(module, nn.Linear):
             bits = _BITS[precision] if _in_few_bits(name, precision) else 16
+            bits = 8 if keeps and kitchen.is_quantised(module.weight) else bits
             total -= module.weight.numel() * (32 - bits) // 8
     return total
 

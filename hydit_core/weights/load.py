@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -16,8 +17,10 @@ from ..model.config import DiTConfig
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..moved import former
+from . import kitchen
 from .bundle import Bundle, Place, bundle
 from .detect import FileKind
+from .frozen import freeze_kept
 from .quantised import refuse_quantised
 from .source import TensorSource, cast
 
@@ -33,6 +36,7 @@ def load_dit(
     operations: Any = None,
     attention: AttentionFn | None = None,
     load_key: str | None = None,
+    keep_quantised: bool = False,
 ) -> tuple[DiT, ModelInfo]:
     """Load a HunyuanDiT of any version, size and layout.
 
@@ -46,6 +50,8 @@ def load_dit(
         operations: namespace of layer classes, by default ``torch.nn``.
         attention: attention function, by default the model's own.
         load_key: which weights of a torch file with several sets (``ema``, ``module`` ...).
+        keep_quantised: quantised matrices stay so in memory, frozen, if comfy-kitchen is installed; by
+            default, and without it, they are unpacked.
 
     Returns:
         The :class:`~..model.dit.DiT` in eval mode, and what the file says about itself.
@@ -54,7 +60,7 @@ def load_dit(
         WeightsError: if the file is something else, lacks tensors, or has unknown ones.
     """
     opened = bundle(path, only=("dit",), kinds=("dit",), load_key=load_key)
-    return _load(DiT, opened, opened.dit, dtype, device, operations, attention)
+    return _load(DiT, opened, opened.dit, dtype, device, operations, attention, keep_quantised)
 
 
 def load_controlnet(
@@ -65,10 +71,11 @@ def load_controlnet(
     operations: Any = None,
     attention: AttentionFn | None = None,
     load_key: str | None = None,
+    keep_quantised: bool = False,
 ) -> tuple[ControlNet, ModelInfo]:
     """Load a HunyuanDiT ControlNet in either layout; like :func:`load_dit`."""
     opened = bundle(path, only=("controlnet",), kinds=("controlnet",), load_key=load_key)
-    return _load(ControlNet, opened, opened.controlnet, dtype, device, operations, attention)
+    return _load(ControlNet, opened, opened.controlnet, dtype, device, operations, attention, keep_quantised)
 
 
 def _load(
@@ -79,12 +86,13 @@ def _load(
     device: str | torch.device,
     operations: Any,
     attention: AttentionFn | None,
+    keep_quantised: bool,
 ) -> tuple[Model, ModelInfo]:
     assert view is not None  # it was opened as one of this kind
     config = model_config(view, opened.kind)
     dtype = dtype or compute_dtype(view)
     model = cls(config, dtype=dtype, device="meta", operations=operations or nn, attention=attention or sdpa)
-    assign_weights(model, view, dtype=dtype, device=device)
+    assign_weights(model, view, dtype=dtype, device=device, keep_quantised=keep_quantised, in_8_bits=True)
     return model.eval(), opened.info
 
 
@@ -95,9 +103,19 @@ def compute_dtype(source: TensorSource) -> torch.dtype:
 
 
 def assign_weights(
-    model: Module, source: TensorSource, *, dtype: torch.dtype | None, device: str | torch.device
+    model: Module,
+    source: TensorSource,
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    keep_quantised: bool = False,
+    in_8_bits: bool = False,
 ) -> Module:
     """Fill a model on the meta device with its weights, one tensor at a time.
+
+    Args:
+        keep_quantised: see :func:`load_dit`.
+        in_8_bits: see :class:`~.frozen.FrozenLinear`, for those that are kept.
 
     Raises:
         WeightsError: listing tensors that are missing, unexpected or of another shape.
@@ -106,14 +124,29 @@ def assign_weights(
     check_names(expected, source)
     device = torch.device(device)
     state: dict[str, torch.Tensor] = {}
+    kept = _kept(model, source) if keep_quantised else set()
     for key in expected:
-        if device.type == "cpu":
+        if key in kept:
+            state[key] = kitchen.keep(source.packed(key), dtype or source.dtype(key), device)
+        elif device.type == "cpu":
             state[key] = source.get(key, dtype)
         else:
             state[key] = cast(source.get(key).to(device), dtype)
         source.release(key)
     model.load_state_dict(state, strict=True, assign=True)
+    freeze_kept(model, in_8_bits=in_8_bits)
     return model
+
+
+def _kept(model: nn.Module, source: TensorSource) -> set[str]:
+    """The weights that can stay quantised in memory: those of linear layers, with comfy-kitchen."""
+    layers = (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    quantised = {key for key in layers if key in source and source.scheme(key)}
+    if quantised and not kitchen.is_available():
+        what = f"{source.path}: {len(quantised)} quantised layers are unpacked"
+        warnings.warn(f"{what}, because comfy-kitchen is missing; {kitchen.ADVICE}", stacklevel=5)
+        return set()
+    return quantised
 
 
 def check_names(expected: Mapping[str, tuple[int, ...]], source: TensorSource) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from ..dtypes import FP8_DTYPES
 from ..errors import WeightsError
+from .packed import Packed, Scheme
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -51,6 +52,18 @@ class TensorSource(ABC):
     @abstractmethod
     def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor, and cast it to ``dtype`` if it is floating-point."""
+
+    def scheme(self, key: str) -> Scheme | None:
+        """How a tensor that is quantised is stored; None for ordinary ones."""
+        return None
+
+    def packed(self, key: str) -> Packed:
+        """A tensor that has a :meth:`scheme`, as it is stored. :meth:`get` gives it unpacked."""
+        raise KeyError(key)
+
+    def schemes(self) -> dict[str, Scheme]:
+        """All quantised tensors."""
+        return {key: scheme for key in self.keys() if (scheme := self.scheme(key))}
 
     def release(self, key: str) -> None:  # noqa: B027 - most sources hold nothing that could be freed
         """Say that this tensor is not needed again; a source that holds it in memory may free it."""
@@ -142,6 +155,12 @@ class MergedSource(TensorSource):
     def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self._owner[key].get(key, dtype)
 
+    def scheme(self, key: str) -> Scheme | None:
+        return self._owner[key].scheme(key)
+
+    def packed(self, key: str) -> Packed:
+        return self._owner[key].packed(key)
+
     def release(self, key: str) -> None:
         self._owner[key].release(key)
 
@@ -150,13 +169,19 @@ class MergedSource(TensorSource):
 
 
 class CastSource(TensorSource):
-    """A source with other dtypes for the tensors that are named in ``dtypes``."""
+    """A source with other dtypes for the tensors that are named in ``dtypes``.
 
-    def __init__(self, source: TensorSource, dtypes: Mapping[str, torch.dtype]) -> None:
+    ``packed`` keeps quantised tensors packed all the same, where the dtype only says what to compute in.
+    """
+
+    def __init__(
+        self, source: TensorSource, dtypes: Mapping[str, torch.dtype], *, packed: bool = False
+    ) -> None:
         self.path = source.path
         self.metadata = source.metadata
         self._source = source
         self._dtypes = dtypes
+        self._packed = packed
 
     def keys(self) -> list[str]:
         return self._source.keys()
@@ -178,6 +203,12 @@ class CastSource(TensorSource):
                     "cannot hold (65504 at most); use bf16 or fp32"
                 )
         return cast(made, dtype)
+
+    def scheme(self, key: str) -> Scheme | None:
+        return self._source.scheme(key) if self._packed or key not in self._dtypes else None
+
+    def packed(self, key: str) -> Packed:
+        return self._source.packed(key)
 
     def release(self, key: str) -> None:
         self._source.release(key)

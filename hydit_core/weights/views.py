@@ -14,6 +14,7 @@ import torch
 
 from ..dtypes import FP8_DTYPES
 from ..errors import WeightsError
+from .packed import Packed, Scheme
 from .source import TensorSource, cast
 
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -89,6 +90,13 @@ class TensorView(TensorSource):
             out[row : row + len(part)].copy_(cast(part, dtype) if dtype in FP8_DTYPES else part)
             row += len(part)
         return out
+
+    def scheme(self, key: str) -> Scheme | None:
+        first, *others = self._recipes[key]
+        return None if others or not first.whole else self.source.scheme(first.key)
+
+    def packed(self, key: str) -> Packed:
+        return self.source.packed(self._recipes[key][0].key)
 
     def release(self, key: str) -> None:
         for below in {piece.key for piece in self._recipes[key]}:

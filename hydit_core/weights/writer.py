@@ -12,6 +12,7 @@ import torch
 from ..dtypes import SAFETENSORS_NAMES
 from ..errors import WeightsError
 from ..new_files import atomic_path
+from .packing import PackedSource
 from .source import TensorSource, as_source
 
 _ALIGNMENT = 64
@@ -29,13 +30,14 @@ def save_safetensors(
 ) -> None:
     """Write a safetensors file atomically, one tensor after another.
 
-    At most one tensor of a lazy source is in memory at a time. Widest dtypes come first, then names in
-    order, so that every tensor is aligned to its element size and equal content gives equal bytes.
+    What is quantised in the source is written so, in ComfyUI's format. At most one tensor of a lazy source is
+    in memory at a time. Widest dtypes come first, then names in order, so that every tensor is aligned to its
+    element size and equal content gives equal bytes.
 
     Raises:
         WeightsError: if the format lacks a dtype, or the file cannot be written.
     """
-    source = as_source(tensors)
+    source: TensorSource = PackedSource(as_source(tensors))
     order = sorted(source.keys(), key=lambda key: (-source.dtype(key).itemsize, key))
     header = _header(source, order, dict(metadata or {}))
     done, total = 0, sum(source.nbytes(key) for key in order)

@@ -169,8 +169,8 @@ def test_what_inspect_prints_has_no_control_characters(tmp_path, capsys):
 
 
 SCALES = (
-    "scaled_fp8", "blocks.0.attn1.Wqkv.scale_weight", "blocks.0.attn1.Wqkv.scale_input", "x.comfy_quant",
-    "blocks.0.attn1.Wqkv.weight_scale", "x.weight_scale_2", "x.weight_scale_inv", "x.input_scale",
+    "x.weight_scale", "blocks.0.attn1.Wqkv.scale_input", "blocks.0.attn1.Wqkv.weight_scale",
+    "x.weight_scale_2", "x.weight_scale_inv", "x.input_scale",
     "x.weight.absmax", "x.weight.quant_map", "x.weight.quant_state.bitsandbytes__nf4", "x.SCB", "x.qweight",
     "x.weight._data", "x.weight.scale", "x.weight_packed",
 )  # fmt: skip
@@ -199,19 +199,17 @@ def test_quantised_parts_in_files_of_their_own(tiny, tmp_path):
     full = load_file(tiny)
     for prefix, door in ((BERT, bundle), (MT5, bundle), ("vae.", load_vae), (DIT, load_dit)):
         part = {key.removeprefix(prefix): value for key, value in full.items() if key.startswith(prefix)}
-        save_file({**part, "a.scale_weight": ONE}, tmp_path / "part.safetensors")
+        save_file({**part, "a.weight_scale": ONE}, tmp_path / "part.safetensors")
         with pytest.raises(WeightsError, match="it is quantised"):
             door(tmp_path / "part.safetensors")
-    save_file({"w": ONE}, tmp_path / "q.safetensors", {"_quantization_metadata": "{}"})
-    with pytest.raises(WeightsError, match="metadata _quantization_metadata"):
+    save_file({"w": ONE}, tmp_path / "q.safetensors", {"quantization_config": "{}"})
+    with pytest.raises(WeightsError, match="metadata quantization_config"):
         bundle(tmp_path / "q.safetensors")
 
 
 def test_inspect_tells_what_is_quantised(changed, capsys):
-    assert weights(["inspect", str(changed({f"{DIT}scaled_fp8": ONE}))]) == 0
-    assert (
-        "it is quantised (ComfyUI's scaled fp8): model.diffusion_model.scaled_fp8" in capsys.readouterr().out
-    )
+    assert weights(["inspect", str(changed({f"{DIT}x.qweight": ONE}))]) == 0
+    assert "it is quantised (GPTQ or AWQ): model.diffusion_model.x.qweight" in capsys.readouterr().out
 
 
 def test_text_encoders_of_others_hold_parts_that_are_known(tiny, tmp_path):
@@ -307,7 +305,7 @@ def test_a_controlnet_is_held_to_the_same(tiny, tmp_path):
     folder = embedded_model().parent / "controlnet"
     path = next(folder.glob("*.safetensors"))
     tensors, metadata = load_file(path), dict(open_tensors(path).metadata)
-    save_file(tensors | {"blocks.0.mlp.fc1.scale_weight": ONE}, tmp_path / "c.safetensors", metadata)
+    save_file(tensors | {"blocks.0.mlp.fc1.weight_scale": ONE}, tmp_path / "c.safetensors", metadata)
     with pytest.raises(WeightsError, match="it is quantised"):
         load_controlnet(tmp_path / "c.safetensors")
     save_file(
