@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -29,7 +28,7 @@ class ControlInput:
     """A ControlNet and the picture that it follows.
 
     Args:
-        net: on any device; moved to the pipeline's.
+        net: on any device; the pipeline moves it.
         image: the control picture itself (edges, depth ...), scaled and cropped to the size that is drawn.
         weights: of its residuals, see :class:`~.layer_weights.LayerWeights`.
         start, end: fractions of the noise schedule between which it acts, 0 (pure noise) to 1 (finished), as
@@ -126,20 +125,11 @@ def timestep_range(start: float, end: float, steps: int = 1000) -> tuple[float, 
     return first, last
 
 
-def prepare(
-    control: ControlInput,
-    base: DiTConfig,
-    encode_image: Callable[[Image.Image], Tensor],
-    encode_text: Callable[[ControlNet], Context],
-    device: torch.device,
-) -> PreparedControl:
-    """Encode what a ControlNet needs once: its picture and, with its own projections, the prompt.
+def prepare(control: ControlInput, hint: Tensor, context: Context) -> PreparedControl:
+    """A :class:`ControlInput` with its encoded picture and, by its own projections, the encoded prompts.
 
-    Raises :class:`ConfigError` if it does not fit the DiT, or has the wrong number of weights.
+    Raises :class:`ConfigError` if it has the wrong number of weights.
     """
-    net = control.net.to(device)
-    check_fit(net.config, base)
-    weights = control.weights.resolve(net.config.num_controls)
-    hint = encode_image(control.image)
+    weights = control.weights.resolve(control.net.config.num_controls)
     first, last = timestep_range(control.start, control.end)
-    return PreparedControl(net, hint, encode_text(net), weights, first, last)
+    return PreparedControl(control.net, hint, context, weights, first, last)

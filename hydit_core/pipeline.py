@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .control import ControlInput, Controls, prepare
+from .control import ControlInput, Controls, check_fit, prepare
 from .devices import choose_device
 from .diffusion.denoiser import Denoiser
 from .diffusion.guidance import GuidedDenoiser
@@ -28,6 +28,7 @@ from .finite import DTYPE_ADVICE, why_not_finite
 from .images import Geometry, to_tensor
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
+from .offload.placement import Offload, Placement
 from .presets import (
     RunChoices,
     RunSettings,
@@ -68,18 +69,35 @@ class Pipeline:
         dit, text, vae: the three networks, on one device.
         info: what the model's file says about itself: noise schedule and recommended settings.
         name: of the file or folder, for the pictures' metadata.
+        placement: which networks are on the device when; default: all, always.
     """
 
-    def __init__(self, dit: DiT, text: TextEncoders, vae: VAE, info: ModelInfo, *, name: str = ""):
+    def __init__(
+        self,
+        dit: DiT,
+        text: TextEncoders,
+        vae: VAE,
+        info: ModelInfo,
+        *,
+        name: str = "",
+        placement: Placement | None = None,
+    ):
         self.dit = dit
         self.text = text
         self.vae = vae
         self.info = info
         self.name = name
+        self.placement = placement or Placement()
         self.schedule = Schedule(info.diffusion)
 
     @property
     def device(self) -> torch.device:
+        """The device that pictures are computed on."""
+        return self.placement.device or self.home
+
+    @property
+    def home(self) -> torch.device:
+        """The device that the networks are on between runs; with offloading not :attr:`device`."""
         return next(self.dit.parameters()).device
 
     def load_lora(
@@ -214,26 +232,39 @@ class Pipeline:
         if init_image is None and run.strength != 1:
             raise ConfigError(f"strength {run.strength} without a picture to start from: give init_image")
         init = None if init_image is None else self._encode_image(init_image, sampling)
-        negative = [self._features([sampling.negative])] if sampling.cfg > 1 else []
-        for index, prompt in enumerate(prompts):
-            # In the order of the guided batch: unconditional rows first
-            features = TextFeatures.cat([*negative, self._features([prompt])])
-            context = self._context(self.dit, features, sampling, run.batch)
-            steering = self._controls(controls, features, sampling, run.batch)
-            latents = self._sample(context, steering, run, sigmas, init, callback)
+        for control in controls:
+            check_fit(control.net.config, self.dit.config)
+        hints = [self._encode_image(control.image, sampling) for control in controls]
+        nets = [control.net for control in controls]
+        negative = [sampling.negative] if sampling.cfg > 1 else []
+        encoded = self._encoded([*negative, *prompts])
+        # In the order of the guided batch: unconditional rows first
+        first = [next(encoded) for _ in negative]
+        for index, (prompt, last) in enumerate(zip(prompts, encoded, strict=True)):
+            features = TextFeatures.cat([*first, last]).to(self.device)
+            with self.placement.sampling(self.dit, nets):
+                context = self._context(self.dit, features, sampling, run.batch)
+                steering = self._controls(controls, hints, features, sampling, run.batch)
+                latents = self._sample(context, steering, run, sigmas, init, callback)
             for latent, seed in zip(latents, run.seeds, strict=True):
                 yield Picture(self._decode(latent), prompt, index, seed)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:
         """The DiT's :class:`Context` for B prompts and, if it was trained with sizes, for the size."""
-        return self._context(self.dit, self._features(prompts), settings, 1)
+        features = TextFeatures.cat([*self._encoded(prompts)]).to(self.device)
+        with self.placement.sampling(self.dit, ()):
+            return self._context(self.dit, features, settings, 1)
 
-    def _features(self, prompts: Sequence[str]) -> TextFeatures:
-        features = self.text.encode(list(prompts))
+    def _encoded(self, texts: Sequence[str]) -> Iterator[TextFeatures]:
+        """The features of each text, one row each."""
+        return self.placement.encoded(self.text, texts, self._features)
+
+    def _features(self, text: str) -> TextFeatures:
+        features = self.text.encode([text])
         if not all(torch.isfinite(part).all() for part in (features.bert, features.t5)):
             raise HyditError(f"the text encoders' output is not finite in {self.text.dtype}; {DTYPE_ADVICE}")
-        return features.to(self.device)
+        return features.to(self.home)
 
     @torch.no_grad()
     def _context(
@@ -257,20 +288,15 @@ class Pipeline:
     def _controls(
         self,
         controls: Sequence[ControlInput],
+        hints: Sequence[Tensor],
         features: TextFeatures,
         settings: SamplingDefaults,
         repeats: int,
     ) -> Controls:
         return Controls(
             [
-                prepare(
-                    control,
-                    self.dit.config,
-                    lambda image: self._encode_image(image, settings),
-                    lambda net: self._context(net, features, settings, repeats),
-                    self.device,
-                )
-                for control in controls
+                prepare(control, hint, self._context(control.net, features, settings, repeats))
+                for control, hint in zip(controls, hints, strict=True)
             ]
         )
 
@@ -331,11 +357,14 @@ class Pipeline:
     @torch.no_grad()
     def _encode_image(self, image: Image.Image, settings: SamplingDefaults) -> Tensor:
         geometry = Geometry.cover(image.size, (settings.width, settings.height))
-        return self.vae.encode_mode(to_tensor(geometry.apply(image.convert("RGB")))[None]).to(self.device)
+        pixels = to_tensor(geometry.apply(image.convert("RGB")))[None]
+        with self.placement.visiting(self.vae):
+            return self.vae.encode_mode(pixels).to(self.device)
 
     @torch.no_grad()
     def _decode(self, latent: Tensor) -> Image.Image:
-        pixels = self.vae.decode(latent[None])[0]  # (3, H, W)
+        with self.placement.visiting(self.vae):
+            pixels = self.vae.decode(latent[None], tile=self.placement.tile)[0]  # (3, H, W)
         if not torch.isfinite(pixels).all():
             raise HyditError(f"the VAE's output is not finite in {self.vae.dtype}; {DTYPE_ADVICE}")
         levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -350,6 +379,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     load_key: str | None = None,
+    offload: str = "off",
 ) -> Pipeline:
     """Load a model and what belongs to it.
 
@@ -363,10 +393,12 @@ def load(
             the CPU, bfloat16 on GPUs that have it, and float16 on others.
         device: "auto" (a GPU if there is one), or a torch device.
         load_key: which set of weights to take from a ``.pt`` file with several: ema, module, distill.
+        offload: "off" keeps everything on the device; for small GPUs "encoders" and "blocks" keep weights on
+            the host and bring them when they are needed, see :class:`~.offload.placement.Offload`.
 
     Raises:
         WeightsError: a file is missing, damaged, or holds something else.
-        ConfigError: an unknown dtype or device.
+        ConfigError: an unknown dtype, device or way of offloading.
     """
     from .text.loading import load_text_encoders
     from .vae import load_vae
@@ -375,6 +407,8 @@ def load(
 
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
+    placement = Placement() if offload == "off" else Offload(device, offload)
+    device = placement.home(device)
     source = embedded_model() if path is None else Path(path).expanduser()
     opened = bundle(source, only=("dit",), kinds=("dit",), load_key=load_key)
     dit, info = load_dit(opened, dtype=dtype, device=device, keep_quantised=True)
@@ -389,7 +423,7 @@ def load(
         )
     with _or_say("vae", given=vae is not None):
         autoencoder = load_vae(vae or opened, dtype=dtype, device=device)
-    return Pipeline(dit, text, autoencoder, info, name=source.name)
+    return Pipeline(dit, text, autoencoder, info, name=source.name, placement=placement)
 
 
 @contextlib.contextmanager

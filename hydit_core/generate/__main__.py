@@ -19,6 +19,7 @@ from ..errors import ConfigError, cli_main, program
 from ..facts import SPACINGS
 from ..images import parse_size
 from ..new_files import check_name, write_new
+from ..offload.placement import MODES
 from ..pipeline import Picture
 from ..presets import PRESETS, check_seed
 from ..untrusted import read_text
@@ -73,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
         help="to compute in (default: %(default)s)",
     )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    model.add_argument(
+        "--offload",
+        choices=MODES,
+        default="off",
+        help="for small GPUs: what is on the device only when it is needed: text encoders, DiT and VAE as a "
+        "whole (encoders), or block by block (blocks; the least memory) (default: %(default)s)",
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--preset", choices=PRESETS, help="the settings published for a release")
     how.add_argument("--size", type=_size, metavar="WxH", help="pixels, multiples of 8")

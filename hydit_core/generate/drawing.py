@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..lora.adapter import Adapter
     from ..weights.bundle import Bundle
 
-LOADING = ("text_encoders", "vae", "dtype", "device")
+LOADING = ("text_encoders", "vae", "dtype", "device", "offload")
 """The options that :func:`hydit_core.load` gets, beside the model."""
 _OF_MODEL = ("model", *LOADING, "lora", "lora_block_weights", "partial")
 _VERSIONS = ("v1.0", "v1.1", "v1.2")

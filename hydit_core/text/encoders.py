@@ -75,7 +75,8 @@ class TextEncoders(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.bert.embeddings.word_embeddings.weight.device
+        """The device to compute on. Tables of embeddings may be elsewhere, see :mod:`~..offload.guests`."""
+        return self.bert.embeddings.LayerNorm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

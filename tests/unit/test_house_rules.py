@@ -17,7 +17,7 @@ LIBRARY = Path(__file__).resolve().parents[2] / "hydit_core"
 FLOORS = (
     {"errors", "finite", "moved", "quiet", "version"},
     {"devices", "dtypes", "embedded", "images", "new_files", "untrusted"},
-    {"facts", "layer_weights", "model"},
+    {"facts", "layer_weights", "model", "offload"},
     {"diffusion", "weights"},
     {"control", "lora", "pictures", "presets", "text", "vae"},
     {"data", "pipeline"},

@@ -1,0 +1,1 @@
+"""Networks that are on the device only while they compute."""
