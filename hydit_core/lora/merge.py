@@ -19,9 +19,9 @@ from ..errors import LoraError
 from ..untrusted import parse_json
 from ..weights import kitchen
 from ..weights.bundle import Bundle, Place, bundle
-from ..weights.convert import convert
-from ..weights.detect import BERT_PREFIXES, MT5_PREFIXES, FileKind
-from ..weights.layouts import PART_PREFIXES, Layout
+from ..weights.convert import convert, full_name
+from ..weights.detect import FileKind
+from ..weights.layouts import Layout
 from ..weights.output import check_output
 from ..weights.packed import Packed, Scheme, pack
 from ..weights.source import TensorSource, cast
@@ -35,10 +35,6 @@ from .scaling import LARGEST
 MERGED_KEY = "hydit.merged"
 """Metadata of a merged file: a JSON list of what went in, oldest first."""
 
-_TEXT = {
-    **{f"{prefix}transformer.bert.": "bert." for prefix in BERT_PREFIXES},
-    **{f"{prefix}transformer.": "t5." for prefix in MT5_PREFIXES},
-}
 _KEPT_BYTES = 2**26
 
 
@@ -301,13 +297,16 @@ def merge_files(
     notes = [*_notes(opened.source, dtype, adapters, matches), *_requantised(opened, layout, dtype, changes)]
 
     def change(part: TensorSource) -> TensorSource:
-        return MergingSource(part, {key: changes[name] for key in part if (name := _name(key)) in changes})
+        return MergingSource(
+            part, {key: changes[name] for key in part if (name := full_name(key)) in changes}
+        )
 
     done = convert(
         opened,
         out,
         layout=layout,
         dtype=dtype,
+        told=False,
         change=change,
         extra=extra,
         inputs=inputs,
@@ -332,14 +331,6 @@ def _shapes(opened: Bundle, layout: Layout) -> dict[str, tuple[int, ...]]:
         if source is not None and part in only
         for key in source
     }
-
-
-def _name(key: str) -> str:
-    """The full name of a tensor that convert writes: Tencent's for a DiT, else an all-in-one file's."""
-    for prefix, part in _TEXT.items():
-        if key.startswith(prefix):
-            return part + key.removeprefix(prefix)
-    return key if key.startswith(PART_PREFIXES) else f"dit.{key}"
 
 
 def _record(

@@ -1,4 +1,4 @@
-"""``python -m hydit_core.weights inspect FILE`` and ``... convert IN --layout LAYOUT -o OUT``."""
+"""``python -m hydit_core.weights``: ``inspect``, ``convert`` and ``quantize``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from . import output
 from .convert import convert
 from .describe import describe
 from .layouts import LAYOUTS
+from .quantise import FORMATS, quantise
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=program("weights"), description="Inspect and convert HunyuanDiT weights."
+        prog=program("weights"), description="Inspect, convert and quantise HunyuanDiT weights."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     key_help = "which weights of a torch file with several sets: ema, module, distill ... (default: ema)"
@@ -43,6 +44,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     change.add_argument("--load-key", help=key_help)
     change.set_defaults(run=_convert)
+
+    small = commands.add_parser("quantize", help="write a model with its large matrices in 8 bits")
+    small.add_argument("input", metavar="IN", help="a DiT, ControlNet, all-in-one file or text encoder")
+    output.add_arguments(small, "a .safetensors file", positional=False)
+    small.add_argument(
+        "--format",
+        choices=tuple(FORMATS),
+        required=True,
+        help="; ".join(f"{name}: {what}" for name, what in FORMATS.items()),
+    )
+    small.add_argument(
+        "--keep",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="layers that stay as they are, such as mlp.fc2 or 'dit.blocks.0.*'",
+    )
+    small.add_argument(
+        "--text-encoders",
+        action="store_true",
+        help="quantise those of an all-in-one file too; ComfyUI's own loaders do not read that",
+    )
+    small.add_argument("--load-key", help=key_help)
+    small.set_defaults(run=_quantise)
     return parser
 
 
@@ -63,6 +89,22 @@ def _convert(args: argparse.Namespace) -> None:
     for note in done.notes:
         print(note)
     print(f"{done.path}: {done.kind.name.removeprefix('a ')} in layout {args.layout}")
+
+
+def _quantise(args: argparse.Namespace) -> None:
+    out = output.take_output(args)
+    done = quantise(
+        args.input,
+        out,
+        format=args.format,
+        keep=args.keep,
+        text_encoders=args.text_encoders,
+        load_key=args.load_key,
+        overwrite=args.overwrite,
+    )
+    for note in done.notes:
+        print(note)
+    print(f"{done.path}: {done.kind.name.removeprefix('a ')}, {done.path.stat().st_size:,} bytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,9 +18,9 @@ from ..model.config import DiTConfig
 from ..new_files import atomic_path
 from .beside import FOLDERS, Beside
 from .bundle import Bundle, Place, bundle
-from .detect import FileKind, tencent_view
+from .detect import BERT_PREFIXES, MT5_PREFIXES, FileKind, tencent_view
 from .diffusers_config import controlnet_config, scheduler_config, transformer_config
-from .layouts import Layout, belongs_to_model, from_tencent
+from .layouts import PART_PREFIXES, Layout, belongs_to_model, from_tencent
 from .load import check_names, model_shapes
 from .modelspec import file_metadata
 from .output import check_output
@@ -34,7 +34,6 @@ _WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # Metadata that we write anew, or that is wrong for other tensors: an index's size, the hashes of kohya's
 # trainer and of the metadata standard.
 _NOT_KEPT = (
-    METADATA_KEY,
     "hydit.source",
     "hydit.load_key",
     "hydit.load_keys",
@@ -43,6 +42,10 @@ _NOT_KEPT = (
     "sshs_model_hash",
     "sshs_legacy_hash",
 )
+_TEXT = {
+    **{f"{prefix}transformer.bert.": "bert." for prefix in BERT_PREFIXES},
+    **{f"{prefix}transformer.": "t5." for prefix in MT5_PREFIXES},
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def convert(
     inputs: Iterable[str | os.PathLike[str]] = (),
     overwrite: bool = False,
     progress: Progress | None = None,
+    told: bool = True,
 ) -> Converted:
     """Write a DiT or ControlNet in another layout or dtype, one tensor at a time and atomically.
 
@@ -85,6 +89,7 @@ def convert(
         extra: metadata that is added to the file's, or replaces it.
         inputs: what else is read for it, and so must not be overwritten.
         overwrite: an existing file may be replaced, unless it is an input.
+        told: the notes say what becomes of layers that are quantised in the input.
 
     Raises:
         WeightsError: if the input is something else or does not fit the layout, or the output cannot be
@@ -105,27 +110,43 @@ def convert(
     if dtype is not None:
         model = CastSource(model, dtypes_for(model, dtype))
     metadata = {**_metadata(source, kind, info), **(extra or {})}
-    told = _told_of_quantised(view, layout, dtype)
+    said = _told_of_quantised(view, layout, dtype) if told else ()
     if layout == "diffusers":
         tensors = from_tencent(unquantised(model), layout)
         _write_folder(out, tensors, kind, kind.config, info, metadata, progress)
-        return Converted(out, kind, (*told, *_left_out(kind)))
+        return Converted(out, kind, (*said, *_left_out(kind)))
     if layout == "tencent" or kind.kind == "controlnet":
         save_safetensors(out, model, metadata, progress=progress)
-        return Converted(out, kind, (*told, *_left_out(kind)))
+        return Converted(out, kind, (*said, *_left_out(kind)))
     others = _others(source, kind)
     rest = [change(part) for part in (others, *beside.sources)]
     whole = MergedSource([from_tencent(model, layout), *rest], path=source.path, metadata={})
     save_safetensors(out, whole, metadata, progress=progress)
-    return Converted(out, kind, (*told, *_put_in(others, beside)))
+    return Converted(out, kind, (*said, *_put_in(others, beside)))
 
 
 def _metadata(source: TensorSource, kind: FileKind, info: ModelInfo) -> dict[str, str]:
     """Our metadata, and what else the input's metadata says."""
     assert kind.config is not None
-    kept = {key: text for key, text in source.metadata.items() if key not in _NOT_KEPT}
     role = "controlnet" if kind.kind == "controlnet" else ""
+    kept = {key: text for key, text in kept_metadata(source).items() if key != METADATA_KEY}
     return file_metadata(kind.config, info, role=role, source=source.path.name, extra=kept)
+
+
+def kept_metadata(source: TensorSource) -> dict[str, str]:
+    """What a file's metadata says that still holds when its tensors are written in another form."""
+    return {key: text for key, text in source.metadata.items() if key not in _NOT_KEPT}
+
+
+def full_name(key: str) -> str:
+    """The full name of a tensor that :func:`convert` writes: ``dit.blocks.0.mlp.fc1.weight``, ``bert...``.
+
+    ``key`` is Tencent's name for a DiT's, else that of an all-in-one file.
+    """
+    for prefix, part in _TEXT.items():
+        if key.startswith(prefix):
+            return part + key.removeprefix(prefix)
+    return key if key.startswith(PART_PREFIXES) else f"dit.{key}"
 
 
 def _write_folder(
