@@ -81,6 +81,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "pooler_heads": _HEADS,
         "rope_base": whole(1, 4096),
         "posterior": one_of(("", "sample", "mode"), "'sample' or 'mode'"),
+        "folded_cfg": number(0, 1000),
     },
     "diffusion": {
         "num_train_timesteps": whole(2, 100_000),
@@ -221,6 +222,8 @@ class ModelInfo:
     and ``vae`` hold what those parts' shapes do not tell (attention heads, maximum relative distance, norm
     groups, latent scale, preview colors); ``base`` names the weights that training started from;
     ``posterior`` is "sample" or "mode", the kind of the VAE's latents that the DiT was trained on, or "".
+    ``folded_cfg`` is the guidance scale that a distillation to few steps folded in, 1 if it was none; 0 in
+    files that are not distilled so.
 
     Raises :class:`ConfigError` for values that no model can have (:mod:`.facts`), so that any instance can be
     written.
@@ -237,6 +240,7 @@ class ModelInfo:
     vae: dict[str, Any] = field(default_factory=dict)
     base: str = ""
     posterior: Literal["", "sample", "mode"] = ""
+    folded_cfg: float = 0.0
 
     def __post_init__(self) -> None:
         check("", vars(self))

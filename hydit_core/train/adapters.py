@@ -6,9 +6,10 @@ peft provides the layers. Names here are those of the files: ``dit.blocks.0.attn
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, field_validator
@@ -27,6 +28,8 @@ from .optim import matches
 
 if TYPE_CHECKING:
     from ..text.encoders import TextEncoders
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 TARGETS = ("attention", "attention+mlp", "all-linear")
 
@@ -201,6 +204,20 @@ def adapted_layers(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
         for name, module in network.named_modules():
             if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
                 yield f"{part}.{name}", module
+
+
+@contextlib.contextmanager
+def without_adapters(network: AnyModule) -> Iterator[AnyModule]:
+    """``network`` as it was before :func:`inject`, for as long as the context lasts."""
+    layers = [layer for _, layer in adapted_layers({"": network})]
+    try:
+        for layer in layers:
+            # peft's own switch would also freeze the adapters, and train all of them afterwards.
+            layer._disable_adapters = True
+        yield network
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def adapter_parameters(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

@@ -67,11 +67,13 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
         return self
 
     def _check_objectives(self) -> None:
+        chosen = objective_of(self)
         for name, objective in OBJECTIVES.items():
             if name == self.objective.kind:
-                objective.check(self)
+                chosen.check(self)
                 continue
-            if objective.section is not None and self.own_table(name) != objective.section():
+            changed = objective.section is not None and self.own_table(name) != objective.section()
+            if changed and name not in chosen.shares:
                 raise ValueError(f"the table {name} needs objective.kind = {name!r}")
             objective.check_unused(self)
 

@@ -23,7 +23,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class ObjectiveSection(Section):
     kind: str = Field(
-        default="full", description="what is trained: all weights of the DiT, a ControlNet or a LoRA"
+        default="full",
+        description="what is trained: all weights of the DiT, a ControlNet, a LoRA, or few steps",
     )
     train_text_encoders: bool = Field(
         default=False, description="full training: train BERT and mT5 along with the DiT"

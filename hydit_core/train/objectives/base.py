@@ -108,7 +108,7 @@ class DiffusionModule(nn.Module):
         the latents in the loss; ``conditions`` are what :meth:`predict` takes besides.
         """
         features = text if self.text is None else self.text(text)
-        contexts = self.contexts(_in_compute_dtype(features), image_meta_size)
+        contexts = self.contexts(in_compute_dtype(features), image_meta_size)
         output = self.predict(self.schedule.add_noise(latents, noise, t), t, contexts, **conditions)
         with torch.autocast(latents.device.type, enabled=False):
             return diffusion_loss(
@@ -134,7 +134,7 @@ class DiffusionModule(nn.Module):
         return self.dit(x_t, t, contexts)
 
 
-def _in_compute_dtype(features: TextFeatures) -> TextFeatures:
+def in_compute_dtype(features: TextFeatures) -> TextFeatures:
     """Features in autocast's dtype, cast once here instead of in every block."""
     kind = features.bert.device.type
     if not torch.is_autocast_enabled(kind):
@@ -174,12 +174,19 @@ class DiffusionObjective:
     """
 
     section: ClassVar[type[Section] | None] = None
-    """A table of the configuration that is the objective's alone, and is called like it."""
+    """A table of the configuration that is the objective's, and is called like it."""
+    shares: ClassVar[tuple[str, ...]] = ()
+    """The tables of other objectives that this one uses too."""
     export_name = "model.safetensors"
     start_key = "model.init_from"
     module: nn.Module
 
     # -- the configuration -------------------------------------------------------------------------
+
+    @classmethod
+    def chosen(cls, config: TrainSections) -> type[DiffusionObjective]:
+        """The class for this configuration, of an objective that has several."""
+        return cls
 
     @classmethod
     def check(cls, config: TrainSections) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...data.section import Section
 from ...errors import ConfigError
 from ...lora import reading, writing
 from ...model.attention import AttentionFn
@@ -52,7 +53,7 @@ class LoraModule(DiffusionModule):
 class LoraObjective(DiffusionObjective):
     """Adapters of the DiT and, if configured, of the text encoders. Everything else is frozen."""
 
-    section = LoraSection
+    section: ClassVar[type[Section] | None] = LoraSection
     export_name = "lora.safetensors"
     start_key = "lora.init_from"
 
@@ -137,7 +138,7 @@ class LoraObjective(DiffusionObjective):
         return {"operations": OPERATIONS}
 
     @classmethod
-    def make(cls, config: TrainSections, parts: ModelParts, device: torch.device) -> LoraObjective:
+    def make(cls, config: TrainSections, parts: ModelParts, device: torch.device) -> DiffusionObjective:
         return cls(parts, config, device)
 
     def __init__(self, parts: ModelParts, config: TrainSections, device: torch.device) -> None:
@@ -164,7 +165,7 @@ class LoraObjective(DiffusionObjective):
         return adapter_parameters(self.networks)
 
     def check_resumable(self, before: dict[str, Any]) -> None:
-        if before["objective"]["kind"] != "lora":
+        if before["objective"]["kind"] not in ("lora", "distill"):
             return  # the weights will not fit
         strength = {key: before["lora"][key] for key in ("rank", "alpha", "rslora")}
         was, now = scale_of(LoraSection.model_validate(strength)), scale_of(self.lora)

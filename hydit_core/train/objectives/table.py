@@ -8,6 +8,7 @@ from ..networks import ModelParts
 from ..sections import TrainSections
 from .base import DiffusionObjective
 from .controlnet import ControlNetObjective
+from .distill import DistillObjective
 from .full import FullObjective
 from .lora import LoraObjective
 
@@ -15,12 +16,13 @@ OBJECTIVES: dict[str, type[DiffusionObjective]] = {
     "full": FullObjective,
     "controlnet": ControlNetObjective,
     "lora": LoraObjective,
+    "distill": DistillObjective,
 }
 
 
 def objective_of(config: TrainSections) -> type[DiffusionObjective]:
     """What ``objective.kind`` names."""
-    return OBJECTIVES[config.objective.kind]
+    return OBJECTIVES[config.objective.kind].chosen(config)
 
 
 def make_objective(config: TrainSections, parts: ModelParts, device: torch.device) -> DiffusionObjective:
