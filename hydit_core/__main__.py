@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train all weights, a ControlNet or a LoRA",
     "weights": "inspect and convert weights",
     "lora": "inspect, convert, merge, combine and extract LoRAs",
+    "compare": "settings, files or folders of pictures side by side, with figures",
 }
 
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("", __package__):
             raise
-        extra = "train" if given[0] == "train" else "headless"
+        extra = given[0] if given[0] in ("train", "compare") else "headless"
         print(
             f"error: hydit {given[0]} needs the package {error.name}, which is not installed. "
             f'In hydit\'s folder: pip install -e ".[{extra}]" -c constraints.txt',

@@ -54,12 +54,16 @@ _TRAINED_SIZE = 1024
 
 
 class Picture(NamedTuple):
-    """One result: the picture, with the position of its prompt and its seed."""
+    """One result: the picture, with the position of its prompt and its seed.
+
+    ``pixels`` are the same before rounding to 8 bit: (3, H, W), float32 in 0..1, on the CPU.
+    """
 
     image: Image.Image
     prompt: str
     prompt_index: int
     seed: int
+    pixels: Tensor
 
 
 class Pipeline:
@@ -247,7 +251,8 @@ class Pipeline:
                 steering = self._controls(controls, hints, features, sampling, run.batch)
                 latents = self._sample(context, steering, run, sigmas, init, callback)
             for latent, seed in zip(latents, run.seeds, strict=True):
-                yield Picture(self._decode(latent), prompt, index, seed)
+                pixels = self._decode(latent)
+                yield Picture(_as_image(pixels), prompt, index, seed, pixels)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:
@@ -362,13 +367,17 @@ class Pipeline:
             return self.vae.encode_mode(pixels).to(self.device)
 
     @torch.no_grad()
-    def _decode(self, latent: Tensor) -> Image.Image:
+    def _decode(self, latent: Tensor) -> Tensor:
         with self.placement.visiting(self.vae):
             pixels = self.vae.decode(latent[None], tile=self.placement.tile)[0]  # (3, H, W)
         if not torch.isfinite(pixels).all():
             raise HyditError(f"the VAE's output is not finite in {self.vae.dtype}; {DTYPE_ADVICE}")
-        levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return Image.fromarray(np.asarray(levels.permute(1, 2, 0).cpu()))
+        return ((pixels.float() + 1) / 2).clamp(0, 1).cpu()
+
+
+def _as_image(pixels: Tensor) -> Image.Image:
+    levels = (pixels * 255).round().to(torch.uint8)
+    return Image.fromarray(np.asarray(levels.permute(1, 2, 0)))
 
 
 def load(

@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli_main(lambda: _run(args))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """All options; :mod:`~.drawing` says what they mean."""
-    parser = argparse.ArgumentParser(
+    parser = kind(
         prog=program("generate"),
         description="Draw pictures from prompts. Defaults are those that the model's file recommends.",
     )
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     )
     how = parser.add_argument_group("how")
     how.add_argument("--preset", choices=PRESETS, help="the settings published for a release")
-    how.add_argument("--size", type=_size, metavar="WxH", help="pixels, multiples of 8")
+    how.add_argument("--size", type=size, metavar="WxH", help="pixels, multiples of 8")
     how.add_argument("--steps", type=int)
     how.add_argument("--cfg", type=float, help="guidance scale, 1 (off) and up")
     how.add_argument("--guidance-rescale", type=float, help="0 (off) to 1")
@@ -107,7 +107,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
+    """An option's WxH."""
     try:
         return parse_size(text)
     except ValueError as error:
@@ -152,10 +153,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt per line")
-    for text in (*prompts, args.negative or ""):
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            # Bytes that are invalid in the terminal's encoding; neither tokenizers nor PNG accept them
-            raise ConfigError(f"{text!a} is not valid text: check the terminal's encoding (UTF-8)")
+    for text in prompts:
+        drawing.check_text(text)
     return prompts
 
 

@@ -53,8 +53,18 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot work, before anything is opened. Raises :class:`ConfigError`."""
     if args.strength is not None and args.init_image is None:
         raise ConfigError("--strength needs --init-image")
+    check_text(args.negative or "")
     lora_cli.check(args)
     control_cli.check(args)
+
+
+def check_text(text: str) -> None:
+    """Refuse bytes that are invalid in the terminal's encoding: neither tokenizers nor PNG accept them.
+
+    Raises :class:`ConfigError`.
+    """
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"{text!a} is not valid text: check the terminal's encoding (UTF-8)")
 
 
 def open_files(args: argparse.Namespace) -> Files:

@@ -1,0 +1,1 @@
+"""Settings, files and folders of pictures side by side: ``python -m hydit_core.compare``."""
