@@ -105,14 +105,20 @@ class Controls:
         self.controls = controls
 
     def __call__(self, x: Tensor, t: Tensor) -> list[Tensor] | None:
-        """Residuals for the DiT at x (B, C, h, w) and t (B,), all equal; None if no ControlNet acts then."""
+        """Residuals for the DiT at x (B, C, h, w) and t (B,), all equal; None if no ControlNet acts then.
+
+        Fewer rows than were prepared are the last of them.
+        """
         now = float(t.flatten()[0])
         acting = [control for control in self.controls if control.acts(now)]
         if not acting:
             return None
         return combine_controls(
             [
-                (c.net(x.to(c.net.dtype), t, c.context, c.hint.expand(len(x), -1, -1, -1)), c.weights)
+                (
+                    c.net(x.to(c.net.dtype), t, c.context.last(len(x)), c.hint.expand(len(x), -1, -1, -1)),
+                    c.weights,
+                )
                 for c in acting
             ]
         )

@@ -17,7 +17,8 @@ from torch import Tensor
 from .control import ControlInput, Controls, check_fit, prepare
 from .devices import choose_device
 from .diffusion.denoiser import Denoiser
-from .diffusion.guidance import GuidedDenoiser
+from .diffusion.forecast import Forecaster, tolerance_of
+from .diffusion.guidance import GuidedAtFirst, GuidedDenoiser
 from .diffusion.samplers import SAMPLERS, draw_noise, noise_sampler_from, start_latents
 from .diffusion.schedule import Schedule
 from .dtypes import choose_dtype
@@ -54,16 +55,27 @@ _TRAINED_SIZE = 1024
 
 
 class Picture(NamedTuple):
+<<<<<<< HEAD
     """One result: the picture, with the position of its prompt and its seed.
 
     ``pixels`` are the same before rounding to 8 bit: (3, H, W), float32 in 0..1, on the CPU.
+=======
+    """One result: the picture, with the position of its prompt, its seed, and what its batch took.
+
+    ``real_calls`` of the ``calls`` for a denoised result ran the network; the others were forecast.
+>>>>>>> 1cfad05 (Replace calls of the network by forecasts, and guide only a part of a run, where asked to)
     """
 
     image: Image.Image
     prompt: str
     prompt_index: int
     seed: int
+<<<<<<< HEAD
     pixels: Tensor
+=======
+    calls: int
+    real_calls: int
+>>>>>>> 1cfad05 (Replace calls of the network by forecasts, and guide only a part of a run, where asked to)
 
 
 class Pipeline:
@@ -180,6 +192,8 @@ class Pipeline:
         init_image: Image.Image | None = None,
         strength: float = 1.0,
         eta: float | None = None,
+        forecast: str | float = "off",
+        cfg_end: float = 1.0,
         controls: Sequence[ControlInput] = (),
         preset: str | None = None,
         callback: Progress | None = None,
@@ -192,7 +206,7 @@ class Pipeline:
         Args:
             prompt: one text or several.
             negative: what to steer away from; "" for nothing. Not used when ``cfg`` is 1.
-            seed, batch, strength, eta: see :class:`~.presets.RunSettings`.
+            seed, batch, strength, eta, forecast, cfg_end: see :class:`~.presets.RunSettings`.
             init_image: start from this picture, scaled and cropped to fit.
             controls: ControlNets with their pictures; their residuals add up.
             preset: published settings instead of the recommended ones, see :data:`~.presets.PRESETS`.
@@ -209,7 +223,7 @@ class Pipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         settings = self.settings(preset, negative=negative, **given)
-        run = RunSettings(settings, seed=seed, batch=batch, strength=strength, eta=eta)
+        run = RunSettings(settings, seed, batch, strength, eta, forecast, cfg_end)
         for note in self.advice(prompts, settings):
             warnings.warn(note, stacklevel=2)
         drawn = self.pictures(prompts, run, init_image=init_image, controls=controls, callback=callback)
@@ -236,6 +250,7 @@ class Pipeline:
         if init_image is None and run.strength != 1:
             raise ConfigError(f"strength {run.strength} without a picture to start from: give init_image")
         init = None if init_image is None else self._encode_image(init_image, sampling)
+<<<<<<< HEAD
         for control in controls:
             check_fit(control.net.config, self.dit.config)
         hints = [self._encode_image(control.image, sampling) for control in controls]
@@ -253,6 +268,18 @@ class Pipeline:
             for latent, seed in zip(latents, run.seeds, strict=True):
                 pixels = self._decode(latent)
                 yield Picture(_as_image(pixels), prompt, index, seed, pixels)
+=======
+        negative = [self._features([sampling.negative])] if sampling.cfg > 1 else []
+        for index, prompt in enumerate(prompts):
+            # In the order of the guided batch: unconditional rows first
+            features = TextFeatures.cat([*negative, self._features([prompt])])
+            context = self._context(self.dit, features, sampling, run.batch)
+            steering = self._controls(controls, features, sampling, run.batch)
+            model = self._denoiser(run, sigmas)
+            latents = self._sample(model, context, steering, run, sigmas, init, callback)
+            for latent, seed in zip(latents, run.seeds, strict=True):
+                yield Picture(self._decode(latent), prompt, index, seed, model.calls, model.real)
+>>>>>>> 1cfad05 (Replace calls of the network by forecasts, and guide only a part of a run, where asked to)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:
@@ -305,9 +332,20 @@ class Pipeline:
             ]
         )
 
+    def _denoiser(self, run: RunSettings, sigmas: Tensor) -> Forecaster:
+        """What the samplers call, for one run."""
+        settings = run.sampling
+        plain = Denoiser(self._predict, self.schedule)
+        model: Denoiser | GuidedAtFirst = plain
+        if settings.cfg != 1:
+            guided = GuidedDenoiser(self._predict, self.schedule, settings.cfg, settings.guidance_rescale)
+            model = GuidedAtFirst(guided, plain, sigmas, run.cfg_end)
+        return Forecaster(model, sigmas, tolerance_of(run.forecast))
+
     @torch.no_grad()
     def _sample(
         self,
+        denoiser: Forecaster,
         context: Context,
         controls: Controls,
         run: RunSettings,
@@ -323,12 +361,6 @@ class Pipeline:
         noise = draw_noise((len(seeds), *shape), generators).to(self.device)
         x = start_latents(noise, sigmas, init)
 
-        denoiser: Denoiser
-        if settings.cfg == 1:
-            denoiser = Denoiser(self._predict, self.schedule)
-        else:
-            denoiser = GuidedDenoiser(self._predict, self.schedule, settings.cfg, settings.guidance_rescale)
-
         network: dict[str, Any] = {"context": context, "controls": controls}
 
         def each_step(state: dict[str, Any]) -> None:
@@ -336,7 +368,7 @@ class Pipeline:
                 level = state["sigma"].to(x) * x.new_ones(len(seeds))
 
                 def again() -> Tensor:
-                    return denoiser(state["x"], level, **network)
+                    return denoiser.model(state["x"], level, **network)
 
                 raise HyditError(why_not_finite(state["i"] + 1, state["x"], self.dit, again, self.dit.dtype))
             if callback is not None:
@@ -355,7 +387,7 @@ class Pipeline:
         )
 
     def _predict(self, x_t: Tensor, t: Tensor, *, context: Context, controls: Controls) -> Tensor:
-        return self.dit(x_t.to(self.dit.dtype), t, context, controls(x_t, t))
+        return self.dit(x_t.to(self.dit.dtype), t, context.last(len(x_t)), controls(x_t, t))
 
     # -- pictures and latents --------------------------------------------------------------------------------
 

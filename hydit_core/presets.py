@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from .diffusion.forecast import tolerance_of
 from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS
 from .errors import ConfigError
 from .facts import SPACINGS, SamplingDefaults
@@ -47,6 +48,8 @@ class RunChoices(TypedDict, total=False):
     batch: int
     strength: float
     eta: float | None
+    forecast: str | float
+    cfg_end: float
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,12 @@ class RunSettings:
         batch: pictures per prompt.
         strength: how far to depart from the picture that the run starts from, above 0, up to 1.
         eta: noise of the ddim sampler, 0 to 1; None for the sampler's default.
+        forecast: which calls of the network to replace by forecasts: ``off``, ``safe``, ``fast`` or a
+            tolerance, see :class:`~.diffusion.forecast.Forecaster`.
+        cfg_end: the share of the steps, from the first on, that are guided, above 0, up to 1 (all).
 
     Raises:
-        ConfigError: ``batch`` or ``seed`` is out of range, or another sampler is given an ``eta``.
+        ConfigError: a value is out of range, or another sampler is given an ``eta``.
     """
 
     sampling: SamplingDefaults
@@ -69,6 +75,8 @@ class RunSettings:
     batch: int = 1
     strength: float = 1.0
     eta: float | None = None
+    forecast: str | float = "off"
+    cfg_end: float = 1.0
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -76,6 +84,8 @@ class RunSettings:
         if self.eta is not None and self.sampling.sampler != "ddim":
             raise ConfigError(f"eta belongs to the ddim sampler; {self.sampling.sampler} has none")
         check_seed(self.seed, self.batch)
+        tolerance_of(self.forecast)
+        check_cfg_end(self.cfg_end)
 
     @property
     def seeds(self) -> list[int]:
@@ -125,6 +135,14 @@ def check_settings(settings: SamplingDefaults, multiple: int) -> None:
         raise ConfigError(f"cfg {settings.cfg:g}: use 1 (no guidance) or more")
     if not 0 <= settings.guidance_rescale <= 1:
         raise ConfigError(f"guidance rescale {settings.guidance_rescale:g}: use 0 (off) to 1")
+
+
+def check_cfg_end(end: float) -> None:
+    """Raise ConfigError unless ``end`` is a share of the steps to guide."""
+    if not 0 < end <= 1:
+        raise ConfigError(
+            f"cfg end {end:g}: use a number above 0 up to 1 (all steps are guided); --cfg 1 guides none"
+        )
 
 
 def check_seed(seed: int, batch: int) -> None:

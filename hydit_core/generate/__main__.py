@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..diffusion.forecast import tolerance_of
 from ..diffusion.samplers import SAMPLERS
 from ..dtypes import COMPUTE, short_name
 from ..errors import ConfigError, cli_main, program
@@ -89,6 +90,19 @@ def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
     how.add_argument("--guidance-rescale", type=float, help="0 (off) to 1")
     how.add_argument("--sampler", choices=SAMPLERS)
     how.add_argument("--spacing", choices=SPACINGS, help="of the timesteps; default: the sampler's own")
+    how.add_argument(
+        "--forecast",
+        default="off",
+        metavar="off|safe|fast|TOLERANCE",
+        help="replace calls of the network by forecasts; docs/fast.md says what that costs (default: off)",
+    )
+    how.add_argument(
+        "--cfg-end",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="guide only this share of the steps, from the first on, up to 1 (default: 1)",
+    )
     how.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt (default: 0)")
     how.add_argument(
         "--batch", type=int, default=1, help="pictures per prompt, with consecutive seeds (default: 1)"
@@ -134,6 +148,7 @@ def _run(args: argparse.Namespace) -> None:
         print(f"warning: {note}", file=sys.stderr)
 
     # None: no bar where stderr is not a terminal.
+    took: dict[int, tuple[int, int]] = {}  # by prompt: a batch shares its calls
     with tqdm(total=job.steps * len(own), unit="step", disable=None if rank == 0 else True) as bar:
         for picture in job.pictures(own, callback=lambda *_: bar.update()):
             index = mine[picture.prompt_index]
@@ -143,6 +158,10 @@ def _run(args: argparse.Namespace) -> None:
             path = write_new(path, job.png(picture), beside, overwrite=overwrite)
             bar.clear()
             print(path, flush=True)
+            took[index] = picture.real_calls, picture.calls
+    if tolerance_of(args.forecast) > 0:
+        real, calls = map(sum, zip(*took.values(), strict=True))
+        print(f"forecast: {real} of {calls} calls of the network were real", file=sys.stderr)
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image
 
+from ..diffusion.forecast import tolerance_of
 from ..errors import ConfigError
 from ..facts import NEGATIVE_PROMPT
 from ..images import load_picture
 from ..pictures.png import png_info
 from ..pictures.redraw import redraw
 from ..pipeline import Picture, Pipeline, Progress, load
-from ..presets import RunSettings, check_settings
+from ..presets import RunSettings, check_cfg_end, check_settings
 from . import control as control_cli
 from . import lora as lora_cli
 
@@ -53,7 +54,12 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot work, before anything is opened. Raises :class:`ConfigError`."""
     if args.strength is not None and args.init_image is None:
         raise ConfigError("--strength needs --init-image")
+<<<<<<< HEAD
     check_text(args.negative or "")
+=======
+    tolerance_of(args.forecast)
+    check_cfg_end(args.cfg_end)
+>>>>>>> 1cfad05 (Replace calls of the network by forecasts, and guide only a part of a run, where asked to)
     lora_cli.check(args)
     control_cli.check(args)
 
@@ -145,7 +151,7 @@ class Drawing:
     def facts(self, picture: Picture) -> dict[str, Any]:
         """What is written into the picture."""
         settings = self.run.sampling
-        facts = {
+        facts: dict[str, Any] = {
             "prompt": picture.prompt,
             **vars(settings),
             "negative": settings.negative if settings.cfg > 1 else "",
@@ -154,6 +160,10 @@ class Drawing:
             "version": self.pipe.info.version,
             "dtype": str(self.pipe.dit.dtype).removeprefix("torch."),
         }
+        if tolerance := tolerance_of(self.run.forecast):  # the number: what a name stands for may change
+            facts["forecast"] = tolerance
+        if self.run.cfg_end < 1 and settings.cfg > 1:
+            facts["cfg_end"] = self.run.cfg_end
         if self._init is not None:
             facts |= {"init_image": self.args.init_image.name, "strength": self.run.strength}
         if self._loras:
@@ -181,7 +191,8 @@ def _settings(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | None
         settings = replace(settings, width=width, height=height)
         check_settings(settings, pipe.vae.downscale)
     strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
-    return RunSettings(settings, args.seed, args.batch, strength)
+    faster = {"forecast": args.forecast, "cfg_end": args.cfg_end}
+    return RunSettings(settings, args.seed, args.batch, strength, **faster)
 
 
 def _size_like(size: tuple[int, int], area: int) -> tuple[int, int]:

@@ -25,6 +25,10 @@ class Context(NamedTuple):
         """Join several contexts into one batch, for guidance in one forward."""
         return Context(*(torch.cat(parts) for parts in zip(*contexts, strict=True)))
 
+    def last(self, rows: int) -> Context:
+        """The last rows alone: of a guided batch those of the prompts, without the negative ones."""
+        return Context(*(part[len(part) - rows :] for part in self))
+
 
 class Trunk(nn.Module):
     """Embedders, text context and the first ``num_blocks`` blocks of a HunyuanDiT, under Tencent's names.

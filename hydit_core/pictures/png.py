@@ -26,6 +26,8 @@ _LINE = {
     "spacing": "Schedule type",
     "cfg": "CFG scale",
     "guidance_rescale": "CFG rescale",
+    "cfg_end": "CFG end",
+    "forecast": "Forecast",
     "seed": "Seed",
     "model": "Model",
     "strength": "Denoising strength",

@@ -75,16 +75,22 @@ def redraw(
         )
     ]
     texts, right = _steer(graph, parameters, controlnets, texts, parts["VAE"], left + _COLUMN)
+    network = parts["MODEL"]
+    if tolerance := parameters.get("forecast", 0.0):
+        settings = {"preset": "custom", "tolerance": tolerance}
+        (network,) = graph.add("HyDiTForecast", (right, 0), {"model": network}, settings)
+        right += _COLUMN
     (sampled,) = graph.add(
         "HyDiTKSampler",
         (right, 0),
-        {"model": parts["MODEL"], "positive": texts[0], "negative": texts[1], "latent_image": latent},
+        {"model": network, "positive": texts[0], "negative": texts[1], "latent_image": latent},
         {
             "seed": parameters["seed"],
             "control_after_generate": "fixed",
             "preset": "model's own",
             **{name: parameters[name] for name in ("sampler", "spacing", "steps", "cfg", "guidance_rescale")},
             "denoise": parameters.get("strength", 1.0),
+            "cfg_end": parameters.get("cfg_end", 1.0),
         },
     )
     right += _COLUMN

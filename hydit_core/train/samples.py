@@ -14,7 +14,7 @@ from torch import nn
 from ..control import ControlInput
 from ..new_files import write_new
 from ..pipeline import Pipeline
-from ..presets import choose_settings
+from ..presets import RunSettings, choose_settings
 from ..text.features import TextFeatures
 from .sections import SamplesSection
 
@@ -66,15 +66,16 @@ def draw_samples(
     try:
         pipeline = Pipeline(parts.dit, text, parts.vae, parts.info)
         chosen = pipeline.settings(**settings.given())
+        run = RunSettings(chosen, settings.seed, forecast=settings.forecast)
         if parts.controlnet is None or control is None:
-            images = [p.image for p in pipeline.pictures(settings.prompts, chosen, seed=settings.seed)]
+            images = [picture.image for picture in pipeline.pictures(settings.prompts, run)]
         else:
             images = []
             for index, prompt in enumerate(settings.prompts):
                 path = settings.control_images[index % len(settings.control_images)]
                 hint = control.from_file(path, (chosen.width, chosen.height))
                 steer = [ControlInput(parts.controlnet, hint)]
-                drawn = pipeline.pictures([prompt], chosen, seed=settings.seed, controls=steer)
+                drawn = pipeline.pictures([prompt], run, controls=steer)
                 images += [contact_sheet([hint, picture.image], 2) for picture in drawn]
     finally:
         for net, mode in zip(networks, training, strict=True):

@@ -13,7 +13,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from ..data.config import DataConfig
 from ..data.section import MAX_COUNT, AnyDtypeName, Section
+from ..diffusion.forecast import tolerance_of
 from ..diffusion.samplers import SAMPLERS
+from ..errors import ConfigError
 from ..facts import SPACINGS
 from ..images import MAX_SIDE, MIN_SIDE
 from .model_section import ConfigPath, ModelSection
@@ -172,6 +174,9 @@ class SamplesSection(Section):
     height: int | None = Field(
         default=None, ge=MIN_SIDE, le=MAX_SIDE, multiple_of=8, description="height of the samples"
     )
+    forecast: str | float = Field(
+        default="off", description="replace calls of the network by forecasts: off, safe, fast or a tolerance"
+    )
     control_images: tuple[ConfigPath, ...] = Field(
         default=(),
         description="ControlNet: what data.control makes control pictures from; one, or one per prompt",
@@ -185,9 +190,18 @@ class SamplesSection(Section):
             raise ValueError(f"unknown {info.field_name}: use one of {', '.join(known)}")
         return name
 
+    @field_validator("forecast")
+    @classmethod
+    def _tolerance(cls, forecast: str | float) -> str | float:
+        try:
+            tolerance_of(forecast)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return forecast
+
     def given(self) -> dict[str, Any]:
         """The settings for sampling; None leaves a setting to the model's file."""
-        return self.model_dump(exclude={"every", "prompts", "seed", "control_images"})
+        return self.model_dump(exclude={"every", "prompts", "seed", "forecast", "control_images"})
 
 
 class CheckpointSection(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -300,3 +301,45 @@ def test_captions_beside_the_pictures_are_what_training_reads(generate):
     config = DataConfig(sources=[{"path": Path("dogs")}], resolution=64)
     data = open_dataset(config, seed=0, batch_size=1)
     assert [record.captions[0] for record in data.manifest] == ["红苹果"] * 2 + ["a red apple!"] * 2
+
+
+def test_forecasts_are_told_and_remembered(generate):
+    code, paths, err = generate(
+        "--prompt", "cat", "dog", "--batch", 2, "--steps", 30, "--forecast", "fast", "--cfg-end", 0.5
+    )
+    assert code == 0
+    told = re.search(r"forecast: (\d+) of 60 calls of the network were real", err)
+    assert told and 20 < int(told[1]) < 50
+    facts = read_parameters(paths[0])
+    assert 0 < facts["forecast"] < 1 and facts["cfg_end"] == 0.5
+    with Image.open(paths[0]) as image:
+        assert f"CFG end: 0.5, Forecast: {facts['forecast']}" in image.info["parameters"]
+        prompt = json.loads(image.info["prompt"])
+    (number,) = (key for key, node in prompt.items() if node["class_type"] == "HyDiTForecast")
+    assert prompt[number]["inputs"] | {"model": 0} == {
+        "model": 0, "preset": "custom", "tolerance": facts["forecast"]
+    }  # fmt: skip
+    (sampler,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "HyDiTKSampler")
+    assert sampler["model"] == [number, 0] and sampler["cfg_end"] == 0.5
+    # The number gives the same picture.
+    again = generate("--prompt", "cat", "--steps", 30, "--forecast", facts["forecast"], "--cfg-end", 0.5)[1]
+    assert np.array_equal(np.asarray(Image.open(paths[0])), np.asarray(Image.open(again[0])))
+
+
+def test_a_picture_without_them_says_nothing_of_them(generate):
+    _, paths, err = generate("--prompt", "cat", "--steps", 2, "--forecast", "off")
+    facts = read_parameters(paths[0])
+    assert "forecast" not in facts and "cfg_end" not in facts and "forecast" not in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--forecast", "quick", "forecast 'quick': use off, safe, fast, or a tolerance from 0 (off) to 1"),
+        ("--cfg-end", "0", "cfg end 0: use a number above 0 up to 1"),
+        ("--cfg-end", "1.5", "cfg end 1.5"),
+    ],
+)
+def test_wrong_ways_to_be_fast_are_refused_before_loading(generate, option, value, message):
+    code, _, err = generate("--prompt", "cat", option, value, model="absent.safetensors")
+    assert code == 2 and f"error: {message}" in err

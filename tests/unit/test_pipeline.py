@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import warnings
@@ -278,3 +279,75 @@ def test_the_lora_functions_are_public():
     assert hydit_core.load_lora is reading.read and hydit_core.save_lora is writing.write
     assert hydit_core.merge_loras is merge.merge_files and hydit_core.LoraAdapter is adapter.Adapter
     assert hydit_core.combine_loras is extract.combine and hydit_core.extract_lora is extract.extract
+
+
+def rows_seen(pipe, monkeypatch, **given):
+    """The batch of each call of the network, and the pictures."""
+    seen = []
+    forward = pipe.dit.forward
+
+    def counted(x, *rest):
+        seen.append(len(x))
+        return forward(x, *rest)
+
+    monkeypatch.setattr(pipe.dit, "forward", counted)
+    drawn = pipe("a red apple", **given)
+    monkeypatch.undo()
+    return seen, drawn
+
+
+def test_guidance_for_a_part_of_the_run(pipe, monkeypatch):
+    """The first steps, rounded up, on both prompts, then the late ones on the rows of the prompt alone."""
+    whole, guided = rows_seen(pipe, monkeypatch, steps=9, batch=2, cfg=5.0, guidance_rescale=0.3)
+    assert whole == [4] * 9
+    part, shorter = rows_seen(
+        pipe, monkeypatch, steps=9, batch=2, cfg=5.0, guidance_rescale=0.3, cfg_end=0.34
+    )
+    assert part == [4] * 4 + [2] * 5
+    assert np.abs(pixels(guided[0]) - pixels(shorter[0])).max() > 0
+    assert rows_seen(pipe, monkeypatch, steps=9, cfg=1.0, cfg_end=0.34)[0] == [1] * 9
+    same = pipe("a red apple", steps=9, batch=2, cfg=5.0, guidance_rescale=0.3, cfg_end=1.0)
+    assert (pixels(guided[0]) == pixels(same[0])).all()
+
+
+def test_late_steps_without_guidance_are_those_of_a_run_without(pipe):
+    """From the fourth of six steps on, at the latents where guidance ends, with Python's own arithmetic."""
+    seen = []
+    given = {"steps": 6, "cfg": 4.0, "seed": 3, "sampler": "euler", "spacing": "leading"}
+    pipe("a red apple", **given, cfg_end=0.5, callback=lambda i, n, x: seen.append(x))
+    sampling = pipe.settings(steps=6, cfg=4.0, sampler="euler", spacing="leading")
+    sigmas = pipe.schedule.sigmas_for("leading", 6).double()
+    x = torch.randn(1, *seen[0].shape[1:], generator=torch.Generator().manual_seed(3))
+    x = x * float((1 + sigmas[0] ** 2) ** 0.5)
+    for i in range(3):
+        x = seen[i] + (x - seen[i]) * float(sigmas[i + 1] / sigmas[i])
+    alpha = float((1 + sigmas[3] ** 2) ** -0.5)
+    t = pipe.schedule.timesteps("leading", 6)[3:4].float()
+    with torch.no_grad():
+        v = pipe.dit(x * alpha, t, pipe.context(["a red apple"], sampling))[:, :4]
+    expected = alpha * alpha * x - float(sigmas[3]) * alpha * v
+    assert torch.allclose(seen[3], expected, atol=1e-4 * float(expected.std()))
+
+
+def test_forecasts_take_fewer_calls_and_off_takes_none(pipe, monkeypatch):
+    all_calls, full = rows_seen(pipe, monkeypatch, steps=30, batch=2)
+    fewer, near = rows_seen(pipe, monkeypatch, steps=30, batch=2, forecast="fast")
+    assert len(all_calls) == 30 and len(fewer) < 20
+    assert 0 < np.abs(pixels(full[0]) - pixels(near[0])).mean() < 8
+    drawn = next(pipe.pictures(["a red apple"], pipe.settings(steps=30), forecast="fast"))
+    assert (drawn.calls, drawn.real_calls) == (30, len(fewer))
+    off = rows_seen(pipe, monkeypatch, steps=30, batch=2, forecast=0)[1]
+    assert (pixels(off[1]) == pixels(full[1])).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"forecast": "quick"}, "forecast 'quick': use off, safe, fast"),
+        ({"cfg_end": 0.0}, "cfg end 0: use a number above 0 up to 1"),
+        ({"cfg_end": float("nan")}, "cfg end nan"),
+    ],
+)
+def test_what_is_no_forecast_or_share_is_refused(pipe, given, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        pipe("a red apple", **given)

@@ -79,7 +79,7 @@ def test_the_picture_carries_what_comfyui_looks_for(tiny_model_file, tmp_path, m
     assert texts == [text, ""]
     assert {name: value for name, value in sampler.items() if not isinstance(value, list)} == {
         "seed": 12, "preset": "model's own", "sampler": "dpmpp_2m", "spacing": "linspace", "steps": 2,
-        "cfg": 2.0, "guidance_rescale": 0.0, "denoise": 1.0,
+        "cfg": 2.0, "guidance_rescale": 0.0, "denoise": 1.0, "cfg_end": 1.0,
     }  # fmt: skip
     # The other form says the same.
     links = linked(workflow)
