@@ -55,27 +55,19 @@ _TRAINED_SIZE = 1024
 
 
 class Picture(NamedTuple):
-<<<<<<< HEAD
-    """One result: the picture, with the position of its prompt and its seed.
-
-    ``pixels`` are the same before rounding to 8 bit: (3, H, W), float32 in 0..1, on the CPU.
-=======
     """One result: the picture, with the position of its prompt, its seed, and what its batch took.
 
+    ``pixels`` are the same before rounding to 8 bit: (3, H, W), float32 in 0..1, on the CPU.
     ``real_calls`` of the ``calls`` for a denoised result ran the network; the others were forecast.
->>>>>>> 1cfad05 (Replace calls of the network by forecasts, and guide only a part of a run, where asked to)
     """
 
     image: Image.Image
     prompt: str
     prompt_index: int
     seed: int
-<<<<<<< HEAD
     pixels: Tensor
-=======
     calls: int
     real_calls: int
->>>>>>> 1cfad05 (Replace calls of the network by forecasts, and guide only a part of a run, where asked to)
 
 
 class Pipeline:
@@ -250,7 +242,6 @@ class Pipeline:
         if init_image is None and run.strength != 1:
             raise ConfigError(f"strength {run.strength} without a picture to start from: give init_image")
         init = None if init_image is None else self._encode_image(init_image, sampling)
-<<<<<<< HEAD
         for control in controls:
             check_fit(control.net.config, self.dit.config)
         hints = [self._encode_image(control.image, sampling) for control in controls]
@@ -264,22 +255,11 @@ class Pipeline:
             with self.placement.sampling(self.dit, nets):
                 context = self._context(self.dit, features, sampling, run.batch)
                 steering = self._controls(controls, hints, features, sampling, run.batch)
-                latents = self._sample(context, steering, run, sigmas, init, callback)
+                model = self._denoiser(run, sigmas)
+                latents = self._sample(model, context, steering, run, sigmas, init, callback)
             for latent, seed in zip(latents, run.seeds, strict=True):
                 pixels = self._decode(latent)
-                yield Picture(_as_image(pixels), prompt, index, seed, pixels)
-=======
-        negative = [self._features([sampling.negative])] if sampling.cfg > 1 else []
-        for index, prompt in enumerate(prompts):
-            # In the order of the guided batch: unconditional rows first
-            features = TextFeatures.cat([*negative, self._features([prompt])])
-            context = self._context(self.dit, features, sampling, run.batch)
-            steering = self._controls(controls, features, sampling, run.batch)
-            model = self._denoiser(run, sigmas)
-            latents = self._sample(model, context, steering, run, sigmas, init, callback)
-            for latent, seed in zip(latents, run.seeds, strict=True):
-                yield Picture(self._decode(latent), prompt, index, seed, model.calls, model.real)
->>>>>>> 1cfad05 (Replace calls of the network by forecasts, and guide only a part of a run, where asked to)
+                yield Picture(_as_image(pixels), prompt, index, seed, pixels, model.calls, model.real)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:

@@ -54,12 +54,9 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot work, before anything is opened. Raises :class:`ConfigError`."""
     if args.strength is not None and args.init_image is None:
         raise ConfigError("--strength needs --init-image")
-<<<<<<< HEAD
     check_text(args.negative or "")
-=======
     tolerance_of(args.forecast)
     check_cfg_end(args.cfg_end)
->>>>>>> 1cfad05 (Replace calls of the network by forecasts, and guide only a part of a run, where asked to)
     lora_cli.check(args)
     control_cli.check(args)
 
