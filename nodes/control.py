@@ -14,6 +14,7 @@ from ..hydit_core.weights.source import TensorSource
 from .host import folders
 from .host.control import load_control
 from .host.control_apply import apply_control
+from .host.quantised import text as quantised_text
 from .loaders import dtype_input, wrong_kind
 from .schema import make_schema
 
@@ -66,16 +67,16 @@ class HyDiTControlNetLoader(io.ComfyNode):
         if opened.controlnet is None:
             raise wrong_kind(opened.path, opened.kind, "a HunyuanDiT ControlNet")
         control = load_control(opened, weight_dtype=weight_dtype)
-        return io.NodeOutput(control, ui={"hydit_version": [_text(opened)]})
+        return io.NodeOutput(control, ui={"hydit_version": [_text(opened, weight_dtype)]})
 
 
-def _text(opened: Bundle) -> str:
+def _text(opened: Bundle, weight_dtype: str) -> str:
     """For example "HunyuanDiT-g/2 v1.2 ControlNet, canny, fp16"."""
     dtype = opened.controlnet.main_dtype() if opened.controlnet is not None else None
     said = [
         opened.kind.name.removeprefix("a "),
         _picture_kind(opened.source),
-        dtype_name(dtype) if dtype else "",
+        quantised_text(opened.controlnet, weight_dtype) or (dtype_name(dtype) if dtype else ""),
     ]
     return ", ".join(filter(None, said))
 

@@ -16,6 +16,7 @@ from ..hydit_core.weights.source import TensorSource
 from .host import folders
 from .host.clip import load_clip
 from .host.model import load_model
+from .host.quantised import text as quantised_text
 from .host.vae import load_vae
 from .schema import make_schema
 
@@ -79,7 +80,7 @@ class HyDiTCheckpointLoader(io.ComfyNode):
         model = load_model(opened, weight_dtype=weight_dtype)
         clip = load_clip(opened)
         vae = load_vae(source, info)
-        return io.NodeOutput(model, clip, vae, ui={"hydit_version": [_model_text(opened)]})
+        return io.NodeOutput(model, clip, vae, ui={"hydit_version": [_model_text(opened, weight_dtype)]})
 
 
 class HyDiTDiTLoader(io.ComfyNode):
@@ -123,7 +124,7 @@ class HyDiTDiTLoader(io.ComfyNode):
         if opened.dit is None:
             raise wrong_kind(opened.path, opened.kind, "a HunyuanDiT (DiT) checkpoint")
         model = load_model(opened, weight_dtype=weight_dtype)
-        return io.NodeOutput(model, ui={"hydit_version": [_model_text(opened)]})
+        return io.NodeOutput(model, ui={"hydit_version": [_model_text(opened, weight_dtype)]})
 
 
 class HyDiTTextEncoderLoader(io.ComfyNode):
@@ -180,7 +181,7 @@ class HyDiTTextEncoderLoader(io.ComfyNode):
         if mt5_name not in (_SAME, bert_name):
             mt5 = bundle(folders.resolve(mt5_name, *folders.TEXT_ENCODERS), only=("t5",))
         clip = load_clip(bert, mt5, weight_dtype=weight_dtype)
-        text = f"BERT {_dtype_text(bert.bert)}, mT5 {_dtype_text(mt5.mt5)}"
+        text = f"BERT {_stored(bert.bert, weight_dtype)}, mT5 {_stored(mt5.mt5, weight_dtype)}"
         return io.NodeOutput(clip, ui={"hydit_version": [text]})
 
 
@@ -216,15 +217,18 @@ def wrong_kind(path: Path, kind: FileKind, expected: str) -> WeightsError:
     return WeightsError(f"{path} is {kind.name}; expected {expected}; {advice}")
 
 
-def _model_text(opened: Bundle) -> str:
+def _model_text(opened: Bundle, weight_dtype: str) -> str:
     """For example "HunyuanDiT-g/2 v1.2, ema, fp16"."""
     name = opened.kind.name.removeprefix("a ").removesuffix(" checkpoint").removesuffix(" all-in-one")
     diffusion = opened.info.diffusion
-    said = [name, opened.info.variant, _dtype_text(opened.dit)]
+    said = [name, opened.info.variant, _stored(opened.dit, weight_dtype)]
     said += [f"{diffusion.prediction}-prediction"] if diffusion.prediction != "v" else []
     return ", ".join(filter(None, said))
 
 
-def _dtype_text(source: TensorSource | None) -> str:
+def _stored(source: TensorSource | None, weight_dtype: str) -> str:
+    """The file's dtype, or how its layers are quantised."""
+    if said := quantised_text(source, weight_dtype):
+        return said
     dtype = source.main_dtype() if source is not None else None
     return dtype_name(dtype) if dtype is not None else ""

@@ -80,7 +80,7 @@ def _shapes(config: TrainConfig, base: Bundle | None) -> tuple[DiT, ModelInfo]:
         dit = DiT(DiTConfig.from_dict(config.model.from_scratch.model_dump()), device="meta")
         return dit, ModelInfo.published(dit.config.version)
     assert base is not None
-    return load_dit(base)
+    return load_dit(base, **objective_of(config).base_options())
 
 
 def _count(parameters: object) -> int:

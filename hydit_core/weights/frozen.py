@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..model.dit import DiT
 from ..quiet import quiet_imports
 from . import kitchen
-from .packed import INT8
+from .packed import INT8, Scheme, pack
 from .source import cast
 
 _BITS = {name: 8 * dtype_of(name).itemsize for name in STORED} | {"int8": 8, "nf4": 4}
@@ -118,8 +118,9 @@ def store(dit: DiT, precision: str | None, *, default: str = "fp32") -> None:
             module.weight.requires_grad_(False)
             if kitchen.is_quantised(module.weight) and not keeps:
                 module.weight = nn.Parameter(dense(module.weight, torch.float32), requires_grad=False)
+            module.in_8_bits = False
             if kitchen.is_quantised(module.weight):
-                pass
+                pass  # as in the file
             elif _in_few_bits(name, precision):
                 quantize(module)
             else:
@@ -151,7 +152,7 @@ def quantizer(precision: str) -> Any:
     """The function that stores a layer's weight in ``precision``.
 
     Raises:
-        ConfigError: int8 and nf4 without torchao.
+        ConfigError: nf4 without torchao, int8 without comfy-kitchen and torchao.
     """
     if precision in STORED:
         dtype = dtype_of(precision)
@@ -160,6 +161,8 @@ def quantizer(precision: str) -> Any:
             module.weight.data = cast(module.weight.data, dtype)
 
         return to_dtype
+    if precision == "int8" and kitchen.is_available():
+        return _to_int8
     try:
         with quiet_imports():
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -169,8 +172,9 @@ def quantizer(precision: str) -> Any:
             except ImportError:  # before torchao 0.18
                 from torchao.dtypes.nf4tensor import to_nf4
     except ImportError as error:
+        needs = "comfy-kitchen" if precision == "int8" else "torchao"
         raise ConfigError(
-            f"lora.base_precision = {precision!r} needs torchao: pip install torchao, or use fp8"
+            f"lora.base_precision = {precision!r} needs {needs}: pip install {needs}, or use fp8"
         ) from error
 
     def to_torchao(module: nn.Linear) -> None:
@@ -183,3 +187,9 @@ def quantizer(precision: str) -> Any:
             module.weight = nn.Parameter(packed, requires_grad=False)
 
     return to_torchao
+
+
+def _to_int8(module: nn.Linear) -> None:
+    packed = pack(module.weight.data, Scheme(INT8, rows=True))
+    kept = kitchen.keep(packed, torch.bfloat16, module.weight.device)
+    module.weight = nn.Parameter(kept, requires_grad=False)

@@ -22,6 +22,7 @@ from ...hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
 from ...hydit_core.text.tokenizers import Tokenizers
 from ...hydit_core.weights.bundle import Bundle, bundle
 from ...hydit_core.weights.source import TensorSource
+from . import quantised
 from .text_model import MT5, Bert, TextModel
 from .text_model import encoder_info as _encoder_info
 from .tokens import HyDiTTokenizer, TokenLists, shipped_vocabulary, tokenizers_of
@@ -63,11 +64,12 @@ def load_clip(
     tokenizers = _tokenizers(bert, mt5, bert_dims, mt5_dims)
     dtype = None if weight_dtype == "default" else dtype_of(weight_dtype)
     bert_dtype, mt5_dtype = dtype or _default(bert_source), dtype or _default(mt5_source, _LARGE)
+    packed = [quantised.keeps(source, weight_dtype) for source in (bert_source, mt5_source)]
 
     def build(model_options: Mapping[str, Any], **_: Any) -> TextModel:
         return TextModel(
-            _named(bert, Bert, bert_source, bert_dims, tokenizers, bert_dtype, model_options),
-            _named(mt5, MT5, mt5_source, mt5_dims, mt5_dtype, model_options),
+            _named(bert, Bert, bert_source, bert_dims, tokenizers, bert_dtype, model_options, packed[0]),
+            _named(mt5, MT5, mt5_source, mt5_dims, mt5_dtype, model_options, packed[1]),
         )
 
     widths, positions = (bert_dims["hidden_size"], mt5_dims["d_model"]), bert_dims["max_position_embeddings"]

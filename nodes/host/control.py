@@ -16,6 +16,7 @@ from ...hydit_core.model.config import DiTConfig
 from ...hydit_core.model.controlnet import ControlNet
 from ...hydit_core.weights.bundle import Bundle
 from ...hydit_core.weights.load import check_names, model_config
+from . import quantised
 from .attention import HostAttention
 from .filling import choose_dtypes, fill, plan_dtypes
 from .preview import latent_format
@@ -107,12 +108,16 @@ def load_control(opened: Bundle, *, weight_dtype: str = "default") -> Any:
     management = comfy.model_management
     device, offload = management.get_torch_device(), management.unet_offload_device()
     supported = comfy.supported_models.HunyuanDiT.supported_inference_dtypes
-    stored, compute = choose_dtypes(view, weight_dtype, device, supported)
-    operations = comfy.ops.pick_operations(stored, compute, load_device=device)
+    packed = quantised.keeps(view, weight_dtype)
+    stored, compute = choose_dtypes(view, weight_dtype, device, supported, packed=packed)
+    if packed:
+        operations = quantised.operations(stored, compute or stored, device)
+    else:
+        operations = comfy.ops.pick_operations(stored, compute, load_device=device)
     network = HostControlNet(
         config, dtype=stored, compute=compute or stored, device=offload, operations=operations
     )
-    fill(network, view, plan_dtypes(view, stored, compute), offload)
+    fill(network, view, plan_dtypes(view, stored, compute), offload, packed=packed)
     # Exactly this class, not a subclass: other packs recognize only it
     return comfy.controlnet.ControlNet(
         network,

@@ -12,10 +12,16 @@ from ...hydit_core.dtypes import FP8_DTYPES, dtype_of
 from ...hydit_core.weights.save import dtypes_for
 from ...hydit_core.weights.source import TensorSource
 from ...hydit_core.weights.views import rename
+from . import quantised
 
 
 def choose_dtypes(
-    source: TensorSource, weight_dtype: str, device: torch.device, supported: Sequence[torch.dtype]
+    source: TensorSource,
+    weight_dtype: str,
+    device: torch.device,
+    supported: Sequence[torch.dtype],
+    *,
+    packed: bool = False,
 ) -> tuple[torch.dtype, torch.dtype | None]:
     """The dtype to keep weights in, and the dtype to cast them to for each use (None if it is the same).
 
@@ -24,6 +30,7 @@ def choose_dtypes(
         weight_dtype: one of :data:`~hydit_core.dtypes.HOST`, or "default": ComfyUI's choice for this device
             and model, but nothing wider than the file.
         supported: the dtypes that the network can compute in, the best first.
+        packed: quantised layers stay so; they compute in what ComfyUI prefers here, whatever is beside them.
     """
     management = comfy.model_management
     if weight_dtype == "default":
@@ -37,7 +44,8 @@ def choose_dtypes(
             stored = in_file
     else:
         stored = dtype_of(weight_dtype)
-    return stored, management.unet_manual_cast(stored, device, list(supported))
+    given = None if packed else stored
+    return stored, management.unet_manual_cast(given, device, list(supported))
 
 
 def plan_dtypes(
@@ -51,11 +59,25 @@ def plan_dtypes(
 
 
 def fill(
-    network: nn.Module, source: TensorSource, dtypes: Mapping[str, torch.dtype], device: torch.device
+    network: nn.Module,
+    source: TensorSource,
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device,
+    *,
+    packed: bool = False,
 ) -> None:
-    """Fill a network, whose own tensors were never used, with copies of those of ``source`` on ``device``."""
+    """Fill a network, whose own tensors were never used, with copies of those of ``source`` on ``device``.
+
+    With ``packed`` it has ComfyUI's layers for quantised weights, which stay as they are.
+    """
     state: dict[str, Tensor] = {}
+    if packed:
+        quantised.place(network, device)
     for key, dtype in dtypes.items():
+        if packed and source.scheme(key):
+            state |= quantised.entries(source, key, device)
+            source.release(key)
+            continue
         tensor = source.get(key, dtype)
         if source.dtype(key) == dtype:
             tensor = tensor.clone()  # it may be a view of the file

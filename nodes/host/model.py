@@ -21,6 +21,7 @@ from ...hydit_core.model.config import DiTConfig
 from ...hydit_core.model.dit import DiT
 from ...hydit_core.weights.bundle import Place, bundle
 from ...hydit_core.weights.load import check_names
+from . import quantised
 from .dit import HostDiT
 from .filling import choose_dtypes, fill, plan_dtypes
 from .preview import latent_format
@@ -182,13 +183,16 @@ def load_model(source: Place, *, weight_dtype: str = "default", disable_dynamic:
     management = comfy.model_management
     device, offload = management.get_torch_device(), management.unet_offload_device()
     model_config = HyDiTModelConfig(config, info)
-    stored, compute = choose_dtypes(view, weight_dtype, device, model_config.supported_inference_dtypes)
+    packed, supported = quantised.keeps(view, weight_dtype), model_config.supported_inference_dtypes
+    stored, compute = choose_dtypes(view, weight_dtype, device, supported, packed=packed)
+    if packed:
+        model_config.quant_config = quantised.MIXED
     expected = {key: tuple(value.shape) for key, value in DiT(config, device="meta").state_dict().items()}
     check_names(expected, view)
 
     model_config.set_inference_dtype(stored, compute)
     model = model_config.get_model(None)
-    fill(model.diffusion_model, view, plan_dtypes(view, stored, compute), offload)
+    fill(model.diffusion_model, view, plan_dtypes(view, stored, compute), offload, packed=packed)
     patcher_class = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:  # 0.3.64 has only one; the other is chosen while ComfyUI starts
         patcher_class = vars(comfy.model_patcher).get("CoreModelPatcher", patcher_class)

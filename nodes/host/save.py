@@ -138,10 +138,11 @@ def _info_in_metadata(network: Any) -> Iterator[None]:
 
 
 def _held(model: Any, info: ModelInfo) -> tuple[DiTConfig, torch.dtype | None]:
-    """A MODEL's dimensions, and the dtype of most of its weights."""
+    """A MODEL's dimensions, and the dtype of most of its weights, uint8 for quantised ones."""
     network = MemorySource(model.model.diffusion_model.state_dict())
     heads = {"pooler_heads": info.pooler_heads, "rope_base": info.rope_base}
-    return DiTConfig.from_state_dict(network.shapes(), **heads), network.main_dtype()
+    dtype = torch.uint8 if any(key.endswith(".comfy_quant") for key in network) else network.main_dtype()
+    return DiTConfig.from_state_dict(network.shapes(), **heads), dtype
 
 
 class _Clip:
@@ -221,6 +222,11 @@ def _notes(held: torch.dtype | None, info: ModelInfo, config: DiTConfig) -> list
         notes.append(
             f"ComfyUI's own loaders take the file for one of {_diffusion(assumed)}, but it is of "
             f"{_diffusion(found)}: load it with HyDiTCheckpointLoader or HyDiTDiTLoader"
+        )
+    if held == torch.uint8:
+        notes.append(
+            "the DiT was saved with its quantised layers, as it was loaded; what patches changed was "
+            "quantised again: load it with weight_dtype fp16 or bf16 to save it unpacked"
         )
     if held in FP8_DTYPES:
         notes.append(

@@ -16,8 +16,10 @@ from ...hydit_core.text.dimensions import LOWERCASE
 from ...hydit_core.text.tokenizers import Tokenizers
 from ...hydit_core.weights.load import check_names
 from ...hydit_core.weights.source import TensorSource
+from . import quantised
 
 _COMFY_BUCKETS = 32
+_CPU = torch.device("cpu")
 # Matrices for look-ups, not products: the host would expand all of them from 8 bits for each prompt.
 _TABLES = ("embeddings.", "shared.", "relative_attention_bias.")
 
@@ -39,7 +41,9 @@ class Bert(comfy.text_encoders.hydit.HyditBertModel):
         tokenizers: Tokenizers,
         dtype: torch.dtype,
         model_options: Mapping[str, Any],
+        packed: bool = False,
     ) -> None:
+        model_options = _with_quantised(model_options, packed)
         config = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0, **dimensions}
         if config["hidden_act"] != "gelu":
             raise ConfigError(f"BERT's activation is {config['hidden_act']}, ComfyUI's BERT only has gelu")
@@ -52,7 +56,7 @@ class Bert(comfy.text_encoders.hydit.HyditBertModel):
             "pad": tokenizers.bert_pad,
         }
         shell = comfy.text_encoders.bert.BertModel_(config, None, "meta", torch.nn)
-        fill(self.transformer.bert, shell, source, dtype)
+        fill(self.transformer.bert, shell, source, dtype, packed=packed)
 
     def process_tokens(self, tokens: Any, device: Any) -> Any:
         """Let the mask reach to the last end token: a "[SEP]" written in a prompt does not end it."""
@@ -85,7 +89,9 @@ class MT5(comfy.text_encoders.hydit.MT5XLModel):
         dimensions: Mapping[str, Any],
         dtype: torch.dtype,
         model_options: Mapping[str, Any],
+        packed: bool = False,
     ) -> None:
+        model_options = _with_quantised(model_options, packed)
         config = {"model_type": "mt5", **dimensions}
         projection = config["feed_forward_proj"]
         if projection not in ("gated-gelu", "relu"):
@@ -101,7 +107,12 @@ class MT5(comfy.text_encoders.hydit.MT5XLModel):
         for module in self.transformer.modules():
             if hasattr(module, "variance_epsilon"):
                 module.variance_epsilon = config.get("layer_norm_epsilon", 1e-6)
-        fill(self.transformer, shell, source, dtype)
+        fill(self.transformer, shell, source, dtype, packed=packed)
+
+
+def _with_quantised(model_options: Mapping[str, Any], packed: bool) -> dict[str, Any]:
+    """ComfyUI's options for an encoder, with its layers for quantised weights if it has such."""
+    return {**model_options, **({"quantization_metadata": quantised.MIXED} if packed else {})}
 
 
 def _relative_bias(model: Any, config: Mapping[str, Any], operations: Any, dtype: torch.dtype) -> None:
@@ -152,13 +163,21 @@ def encoder_info(model: Any, lowercase: bool = True) -> dict[str, dict[str, Any]
     }
 
 
-def fill(model: torch.nn.Module, shell: torch.nn.Module, source: TensorSource, dtype: torch.dtype) -> None:
+def fill(
+    model: torch.nn.Module,
+    shell: torch.nn.Module,
+    source: TensorSource,
+    dtype: torch.dtype,
+    *,
+    packed: bool = False,
+) -> None:
     """Copy a model's weights into it, one tensor at a time.
 
     Args:
         shell: the same model with torch's own layers on the meta device. (The host's layers may come without
             parameters, and then do not say what they need.)
         dtype: of the weights; if it has 8 bits, only of the matrices.
+        packed: see :func:`~.filling.fill`.
 
     Raises:
         WeightsError: listing tensors that are missing, unexpected or of another shape.
@@ -166,8 +185,14 @@ def fill(model: torch.nn.Module, shell: torch.nn.Module, source: TensorSource, d
     expected = {key: tuple(value.shape) for key, value in shell.state_dict().items()}
     check_names(expected, source)
     state: dict[str, torch.Tensor] = {}
+    if packed:
+        quantised.place(model, _CPU)
     # The largest first: it exists twice for a moment, which matters least while nothing else is loaded.
     for key in sorted(expected, key=source.nbytes, reverse=True):
+        if packed and source.scheme(key):
+            state |= quantised.entries(source, key, _CPU)
+            source.release(key)
+            continue
         kept = _kept(source, key, dtype)
         tensor = source.get(key, kept)
         # What was not cast may be a view of the file, which others may overwrite.

@@ -217,7 +217,7 @@ def incomplete(host: Host, place: Path, bert: Any, t5: Any) -> tuple[str, str]:
 
 def too_much(host: Host, place: Path, bert: Any, t5: Any) -> tuple[str, str]:
     tensors = all_in_one(bert, t5)
-    tensors["text_encoders.mt5xl.transformer.encoder.block.0.layer.0.SelfAttention.q.scale_weight"] = (
+    tensors["text_encoders.mt5xl.transformer.encoder.block.0.layer.0.SelfAttention.q.weight_scale"] = (
         torch.ones(1)
     )
     write(place / "checkpoints" / "scaled.safetensors", tensors)
@@ -250,7 +250,7 @@ ERRORS: dict[Any, list[str]] = {
     damaged_spiece: ["mt5-xl.fp16.pt", "spiece.model (23 bytes) cannot be read"],
     no_vocabulary: ["roberta.safetensors", "roberta.vocab.txt, vocab.txt, tokenizer/", "Put the vocab.txt"],
     incomplete: ["incomplete.safetensors", "1 missing: encoder.layer.1.output.dense.bias"],
-    too_much: ["scaled.safetensors: it is quantised (ComfyUI's scaled fp8)", "the model in fp16 or bf16"],
+    too_much: ["scaled.safetensors: it is quantised (scaled fp8 or int8)", "the model in fp16 or bf16"],
     truncated: ["cut.safetensors is truncated"],
     something_else: ["other.safetensors is not a weights file of a kind", "choose another bert_name"],
     wrong_activation: ["silu.safetensors: BERT's activation is silu, ComfyUI's BERT only has gelu"],

@@ -24,7 +24,7 @@ def test_generate_prints_the_picture_and_nothing_else(tmp_path):
 
 def test_what_trains_a_lora_is_imported_without_a_word():
     code = "import hydit_core.train.loop, hydit_core.train.adapters as a; from hydit_core.quiet import *\n"
-    code += "from hydit_core.weights.frozen import quantizer; quantizer('int8')\n"
+    code += "from hydit_core.weights.frozen import quantizer; quantizer('nf4')\n"
     code += "with quiet_imports(): import peft, diffusers.models"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from lora_setup import losses, objective_of, shake, write_lora_run
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import TINY, TINY_V11, write_tiny_model
 from torch import nn
-from train_setup import SHORT_RUN, command_line, records, run_training, write_run
+from train_setup import command_line, records, run_training
 
 from hydit_core.errors import ConfigError, DataError, HyditError
 from hydit_core.lora import reading
@@ -23,42 +24,12 @@ from hydit_core.model.dit import DiT
 from hydit_core.train import distributed
 from hydit_core.train.adapters import LoraSection, adapter_parameters, find_targets
 from hydit_core.train.config import load_config
-from hydit_core.train.draws import TrainingDraws
 from hydit_core.train.dryrun import describe
 from hydit_core.train.launch import open_data, prepare_data
 from hydit_core.train.loop import Trainer
-from hydit_core.train.objectives.table import make_objective
 from hydit_core.train.parts import build
+from hydit_core.weights import kitchen
 from hydit_core.weights.frozen import OPERATIONS, FrozenLinear, dense, store, stored_bytes
-
-
-def write_lora_run(folder: Path, model: Path) -> Path:
-    """The configuration of a LoRA for the model in ``model``."""
-    write_run(folder)
-    path = folder / "lora.toml"
-    path.write_text(
-        f"""
-[model]
-init_from = "{model.as_posix()}"
-[data]
-sources = [{{ path = "pictures" }}]
-resolution = 64
-validation = 2
-[objective]
-kind = "lora"
-timesteps = "stratified"
-[lora]
-rank = 3
-alpha = 6
-[optimizer]
-lr = 1e-2
-{SHORT_RUN}[checkpoint]
-export_dtype = "fp32"
-metadata = {{ "modelspec.title" = "a style" }}
-""",
-        encoding="utf-8",
-    )
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -81,28 +52,6 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "lora.trigger=cat",
     )
     return folder
-
-
-def objective_of(config: Path, *overrides: str):
-    settings = load_config(config, list(overrides))
-    return make_objective(settings, build(settings), torch.device("cpu"))
-
-
-def losses(objective, config: Path) -> torch.Tensor:
-    settings = load_config(config)
-    batch = open_data(settings).batch(0)
-    draws = TrainingDraws(settings.objective, 0, 2)(0, [0, 1], objective.latent_shape(batch))
-    torch.manual_seed(5)
-    return objective.module(**objective.inputs(batch, draws)).loss
-
-
-def shake(objective) -> None:
-    """Give B and the magnitudes values, as training would."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in objective.parameters().items():
-            if not name.endswith("lora_A"):
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
 def test_attention_is_what_published_loras_change() -> None:
@@ -341,7 +290,8 @@ def test_quantized_bases(config: Path, precision: str, levels: int, error: float
         if not name.startswith("blocks."):
             assert type(layer.weight.data) is torch.Tensor and layer.weight.dtype == torch.bfloat16, name
             continue
-        assert type(layer.weight.data).__module__.startswith("torchao"), name
+        library = "comfy_kitchen" if precision == "int8" else "torchao"
+        assert type(layer.weight.data).__module__.startswith(library), name
         stored = dense(layer.weight, torch.float32)
         blocks = stored if precision == "int8" else stored.reshape(-1, 64)  # what shares a scale
         assert max(len(block.unique()) for block in blocks) <= levels, name
@@ -352,13 +302,14 @@ def test_quantized_bases(config: Path, precision: str, levels: int, error: float
     assert all(torch.isfinite(p.grad).all() for p in objective.parameters().values())
 
 
-def test_quantized_bases_ask_for_torchao(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantized_bases_ask_for_their_libraries(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    monkeypatch.setattr(kitchen, "is_available", lambda: False)
     for start in (
         lambda: objective_of(config, "lora.base_precision=int8"),
         lambda: list(describe(load_config(config, ["lora.base_precision=nf4"]))),
     ):
-        with pytest.raises(ConfigError, match="needs torchao: pip install torchao"):
+        with pytest.raises(ConfigError, match=r"needs (comfy-kitchen|torchao): pip install \1"):
             start()
 
 

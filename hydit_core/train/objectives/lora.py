@@ -17,6 +17,8 @@ from ...model.attention import AttentionFn
 from ...model.config import DiTConfig
 from ...model.dit import DiT
 from ...new_files import remove_folder, replacing, unfinished
+from ...weights import kitchen
+from ...weights.bundle import bundle
 from ...weights.frozen import OPERATIONS, quantizer, store, stored_bytes
 from ...weights.modelspec import file_metadata
 from ..adapters import (
@@ -108,14 +110,14 @@ class LoraObjective(DiffusionObjective):
         lora, layers = _own(config), sum(name.endswith(".lora_A") for name in shapes)
         yield (
             f"LoRA of rank {lora.rank} on {layers} layers, strength {scale_of(lora):g}; "
-            f"the DiT's matrices are stored in {_base_precision(config)}"
+            f"the DiT's matrices are stored in {_base_precision(config)}{_as_in_file(config)}"
         )
         if lora.init_from is not None:
             yield f"it starts from {lora.init_from}"
 
     @classmethod
     def frozen_bytes(cls, config: TrainSections, dit: DiT) -> int:
-        return stored_bytes(dit, _base_precision(config))
+        return stored_bytes(dit, _own(config).base_precision, default=config.run.precision)
 
     @classmethod
     def rehearsal(
@@ -134,8 +136,8 @@ class LoraObjective(DiffusionObjective):
 
     @classmethod
     def base_options(cls) -> dict[str, Any]:
-        """The base is cast matrix by matrix, later."""
-        return {"operations": OPERATIONS}
+        """The base is cast matrix by matrix, later; what is quantised in its file may stay so."""
+        return {"operations": OPERATIONS, "keep_quantised": True}
 
     @classmethod
     def make(cls, config: TrainSections, parts: ModelParts, device: torch.device) -> DiffusionObjective:
@@ -151,7 +153,7 @@ class LoraObjective(DiffusionObjective):
             )
         parts.text.requires_grad_(False)
         parts.dit.requires_grad_(False)
-        store(parts.dit, _base_precision(config))
+        store(parts.dit, self.lora.base_precision, default=config.run.precision)
         parts.dit.random_blocks = self.lora.dropout > 0
         super().__init__(parts, config.objective, device, trains_text=self.lora.trains_text)
         for parameter in self.parameters().values():
@@ -202,6 +204,16 @@ class LoraObjective(DiffusionObjective):
 def _own(config: TrainSections) -> LoraSection:
     table: LoraSection = config.own_table("lora")
     return table
+
+
+def _as_in_file(config: TrainSections) -> str:
+    """What is said of a base that is quantised in its file and stays so."""
+    path = config.model.init_from
+    if path is None or _own(config).base_precision is not None or not kitchen.is_available():
+        return ""
+    dit = bundle(path, only=("dit",)).dit
+    names = sorted({scheme.name for scheme in dit.schemes().values()} if dit else ())
+    return f", but what the file has in {', '.join(names)} stays so" if names else ""
 
 
 def _base_precision(config: TrainSections) -> str:
