@@ -34,8 +34,10 @@ from .presets import (
     RunChoices,
     RunSettings,
     SamplingChoices,
+    check_sampler,
     check_settings,
     choose_settings,
+    distilled_advice,
     size_advice,
 )
 from .text.features import TextFeatures
@@ -119,6 +121,7 @@ class Pipeline:
         """Add a LoRA to the weights of the DiT and the text encoders that it changes.
 
         Several LoRAs add up. Adding a plain LoRA again with the opposite strength removes it, up to rounding.
+        What a distilled one recommends (:mod:`.lora.distilled`) is recommended from then on.
 
         Args:
             lora: a file in any common format, a PEFT folder, or what was read from one.
@@ -135,11 +138,15 @@ class Pipeline:
             ConfigError: the block weights do not fit the number of blocks.
         """
         from .lora import merge, reading
+        from .lora.distilled import with_lora
 
         adapter = reading.read(lora) if isinstance(lora, (str, Path)) else lora
         parts = {"dit": self.dit, "bert": self.text.bert, "t5": self.text.t5}
         base = self.name or "the model"
-        return merge.apply(adapter, parts, strength, block_weights, base=base, partial=partial)
+        info = with_lora(self.info, adapter, strength)
+        match = merge.apply(adapter, parts, strength, block_weights, base=base, partial=partial)
+        self.info = info
+        return match
 
     # -- settings --------------------------------------------------------------------------------------------
 
@@ -154,12 +161,12 @@ class Pipeline:
             ConfigError: a value is unknown or out of range; the message lists what is possible.
         """
         settings = choose_settings(self.info.defaults, preset, negative=negative, **given)
-        check_settings(settings, self.vae.downscale)
+        check_settings(settings, self.vae.downscale, self.info)
         self.schedule.timesteps(settings.spacing, settings.steps)
         return settings
 
     def advice(self, prompts: Sequence[str], settings: SamplingDefaults) -> list[str]:
-        """What the user should know before sampling: cut prompts, unknown words, unsuitable sizes."""
+        """What the user should know before sampling: cut prompts, unknown words, unsuitable settings."""
         texts = {f"prompt {i}": prompt for i, prompt in enumerate(prompts, 1)}
         if settings.cfg > 1:
             texts["negative prompt"] = settings.negative
@@ -169,6 +176,7 @@ class Pipeline:
             for report in reports
             if report.truncated or report.unknown
         ]
+        notes += distilled_advice(self.info, settings)
         size = size_advice(self.info.defaults, settings.width, settings.height)
         return notes if size is None else [*notes, size]
 
@@ -238,6 +246,7 @@ class Pipeline:
         run = settings if isinstance(settings, RunSettings) else RunSettings(settings)
         run = replace(run, **given)
         sampling = run.sampling
+        check_sampler(self.info, sampling.sampler)
         sigmas = self.schedule.sigmas_for(sampling.spacing, sampling.steps, run.strength)
         if init_image is None and run.strength != 1:
             raise ConfigError(f"strength {run.strength} without a picture to start from: give init_image")

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from .diffusion.forecast import tolerance_of
 from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS
 from .errors import ConfigError
-from .facts import SPACINGS, SamplingDefaults
+from .facts import SPACINGS, ModelInfo, SamplingDefaults
 
 PRESETS: dict[str, SamplingDefaults] = {
     # Tencent/HunyuanDiT's sample_t2i.py: DDPM, 100 steps, guidance 6, its own negative prompt.
@@ -119,8 +119,29 @@ def size_advice(best: SamplingDefaults, width: int, height: int) -> str | None:
     )
 
 
-def check_settings(settings: SamplingDefaults, multiple: int) -> None:
-    """Raise ConfigError for a setting that sampling cannot use."""
+def distilled_advice(info: ModelInfo, settings: SamplingDefaults) -> list[str]:
+    """Warnings for settings that a model distilled to few steps is not made for."""
+    if not info.folded_cfg or settings.cfg == 1:
+        return []
+    return [
+        f"this model was distilled with a guidance of {info.folded_cfg:g}, which is in every step: cfg "
+        f"{settings.cfg:g} comes on top of it; use 1"
+    ]
+
+
+def check_sampler(info: ModelInfo, sampler: str) -> None:
+    """Raise ConfigError for a sampler that cannot draw with a model distilled to few steps."""
+    if info.folded_cfg and sampler == "ddpm":
+        raise ConfigError(
+            "sampler ddpm: this model is distilled to few steps, its variances are not trained; use "
+            f"{'lcm' if info.defaults.sampler == 'ddpm' else info.defaults.sampler}"
+        )
+
+
+def check_settings(settings: SamplingDefaults, multiple: int, info: ModelInfo | None = None) -> None:
+    """Raise ConfigError for a setting that sampling, with the model of ``info``, cannot use."""
+    if info is not None:
+        check_sampler(info, settings.sampler)
     if settings.sampler not in SAMPLERS:
         raise ConfigError(f"unknown sampler {settings.sampler!r}: use one of {', '.join(SAMPLERS)}")
     if settings.spacing not in SPACINGS:

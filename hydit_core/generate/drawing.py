@@ -186,7 +186,7 @@ def _settings(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | None
     if init is not None and args.size is None:
         width, height = _size_like(init.size, settings.width * settings.height)
         settings = replace(settings, width=width, height=height)
-        check_settings(settings, pipe.vae.downscale)
+        check_settings(settings, pipe.vae.downscale, pipe.info)
     strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
     faster = {"forecast": args.forecast, "cfg_end": args.cfg_end}
     return RunSettings(settings, args.seed, args.batch, strength, **faster)

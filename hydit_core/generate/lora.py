@@ -82,17 +82,24 @@ def load(
 ) -> list[dict[str, Any]]:
     """Put LoRAs from :func:`read` into a pipeline; returns what is written about them into a picture.
 
-    Prints on stderr what fits, and each one's trigger words.
+    Prints on stderr what fits, each one's trigger words, and the settings that a distilled one recommends.
 
     Raises :class:`HyditError` for LoRAs that do not fit the model.
     """
+    if not adapters:
+        return []
+    from ..lora.distilled import lora_notes
+
     facts = []
     given = zip(adapters, files(args), args.lora, _weights(args), strict=True)
     for adapter, path, text, weights in given:
         strength = split_weight(text)[1]
+        before = pipe.info
         match = pipe.load_lora(adapter, strength, weights, partial=args.partial)
         words = f"; trigger words: {adapter.trigger()}" if adapter.trigger() else ""
         if not quiet:
             print(f"LoRA {path.name}: {match}{words}", file=sys.stderr)
+            for note in lora_notes(before, pipe.info):
+                print(note, file=sys.stderr)
         facts.append({"lora": path.name, "strength": strength, "block_weights": str(weights)})
     return facts

@@ -105,7 +105,7 @@ def check_text_options(fresh: TextScratch) -> None:
 def _check_samples(samples: SamplesSection, info: ModelInfo, downscale: int) -> None:
     try:
         chosen = choose_settings(info.defaults, None, **samples.given())
-        check_settings(chosen, downscale)
+        check_settings(chosen, downscale, info)
         Schedule(info.diffusion).timesteps(chosen.spacing, chosen.steps)
     except ConfigError as error:
         raise ConfigError(f"samples: {error}") from None

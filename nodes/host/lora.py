@@ -16,10 +16,11 @@ from torch import Tensor
 from ...hydit_core.errors import LoraError
 from ...hydit_core.lora.adapter import PARTS, Adapter, Match, changed, module_shapes
 from ...hydit_core.lora.blocks import BlockWeights, depth_of
+from ...hydit_core.lora.distilled import lora_notes, with_lora
 from ...hydit_core.lora.kinds import LoRA, SetWeight
 from ...hydit_core.lora.patch import Patch
 from ...hydit_core.lora.reading import read
-from .model import model_info
+from .model import model_info, set_model_info
 from .tokens import BERT, MT5
 
 _PREFIXES = {"dit": "diffusion_model.", "bert": f"{BERT}.transformer.bert.", "t5": f"{MT5}.transformer."}
@@ -121,9 +122,16 @@ def apply_lora(
         for i, patch in enumerate(adapter.modules[module]):
             # ComfyUI takes one patch per target at a time
             rounds["dit" if part == "dit" else "text", strength, i].update(_patches(patch, keys[module]))
+    notes = []
+    if model is not None:
+        before = model_info(model)
+        after = with_lora(before, adapter, strength_model)
+        notes = lora_notes(before, after)
     model = _patched(model, [(s, p) for (of, s, _), p in rounds.items() if of == "dit"])
+    if notes:
+        set_model_info(model, after)
     clip = _patched(clip, [(s, p) for (of, s, _), p in rounds.items() if of == "text"])
-    return model, clip, report(adapter, match, clip is not None)
+    return model, clip, "\n".join([report(adapter, match, clip is not None), *notes])
 
 
 def _targets(model: Any, clip: Any) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:

@@ -27,6 +27,8 @@ from .filling import choose_dtypes, fill, plan_dtypes
 from .preview import latent_format
 
 _BARE = ("text_embedding_padding", "pooler.positional_embedding")
+_INFO = "hydit_info"
+"""The name of the attachment for a MODEL with a LoRA that changes what is known of it."""
 _ENCODE = "use HyDiTTextEncode, or CLIPTextEncode, with the CLIP that belongs to this model"
 
 
@@ -146,12 +148,15 @@ def _without_padding(features: Any, mask: Tensor, length: int) -> tuple[Tensor, 
 
 
 def model_info(model: Any) -> ModelInfo:
-    """What is known about a MODEL (a ModelPatcher), ours or ComfyUI's own HunyuanDiT.
+    """What is known about a MODEL (a ModelPatcher), ours or ComfyUI's own HunyuanDiT, with its LoRAs.
 
     Raises:
         HyditError: it is another model family's.
     """
     network = model.model
+    told: ModelInfo | None = model.get_attachment(_INFO)
+    if told is not None:
+        return told
     if isinstance(network, HyDiTModel):
         return network.hydit_info
     if isinstance(network, comfy.model_base.HunyuanDiT):
@@ -160,6 +165,11 @@ def model_info(model: Any) -> ModelInfo:
         f"the MODEL is {type(network).__name__}, not HunyuanDiT: load one with HyDiTCheckpointLoader or "
         "HyDiTDiTLoader"
     )
+
+
+def set_model_info(model: Any, info: ModelInfo) -> None:
+    """Let a MODEL and its clones, but not what it was cloned from, be known as ``info`` says."""
+    model.set_attachments(_INFO, info)
 
 
 def load_model(source: Place, *, weight_dtype: str = "default", disable_dynamic: bool = False) -> Any:

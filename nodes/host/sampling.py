@@ -26,7 +26,14 @@ from ...hydit_core.diffusion.schedule import Schedule
 from ...hydit_core.errors import ConfigError, HyditError
 from ...hydit_core.facts import ModelInfo, SamplingDefaults
 from ...hydit_core.finite import is_finite, why_not_finite
-from ...hydit_core.presets import check_seed, check_settings, choose_settings, size_advice
+from ...hydit_core.presets import (
+    check_sampler,
+    check_seed,
+    check_settings,
+    choose_settings,
+    distilled_advice,
+    size_advice,
+)
 from .model import model_info
 
 log = logging.getLogger(__name__)
@@ -192,6 +199,7 @@ class HyDiTKSAMPLER(comfy.samplers.KSAMPLER):
 
     def __init__(self, name: str, *, eta: float | None = None, seeds: Sequence[int] | None = None) -> None:
         super().__init__(SAMPLERS[name], {} if eta is None else {"eta": eta}, {})
+        self.name = name
         self.seeds = seeds
 
     def sample(
@@ -205,7 +213,7 @@ class HyDiTKSAMPLER(comfy.samplers.KSAMPLER):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        model_info(model_wrap.model_patcher)  # raises for other families
+        check_sampler(model_info(model_wrap.model_patcher), self.name)  # raises for other families
         empty = latent_image is None or not torch.count_nonzero(latent_image)
         generators = start_generators(noise, extra_args.get("seed") or 0, self.seeds)
         run = _Run(
@@ -319,7 +327,7 @@ def sample(
     latents = usable_latents(model, latent)
     height, width = (side * DOWNSCALE for side in latents.shape[2:])
     settings = replace(choose_settings(info.defaults, preset, **given), width=width, height=height)
-    check_settings(settings, DOWNSCALE)
+    check_settings(settings, DOWNSCALE, info)
     notes = _advice(info, settings, preset, latents, denoise)
     for note in notes:
         log.warning("HyDiTKSampler: %s", note)
@@ -368,4 +376,4 @@ def _advice(
         notes.append(f"preset {preset} is meant for another release than this model ({info.version})")
     if denoise < 1 and not torch.count_nonzero(latents):
         notes.append(f"denoise {denoise:g} of an empty latent: there is no picture to start from")
-    return [note for note in notes if note]
+    return [*filter(None, notes), *distilled_advice(info, settings)]

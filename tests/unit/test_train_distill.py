@@ -240,6 +240,8 @@ def test_all_weights_learn_from_a_copy(without_lora: Path) -> None:
         (["lora.train_bert=true"], "leaves the text encoders as they are"),
         (["distill.teacher_steps=1"], "use at least as many"),
         (["distill.train=all"], r"the table lora needs objective\.kind = 'lora'"),
+        (["samples.sampler=ddpm"], "variances are not trained"),
+        (["model.info.defaults.sampler=ddpm"], "variances are not trained"),
         (["distill.guidance=0.5"], "greater than or equal to 1"),
     ],
 )

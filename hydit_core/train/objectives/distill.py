@@ -173,6 +173,12 @@ class _DistillObjective(DiffusionObjective):
                 "finished weights are distilled, and the text encoders stay as they are: give "
                 "model.init_from, and leave objective.train_text_encoders off"
             )
+        said = config.model.info.defaults
+        asked = [config.samples.sampler]
+        if said is not None and "sampler" in said.model_fields_set:
+            asked.append(said.sampler)
+        if "ddpm" in asked:
+            raise ValueError("a distilled model's variances are not trained: use another sampler than ddpm")
         if objective.dropout_bert or objective.dropout_t5 or objective.dropout_joint:
             raise ValueError(
                 "a distilled model draws without guidance, so it learns nothing from empty texts: leave "
