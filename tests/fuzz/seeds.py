@@ -344,7 +344,7 @@ class Seeds:
         for kind in PICTURES:
             folder = self._folder(f"picture_{kind}")
             (folder / "data").mkdir()
-            with contextlib.suppress(KeyError):  # a Pillow without AVIF
+            with contextlib.suppress(KeyError, ValueError):  # a Pillow without AVIF
                 options = {"exif": exif} if kind in ("jpg", "png", "webp", "tif", "avif") else {}
                 picture.save(folder / "data" / f"a.{kind}", **options)
                 (folder / "data" / "a.txt").write_text("a red apple")

@@ -179,6 +179,10 @@ def test_whole_weights_and_biases(name: str, tmp_path: Path) -> None:
             if parameter.requires_grad and "lora_" not in key:
                 parameter.add_(torch.randn(parameter.shape, generator=generator))
     theirs.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    biases = [key for key in saved if "attn" in key and key.endswith(".bias")]
+    if options.get("bias") == "lora_only" and not biases:
+        pytest.skip("this release of peft forgets the biases when it saves")
     before, expected = copy.deepcopy(base.state_dict()), merged(theirs)
     half = copy.deepcopy(base)
     apply(read(tmp_path), half, 0.25)

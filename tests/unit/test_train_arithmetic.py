@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from train_setup import records
+from train_setup import needs_muon, records
 
 from hydit_core.data.dataset import Batch
 from hydit_core.diffusion.losses import LossTerms
@@ -173,7 +173,7 @@ class Muon:
 
 
 @pytest.mark.parametrize("clip", [0.0, 18.0])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", needs_muon("muon")])
 def test_steps_are_those_computed_by_hand(optimizer: str, clip: float, tmp_path: Path) -> None:
     """Accumulation, sample weights, clipping, warm-up and decay, weight decay, averages."""
     trainer = Trainer(settings(tmp_path, optimizer, clip), LineObjective(), LineData(), PROCESSES)

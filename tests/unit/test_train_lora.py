@@ -305,6 +305,7 @@ def test_quantized_bases(config: Path, precision: str, levels: int, error: float
 def test_quantized_bases_ask_for_their_libraries(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     monkeypatch.setattr(kitchen, "is_available", lambda: False)
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
     for start in (
         lambda: objective_of(config, "lora.base_precision=int8"),
         lambda: list(describe(load_config(config, ["lora.base_precision=nf4"]))),

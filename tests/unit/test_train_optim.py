@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from train_setup import needs_muon
 
 from hydit_core.errors import ConfigError
 from hydit_core.train.optim import Ema, Optimizers, learning_rate_factor, parameter_groups
@@ -60,7 +61,7 @@ def train(module: nn.Module, optimizers: Optimizers, steps: range) -> None:
         module.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", needs_muon("muon")])
 def test_state_by_name_continues_bit_equal(name: str) -> None:
     config = OptimizerSection(name=name, lr=1e-2, weight_decay=0.1)
     whole = model()

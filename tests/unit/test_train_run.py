@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from train_setup import records, run_training, write_run
+from train_setup import needs_muon, records, run_training, write_run
 
 import hydit_core
 from hydit_core.diffusion.losses import diffusion_loss
@@ -132,8 +132,9 @@ def test_groups_freeze_and_scale(config: Path, tmp_path: Path) -> None:
     assert not any(name.startswith("dit.blocks.0.") for name in average)
 
 
-def test_muon_trains(config: Path, tmp_path: Path) -> None:
-    sets = (*FLAT, f"run.output_dir={tmp_path}", "run.steps=2", "optimizer.name=muon")
+@pytest.mark.parametrize("name", [needs_muon("muon")])
+def test_muon_trains(config: Path, tmp_path: Path, name: str) -> None:
+    sets = (*FLAT, f"run.output_dir={tmp_path}", "run.steps=2", f"optimizer.name={name}")
     run_training(config, *sets, stop_after_micro=3)
     assert run_training(config, *sets, resume="auto")
     keys = load_file(tmp_path / "checkpoints/step_00000002/optimizer.safetensors").keys()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
@@ -145,6 +146,12 @@ def tiny_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
     )
+
+
+def needs_muon(value: str) -> Any:
+    """A parameter that is skipped where torch has no Muon."""
+    marks = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+    return pytest.param(value, marks=marks)
 
 
 def environment() -> dict[str, str]:

@@ -9,6 +9,8 @@ from decimal import Decimal
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+
 from ...errors import DataError
 from ...untrusted import decode
 from ..config import SourceConfig
@@ -137,6 +139,8 @@ def row_side(row: Mapping[str, Any], name: str, where: str) -> int:
     try:
         if isinstance(value, bool):
             raise ValueError(value)
+        if isinstance(value, np.generic):
+            value = value.item()  # half floats of pyarrow's older releases
         side = Decimal(value)  # exact: "64.0" is 64, 64.5 is no number of pixels
         if side != side or side != int(side):
             raise ValueError(value)
