@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +13,17 @@ from ..errors import ConfigError, cli_main, program
 from ..generate.__main__ import read_prompts, size
 from ..presets import check_seed
 from . import report
+from .blind import KEY, SHEET, count_answers, verdict, write_blind
 from .draw import draw_sides
 from .figures import Result, measure, verdicts
 from .folders import match
 from .judge import load_judge
 from .sides import FLOORS, Side, floor_of, parse_side, take_sides
-from .store import Item
+from .store import Item, drawn_with
 
 _USAGE = """%(prog)s --prompts FILE [--seeds N] [--size WxH ...] --a "OPTIONS" --b "OPTIONS" [--c ...] -o OUT
-       %(prog)s --a FOLDER --b FOLDER -o OUT"""
+       %(prog)s --a FOLDER --b FOLDER -o OUT
+       %(prog)s --answers FILE --key FILE"""
 _SIDES = """\
 sides:
   --a TEXT, --b TEXT, ...  options of `hydit generate` in quotes, "" for what the model
@@ -36,7 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> None:
         sides, others = take_sides(given)
         args = _parser().parse_args(others)
-        _compare(args, sides)
+        if (args.answers is None) != (args.key is None):
+            raise ConfigError("--answers FILE and --key FILE belong together")
+        if args.answers is not None:
+            print(verdict(*count_answers(args.answers, args.key)))
+        else:
+            _compare(args, sides)
 
     return cli_main(run)
 
@@ -83,31 +91,48 @@ def _parser() -> argparse.ArgumentParser:
     )
     out = parser.add_argument_group("results")
     out.add_argument(
-        "-o",
-        "--out",
-        type=Path,
-        required=True,
-        help="folder; what was drawn there with the same settings is used",
+        "-o", "--out", type=Path, help="folder; what was drawn there with the same settings is used"
     )
     out.add_argument(
         "--overwrite", action="store_true", help="replace an older report in OUT; its pictures are kept"
     )
     out.add_argument("--pages-of", type=int, default=24, metavar="N", help="pairs a page (default: 24)")
+    blind = parser.add_argument_group("blind sheet")
+    blind.add_argument(
+        "--blind",
+        metavar="LETTER",
+        help=f"also write a sheet of pairs of the reference and this side, without names ({SHEET}), for a "
+        f"person to judge, and its key ({KEY})",
+    )
+    blind.add_argument("--blind-pairs", type=int, default=40, metavar="N", help="up to (default: 40)")
+    blind.add_argument(
+        "--blind-seed", type=int, metavar="N", help="of pairs and their order (default: drawn by chance)"
+    )
+    blind.add_argument("--answers", type=Path, metavar="FILE", help="count the answers to a blind sheet")
+    blind.add_argument("--key", type=Path, metavar="FILE", help="with --answers: the key of that sheet")
     return parser
 
 
 def _compare(args: argparse.Namespace, given: Sequence[tuple[str, str]]) -> None:
+    for name in ("seeds", "batch", "pages_of", "blind_pairs"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: use 1 or more")
+    if args.out is None:
+        raise ConfigError("no output: name a folder with -o OUT")
     sides, reference = _sides(args, given)
     judge = None if args.judge is None else load_judge(args.judge)
-    if args.pages_of < 1:
-        raise ConfigError(f"--pages-of {args.pages_of}: use 1 or more")
     report.check(args.out, overwrite=args.overwrite)
     results = _folders(sides, reference) if reference.folder else _drawn(args, sides, reference)
     if judge is not None:
         for result, files in results:
             result.right, result.judged = verdicts(judge, files)
     found = [result for result, _ in results]
-    for path in report.write(args.out, found, reference.name, args.pages_of):
+    written = report.write(args.out, found, reference.name, args.pages_of)
+    if args.blind is not None:
+        seed = secrets.randbelow(1 << 32) if args.blind_seed is None else args.blind_seed
+        chosen = next(result for result in found if result.name == args.blind)
+        written += write_blind(args.out, reference.name, chosen, args.blind_pairs, seed)
+    for path in written:
         print(path)
     print(report.table(found, reference.name))
 
@@ -129,6 +154,8 @@ def _sides(args: argparse.Namespace, given: Sequence[tuple[str, str]]) -> tuple[
             raise ConfigError(f"--{side.name}: --peer-steps {side.peer}: name a side that is no peer itself")
     if reference.peer is not None:
         raise ConfigError(f"--{letter} is the reference and cannot be a peer")
+    if args.blind is not None and (args.blind not in by_name or args.blind == letter):
+        raise ConfigError(f"--blind {args.blind}: name a side that is not the reference")
     sides += [floor_of(reference, kind) for kind in dict.fromkeys(args.noise_floor)]
     return sides, reference
 
@@ -139,9 +166,6 @@ Results = list[tuple[Result, list[tuple[str, Path]]]]
 
 def _drawn(args: argparse.Namespace, sides: Sequence[Side], reference: Side) -> Results:
     prompts = list(dict.fromkeys(read_prompts(args)))
-    for name in ("seeds", "batch"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)}: use 1 or more")
     check_seed(args.seed, args.seeds)
     seeds = range(args.seed, args.seed + args.seeds)
     sizes = list(dict.fromkeys(args.size or [None]))
@@ -150,7 +174,8 @@ def _drawn(args: argparse.Namespace, sides: Sequence[Side], reference: Side) -> 
     results: Results = []
     for side in sides:
         store = stores[side.name]
-        result = Result(side.name, side.text, store.settings, costs=[store.cost(item) for item in items])
+        settings = {**store.settings, "drawn": drawn_with(store.path(items[0]))}
+        result = Result(side.name, side.text, settings, costs=[store.cost(item) for item in items])
         if side is not reference:
             first = stores[reference.name]
             result.pairs = [

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..version import VERSION
+from . import blind
 from .figures import Result, summary
 from .page import write_pages
 from .sheet import write_sheet
@@ -28,7 +29,9 @@ def check(out: Path, *, overwrite: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"-o {out}: is a file; name a folder")
-    if not overwrite and (found := [name for name in (JSON, PAGE, SHEET) if (out / name).exists()]):
+    if not overwrite and (
+        found := [name for name in (JSON, PAGE, SHEET, blind.SHEET, blind.KEY) if (out / name).exists()]
+    ):
         raise ConfigError(
             f"{out / found[0]} exists; choose another -o, or replace the report with --overwrite (pictures "
             "that were drawn with the same settings are kept)"

@@ -152,9 +152,17 @@ def floor_of(reference: Side, kind: str) -> Side:
 
 
 def settings_of(side: Side) -> dict[str, Any]:
-    """What a side's pictures follow from beside prompt, seed and size, with a mark of each file's content."""
+    """What a side's pictures follow from beside prompt, seed and size, with a mark of each file's content.
+
+    Only what was given: options that later releases add do not make it another side.
+    """
     assert side.args is not None
-    options = {name: _plain(value) for name, value in sorted(vars(side.args).items()) if name not in _SHARED}
+    usual = generate_parser()
+    options = {
+        name: _plain(value)
+        for name, value in sorted(vars(side.args).items())
+        if name not in _SHARED and value != usual.get_default(name)
+    }
     files = {_MODEL: embedded_model()} if side.args.model is None else {}
     for name, value in vars(side.args).items():
         for one in value if isinstance(value, list) else [value]:

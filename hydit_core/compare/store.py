@@ -21,10 +21,12 @@ from torch import Tensor
 from ..errors import ConfigError, DataError
 from ..images import Size, load_picture, probe_size, to_tensor
 from ..new_files import atomic_path, write_new
+from ..pictures.png import read_parameters
 from ..untrusted import read_json
 
 _SIDE = "side.json"
 _LEVELS = 65535
+_OF_ITEM = ("format", "prompt", "seed", "width", "height")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 
 
@@ -130,6 +132,12 @@ def pixels_of(path: Path) -> Tensor:
             f"{(3, height, width)}"
         )
     return torch.from_numpy(levels.astype(np.float32) / _LEVELS)
+
+
+def drawn_with(path: Path) -> dict[str, Any]:
+    """All settings of a picture, the model's recommendations included, but not what it is of."""
+    facts = read_parameters(path)
+    return {name: value for name, value in facts.items() if name not in _OF_ITEM}
 
 
 def write_text(path: Path, text: str) -> None:

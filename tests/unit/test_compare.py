@@ -65,7 +65,8 @@ def test_calls_are_counted_and_a_peer_does_the_same_work(compared):
     # 3 passes cost 1.5 guided steps: the peer gets 2
     assert (figures["c"]["calls"], figures["c"]["passes"]) == (2, 4)
     assert compared[1]["sides"]["c"]["options"]["steps"] == 2
-    assert compared[1]["sides"]["c"]["options"]["cfg"] is None  # as the reference
+    assert "cfg" not in compared[1]["sides"]["c"]["options"]  # as the reference
+    assert compared[1]["sides"]["c"]["drawn"]["cfg"] == 2  # as the model recommends
     assert all(one["seconds"] > 0 for one in figures.values())
 
 
@@ -192,6 +193,8 @@ def test_sides_that_share_a_model_load_it_once(compare, monkeypatch):
         ([*PROMPTS, "--a", "nowhere", "--b", "--steps 1"], {}, "no such folder"),
         ([*PROMPTS, "--a", ".", "--b", "--steps 1"], {}, "some sides are folders"),
         ([*PROMPTS, "--a", "", "--a", ""], {}, "--a is given twice"),
+        ([*PROMPTS, "--blind", "a"], {"a": "", "b": ""}, "--blind a: name a side that is not the reference"),
+        (["--answers", "x.txt"], {}, "belong together"),
         ([*PROMPTS, "--judge", "x"], {"a": "", "b": ""}, "FILE.py:FUNCTION"),
         ([*PROMPTS, "--judge", "x.py:f"], {"a": "", "b": ""}, "no such file"),
     ),
