@@ -29,7 +29,7 @@ FUZZ_SEED ?= 1
 PYTEST_ARGS ?= -n 2 --dist loadfile
 DEVICE ?= cuda
 GPU_PYTHON ?=
-GPU_WHEELS := einops diffusers peft torchao pydantic pydantic-core annotated-types typing-inspection typing-extensions
+GPU_WHEELS := einops comfy-kitchen diffusers peft torchao pydantic pydantic-core annotated-types typing-inspection typing-extensions
 # of the machine that the wheels are for; pip knows no "at least"
 GPU_WHEELS_FOR ?= --python-version 3.12 --implementation cp \
 	$(foreach n,17 24 27 28,--platform manylinux_2_$(n)_x86_64) --platform manylinux2014_x86_64

@@ -131,7 +131,7 @@ def read(
     for index, (text, one, chosen) in enumerate(given):
         path, scale = split_weight(text)
         thresholds = _thresholds(one.source)
-        net, _ = load_controlnet(one, dtype=pipe.dit.dtype, device=pipe.home)
+        net, _ = load_controlnet(one, dtype=pipe.dit.dtype, device=pipe.home, keep_quantised=True)
         check_fit(net.config, pipe.dit.config, str(path))
         picture_path = _one(args.control_image, index)
         edges = args.control_preprocess == "canny"

@@ -13,6 +13,8 @@ from tiny import write_tiny_model
 from torch.nn.functional import linear
 
 from hydit_core.errors import HyditError, WeightsError
+from hydit_core.offload.copier import Copier
+from hydit_core.offload.guests import Streamed
 from hydit_core.text.loading import load_text_encoders
 from hydit_core.weights import kitchen
 from hydit_core.weights.__main__ import main as weights
@@ -154,6 +156,34 @@ def test_kept_models_move_between_dtypes_and_draw_alike(tiny, full, tmp_path):
     kept.to(torch.bfloat16)
     assert (run(kept, torch.bfloat16) - exact).norm() < 0.04 * exact.norm()
     assert kitchen.packed_of(kept.blocks[0].mlp.fc1.weight).values.dtype == torch.int8
+
+
+class Cloning(Copier):
+    """A device of its own, as far as the CPU can be one."""
+
+    def start(self, tensors):
+        return [tensor.clone() for tensor in tensors], None
+
+
+def test_kept_layers_visit_a_device(tiny, full, tmp_path):
+    path = tmp_path / "q.safetensors"
+    rewrite(
+        tiny, path, {FC1: int8_layer(full[f"{FC1}.weight"], group=16), QKV: fp8_layer(full[f"{QKV}.weight"])}
+    )
+    dit = load_dit(path, keep_quantised=True)[0]
+    layer, x = dit.blocks[1], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    config = dit.config
+    text, t5 = torch.zeros(1, config.text_len, config.text_dim), torch.zeros(1, config.t5_len, config.t5_dim)
+    masks = torch.ones(1, config.text_len).long(), torch.ones(1, config.t5_len).long()
+    with torch.no_grad():
+        context = dit.encode_context(text, masks[0], t5, masks[1])
+        expected = dit(x, torch.tensor([500.0]), context)
+        weight = layer.mlp.fc1.weight
+        streamed = Streamed(dit, dit.blocks, Cloning(torch.device("cpu")))
+        streamed.enter()
+        found = dit(x, torch.tensor([500.0]), context)
+        streamed.leave()
+    assert torch.equal(found, expected) and layer.mlp.fc1.weight is weight
 
 
 def test_without_comfy_kitchen_weights_are_unpacked_and_it_is_said(tiny, full, tmp_path, monkeypatch):
