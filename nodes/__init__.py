@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .control import HyDiTControlNetApply, HyDiTControlNetLoader, HyDiTLayerWeights
+from .forecast import HyDiTForecast
 from .host.templates import serve_workflows
 from .latent import HyDiTEmptyLatent
 from .loaders import HyDiTCheckpointLoader, HyDiTDiTLoader, HyDiTTextEncoderLoader
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     HyDiTKSampler,
     HyDiTSampler,
     HyDiTScheduler,
+    HyDiTForecast,
     HyDiTControlNetLoader,
     HyDiTLayerWeights,
     HyDiTControlNetApply,

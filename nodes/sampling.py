@@ -107,6 +107,16 @@ class HyDiTKSampler(io.ComfyNode):
                     tooltip="Against the overexposure of a high cfg: 0 (off) to 1. -1: as the preset says.",
                 ),
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=_DENOISE),
+                io.Float.Input(
+                    "cfg_end",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,  # graphs of before it was there lack it
+                    tooltip="Guide only this share of the steps, from the first on; the others take half the "
+                    "time. 1: all of them.",
+                ),
             ],
             outputs=[io.Latent.Output("LATENT", tooltip="The sampled latents, for VAE Decode.")],
         )
@@ -126,6 +136,7 @@ class HyDiTKSampler(io.ComfyNode):
         cfg: float,
         guidance_rescale: float,
         denoise: float,
+        cfg_end: float = 1.0,
     ) -> io.NodeOutput:
         sampled, notes = sampling.sample(
             model,
@@ -135,6 +146,7 @@ class HyDiTKSampler(io.ComfyNode):
             seed=seed,
             preset=_given(preset, OWN),
             denoise=denoise,
+            cfg_end=cfg_end,
             sampler=_given(sampler, PRESET),
             spacing=_given(spacing, PRESET),
             steps=_given(steps, 0),

@@ -40,7 +40,8 @@ SIZES = {
     "CFGGuider": (210, 102), "Canny": (210, 90), "ConditioningCombine": (217, 54),
     "ConditioningSetMask": (210, 110), "HyDiTCheckpointLoader": (251, 174),
     "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 150), "HyDiTDiTLoader": (210, 134),
-    "HyDiTEmptyLatent": (213, 224), "HyDiTKSampler": (210, 596), "HyDiTLayerWeights": (219, 302),
+    "HyDiTEmptyLatent": (213, 224), "HyDiTForecast": (210, 180), "HyDiTKSampler": (210, 622),
+    "HyDiTLayerWeights": (219, 302),
     "HyDiTLoraLoader": (211, 296), "HyDiTLoraMerge": (210, 292), "HyDiTLoraSave": (210, 208),
     "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 372),
     "HyDiTTextEncoderLoader": (263, 162), "ImageCompositeMasked": (212, 158), "ImageScale": (210, 146),
@@ -181,20 +182,27 @@ LAYOUTS: dict[str, Box] = {
     "hydit_text_to_image_embedded": stages(
         first(group(MODEL, column(3, 4)), width=328, note=165),
         group(WORDS, column(5, 6, width=320)),
-        group(SAMPLING, column(node(7, 300, 600), shut(8), node(10, 300))),
+        group(SAMPLING, column(node(7, 300, 622), shut(8), node(10, 300))),
         drawn(node(11, 450, 500), node(9, 450)),
     ),
     "hydit_text_to_image_v1.2": stages(
         first(group(MODEL, column(3, 4)), width=328, note=180),
         group(WORDS, column(5, 6, width=320)),
-        group(SAMPLING, column(node(7, 310, 620), shut(8))),
+        group(SAMPLING, column(node(7, 310, 622), shut(8))),
         drawn(node(9, 560, 720)),
     ),
     "hydit_split_files": stages(
         column(node(1, 328, 200), group(MODEL, column(3, 4, 5, 6))),
         column(node(2, 348, 200), group(WORDS, column(7, 8, width=320))),
-        group(SAMPLING, column(node(9, 310, 620), shut(10))),
+        group(SAMPLING, column(node(9, 310, 622), shut(10))),
         drawn(node(11, 600, 760)),
+    ),
+    "hydit_fast": stages(
+        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=150),
+        group(WORDS, column(6, 7, width=290)),
+        group("With forecasts · 使用预测", column(node(8, 290), node(9, 290), shut(10, 290))),
+        group("Every call · 全部调用", column(shut(12, 290), shut(13, 290), node(14, 290))),
+        drawn(node(15, 440), node(16, 440, 480), node(11, 440)),
     ),
     "hydit_custom_sampling": stages(
         first(group(MODEL, column(3, 4, width=290)), width=318, note=150),
@@ -285,7 +293,7 @@ LAYOUTS: dict[str, Box] = {
             )),
             stages(*(
                 group(title, row(
-                    column(node(n), node(n + 1, height=151), width=330),
+                    column(node(n), node(n + 1, height=143), width=330),
                     column(shut(n + 2), shut(n + 3), shut(n + 4), shut(n + 5), width=236),
                 ))
                 for n, title in ((16, "Depth · 深度"), (22, "Pose · 姿态"))
@@ -314,7 +322,7 @@ LAYOUTS: dict[str, Box] = {
             ),
         ),
         column(group(FOLLOW, column(24, 25, width=260)), group("File · 文件", node(28, 260))),
-        drawn(node(26, 330), shut(27), shut(29), node(30, 330, 326)),
+        drawn(node(26, 330), shut(27), shut(29), node(30, 330, 302)),
     ),
     "hydit_two_prompts": stages(
         first(group(MODEL, column(3, 4, width=270)), width=298, note=150),
@@ -353,10 +361,10 @@ LAYOUTS: dict[str, Box] = {
         group(WORDS, column(6, 7, width=290)),
         group("Merging · 合并", column(8, 9, 10, width=290)),
         column(
-            group("With it · 加上 LoRA", column(node(11), shut(12), width=290, gap=5)),
+            group("With it · 加上 LoRA", column(node(11), width=290, gap=5)),
             group("Without · 不加", column(shut(14), shut(15), node(16), width=290, gap=5)),
         ),
-        drawn(node(17, 480), node(18, 480, 520), node(13, 480)),
+        drawn(shut(12, 480), node(17, 480), node(18, 480, 480), node(13, 480)),
     ),
 }  # fmt: skip
 

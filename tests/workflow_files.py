@@ -221,6 +221,9 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
             _blue(more) > 0.9,
             np.abs(np.hstack([none, half, one, more]) - strip).max() <= 1,
         ],
+        "hydit_fast": lambda forecast, full: [
+            0 < np.abs(forecast - full).mean() < 3, _color(forecast) == _color(full) == "green"
+        ],
         "hydit_lora_merge": lambda merged, without: [_blue(without) < 0.5 < _blue(merged)],
         "hydit_two_controlnets": lambda star, heart, a: [
             _same_outline(star[:, :64], a[:, :64]) > 0.7,

@@ -144,6 +144,7 @@ def sample(
         cfg=0.0,
         guidance_rescale=-1.0,
         denoise=denoise,
+        cfg_end=1.0,
     )
     blueprint.ask("seed", "seed · 种子", "INT", (sampler, "seed"))
     blueprint.ask("steps", "steps · 步数", "INT", (sampler, "steps"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_sampling
+import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 
 from ...hydit_core.diffusion.denoiser import predict_x0, prediction_target
-from ...hydit_core.diffusion.guidance import guide
+from ...hydit_core.diffusion.guidance import guide, last_guided
 from ...hydit_core.diffusion.samplers import SAMPLERS, Generators, draw_noise, noise_sampler_from
 from ...hydit_core.diffusion.schedule import Schedule
 from ...hydit_core.errors import ConfigError, HyditError
 from ...hydit_core.facts import ModelInfo, SamplingDefaults
 from ...hydit_core.finite import is_finite, why_not_finite
 from ...hydit_core.presets import (
+    check_cfg_end,
     check_sampler,
     check_seed,
     check_settings,
@@ -144,6 +146,25 @@ def with_guidance_rescale(model: Any, rescale: float) -> Any:
         return x - view.denoised(guided)
 
     model.set_model_sampler_cfg_function(guidance)
+    return model
+
+
+def with_guidance_at_first(model: Any, sigmas: Tensor, share: float) -> Any:
+    """A clone of a MODEL that guides only the first ``share`` of a run's steps (see ``last_guided``)."""
+    model = model.clone()
+    last = last_guided(sigmas, share)
+
+    def predict(executor: Any, x: Tensor, timestep: Tensor, *rest: Any, **options: Any) -> Tensor:
+        guider = executor.class_obj
+        before = guider.cfg
+        if float(timestep.flatten()[0]) < last:
+            guider.cfg = 1.0  # ComfyUI then leaves the negative prompt out
+        try:
+            return executor(x, timestep, *rest, **options)
+        finally:
+            guider.cfg = before
+
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "hydit_cfg_end", predict)
     return model
 
 
@@ -311,6 +332,7 @@ def sample(
     seed: int,
     preset: str | None = None,
     denoise: float = 1.0,
+    cfg_end: float = 1.0,
     **given: Any,
 ) -> tuple[dict[str, Any], list[str]]:
     """What HyDiTKSampler does: sample a LATENT with the settings of the model or a preset, and give advice.
@@ -328,6 +350,7 @@ def sample(
     height, width = (side * DOWNSCALE for side in latents.shape[2:])
     settings = replace(choose_settings(info.defaults, preset, **given), width=width, height=height)
     check_settings(settings, DOWNSCALE, info)
+    check_cfg_end(cfg_end)
     notes = _advice(info, settings, preset, latents, denoise)
     for note in notes:
         log.warning("HyDiTKSampler: %s", note)
@@ -340,6 +363,8 @@ def sample(
     noise = draw_noise(latents.shape, _generators(seeds))
     if settings.guidance_rescale > 0 and settings.cfg != 1:
         model = with_guidance_rescale(model, settings.guidance_rescale)
+    if cfg_end < 1:
+        model = with_guidance_at_first(model, sigmas, cfg_end)
     samples = comfy.sample.sample_custom(
         model,
         noise,

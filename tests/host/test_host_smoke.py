@@ -17,7 +17,7 @@ from find_host import ROOT, find_host
 
 IDS = [
     "HyDiTCheckpointLoader", "HyDiTDiTLoader", "HyDiTTextEncoderLoader", "HyDiTTextEncode",
-    "HyDiTEmptyLatent", "HyDiTKSampler", "HyDiTSampler", "HyDiTScheduler", "HyDiTModelSave",
+    "HyDiTEmptyLatent", "HyDiTKSampler", "HyDiTSampler", "HyDiTScheduler", "HyDiTForecast", "HyDiTModelSave",
 ]  # fmt: skip
 # Folder names, and whether the pack is copied into them. The first load is the one that is timed.
 FOLDERS = [

@@ -38,6 +38,7 @@ NODES = (
     "HyDiTControlNetLoader",
     "HyDiTDiTLoader",
     "HyDiTEmptyLatent",
+    "HyDiTForecast",
     "HyDiTKSampler",
     "HyDiTLayerWeights",
     "HyDiTLoraLoader",
@@ -257,7 +258,7 @@ def test_no_text_is_taken_for_syntax(language, name):
 
 def test_both_languages_have_the_same_words():
     words = {language: load(language, "main") for language in LANGUAGES}
-    for name in ("report", "lora", "notes"):
+    for name in ("report", "lora", "notes", "forecast"):
         words["zh"]["hydit"][name].pop("rules")
     paths = {language: {path for path, _ in texts(value)} for language, value in words.items()}
     assert paths["en"] == paths["zh"]
@@ -325,6 +326,13 @@ def test_advice_of_the_sampler_is_translated():
         said = translated("\n".join([first, *sizes, *others]), rules)
         left = re.sub(r"\d+x\d+|v1\.\d|Latent", "", said)
         assert not re.search(r"[A-Za-z]", left), said
+
+
+def test_what_forecasts_took_is_translated():
+    rules = load("zh", "main")["hydit"]["forecast"]["rules"]
+    both = "EasyCache is on this model too and left out some of those: use one of the two"
+    said = translated(f"30 of 50 calls of the model were real\n{both}", rules)
+    assert not re.search("[A-Za-z]", said.replace("EasyCache", ""))
 
 
 def test_reports_are_translated_but_for_what_they_quote():
