@@ -21,7 +21,7 @@ from .writer import Progress, save_safetensors
 
 FORMATS: dict[str, str] = {
     "int8": "8-bit integers, a scale for each row",
-    "int8_convrot": "the same after a rotation that spreads outliers; half the error of int8",
+    "int8_convrot": "the same after a rotation that spreads outliers, a little more exact",
     "fp8_scaled": "8-bit floats, one scale for each layer; as small, less exact, unpacked for every product",
 }
 """What can be written, and what it is."""
