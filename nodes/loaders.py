@@ -192,8 +192,8 @@ def dtype_input(what: str) -> io.Combo.Input:
         options=["default", *HOST],
         default="default",
         tooltip=f"In which precision to keep {what} in memory. default: ComfyUI chooses for the file and the "
-        "machine. fp8 takes half the memory of fp16 and changes the picture a little; fp16 may overflow "
-        "(black pictures).",
+        "machine, and quantised layers stay so. fp8 takes half the memory of fp16 and changes the picture a "
+        "little; fp16 may overflow (black pictures).",
     )
 
 
