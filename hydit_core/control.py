@@ -104,12 +104,12 @@ class Controls:
     def __init__(self, controls: Sequence[PreparedControl]):
         self.controls = controls
 
-    def __call__(self, x: Tensor, t: Tensor) -> list[Tensor] | None:
+    def __call__(self, x: Tensor, t: Tensor, now: float) -> list[Tensor] | None:
         """Residuals for the DiT at x (B, C, h, w) and t (B,), all equal; None if no ControlNet acts then.
 
-        Fewer rows than were prepared are the last of them.
+        Fewer rows than were prepared are the last of them. ``now`` is the timestep once more: reading it from
+        ``t`` would let the host wait for the device.
         """
-        now = float(t.flatten()[0])
         acting = [control for control in self.controls if control.acts(now)]
         if not acting:
             return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,45 @@ def is_finite(values: Any) -> bool:
     if isinstance(values, tuple | list):
         return all(is_finite(value) for value in values)
     return not isinstance(values, Tensor) or bool(torch.isfinite(values).all())
+
+
+class FiniteWatch:
+    """Looks whether each step's values are finite, without a wait for the device between the steps.
+
+    A GPU's host queues a step long before it is computed. So the answer about one step is fetched while the
+    next is queued, and an error comes one step late; elsewhere at once.
+
+    Args:
+        blame: makes the error from what :meth:`look` was given about the step.
+    """
+
+    def __init__(self, blame: Callable[[Any], Exception]) -> None:
+        self._blame = blame
+        self._asked: tuple[Tensor, Any, Any] | None = None
+
+    def look(self, values: Tensor, about: Any) -> None:
+        """Raise what ``blame`` makes of the step before, or of this one, if it is known already."""
+        self.settle()
+        answer = torch.isfinite(values).all()
+        if answer.device.type == "cuda":
+            self._asked = (*_fetched(answer), about)
+        elif not answer:
+            raise self._blame(about)
+
+    def settle(self) -> None:
+        """Wait for the last answer; raise what ``blame`` makes of it."""
+        if self._asked is not None:
+            answer, arrived, about = self._asked
+            self._asked = None
+            arrived.synchronize()
+            if not answer:
+                raise self._blame(about)
+
+
+def _fetched(answer: Tensor) -> tuple[Tensor, Any]:
+    """A copy on the host, and the event after which it can be read."""
+    here = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(answer, non_blocking=True)
+    return here, torch.cuda.current_stream(answer.device).record_event()
 
 
 def why_not_finite(step: int, x: Tensor, network: nn.Module, run: Callable[[], Any], dtype: Any) -> str:
@@ -69,8 +110,11 @@ def first_overflow(network: nn.Module, run: Callable[[], Any]) -> str | None:
         module.register_forward_hook(check_output(f"first in {name}" if name else "outside its layers"))
         for name, module in network.named_modules()
     ]
+    # Only layers that run as they are written can be watched; importing the compiler takes a second.
+    compiled = "torch._dynamo" in sys.modules
     try:
-        run()
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            run()
     finally:
         for hook in hooks:
             hook.remove()

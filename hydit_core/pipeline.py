@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,13 +22,15 @@ from .diffusion.samplers import SAMPLERS, draw_noise, noise_sampler_from, start_
 from .diffusion.schedule import Schedule
 from .dtypes import choose_dtype
 from .embedded import embedded_model
-from .errors import ConfigError, HyditError, WeightsError
+from .errors import ConfigError, HyditError
 from .facts import ModelInfo, SamplingDefaults
-from .finite import DTYPE_ADVICE, why_not_finite
+from .finite import DTYPE_ADVICE, FiniteWatch, why_not_finite
 from .images import Geometry, to_tensor
+from .model.compiled import compile_blocks
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
 from .offload.placement import Offload, Placement
+from .plan import Choice, choose, for_pipeline, free_memory
 from .presets import (
     RunChoices,
     RunSettings,
@@ -80,6 +81,7 @@ class Pipeline:
         info: what the model's file says about itself: noise schedule and recommended settings.
         name: of the file or folder, for the pictures' metadata.
         placement: which networks are on the device when; default: all, always.
+        compiled: run blocks as compiled graphs, see :func:`~.model.compiled.compile_blocks`.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class Pipeline:
         *,
         name: str = "",
         placement: Placement | None = None,
+        compiled: bool = False,
     ):
         self.dit = dit
         self.text = text
@@ -98,6 +101,7 @@ class Pipeline:
         self.info = info
         self.name = name
         self.placement = placement or Placement()
+        self.compiled = compiled
         self.schedule = Schedule(info.diffusion)
 
     @property
@@ -255,6 +259,9 @@ class Pipeline:
             check_fit(control.net.config, self.dit.config)
         hints = [self._encode_image(control.image, sampling) for control in controls]
         nets = [control.net for control in controls]
+        if self.compiled:
+            for net in (self.dit, *nets):
+                compile_blocks(net)
         negative = [sampling.negative] if sampling.cfg > 1 else []
         encoded = self._encoded([*negative, *prompts])
         # In the order of the guided batch: unconditional rows first
@@ -350,23 +357,31 @@ class Pipeline:
         noise = draw_noise((len(seeds), *shape), generators).to(self.device)
         x = start_latents(noise, sigmas, init)
 
-        network: dict[str, Any] = {"context": context, "controls": controls}
+        # On the host, where ControlNets are chosen: nothing in a step may wait for the device.
+        times: list[float] = self.schedule.sigma_to_t(sigmas[:-1]).tolist()
+        network: dict[str, Any] = {"context": context, "controls": controls, "now": times[0]}
+
+        def blame(state: dict[str, Any]) -> HyditError:
+            i, x = state["i"], state["x"]
+
+            def again() -> Tensor:
+                level = state["sigma"] * x.new_ones(len(x))
+                return denoiser.model(x, level, **{**network, "now": times[i]})
+
+            return HyditError(why_not_finite(i + 1, x, self.dit, again, self.dit.dtype))
+
+        watch = FiniteWatch(blame)
 
         def each_step(state: dict[str, Any]) -> None:
-            if not torch.isfinite(state["denoised"]).all():
-                level = state["sigma"].to(x) * x.new_ones(len(seeds))
-
-                def again() -> Tensor:
-                    return denoiser.model(state["x"], level, **network)
-
-                raise HyditError(why_not_finite(state["i"] + 1, state["x"], self.dit, again, self.dit.dtype))
+            watch.look(state["denoised"], state)
+            network["now"] = times[min(state["i"] + 1, len(times) - 1)]
             if callback is not None:
-                callback(state["i"] + 1, len(sigmas) - 1, state["denoised"])
+                callback(state["i"] + 1, len(times), state["denoised"])
 
-        return SAMPLERS[settings.sampler](
+        latents = SAMPLERS[settings.sampler](
             denoiser,
             x,
-            sigmas.to(self.device),
+            sigmas,
             extra_args=network,
             callback=each_step,
             disable=True,
@@ -374,9 +389,11 @@ class Pipeline:
             noise_sampler=noise_sampler_from(x, generators),
             **({} if run.eta is None else {"eta": run.eta}),
         )
+        watch.settle()
+        return latents
 
-    def _predict(self, x_t: Tensor, t: Tensor, *, context: Context, controls: Controls) -> Tensor:
-        return self.dit(x_t.to(self.dit.dtype), t, context.last(len(x_t)), controls(x_t, t))
+    def _predict(self, x_t: Tensor, t: Tensor, *, context: Context, controls: Controls, now: float) -> Tensor:
+        return self.dit(x_t.to(self.dit.dtype), t, context.last(len(x_t)), controls(x_t, t, now))
 
     # -- pictures and latents --------------------------------------------------------------------------------
 
@@ -409,7 +426,8 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     load_key: str | None = None,
-    offload: str = "off",
+    offload: str | Choice = "off",
+    compile: bool = False,
 ) -> Pipeline:
     """Load a model and what belongs to it.
 
@@ -424,25 +442,56 @@ def load(
         device: "auto" (a GPU if there is one), or a torch device.
         load_key: which set of weights to take from a ``.pt`` file with several: ema, module, distill.
         offload: "off" keeps everything on the device; for small GPUs "encoders" and "blocks" keep weights on
-            the host and bring them when they are needed, see :class:`~.offload.placement.Offload`.
+            the host and bring them when they are needed, see :class:`~.offload.placement.Offload`. "auto"
+            takes the first of these that fits into what the GPU has free, for one picture of the recommended
+            size; :mod:`~.plan` chooses for others.
+        compile: run the blocks as graphs that torch compiles, which takes a while at the first step.
 
     Raises:
         WeightsError: a file is missing, damaged, or holds something else.
         ConfigError: an unknown dtype, device or way of offloading.
     """
-    from .text.loading import load_text_encoders
-    from .vae import load_vae
-    from .weights.bundle import bundle
-    from .weights.load import load_dit
-
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
-    placement = Placement() if offload == "off" else Offload(device, offload)
-    device = placement.home(device)
+    places: dict[str, Any] = {"text_encoders": text_encoders, "vae": vae, "load_key": load_key}
+    if offload == "auto":
+        free = free_memory(device)
+        offload = "off" if free is None else choose(for_pipeline(outline(path, dtype, **places)), free)
+    if isinstance(offload, str):
+        placement = Placement() if offload == "off" else Offload(device, offload)
+    else:
+        placement = offload.placement(device)
+    pipe = _loaded(path, dtype, placement.home(device), **places)
+    pipe.placement, pipe.compiled = placement, compile
+    return pipe
+
+
+def outline(path: str | Path | None, dtype: torch.dtype, **places: Any) -> Pipeline:
+    """What :func:`load` would load, without the weights: its networks are on the meta device, to plan with.
+
+    Raises :class:`WeightsError` as :func:`load` does.
+    """
+    return _loaded(path, dtype, torch.device("meta"), **places)
+
+
+def _loaded(
+    path: str | Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    text_encoders: str | Path | None = None,
+    vae: str | Path | None = None,
+    load_key: str | None = None,
+) -> Pipeline:
+    from .text.loading import load_text_encoders
+    from .vae import load_vae
+    from .weights.bundle import bundle, say_where
+    from .weights.load import load_dit
+
     source = embedded_model() if path is None else Path(path).expanduser()
     opened = bundle(source, only=("dit",), kinds=("dit",), load_key=load_key)
     dit, info = load_dit(opened, dtype=dtype, device=device, keep_quantised=True)
-    with _or_say("text_encoders", given=text_encoders is not None):
+    with say_where("text_encoders", given=text_encoders is not None):
         text = load_text_encoders(
             text_encoders or opened,
             dtype=dtype,
@@ -451,17 +500,6 @@ def load(
             t5_len=dit.config.t5_len,
             keep_quantised=True,
         )
-    with _or_say("vae", given=vae is not None):
+    with say_where("vae", given=vae is not None):
         autoencoder = load_vae(vae or opened, dtype=dtype, device=device)
-    return Pipeline(dit, text, autoencoder, info, name=source.name, placement=placement)
-
-
-@contextlib.contextmanager
-def _or_say(part: str, *, given: bool) -> Iterator[None]:
-    """Complete an error about a part that was looked for beside the model: say how to name another place."""
-    try:
-        yield
-    except WeightsError as error:
-        if given:
-            raise
-        raise WeightsError(f"{error} (--{part.replace('_', '-')} PATH, or {part}= in Python)") from None
+    return Pipeline(dit, text, autoencoder, info, name=source.name)

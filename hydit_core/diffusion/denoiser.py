@@ -65,11 +65,17 @@ class Denoiser:
     def __call__(self, x: Tensor, sigma: Tensor, *, seed: int | None = None, **extra: Any) -> Tensor:
         """x (B, C, H, W) in sigma scaling, sigma (B,) -> x_0 (B, C, H, W) in float32.
 
+        Sigma may be on the CPU, where reading it makes nobody wait for the device of x.
+
         ``seed`` is for the samplers, which hand all their ``extra_args`` to the model; other ``extra`` goes
         to the network.
         """
         level = sigma.float().view(-1, 1, 1, 1)
         alpha = (level**2 + 1).rsqrt()
+        t, alpha, spread = (
+            value.to(x.device, non_blocking=True)
+            for value in (self.schedule.sigma_to_t(sigma), alpha, level * alpha)
+        )
         x_t = x.float() * alpha
-        output = self.predict(x_t, self.schedule.sigma_to_t(sigma), **extra)
-        return predict_x0(output, x_t, alpha, level * alpha, self.prediction)
+        output = self.predict(x_t, t, **extra)
+        return predict_x0(output, x_t, alpha, spread, self.prediction)

@@ -46,7 +46,8 @@ def noise_sampler_from(x: Tensor, generator: Generators) -> NoiseSampler:
     """A noise sampler that continues ``generator`` (one, or one per picture); its noise is shaped like x."""
 
     def sample(sigma: Any, sigma_next: Any) -> Tensor:
-        return draw_noise(x.shape, generator).to(x)
+        # The host need not wait for the copy.
+        return draw_noise(x.shape, generator).to(x.device, x.dtype, non_blocking=x.device.type != "cpu")
 
     return sample
 
@@ -91,9 +92,10 @@ def _integrate(
     """The loop of all samplers here: ``x = update(x, denoised, sigma, sigma_next)`` for each pair of sigmas.
 
     Sigmas are Python floats in the update, so that step coefficients are computed in double precision.
+    Sigmas on the CPU spare a GPU's host every wait: the model gets its sigma there, too.
     """
     levels = sigmas.tolist()
-    ones = x.new_ones(x.shape[0], dtype=torch.float32)
+    ones = sigmas.new_ones(x.shape[0], dtype=torch.float32)
     for i in _progress(len(levels) - 1, disable):
         denoised = model(x, sigmas[i] * ones, **(extra_args or {}))
         if callback is not None:

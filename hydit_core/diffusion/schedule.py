@@ -39,6 +39,8 @@ class Schedule:
         self.log_sigmas = self.sigmas.log()
         variance = self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_log_variance = torch.cat([variance[1:2], variance[1:]]).log()
+        # log_sigmas on the devices that asked for it: copied once, not at every step
+        self._moved: dict[torch.device, Tensor] = {}
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -68,7 +70,10 @@ class Schedule:
 
         Whole numbers, because the model was trained on no others.
         """
-        table = self.log_sigmas.to(torch.float32).to(sigma.device, non_blocking=True)
+        table = self._moved.get(sigma.device)
+        if table is None:
+            table = self.log_sigmas.to(torch.float32).to(sigma.device, non_blocking=True)
+            self._moved[sigma.device] = table
         distance = (sigma.float().log().unsqueeze(-1) - table).abs()
         return distance.argmin(dim=-1).to(torch.float32)
 

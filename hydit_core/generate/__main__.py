@@ -20,7 +20,6 @@ from ..errors import ConfigError, cli_main, program
 from ..facts import SPACINGS
 from ..images import parse_size
 from ..new_files import check_name, write_new
-from ..offload.placement import MODES
 from ..pipeline import Picture
 from ..presets import PRESETS, check_seed
 from ..untrusted import read_text
@@ -28,6 +27,7 @@ from ..weights.output import check_free
 from . import control as control_cli
 from . import drawing
 from . import lora as lora_cli
+from . import memory as memory_cli
 
 _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
@@ -75,12 +75,11 @@ def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
         help="to compute in (default: %(default)s)",
     )
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
+    memory_cli.add_arguments(model)
     model.add_argument(
-        "--offload",
-        choices=MODES,
-        default="off",
-        help="for small GPUs: what is on the device only when it is needed: text encoders, DiT and VAE as a "
-        "whole (encoders), or block by block (blocks; the least memory) (default: %(default)s)",
+        "--compile",
+        action="store_true",
+        help="let torch compile the blocks: the first step takes a minute or so, the others are faster",
     )
     how = parser.add_argument_group("how")
     how.add_argument("--preset", choices=PRESETS, help="the settings published for a release")
@@ -130,11 +129,14 @@ def size(text: str) -> tuple[int, int]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    prompts = read_prompts(args)
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: use 1 or more")
     check_seed(args.seed, args.batch)
     drawing.check(args)
+    if args.plan:
+        print("\n".join(memory_cli.plan(args, drawing.open_files(args))))
+        return
+    prompts = read_prompts(args)
     names = _output_names(args, len(prompts) * args.batch)
     rank, mine = _share(len(prompts))
     if not mine:

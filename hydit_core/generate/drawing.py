@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,20 +15,21 @@ from PIL import Image
 
 from ..diffusion.forecast import tolerance_of
 from ..errors import ConfigError
-from ..facts import NEGATIVE_PROMPT
 from ..images import load_picture
 from ..pictures.png import png_info
 from ..pictures.redraw import redraw
 from ..pipeline import Picture, Pipeline, Progress, load
-from ..presets import RunSettings, check_cfg_end, check_settings
+from ..presets import check_cfg_end
 from . import control as control_cli
 from . import lora as lora_cli
+from . import memory as memory_cli
+from .settings import settings_of
 
 if TYPE_CHECKING:
     from ..lora.adapter import Adapter
     from ..weights.bundle import Bundle
 
-LOADING = ("text_encoders", "vae", "dtype", "device", "offload")
+LOADING = ("text_encoders", "vae", "dtype", "device", "offload", "compile")
 """The options that :func:`hydit_core.load` gets, beside the model."""
 _OF_MODEL = ("model", *LOADING, "lora", "lora_block_weights", "partial")
 _VERSIONS = ("v1.0", "v1.1", "v1.2")
@@ -89,7 +89,10 @@ def load_model(args: argparse.Namespace, files: Files, *, quiet: bool = False) -
 
     Raises :class:`HyditError` for files that cannot be read or do not fit.
     """
-    pipe = load(args.model, **{name: getattr(args, name) for name in LOADING})
+    given = {name: getattr(args, name) for name in LOADING}
+    if args.offload == "auto":
+        given["offload"] = memory_cli.choice(args, files, quiet=quiet)
+    pipe = load(args.model, **given)
     return Model(pipe, lora_cli.load(args, files.adapters, pipe, quiet=quiet))
 
 
@@ -106,7 +109,7 @@ class Drawing:
     def __init__(self, args: argparse.Namespace, files: Files, model: Model, folder: Path):
         self.args = args
         self.pipe = model.pipe
-        self.run = _settings(model.pipe, args, files.init)
+        self.run = settings_of(model.pipe, args, files.init)
         self._init = files.init
         self._loras = model.loras
         self._controls, self._control_facts = control_cli.read(
@@ -168,35 +171,6 @@ class Drawing:
         if self._controls:
             facts["controls"] = self._control_facts
         return facts
-
-
-def _settings(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | None) -> RunSettings:
-    negative = NEGATIVE_PROMPT if args.negative == "tencent" else args.negative
-    settings = pipe.settings(
-        args.preset,
-        negative=negative,
-        steps=args.steps,
-        cfg=args.cfg,
-        guidance_rescale=args.guidance_rescale,
-        sampler=args.sampler,
-        spacing=args.spacing,
-        width=args.size and args.size[0],
-        height=args.size and args.size[1],
-    )
-    if init is not None and args.size is None:
-        width, height = _size_like(init.size, settings.width * settings.height)
-        settings = replace(settings, width=width, height=height)
-        check_settings(settings, pipe.vae.downscale, pipe.info)
-    strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
-    faster = {"forecast": args.forecast, "cfg_end": args.cfg_end}
-    return RunSettings(settings, args.seed, args.batch, strength, **faster)
-
-
-def _size_like(size: tuple[int, int], area: int) -> tuple[int, int]:
-    """Multiples of 16 with the proportions of ``size`` and about ``area`` pixels."""
-    scale = (area / (size[0] * size[1])) ** 0.5
-    width, height = (max(16, round(side * scale / 16) * 16) for side in size)
-    return width, height
 
 
 def _places(args: argparse.Namespace) -> dict[str, Path | None]:

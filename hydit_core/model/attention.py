@@ -56,9 +56,9 @@ def training_attention(q: Tensor, k: Tensor, v: Tensor, *, options: Options = No
 
 
 def _products_pay(q: Tensor, k: Tensor) -> bool:
-    few = q.shape[-2] * k.shape[-2] < 2**18
-    graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not few and not graph and _cpu_multiplies_bfloat16_outside_tiles()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False  # before the lengths are looked at, which would tie a graph to them
+    return q.shape[-2] * k.shape[-2] >= 2**18 and _cpu_multiplies_bfloat16_outside_tiles()
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -110,7 +110,8 @@ def combine_controls(
     count = len(controls[0][0])
     combined: list[Tensor] = []
     for residuals, weights in controls:
-        factors = [float(w) for w in torch.as_tensor(weights, dtype=torch.float64).reshape(-1)]
+        given = weights.reshape(-1).tolist() if isinstance(weights, Tensor) else weights
+        factors = [float(w) for w in given] if isinstance(given, Iterable) else [float(given)]
         factors = factors * count if len(factors) == 1 else factors
         if len(residuals) != count or len(factors) != count:
             raise ValueError(

@@ -53,7 +53,8 @@ class PatchEmbed(nn.Module):
         right, bottom = -x.shape[-1] % self.patch, -x.shape[-2] % self.patch
         if right or bottom:
             x = F.pad(x, (0, right, 0, bottom), mode="circular")
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+        # In memory as in shape: the residual stream keeps this layout, and layer norms would copy another.
+        return rearrange(self.proj(x), "b d h w -> b (h w) d").contiguous()
 
 
 class AttentionPool(nn.Module):

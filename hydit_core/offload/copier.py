@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Copier:
@@ -88,8 +88,17 @@ def available_memory() -> int | None:
     return None
 
 
-def pin(parameters: Sequence[Tensor]) -> None:
-    """Put plain tensors into pinned memory; others, such as quantized ones, stay as they are."""
-    for tensor in parameters:
-        if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_pinned():
-            tensor.data = tensor.data.pin_memory()
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """The ordinary tensors that a tensor of another class, such as a quantized one, is made of; or itself."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in plain_parts(getattr(tensor, name))]
+
+
+def pin(tensors: Sequence[Tensor]) -> None:
+    """Put tensors of the host into pinned memory."""
+    for tensor in tensors:
+        for part in plain_parts(tensor):
+            if not part.is_pinned():
+                part.data = part.data.pin_memory()

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .copier import Copier, pin
+from .copier import Copier, pin, plain_parts
 
 _Owner = dict[str, Any]
 """``module._parameters`` or ``module._buffers``."""
@@ -186,7 +186,4 @@ def network_size(network: nn.Module) -> int:
 
 def size_of(tensor: Tensor) -> int:
     """Bytes of a tensor; of one that is made of others, of those."""
-    parts = getattr(tensor, "__tensor_flatten__", None)
-    if parts is None:
-        return tensor.numel() * tensor.element_size()
-    return sum(size_of(getattr(tensor, name)) for name in parts()[0])
+    return sum(part.numel() * part.element_size() for part in plain_parts(tensor))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -223,3 +224,14 @@ def _bytes(places: Iterable[TensorSource], names: tuple[str, ...]) -> bytes | No
             if name in source:
                 return source.get(name).to(torch.uint8).contiguous().numpy().tobytes()
     return None
+
+
+@contextlib.contextmanager
+def say_where(part: str, *, given: bool) -> Iterator[None]:
+    """Complete an error about a part that was looked for beside the model: say how to name another place."""
+    try:
+        yield
+    except WeightsError as error:
+        if given:
+            raise
+        raise WeightsError(f"{error} (--{part.replace('_', '-')} PATH, or {part}= in Python)") from None

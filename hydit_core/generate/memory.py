@@ -1,0 +1,110 @@
+"""The options of ``python -m hydit_core.generate`` for the device's memory: ``--offload`` and ``--plan``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from ..devices import choose_device
+from ..dtypes import choose_dtype, dtype_name
+from ..facts import SamplingDefaults
+from ..offload.placement import MODES
+from ..pipeline import outline
+from ..plan import Choice, Requirements, choose, for_pipeline, free_memory, size_text
+from .settings import settings_of
+
+if TYPE_CHECKING:
+    from .drawing import Files
+
+CARDS = (4, 6, 8, 12, 16, 24)
+"""The GPUs that ``--plan`` looks at where there is none, by their memory in GB."""
+
+_LEFT = 0.92
+"""Of a card's memory, what is left beside a screen and the driver."""
+
+
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options to a group of a parser."""
+    group.add_argument(
+        "--offload",
+        choices=("auto", *MODES),
+        default="auto",
+        help="for small GPUs: what is on the device only when it is needed: text encoders, DiT and VAE as a "
+        "whole (encoders), or block by block (blocks; the least memory); auto: as little as possible "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="print how much memory these options need with each --offload, and draw nothing",
+    )
+
+
+def choice(args: argparse.Namespace, files: Files, *, quiet: bool = False) -> str | Choice:
+    """What ``--offload auto`` means on the device of a command line; says so where it is not "off".
+
+    Raises :class:`HyditError` for files that cannot be read.
+    """
+    device = choose_device(args.device)
+    free = free_memory(device)
+    if free is None:
+        return "off"
+    chosen = choose(_needed(args, files)[0], free)
+    if not quiet and (chosen.mode != "off" or chosen.tile):
+        print(f"offload: {chosen}; {device} has {size_text(free)} free", file=sys.stderr)
+    if not quiet and not chosen.fits:
+        print("warning: that may be more than fits; try a smaller --size, or --dtype", file=sys.stderr)
+    return chosen
+
+
+def plan(args: argparse.Namespace, files: Files) -> list[str]:
+    """The lines of ``--plan``.
+
+    Raises :class:`HyditError` for files that cannot be read.
+    """
+    needed, settings, dtype = _needed(args, files)
+    lines = [f"{settings.width}x{settings.height}, batch {args.batch}, {dtype}"]
+    lines += [f"  {name}: {size_text(size)}" for name, size in needed.weights.items()]
+    lines += [
+        f"  a step beside the weights: {size_text(needed.sampling)}",
+        f"  a picture in the VAE: {size_text(needed.decoding)}; in tiles: {size_text(needed.in_tiles)}",
+        "at once:",
+    ]
+    for mode in MODES:
+        whole, tiled = (size_text(needed.of(mode, tiles=tiles)) for tiles in (False, True))
+        lines.append(f"  --offload {mode}: {whole}" + (f"; VAE in tiles: {tiled}" if tiled != whole else ""))
+    return [*lines, "--offload auto:", *_cards(args, needed)]
+
+
+def _cards(args: argparse.Namespace, needed: Requirements) -> list[str]:
+    device = choose_device(args.device)
+    free = free_memory(device)
+    cards = {f"a GPU of {size} GB": int(_LEFT * size * 2**30) for size in CARDS}
+    if free is not None:
+        cards = {f"{device}, {size_text(free)} free": free}
+    lines = []
+    for name, bytes_ in cards.items():
+        chosen = choose(needed, bytes_)
+        lines.append(f"  {name}: {chosen if chosen.fits else 'too small'}")
+    return lines
+
+
+def _needed(args: argparse.Namespace, files: Files) -> tuple[Requirements, SamplingDefaults, str]:
+    from ..weights.bundle import bundle
+    from ..weights.load import load_controlnet
+
+    device = choose_device(args.device)
+    # A GPU's dtype, where there is none to be asked: what fits is asked about GPUs.
+    plain = args.plan and args.dtype == "auto" and device.type == "cpu"
+    dtype = choose_dtype("bf16" if plain else args.dtype, device)
+    pipe = outline(args.model, dtype, text_encoders=args.text_encoders, vae=args.vae)
+    run = settings_of(pipe, args, files.init)
+    nets = [
+        # Opened again: what was opened gives its tensors away once.
+        load_controlnet(
+            bundle(one.place, only=("controlnet",), kinds=("controlnet",)), dtype=dtype, device="meta"
+        )[0]
+        for one in files.controlnets
+    ]
+    return for_pipeline(pipe, run.sampling, run.batch, nets), run.sampling, dtype_name(dtype)
