@@ -134,7 +134,8 @@ def _run(args: argparse.Namespace) -> None:
     check_seed(args.seed, args.batch)
     drawing.check(args)
     if args.plan:
-        print("\n".join(memory_cli.plan(args, drawing.open_files(args))))
+        files = drawing.open_files(args)
+        print("\n".join(memory_cli.plan(args, (files.init, files.controlnets))))
         return
     prompts = read_prompts(args)
     names = _output_names(args, len(prompts) * args.batch)

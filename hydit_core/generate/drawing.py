@@ -91,7 +91,7 @@ def load_model(args: argparse.Namespace, files: Files, *, quiet: bool = False) -
     """
     given = {name: getattr(args, name) for name in LOADING}
     if args.offload == "auto":
-        given["offload"] = memory_cli.choice(args, files, quiet=quiet)
+        given["offload"] = memory_cli.choice(args, (files.init, files.controlnets), quiet=quiet)
     pipe = load(args.model, **given)
     return Model(pipe, lora_cli.load(args, files.adapters, pipe, quiet=quiet))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..devices import choose_device
@@ -15,7 +16,12 @@ from ..plan import Choice, Requirements, choose, for_pipeline, free_memory, size
 from .settings import settings_of
 
 if TYPE_CHECKING:
-    from .drawing import Files
+    from PIL import Image
+
+    from ..weights.bundle import Bundle
+
+    Opened = tuple[Image.Image | None, Sequence[Bundle]]
+    """The picture that a run starts from, and its ControlNets."""
 
 CARDS = (4, 6, 8, 12, 16, 24)
 """The GPUs that ``--plan`` looks at where there is none, by their memory in GB."""
@@ -41,7 +47,7 @@ def add_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def choice(args: argparse.Namespace, files: Files, *, quiet: bool = False) -> str | Choice:
+def choice(args: argparse.Namespace, opened: Opened, *, quiet: bool = False) -> str | Choice:
     """What ``--offload auto`` means on the device of a command line; says so where it is not "off".
 
     Raises :class:`HyditError` for files that cannot be read.
@@ -50,7 +56,7 @@ def choice(args: argparse.Namespace, files: Files, *, quiet: bool = False) -> st
     free = free_memory(device)
     if free is None:
         return "off"
-    chosen = choose(_needed(args, files)[0], free)
+    chosen = choose(_needed(args, opened)[0], free)
     if not quiet and (chosen.mode != "off" or chosen.tile):
         print(f"offload: {chosen}; {device} has {size_text(free)} free", file=sys.stderr)
     if not quiet and not chosen.fits:
@@ -58,12 +64,12 @@ def choice(args: argparse.Namespace, files: Files, *, quiet: bool = False) -> st
     return chosen
 
 
-def plan(args: argparse.Namespace, files: Files) -> list[str]:
+def plan(args: argparse.Namespace, opened: Opened) -> list[str]:
     """The lines of ``--plan``.
 
     Raises :class:`HyditError` for files that cannot be read.
     """
-    needed, settings, dtype = _needed(args, files)
+    needed, settings, dtype = _needed(args, opened)
     lines = [f"{settings.width}x{settings.height}, batch {args.batch}, {dtype}"]
     lines += [f"  {name}: {size_text(size)}" for name, size in needed.weights.items()]
     lines += [
@@ -90,7 +96,7 @@ def _cards(args: argparse.Namespace, needed: Requirements) -> list[str]:
     return lines
 
 
-def _needed(args: argparse.Namespace, files: Files) -> tuple[Requirements, SamplingDefaults, str]:
+def _needed(args: argparse.Namespace, opened: Opened) -> tuple[Requirements, SamplingDefaults, str]:
     from ..weights.bundle import bundle
     from ..weights.load import load_controlnet
 
@@ -99,12 +105,12 @@ def _needed(args: argparse.Namespace, files: Files) -> tuple[Requirements, Sampl
     plain = args.plan and args.dtype == "auto" and device.type == "cpu"
     dtype = choose_dtype("bf16" if plain else args.dtype, device)
     pipe = outline(args.model, dtype, text_encoders=args.text_encoders, vae=args.vae)
-    run = settings_of(pipe, args, files.init)
+    run = settings_of(pipe, args, opened[0])
     nets = [
         # Opened again: what was opened gives its tensors away once.
         load_controlnet(
             bundle(one.place, only=("controlnet",), kinds=("controlnet",)), dtype=dtype, device="meta"
         )[0]
-        for one in files.controlnets
+        for one in opened[1]
     ]
     return for_pipeline(pipe, run.sampling, run.batch, nets), run.sampling, dtype_name(dtype)

@@ -8,6 +8,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import HyditError
 from .trunk import Trunk
@@ -28,6 +29,13 @@ def compile_blocks(net: Trunk, *, whole: bool = True, backend: str | Callable[..
     compiled = _compiled(net.block_class.forward, whole, backend)
     for block in net.blocks:
         block.forward = MethodType(compiled, block)
+
+
+def compile_networks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile the blocks of every DiT and ControlNet in a module for training, adapters included."""
+    for net in module.modules():
+        if isinstance(net, Trunk):
+            compile_blocks(net, whole=False, backend=backend)
 
 
 @cache

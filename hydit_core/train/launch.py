@@ -16,6 +16,7 @@ from ..data.cache.latents import LatentCache, build_latent_cache, cache_folder
 from ..data.cache.text import build_text_cache
 from ..data.dataset import TrainData, open_dataset
 from ..errors import ConfigError
+from ..model.compiled import compile_networks
 from . import checkpoint as checkpoints
 from . import distributed, lock, saving
 from .checks import check_machine
@@ -61,6 +62,8 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         config = with_posterior(config, data, parts, processes, say)
         objective = make_objective(config, parts, processes.device)
         objective.use_checkpointing(float(run.gradient_checkpointing))
+        if run.compile:
+            compile_networks(objective.module)
         trainer = Trainer(config, objective, data, processes)
         if processes.is_main:
             trainer.pictures = picture_stamps(data)

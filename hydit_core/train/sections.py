@@ -123,6 +123,9 @@ class RunSection(Section):
         default=False,
         description="recompute activations instead of keeping them: true or a fraction of the blocks",
     )
+    compile: bool = Field(
+        default=False, description="let torch compile the blocks; the first step of each shape takes longer"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed of every random draw")
     threads: int | None = Field(default=None, gt=0, le=4096, description="CPU threads; unset: torch decides")
     device: str = Field(default="auto", description="where to compute; auto: a GPU if there is one")

@@ -21,7 +21,7 @@ from hydit_core.facts import DiffusionConfig
 from hydit_core.finite import FiniteWatch
 from hydit_core.model import compiled
 from hydit_core.model.attention import training_attention
-from hydit_core.model.compiled import compile_blocks
+from hydit_core.model.compiled import compile_blocks, compile_networks
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import Context, DiT
 from hydit_core.model.trunk import Trunk
@@ -130,6 +130,23 @@ def test_a_compiler_that_fails_is_told_in_one_line():
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"shape|size"):  # an error of the caller's stays
         compile_blocks(model, backend="eager")
         model.blocks[0](torch.zeros(2, 4, 5), None, None, None)
+
+
+def test_training_compiles_blocks_with_their_adapters(tmp_path, tiny_model_file, monkeypatch):
+    from test_train_lora import write_lora_run
+    from train_setup import records, run_training
+
+    from hydit_core.train import launch
+
+    backend, losses = Counting(), []
+    monkeypatch.setattr(launch, "compile_networks", partial(compile_networks, backend=backend))
+    for name, value in (("plain", "false"), ("compiled", "true")):
+        (tmp_path / name).mkdir()
+        config = write_lora_run(tmp_path / name, tiny_model_file)
+        assert run_training(config, "run.steps=2", f"run.compile={value}")
+        losses.append([record["loss"] for record in records(tmp_path / name / "run") if "loss" in record])
+    assert backend.graphs == 2  # one for each kind of block: adapters split none
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0]
 
 
 # A device that fake tensors can be on without its library. What fake tensors hold is unknown, so that
