@@ -9,7 +9,8 @@
 # make fuzz    damaged files of every kind, FUZZ_INPUTS of them (docs/testing.md)
 # make bench   benchmarks/*.py, one after the other
 # make mutants  wrong formulas on purpose, to test the tests; hours, and goes on where it stopped (docs/testing.md)
-# make gpu     the tests and figures of a CUDA device; DEVICE=cpu tries them without one (docs/testing.md)
+# make gpu     the tests and figures of a CUDA device, or one ROW of them; DEVICE=cpu TINY=1 tries them without one
+#              (docs/testing.md)
 # make gpu-wheels  what a machine without network may lack for it, into .whl/
 #
 # TORCH_INDEX  where pip takes torch from, for those who want the CPU or another CUDA build:
@@ -28,6 +29,8 @@ FUZZ_INPUTS ?= 50000
 FUZZ_SEED ?= 1
 PYTEST_ARGS ?= -n 2 --dist loadfile
 DEVICE ?= cuda
+TINY ?=
+ROW ?=
 GPU_PYTHON ?=
 GPU_WHEELS := einops comfy-kitchen diffusers peft torchao pydantic pydantic-core annotated-types typing-inspection typing-extensions
 # of the machine that the wheels are for; pip knows no "at least"
@@ -73,7 +76,7 @@ bench: $(VENV)/.test
 		echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.test)
-	$(or $(GPU_PYTHON),$(BIN)/python) tests/run_gpu.py --device $(DEVICE)
+	$(or $(GPU_PYTHON),$(BIN)/python) tests/run_gpu.py --device $(DEVICE) $(if $(TINY),--tiny) $(if $(ROW),--only $(ROW))
 
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants/run.py $(MUTANTS_ARGS)

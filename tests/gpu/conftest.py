@@ -45,6 +45,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             if "gpu/" in report.nodeid and (report.when == "call" or outcome != "passed"):
                 rows.append(
                     {
+                        "file": Path(report.nodeid.partition("::")[0]).stem,
                         "test": report.nodeid.rpartition("::")[2].removeprefix("test_"),
                         "outcome": outcome,
                         "seconds": round(report.duration, 2),
@@ -61,7 +62,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if row["reason"]:
             terminalreporter.write_line(f"       {row['reason']}")
     if folder := os.environ.get("HYDIT_GPU_OUT"):
-        (Path(folder) / "tests.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        files = sorted({row["file"].removeprefix("test_gpu_") for row in rows})
+        name = "-".join(files)
+        (Path(folder) / f"tests-{name}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 def _reason(report: Any) -> str:
