@@ -302,6 +302,12 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
     return values.permute(2, 0, 1).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
 
 
+def to_image(values: torch.Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] -> RGB picture."""
+    levels = (values * 255).round().to(torch.uint8)
+    return Image.fromarray(np.asarray(levels.permute(1, 2, 0)))
+
+
 def canny(picture: Image.Image, thresholds: tuple[int, int] = CANNY_THRESHOLDS) -> Image.Image:
     """White edges on black (Canny 1986) of an RGB picture, by OpenCV on all three channels.
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,7 +24,7 @@ from .embedded import embedded_model
 from .errors import ConfigError, HyditError
 from .facts import ModelInfo, SamplingDefaults
 from .finite import DTYPE_ADVICE, FiniteWatch, why_not_finite
-from .images import Geometry, to_tensor
+from .images import Geometry, to_image, to_tensor
 from .model.compiled import compile_blocks
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
@@ -275,7 +274,7 @@ class Pipeline:
                 latents = self._sample(model, context, steering, run, sigmas, init, callback)
             for latent, seed in zip(latents, run.seeds, strict=True):
                 pixels = self._decode(latent)
-                yield Picture(_as_image(pixels), prompt, index, seed, pixels, model.calls, model.real)
+                yield Picture(to_image(pixels), prompt, index, seed, pixels, model.calls, model.real)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:
@@ -411,11 +410,6 @@ class Pipeline:
         if not torch.isfinite(pixels).all():
             raise HyditError(f"the VAE's output is not finite in {self.vae.dtype}; {DTYPE_ADVICE}")
         return ((pixels.float() + 1) / 2).clamp(0, 1).cpu()
-
-
-def _as_image(pixels: Tensor) -> Image.Image:
-    levels = (pixels * 255).round().to(torch.uint8)
-    return Image.fromarray(np.asarray(levels.permute(1, 2, 0)))
 
 
 def load(
