@@ -23,10 +23,11 @@ def compile_blocks(net: Trunk, *, whole: bool = True, backend: str | Callable[..
 
     Args:
         whole: raise an error where a graph would have to be split; False for blocks with layers of others in
-            them, such as adapters.
+            them, such as adapters. Weights of other classes, such as quantized ones, may split graphs anyway.
         backend: torch.compile's.
     """
-    compiled = _compiled(net.block_class.forward, whole, backend)
+    plain = all(type(parameter) is nn.Parameter for parameter in net.parameters())
+    compiled = _compiled(net.block_class.forward, whole and plain, backend)
     for block in net.blocks:
         block.forward = MethodType(compiled, block)
 

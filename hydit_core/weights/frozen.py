@@ -92,6 +92,8 @@ OPERATIONS = SimpleNamespace(
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A stored weight as an ordinary tensor."""
+    if type(weight) in (Tensor, nn.Parameter):
+        return weight.to(dtype)
     if kitchen.is_quantised(weight):
         return kitchen.packed_of(weight).dense().to(dtype)
     for method in ("get_original_weight", "dequantize"):  # torchao's NF4, and its other classes

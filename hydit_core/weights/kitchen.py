@@ -39,6 +39,8 @@ def _tensors() -> Any:
 
 def is_quantised(tensor: object) -> bool:
     """Whether a tensor is one of comfy-kitchen's."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False  # first, for torch.compile cannot look into names
     return type(tensor).__module__.startswith("comfy_kitchen.") or hasattr(tensor, "_qdata")
 
 

@@ -11,12 +11,21 @@ import pytest
 import run_gpu
 from run_gpu import ROOT, ROWS, Row, main, run_rows
 
+SLEEP = "import time; time.sleep(99)"
+
 
 def test_a_row_that_hangs_does_not_hide_the_others(tmp_path):
     rows = [
         Row("good", ["-c", "print('fine')"], 60),
         Row("bad", ["-c", "raise SystemExit(3)"], 60),
-        Row("slow", ["-c", "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"], 1),
+        Row(
+            "slow",
+            [
+                "-c",
+                f"__import__('subprocess').run([{sys.executable!r}, '-c', {SLEEP!r}])",
+            ],
+            1,
+        ),
         Row(
             "seen",
             ["-c", f"assert len(__import__('json').load(open({str(tmp_path / 'rows.json')!r}))) == 3"],
