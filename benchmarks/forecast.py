@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "examples" / "embedded" / "ordinary_prompts.txt"
 REFERENCE = 200
 PLAIN = (50, *range(16, 41, 2))
-TOLERANCES = ("safe", "fast", 0.1, 0.004, 0.002, 0.008)
+TOLERANCES = ("safe", "fast", 0.1, 0.004, 0.002)
 
 
 class Drawn(NamedTuple):

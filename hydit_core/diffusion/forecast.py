@@ -53,7 +53,7 @@ class Forecaster:
     """A denoiser that answers some calls of ``model`` with an extrapolation of its last two results.
 
     The extrapolation is linear in sigma. Real are the calls of the first steps, of every few steps after
-    them, and of the last one; how many there are depends on the tolerance. At each real call the forecast
+    them, and of the last two; how many there are depends on the tolerance. At each real call the forecast
     that would have taken its place is compared with the result: where x would have come out wrong by more
     than the tolerance, the next step is real as well. So calls are only ever added to a fixed pattern. The
     pictures of a batch share their calls: the worst one decides.
@@ -122,7 +122,7 @@ class Forecaster:
 
     def _must_be_real(self, step: int) -> bool:
         steps = len(self.levels) - 1
-        if step <= max(self._real_until, 2) or step >= steps - 1:
+        if step <= max(self._real_until, 2) or step >= steps - 2:
             return True
         stride = next(stride for share, stride in self._pattern if step < share * steps)
         return step - self._last_real >= stride
