@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-OFF, SAFE, FAST = 0.0, 0.012, 0.03
+OFF, SAFE, FAST = 0.0, 0.008, 0.012
 FORECASTS: dict[str, float] = {"off": OFF, "safe": SAFE, "fast": FAST}
 """Tolerances by name; docs/fast.md has the evidence."""
 
 _PATTERNS = (
-    (SAFE, ((0.36, 1), (0.84, 3), (1.0, 2))),
+    (SAFE, ((0.3, 1), (0.5, 2), (0.84, 4), (1.0, 2))),
     (FAST, ((0.12, 1), (0.4, 2), (0.88, 4), (1.0, 2))),
     (1.0, ((0.08, 1), (0.4, 3), (0.88, 5), (1.0, 2))),
 )

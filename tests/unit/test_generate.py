@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hydit_core import WeightsError, load
+from hydit_core.diffusion.forecast import FORECASTS
 from hydit_core.facts import NEGATIVE_PROMPT
 from hydit_core.generate.__main__ import main
 from hydit_core.pictures.png import read_parameters
@@ -305,13 +306,13 @@ def test_captions_beside_the_pictures_are_what_training_reads(generate):
 
 def test_forecasts_are_told_and_remembered(generate):
     code, paths, err = generate(
-        "--prompt", "cat", "dog", "--batch", 2, "--steps", 30, "--forecast", "fast", "--cfg-end", 0.5
+        "--prompt", "cat", "dog", "--batch", 2, "--steps", 30, "--forecast", "0.2", "--cfg-end", 0.5
     )
     assert code == 0
     told = re.search(r"forecast: (\d+) of 60 calls of the network were real", err)
     assert told and 20 < int(told[1]) < 50
     facts = read_parameters(paths[0])
-    assert 0 < facts["forecast"] < 1 and facts["cfg_end"] == 0.5
+    assert facts["forecast"] == 0.2 and facts["cfg_end"] == 0.5
     with Image.open(paths[0]) as image:
         assert f"CFG end: 0.5, Forecast: {facts['forecast']}" in image.info["parameters"]
         prompt = json.loads(image.info["prompt"])
@@ -321,9 +322,11 @@ def test_forecasts_are_told_and_remembered(generate):
     }  # fmt: skip
     (sampler,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "HyDiTKSampler")
     assert sampler["model"] == [number, 0] and sampler["cfg_end"] == 0.5
-    # The number gives the same picture.
-    again = generate("--prompt", "cat", "--steps", 30, "--forecast", facts["forecast"], "--cfg-end", 0.5)[1]
-    assert np.array_equal(np.asarray(Image.open(paths[0])), np.asarray(Image.open(again[0])))
+
+
+def test_a_preset_is_remembered_as_its_number(generate):
+    _, paths, _ = generate("--prompt", "cat", "--steps", 8, "--forecast", "safe")
+    assert read_parameters(paths[0])["forecast"] == FORECASTS["safe"]
 
 
 def test_a_picture_without_them_says_nothing_of_them(generate):

@@ -331,10 +331,10 @@ def test_late_steps_without_guidance_are_those_of_a_run_without(pipe):
 
 def test_forecasts_take_fewer_calls_and_off_takes_none(pipe, monkeypatch):
     all_calls, full = rows_seen(pipe, monkeypatch, steps=30, batch=2)
-    fewer, near = rows_seen(pipe, monkeypatch, steps=30, batch=2, forecast="fast")
+    fewer, near = rows_seen(pipe, monkeypatch, steps=30, batch=2, forecast=0.2)
     assert len(all_calls) == 30 and len(fewer) < 20
     assert 0 < np.abs(pixels(full[0]) - pixels(near[0])).mean() < 8
-    drawn = next(pipe.pictures(["a red apple"], pipe.settings(steps=30), forecast="fast"))
+    drawn = next(pipe.pictures(["a red apple"], pipe.settings(steps=30), forecast=0.2))
     assert (drawn.calls, drawn.real_calls) == (30, len(fewer))
     off = rows_seen(pipe, monkeypatch, steps=30, batch=2, forecast=0)[1]
     assert (pixels(off[1]) == pixels(full[1])).all()
