@@ -123,7 +123,8 @@ def _shortened(name: str) -> str:
 def cli_main(run: Callable[[], int | None]) -> int:
     """Run a command line; a :class:`HyditError` becomes ``error: ...`` on stderr and exit code 2.
 
-    So does an :class:`OSError` that names a file: a path that the operating system does not accept.
+    So does an :class:`OSError` that names a file, a path that the operating system does not accept, and a GPU
+    whose memory is not enough.
 
     In everything that it prints, characters that a terminal would obey are escaped. A signal that ends the
     process lets it remove its temporary files.
@@ -142,6 +143,12 @@ def cli_main(run: Callable[[], int | None]) -> int:
                 raise
             name = _shortened(str(error.filename))
             print(f"error: {name}: {error.strerror or type(error).__name__}", file=sys.stderr)
+            return 2
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not to be imported for this
+                raise
+            reason = str(error).splitlines()[0] if str(error) else "out of memory"
+            print(f"error: {reason} Use a smaller size or batch; generate has --offload", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

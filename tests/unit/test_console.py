@@ -104,3 +104,21 @@ def test_the_version_of_code_that_was_copied_is_told(tmp_path):
     assert subprocess.check_output(show, text=True) != "9.8.7\n"
     os.remove(tmp_path / "pyproject.toml")
     assert subprocess.check_output(show, text=True) != "9.8.7\n"
+
+
+def test_a_gpu_that_is_too_small_is_told_in_one_line(capsys):
+    import torch
+
+    def run():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+
+    assert errors.cli_main(run) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Use a smaller size")
+    assert said.count("\n") == 1
+
+    def other():
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="of ours"):
+        errors.cli_main(other)
