@@ -51,8 +51,7 @@ def load_text_encoders(
         t5_pad_id: see :class:`~.tokenizers.Tokenizers`.
         tokenizers: where to find ``vocab.txt`` and ``spiece.model`` instead: one of these files, a folder
             with them, or a pipeline's folder. By default they are sought in the checkpoint, then beside it.
-        keep_quantised: see :func:`~..weights.load.load_dit`; products take the unpacked weights, as ComfyUI's
-            do.
+        keep_quantised: see :func:`~..weights.load.load_dit`; products take the unpacked weights.
 
     Raises:
         WeightsError: an encoder or a tokenizer is missing, damaged, or does not fit.
