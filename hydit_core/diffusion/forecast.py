@@ -102,7 +102,8 @@ class Forecaster:
             return forecast
         self.real += 1
         denoised = self.model(x, sigma, **extra)
-        if forecast is not None and self._harm(forecast, denoised, step, level) > self.tolerance:
+        # What is not finite harms too: who looks for the reason calls again.
+        if forecast is not None and not self._harm(forecast, denoised, step, level) <= self.tolerance:
             self._real_until = step + 1
         self._remember(level, denoised)
         self._last_real = step

@@ -189,6 +189,15 @@ def test_what_a_sampler_does_to_results_does_not_reach_the_forecasts():
     assert torch.allclose(forecast, straight(x, SIGMAS[7]), atol=1e-4)
 
 
+def test_a_result_that_is_not_finite_can_be_asked_for_again():
+    model = Model(lambda x, sigma: straight(x, sigma) / (sigma > SIGMAS[23].item() - 0.01))
+    forecaster = Forecaster(model, SIGMAS, FAST)
+    x, ones = noise(1), torch.ones(2)
+    results = [forecaster(x, SIGMAS[step] * ones).isfinite().all() for step in range(28)]
+    assert all(results[:27]) and not results[27] and model.steps()[-1] == 27
+    assert not forecaster(x, SIGMAS[27] * ones).isfinite().all() and model.steps()[-2:] == [27, 27]
+
+
 def heun(model, x, sigmas, extra_args=None, disable=None):
     """Two evaluations a step (Karras et al. 2022, algorithm 1)."""
     ones = torch.ones(len(x))

@@ -12,6 +12,7 @@ from train_setup import CONFIG, ROOT
 from hydit_core.errors import ConfigError
 from hydit_core.train.__main__ import main
 from hydit_core.train.config import differences, load_config, up_to_date
+from hydit_core.train.sections import SamplesSection
 
 
 @pytest.fixture
@@ -253,3 +254,13 @@ def test_what_an_earlier_release_did_not_know_is_no_change_of_the_users(config_f
 def test_templates_are_valid(path: Path) -> None:
     config = load_config(path)
     assert config.run.output_dir == ROOT / "runs" / path.stem
+
+
+def test_sample_pictures_may_be_forecast() -> None:
+    assert SamplesSection().forecast == "off"
+    assert (
+        SamplesSection(forecast="safe").forecast == "safe" and SamplesSection(forecast=0.02).forecast == 0.02
+    )
+    for wrong in ("quick", -1, 3.0):
+        with pytest.raises(ValueError, match="use off, safe, fast, or a tolerance"):
+            SamplesSection(forecast=wrong)
