@@ -8,6 +8,7 @@
 # make host    an environment for the ComfyUI at COMFYUI_PATH, in its folder, as CI makes it
 # make fuzz    damaged files of every kind, FUZZ_INPUTS of them (docs/testing.md)
 # make bench   benchmarks/*.py, one after the other
+# make evidence  what the fast modes cost, with the embedded model, into docs/fast; hours, and goes on where it stopped
 # make mutants  wrong formulas on purpose, to test the tests; hours, and goes on where it stopped (docs/testing.md)
 # make gpu     the tests and figures of a CUDA device, or one ROW of them; DEVICE=cpu TINY=1 tries them without one
 #              (docs/testing.md)
@@ -46,7 +47,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 TOOLS := .tools/$(notdir $(BIN))
 
-.PHONY: demo test test-host validate lint fuzz mutants bench gpu gpu-wheels clean
+.PHONY: demo test test-host validate lint fuzz mutants evidence bench gpu gpu-wheels clean
 .PHONY: check-workflows pack publish host
 
 demo: $(VENV)/.headless
@@ -72,11 +73,15 @@ fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 
 bench: $(VENV)/.test
-	for file in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do \
+	for file in $(filter-out benchmarks/gpu.py benchmarks/fast.py,$(wildcard benchmarks/*.py)); do \
 		echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.test)
 	$(or $(GPU_PYTHON),$(BIN)/python) tests/run_gpu.py --device $(DEVICE) $(if $(TINY),--tiny) $(if $(ROW),--only $(ROW))
+
+# EVIDENCE_ARGS go to the script: EVIDENCE_ARGS="forecast --prompts 16"
+evidence: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fast.py $(EVIDENCE_ARGS)
 
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants/run.py $(MUTANTS_ARGS)

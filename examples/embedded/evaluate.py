@@ -11,6 +11,7 @@ sheets. ``signatures.npz`` holds the concepts at that size, so that no icon pack
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -68,6 +69,24 @@ class References:
         """Whether two concepts are one picture under two names, as "t-shirt" and "blue shirt" are."""
         a, b = (self.signatures[self.concepts.index(concept)] for concept in (one, other))
         return bool(np.sqrt(((a[0] - b) ** 2).mean((1, 2, 3))).min() < 0.05)
+
+
+@functools.cache
+def _judge() -> tuple[References, dict[str, Concept]]:
+    concepts = read_concepts()
+    names = {name: concept for concept in concepts for name in (*concept.english, *concept.chinese)}
+    return References(concepts), names
+
+
+def right(picture: Image.Image, prompt: str) -> bool | None:
+    """Whether nothing is closer to the picture than what was asked for; None for prompts of other things.
+
+    ``hydit compare --judge evaluate.py:right`` counts with it.
+    """
+    references, names = _judge()
+    if (wanted := names.get(prompt)) is None:
+        return None
+    return references.alike(references.nearest(picture), wanted)
 
 
 def chosen(concepts: list[Concept], count: int = 30) -> list[Concept]:
