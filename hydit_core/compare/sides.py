@@ -19,7 +19,8 @@ from ..generate.__main__ import parser as generate_parser
 
 _FLAG = re.compile(r"--([a-z])(?:=(.*))?", re.DOTALL)
 # Said once for all sides, or not at all.
-_SHARED = ("prompt", "prompts", "seed", "batch", "size", "out", "overwrite", "captions")
+_SHARED = ("prompt", "prompts", "seed", "size")
+_FOREIGN = ("batch", "out", "overwrite", "captions", "plan")
 FLOORS = (*(name for name in COMPUTE if name != "auto"), "batch")
 _WEIGHTS = ("model", "text_encoders", "vae", "lora")
 _MODEL = "the embedded model"
@@ -124,11 +125,11 @@ def _options(letter: str, words: list[str]) -> argparse.Namespace:
         args = parser.parse_args(words)
     except ConfigError as error:
         raise ConfigError(f"--{letter}: {error}") from None
-    given = [name for name in _SHARED if getattr(args, name) != parser.get_default(name)]
+    given = [name for name in (*_SHARED, *_FOREIGN) if getattr(args, name) != parser.get_default(name)]
     if given:
         raise ConfigError(
             f"--{letter}: --{given[0]} is the same for all sides; give it outside of the quotes"
-            if given[0] not in ("out", "overwrite", "captions", "batch")
+            if given[0] in _SHARED
             else f"--{letter}: --{given[0]} does not belong to a side"
         )
     return args
@@ -161,7 +162,7 @@ def settings_of(side: Side) -> dict[str, Any]:
     options = {
         name: _plain(value)
         for name, value in sorted(vars(side.args).items())
-        if name not in _SHARED and value != usual.get_default(name)
+        if name not in (*_SHARED, *_FOREIGN) and value != usual.get_default(name)
     }
     files = {_MODEL: embedded_model()} if side.args.model is None else {}
     for name, value in vars(side.args).items():

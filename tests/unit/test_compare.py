@@ -181,6 +181,7 @@ def test_sides_that_share_a_model_load_it_once(compare, monkeypatch):
         (PROMPTS, {"a": "", "b": "--seed 3"}, "--b: --seed is the same for all sides"),
         (PROMPTS, {"a": "", "b": "--size 64x64"}, "--b: --size is the same for all sides"),
         (PROMPTS, {"a": "", "b": "--out x"}, "--b: --out does not belong to a side"),
+        (PROMPTS, {"a": "", "b": "--plan"}, "--b: --plan does not belong to a side"),
         (PROMPTS, {"a": "", "b": "--nonsense"}, "--nonsense"),
         (PROMPTS, {"a": "", "b": "--help"}, "--help does not belong there"),
         (PROMPTS, {"a": "", "b": "--negative 'x"}, "No closing quotation"),
