@@ -78,7 +78,7 @@ def haarpsi(reference: Tensor, picture: Tensor) -> float:
     if not (total := weights.sum()):
         return 1.0
     score = (torch.sigmoid(_HAAR_ALPHA * similar) * weights).sum() / total
-    return float((torch.logit(score) / _HAAR_ALPHA) ** 2)
+    return min(1.0, float((torch.logit(score) / _HAAR_ALPHA) ** 2))
 
 
 def _wavelets(luma: Tensor, size: int) -> Tensor:
