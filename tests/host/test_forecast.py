@@ -145,7 +145,7 @@ def test_guidance_for_a_part_of_the_run(host, models):
     assert rows == [2] * 5 + [1] * 5
     assert error(part, run(host, graph(host, model, steps=10))) > 1e-3
     rows.clear()
-    run(host, graph(host, model, "fast", cfg_end=0.5))
+    run(host, graph(host, model, "custom", cfg_end=0.5, **LOOSE))
     assert set(rows) == {1, 2} and len(rows) < STEPS
     assert "cfg end" in message(host, graph(host, model, steps=10, cfg_end=float("nan")))
 
