@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import LoraError, WeightsError
@@ -49,6 +50,17 @@ def lora_notes(before: ModelInfo, after: ModelInfo) -> list[str]:
             "add up to more than either; the settings of the last one are used"
         )
     return notes
+
+
+def merged_info(
+    info: ModelInfo, adapters: Sequence[Adapter], strengths: Sequence[float]
+) -> tuple[ModelInfo, list[str]]:
+    """What is known of a model with several LoRAs, and what the user should know of that."""
+    notes = []
+    for adapter, strength in zip(adapters, strengths, strict=True):
+        before, info = info, with_lora(info, adapter, strength)
+        notes += lora_notes(before, info)
+    return info, notes
 
 
 def settings_text(defaults: SamplingDefaults) -> str:

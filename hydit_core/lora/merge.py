@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..dtypes import FP8_DTYPES, dtype_name
 from ..errors import LoraError
+from ..facts import METADATA_KEY
 from ..untrusted import parse_json
 from ..weights import kitchen
 from ..weights.bundle import Bundle, Place, bundle
@@ -28,6 +29,7 @@ from ..weights.source import TensorSource, cast
 from ..weights.writer import Progress
 from .adapter import Adapter, Match, changed, changed_bias
 from .blocks import BlockWeights, check_strength, depth_of, each_weights
+from .distilled import merged_info
 from .patch import Patch
 from .reading import read
 from .scaling import LARGEST
@@ -294,6 +296,9 @@ def merge_files(
         for name, one in own.items():
             changes.setdefault(name, []).append(one)
     extra = _record(opened.source, adapters, strengths, weights, matches)
+    info, told = merged_info(opened.info, adapters, strengths)
+    if told:
+        extra[METADATA_KEY] = info.to_json()
     notes = [*_notes(opened.source, dtype, adapters, matches), *_requantised(opened, layout, dtype, changes)]
 
     def change(part: TensorSource) -> TensorSource:
@@ -313,7 +318,7 @@ def merge_files(
         overwrite=overwrite,
         progress=progress,
     )
-    return Merged(out, done.kind, layout, tuple(matches), (*notes, *done.notes))
+    return Merged(out, done.kind, layout, tuple(matches), (*notes, *told, *done.notes))
 
 
 def _default_layout(kind: FileKind, out: Path) -> Layout:

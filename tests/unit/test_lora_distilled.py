@@ -19,9 +19,12 @@ from hydit_core.generate.__main__ import main
 from hydit_core.lora.adapter import Adapter
 from hydit_core.lora.distilled import with_lora
 from hydit_core.lora.kinds import LoRA
+from hydit_core.lora.merge import merge_files
+from hydit_core.lora.reading import read
 from hydit_core.lora.writing import write
 from hydit_core.pictures.png import read_parameters
 from hydit_core.presets import check_sampler
+from hydit_core.weights.bundle import bundle
 
 TURBO = SamplingDefaults("lcm", "trailing", 2, 1.0, 0.0, 512, 512, "never used")
 
@@ -166,6 +169,17 @@ def test_impossible_recommendations_are_refused(tiny_model_file: Path, tmp_path:
     adapter = Adapter({}, name="turbo", metadata={METADATA_KEY: json.dumps(said)})
     with pytest.raises(LoraError, match=r"turbo: .*defaults: sampler|turbo: .*sampler is 'magic'"):
         with_lora(ModelInfo.published("v1.2"), adapter)
+
+
+@pytest.mark.parametrize("layout", ["comfy", "diffusers"])
+def test_merged_into_a_model_it_is_the_models_own(
+    turbo: Path, tiny_model_file: Path, tmp_path: Path, layout: str
+) -> None:
+    out = tmp_path / ("merged" if layout == "diffusers" else "merged.safetensors")
+    merged = merge_files(tiny_model_file, [(turbo, 1.0)], out, layout=layout)
+    assert "distilled: 2 steps of lcm, trailing spacing, cfg 1, unless chosen otherwise" in merged.notes
+    info = bundle(out, only=("dit",), kinds=("dit",)).info
+    assert info == with_lora(bundle(tiny_model_file).info, read(turbo)) and info.folded_cfg == 4.5
 
 
 def test_full_weights_refuse_ddpm_too() -> None:
