@@ -87,6 +87,17 @@ def test_results_on_a_line_are_foretold(name, tolerance):
     assert (forecaster.calls, forecaster.real) == (50, len(model.levels))
 
 
+def test_each_forecast_is_on_the_line():
+    def steep(x, sigma):
+        return noise(8, x.shape) + sigma * noise(9, x.shape)
+
+    answers = []
+    model = run(steep, 0.2, callback=lambda state: answers.append(state["denoised"].clone()))[1]
+    assert len(model.levels) < 25
+    for sigma, answer in zip(SIGMAS, answers, strict=False):
+        torch.testing.assert_close(answer, steep(answer, sigma), atol=1e-4, rtol=1e-5)
+
+
 def test_the_noise_of_a_run_is_the_same_with_and_without():
     def drawn(tolerance):
         seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,15 @@ def quantize(*given: object) -> int:
     return weights(["quantize", *map(str, given)])
 
 
+def _said(form: str, weight: torch.Tensor) -> dict[str, object]:
+    """The layer's note, which the host's code reads."""
+    if form == "fp8_scaled":  # without this, 0.33 clips the inputs of products at 448
+        return {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    group = next(g for g in (256, 64, 16, 4, 1) if weight.shape[1] % g == 0)
+    turned = {"convrot": True, "convrot_groupsize": group} if form == "int8_convrot" and group > 1 else {}
+    return {"format": "int8_tensorwise", **turned}
+
+
 def _expected(form: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     group = next(g for g in (256, 64, 16, 4, 1) if weight.shape[1] % g == 0)
     group = group if form == "int8_convrot" else 0
@@ -56,6 +66,8 @@ def test_what_is_written(tiny, tmp_path, capsys, form):
             assert torch.equal(after[key], tensor), key
             continue
         expected = _expected(form, tensor)
+        note = bytes(after[f"{key.removesuffix('weight')}comfy_quant"].tolist())
+        assert json.loads(note) == _said(form, tensor)
         scale = after[f"{key}_scale"]
         assert torch.allclose(scale, expected["weight_scale"], rtol=1e-5)
         steps = (after[key].float() - expected["weight"].float()).abs()
