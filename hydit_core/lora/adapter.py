@@ -21,6 +21,9 @@ PART_NAMES = {"dit": "the DiT", "bert": "BERT", "t5": "mT5"}
 PARTS = tuple(PART_NAMES)
 """The first words of modules' keys."""
 
+TRIGGER_KEYS = ("hydit.trigger", "modelspec.trigger_phrase")
+"""Metadata with the trigger words: ours, and the metadata standard's."""
+
 PARTIAL_HELP = "accept a LoRA of which more than a tenth is for layers that the model does not have"
 """Of the option, wherever a command has it."""
 
@@ -80,7 +83,7 @@ class Adapter:
 
     def trigger(self) -> str:
         """Its trigger words, from the metadata; empty if there are none."""
-        for key in ("hydit.trigger", "modelspec.trigger_phrase"):
+        for key in TRIGGER_KEYS:
             if self.metadata.get(key):
                 return self.metadata[key]
         return ""

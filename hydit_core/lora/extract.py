@@ -7,7 +7,7 @@ that is kept is the share of the squared singular values, which is that of the s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from ..weights.modelspec import file_metadata
 from ..weights.source import TensorSource
 from .adapter import Adapter
 from .blocks import each_weights
+from .combined import combined_metadata, recipe_entry
 from .kinds import BiasOnly, LoRA
 from .patch import Patch
-from .weighted import COMBINED_KEY, factors, recipe_entry
+from .weighted import factors
 
 EXTRACTED_KEY = "hydit.extracted"
 
@@ -120,26 +121,10 @@ def combine(
         if progress is not None:
             progress(number, len(groups))
     recipe = [recipe_entry(*given, share) for given, share in zip(adapters, weights, strict=True)]
-    metadata = _common([adapter.metadata for adapter, _ in adapters])
-    metadata[COMBINED_KEY] = json.dumps(recipe, ensure_ascii=False)
-    triggers = dict.fromkeys(adapter.trigger() for adapter, _ in adapters if adapter.trigger())
-    if triggers:
-        metadata["hydit.trigger"] = metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
+    metadata = combined_metadata(adapters, recipe)
     name = " + ".join(adapter.name for adapter, _ in adapters)
     files = tuple(file for adapter, _ in adapters for file in adapter.files)
     return Combined(Adapter(modules, name, "peft", metadata, files), energy.share, energy.modules)
-
-
-def _common(metadata: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What all of them agree on, without what describes the weights of one file."""
-    first, *others = metadata
-    return {
-        key: value
-        for key, value in first.items()
-        if "hash" not in key
-        and key not in ("hydit.trigger", "hydit.lora", "modelspec.trigger_phrase")
-        and all(other.get(key) == value for other in others)
-    }
 
 
 Given = list[tuple[Patch, float, str]]

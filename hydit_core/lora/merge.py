@@ -29,6 +29,7 @@ from ..weights.source import TensorSource, cast
 from ..weights.writer import Progress
 from .adapter import Adapter, Match, changed, changed_bias
 from .blocks import BlockWeights, check_strength, depth_of, each_weights
+from .combined import recipe_entry
 from .distilled import merged_info
 from .patch import Patch
 from .reading import read
@@ -351,10 +352,7 @@ def _record(
     except LoraError:
         entries = []
     for adapter, strength, share, match in zip(adapters, strengths, weights, matches, strict=True):
-        entry = {"lora": adapter.name, "strength": strength, "modules": len(match.matched)}
-        if share != BlockWeights():
-            entry["block_weights"] = str(share)
-        entries.append(entry)
+        entries.append({**recipe_entry(adapter, strength, share), "modules": len(match.matched)})
     names = [source.path.name, *(adapter.name for adapter in adapters)]
     metadata = {
         MERGED_KEY: json.dumps(entries, ensure_ascii=False),

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from typing import Any
 
 from ..errors import ConfigError, LoraError
 from .adapter import Adapter
 from .blocks import BlockWeights, check_strength, depth_of
+from .combined import combined_metadata, recipe_entry
 from .patch import Patch
 from .summary import known_depth
-
-COMBINED_KEY = "hydit.combined"
-"""Metadata of a LoRA made of others: a JSON list of what went in."""
 
 
 def weighted(adapter: Adapter, strength: float, weights: BlockWeights, depth: int | None = None) -> Adapter:
@@ -31,8 +27,8 @@ def weighted(adapter: Adapter, strength: float, weights: BlockWeights, depth: in
         module: [_scaled(patch, shares[module], adapter.name) for patch in patches]
         for module, patches in adapter.modules.items()
     }
-    recipe = json.dumps([recipe_entry(adapter, strength, weights)], ensure_ascii=False)
-    return replace(adapter, modules=modules, metadata={**adapter.metadata, COMBINED_KEY: recipe})
+    metadata = combined_metadata([(adapter, strength)], [recipe_entry(adapter, strength, weights)])
+    return replace(adapter, modules=modules, metadata=metadata)
 
 
 def factors(
@@ -72,14 +68,6 @@ def told_depth(adapter: Adapter, weights: BlockWeights) -> int | None:
     if not blocks or weights.weights.curve == "uniform":
         return blocks
     return known_depth(adapter)
-
-
-def recipe_entry(adapter: Adapter, strength: float, weights: BlockWeights) -> dict[str, Any]:
-    """What a combined LoRA's metadata say about one of the LoRAs it was made of."""
-    entry = {"lora": adapter.name, "strength": strength}
-    if weights != BlockWeights():
-        entry["block_weights"] = str(weights)
-    return entry
 
 
 def _scaled(patch: Patch, factor: float, name: str) -> Patch:

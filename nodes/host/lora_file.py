@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -13,18 +12,17 @@ from torch import Tensor
 from ...hydit_core.errors import ConfigError, LoraError
 from ...hydit_core.lora.adapter import Adapter
 from ...hydit_core.lora.blocks import BlockWeights
+from ...hydit_core.lora.combined import COMBINED_KEY, combined_metadata
 from ...hydit_core.lora.extract import combine
 from ...hydit_core.lora.kinds import DoRA
 from ...hydit_core.lora.reading import from_tensors
-from ...hydit_core.lora.weighted import COMBINED_KEY, told_depth, weighted
+from ...hydit_core.lora.weighted import told_depth, weighted
 from ...hydit_core.lora.writing import to_tensors, write
 from ...hydit_core.untrusted import parse_json
 from .lora import apply_lora, report
 from .save import graph_texts, output_name, save_path
 
 log = logging.getLogger(__name__)
-
-_TRIGGERS = ("hydit.trigger", "modelspec.trigger_phrase")
 
 
 class LoraModel(dict[str, Tensor]):
@@ -97,10 +95,7 @@ def _together(before: Adapter, own: Adapter) -> Adapter:
                 f"a DoRA ({module}) cannot be one LoRA with others: chain HyDiTLoraLoader instead, and write "
                 "the model with HyDiTModelSave"
             )
-    metadata = {key: value for key, value in before.metadata.items() if own.metadata.get(key) == value}
-    metadata[COMBINED_KEY] = json.dumps([*_recipe(before), *_recipe(own)], ensure_ascii=False)
-    if words := dict.fromkeys(word for word in (before.trigger(), own.trigger()) if word):
-        metadata |= dict.fromkeys(_TRIGGERS, ", ".join(words))
+    metadata = combined_metadata([(before, 1.0), (own, 1.0)], [*_recipe(before), *_recipe(own)])
     return Adapter(modules, f"{before.name} + {own.name}", own.format, metadata)
 
 

@@ -16,11 +16,14 @@ from hydit_core import ConfigError, load
 from hydit_core.errors import LoraError
 from hydit_core.facts import METADATA_KEY, ModelInfo, SamplingDefaults
 from hydit_core.generate.__main__ import main
+from hydit_core.lora.__main__ import main as lora_cli
 from hydit_core.lora.adapter import Adapter
-from hydit_core.lora.distilled import with_lora
+from hydit_core.lora.blocks import BlockWeights
+from hydit_core.lora.distilled import distilled_info, with_lora
 from hydit_core.lora.kinds import LoRA
 from hydit_core.lora.merge import merge_files
 from hydit_core.lora.reading import read
+from hydit_core.lora.weighted import weighted
 from hydit_core.lora.writing import write
 from hydit_core.pictures.png import read_parameters
 from hydit_core.presets import check_sampler
@@ -180,6 +183,35 @@ def test_merged_into_a_model_it_is_the_models_own(
     assert "distilled: 2 steps of lcm, trailing spacing, cfg 1, unless chosen otherwise" in merged.notes
     info = bundle(out, only=("dit",), kinds=("dit",)).info
     assert info == with_lora(bundle(tiny_model_file).info, read(turbo)) and info.folded_cfg == 4.5
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ([("turbo", 1.0), ("plain", 0.5)], 2),
+        ([("plain", 1.0), ("turbo", 0.7)], 2),
+        ([("turbo", 1.0), ("other", 1.0)], 6),
+        ([("turbo", -1.0), ("plain", 1.0)], None),
+        ([("turbo", -1.0)], None),
+        ([("turbo", 0.8)], 2),
+        ([("plain", 1.0)], None),
+    ],
+)
+def test_what_it_is_combined_with_keeps_its_settings(
+    tiny_model_file: Path, tmp_path: Path, given: list[tuple[str, float]], steps: int | None
+) -> None:
+    infos = {"turbo": turbo_info(), "other": turbo_info(steps=6), "plain": None}
+    files = [
+        (lora_file(tmp_path / f"{name}.safetensors", tiny_model_file, infos[name], seed), strength)
+        for seed, (name, strength) in enumerate(given)
+    ]
+    out = tmp_path / "both.safetensors"
+    parts = [f"{path}:{strength}" for path, strength in files]
+    assert lora_cli(["combine", *parts, "-o", str(out), "--blocks", "4"]) == 0
+    told = [distilled_info(read(out))]
+    if len(given) == 1:  # as the node does it
+        told.append(distilled_info(weighted(read(files[0][0]), given[0][1], BlockWeights(), 4)))
+    assert [one and one.defaults.steps for one in told] == [steps] * len(told)
 
 
 def test_full_weights_refuse_ddpm_too() -> None:

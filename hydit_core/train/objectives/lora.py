@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...data.section import Section
 from ...errors import ConfigError
 from ...lora import reading, writing
+from ...lora.adapter import TRIGGER_KEYS
 from ...model.attention import AttentionFn
 from ...model.config import DiTConfig
 from ...model.dit import DiT
@@ -190,7 +191,7 @@ class LoraObjective(DiffusionObjective):
         }
         metadata = {"hydit.lora": json.dumps(recipe)}
         if lora.trigger:
-            metadata |= {"hydit.trigger": lora.trigger, "modelspec.trigger_phrase": lora.trigger}
+            metadata |= dict.fromkeys(TRIGGER_KEYS, lora.trigger)
         metadata = file_metadata(self.parts.dit.config, info, role="lora", extra={**metadata, **extra})
         adapter = to_adapter(self.networks, lora, metadata)
         writing.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata, overwrite=True)
