@@ -3,9 +3,9 @@
     python benchmarks/fast.py                       # all sets, hours
     python benchmarks/fast.py forecast --prompts 16   # one set, every fourth prompt
 
-Pictures are kept in work/fast, so a run that broke off goes on, and one with more prompts draws only the new
-ones. Each set leaves docs/fast/SET.json (the sides' figures) and docs/fast/SET.png (worst and median pairs);
-the pages are in work/fast/SET.
+Pictures are kept in outputs/fast, so a run that broke off goes on, and one with more prompts draws only the
+new ones. Each set leaves docs/fast/SET.json (the sides' figures) and docs/fast/SET.png (worst and median
+pairs); the pages are in outputs/fast/SET.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def publish(name: str, out: Path, docs: Path) -> None:
 
 
 def main() -> None:
-    out = ROOT / "work/fast"
+    out = ROOT / "outputs/fast"
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -190,7 +190,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--work", type=Path, default=Path("work/forecast"))
+    parser.add_argument("--work", type=Path, default=Path("outputs/forecast"))
     parser.add_argument("--write", type=Path, metavar="FILE", help="JSON")
     parser.add_argument(
         "--guide", action="store_true", help="write the tables of docs/fast.md, in both languages"

@@ -189,18 +189,11 @@ def training(rows: list[list[str]]) -> None:
 
 def autoencoder(rows: list[list[str]]) -> None:
     """SDXL's architecture, from a picture to latents and back."""
-    from diffusers import AutoencoderKL
+    from whole import sdxl_vae
 
-    channels = (128, 256, 512, 512) if FULL else (32, 32, 32, 32)
     for dtype in (torch.bfloat16, torch.float32):
         with torch.device(DEVICE):
-            model = AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=channels,
-                layers_per_block=2,
-                latent_channels=4,
-            )
+            model = sdxl_vae(full=FULL)
         vae = VAE(model.to(dtype).eval().requires_grad_(False))
         picture = torch.rand(1, 3, SIZE, SIZE, device=DEVICE) * 2 - 1
         latents = torch.randn(1, 4, SIZE // 8, SIZE // 8, device=DEVICE)

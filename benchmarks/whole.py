@@ -66,17 +66,21 @@ def settings(size: int) -> SamplingDefaults:
     )
 
 
+def sdxl_vae(*, full: bool) -> AutoencoderKL:
+    """SDXL's autoencoder, or a thin one of the same architecture."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512) if full else (32, 32, 32, 32),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+
+
 def pipeline(config: DiTConfig, device: torch.device, *, full: bool) -> Pipeline:
     """BERT of 24 layers, mT5-XL's encoder, SDXL's VAE and a DiT; if not full, small ones of two layers."""
-    channels = (128, 256, 512, 512) if full else (32, 32, 32, 32)
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=channels,
-            layers_per_block=2,
-            latent_channels=4,
-        )
+        vae = sdxl_vae(full=full)
         text: Any = Encoders(config, full=full)
         networks: tuple[Any, ...] = (DiT(config), text, VAE(vae))
     for network in networks:

@@ -50,7 +50,7 @@ _TEXT = {
 
 @dataclass(frozen=True)
 class Converted:
-    """What :func:`convert` wrote, and one line for each thing that a user should know."""
+    """What was written, and one line for each thing that a user should know."""
 
     path: Path
     kind: FileKind

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import ConfigError
 from .bundle import Bundle, Place, bundle
-from .convert import convert, full_name, kept_metadata
-from .detect import FileKind
+from .convert import Converted, convert, full_name, kept_metadata
 from .layouts import Layout
 from .output import check_output
 from .packed import INT8, Scheme, group_for
@@ -33,15 +31,6 @@ _TABLES = ("relative_attention_bias",)
 _ONLY_OURS = "ComfyUI's own loaders do not read {} in quantised layers, hydit's nodes and commands do"
 
 
-@dataclass(frozen=True)
-class Quantised:
-    """What :func:`quantise` wrote, and one line for each thing that a user should know."""
-
-    path: Path
-    kind: FileKind
-    notes: tuple[str, ...]
-
-
 def quantise(
     path: Place,
     out: str | os.PathLike[str],
@@ -52,7 +41,7 @@ def quantise(
     load_key: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> Quantised:
+) -> Converted:
     """Write a DiT, ControlNet or text encoder with its large matrices in 8 bits, one tensor at a time.
 
     In a DiT and a ControlNet these are the matrices inside the blocks, in a text encoder those of its layers.
@@ -87,7 +76,7 @@ def quantise(
         changed = plan.change(source, lambda key: prefix + key.removeprefix(kind.prefix))
         plan.check(place)
         save_safetensors(out, changed, kept_metadata(source), progress=progress)
-        return Quantised(out, kind, (*plan.notes(), _ONLY_OURS.format("text encoders")))
+        return Converted(out, kind, (*plan.notes(), _ONLY_OURS.format("text encoders")))
     layout = _layout(opened)
     for part in (opened.dit or opened.controlnet, *_others(opened, layout)):
         if part is not None:
@@ -105,7 +94,7 @@ def quantise(
     foreign = ["ControlNets"] if kind.kind == "controlnet" else []
     foreign += ["text encoders"] if plan.counts.keys() & {"bert", "t5"} else []
     told = [_ONLY_OURS.format(" or ".join(foreign))] if foreign else []
-    return Quantised(out, done.kind, (*plan.notes(), *told, *done.notes))
+    return Converted(out, done.kind, (*plan.notes(), *told, *done.notes))
 
 
 def scheme_for(format: str, shape: Sequence[int]) -> Scheme:
