@@ -154,17 +154,17 @@ def model_info(model: Any) -> ModelInfo:
         HyditError: it is another model family's.
     """
     network = model.model
+    if not isinstance(network, comfy.model_base.HunyuanDiT):
+        raise HyditError(
+            f"the MODEL is {type(network).__name__}, not HunyuanDiT: load one with HyDiTCheckpointLoader or "
+            "HyDiTDiTLoader"
+        )
     told: ModelInfo | None = model.get_attachment(_INFO)
     if told is not None:
         return told
     if isinstance(network, HyDiTModel):
         return network.hydit_info
-    if isinstance(network, comfy.model_base.HunyuanDiT):
-        return ModelInfo.published("v1.1" if network.diffusion_model.size_cond else "v1.2")
-    raise HyditError(
-        f"the MODEL is {type(network).__name__}, not HunyuanDiT: load one with HyDiTCheckpointLoader or "
-        "HyDiTDiTLoader"
-    )
+    return ModelInfo.published("v1.1" if network.diffusion_model.size_cond else "v1.2")
 
 
 def set_model_info(model: Any, info: ModelInfo) -> None:
