@@ -107,3 +107,19 @@ def test_turbo_of_another_kind_is_told(host, model):
     turbo, _ = loaded(host, model)
     _, said = loaded(host, turbo)
     assert "warning: the model was distilled before" in said
+
+
+@pytest.mark.parametrize(("strength", "folded"), [(0.8, 4.5), (-0.8, 0.0)])
+@pytest.mark.parametrize("names", [(NAME, "plain.safetensors"), ("plain.safetensors", NAME)])
+def test_turbo_among_others(host, model, names, strength, folded):
+    """A LORA_MODEL of several recommends what the distilled one in it does, unless that is taken off."""
+    g, more = Graph(), {}
+    given = host.give(g, model)
+    for name in names:
+        own = strength if name == NAME else 1.0
+        node = g.add("HyDiTLoraMerge", _defaults=True, model=given, lora_name=name, strength=own, **more)
+        more = {"lora": node.out(0)}
+    (lora,), (merged,) = host.values(g, node.out(0)), host.values(g, node.out(1))
+    info = host.module("nodes.host.model").model_info(merged)
+    assert (info.folded_cfg, info.defaults.steps == SETTINGS["steps"]) == (folded, folded > 0)
+    assert ("hydit.config" in lora.metadata) == (folded > 0)
