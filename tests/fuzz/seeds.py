@@ -21,6 +21,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import torch
 from PIL import Image
+from quantised_files import fp8_layer, int8_layer, rewrite
 from safetensors.torch import load_file, save_file
 from tiny import TINY, bert_vocab, randomize, spiece_model, write_tiny_model
 
@@ -207,6 +208,7 @@ class Seeds:
             )
             out = ("convert", file, "-o", "out.safetensors", "--layout", "comfy", "--dtype", "fp16")
             self._add(f"convert {file}", folder, file, "weights.__main__", *out, knowing=knowing, weight=6)
+        self._quantised(folder / "dit.safetensors")
         folder = self._folder("model")
         shutil.copy(self.model, folder / "model.safetensors")
         self._add(
@@ -229,6 +231,26 @@ class Seeds:
             "draw control picture", folder, "hint.png", "generate.__main__",
             *self._draw("--controlnet", "c.safetensors", "--control-image", "hint.png"),
         )  # fmt: skip
+
+    def _quantised(self, plain: Path) -> None:
+        """Quantised layers in ComfyUI's spellings, whose notes are JSON in tensors or in the metadata."""
+        folder = self._folder("quantised")
+        state = load_file(plain)
+        wide = [key.removesuffix(".weight") for key in state if "attn1.Wqkv.weight" in key]
+        for spelling, layer in (
+            ("tensors", lambda weight: int8_layer(weight, group=16)),
+            ("metadata", int8_layer),
+            ("scaled_fp8", fp8_layer),
+        ):
+            file = f"{spelling}.safetensors"
+            rewrite(plain, folder / file, {key: layer(state[f"{key}.weight"]) for key in wide}, spelling)
+            out = ("convert", file, "-o", "out.safetensors", "--layout", "comfy", "--dtype", "fp16")
+            self._add(
+                f"convert {spelling}", folder, file, "weights.__main__", *out, knowing=("header",), weight=10
+            )
+        more = ("quantize", "tensors.safetensors", "-o", "out.safetensors", "--format", "int8_convrot")
+        file = more[1]
+        self._add("quantize", folder, file, "weights.__main__", *more, knowing=("header",), weight=5)
 
     def _folders(self) -> None:
         """Models in several files: shards with their index, configurations and tokenizers beside weights."""
