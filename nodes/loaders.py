@@ -213,7 +213,7 @@ def _vae_of_whole(opened: Bundle) -> tuple[TensorSource, ModelInfo]:
 
 def wrong_kind(path: Path, kind: FileKind, expected: str) -> WeightsError:
     """The error for a file of the wrong kind, which names the node for it."""
-    advice = _ADVICE.get(kind.kind, "choose another")
+    advice = kind.advice or _ADVICE.get(kind.kind, "choose another")
     return WeightsError(f"{path} is {kind.name}; expected {expected}; {advice}")
 
 

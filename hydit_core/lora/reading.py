@@ -232,8 +232,8 @@ def _not_a_lora(source: TensorSource) -> str:
         "unknown": "no LoRA of a kind that is known here",
     }
     what = names.get(kind.kind, kind.name)
-    first = next(iter(source), "none")
-    return f"{source.path} is {what}; expected a LoRA for HunyuanDiT; its first tensor is {first}"
+    advice = kind.advice or f"its first tensor is {next(iter(source), 'none')}"
+    return f"{source.path} is {what}; expected a LoRA for HunyuanDiT; {advice}"
 
 
 def _layout(modules: Mapping[str, object], source: TensorSource, diffusers: bool) -> str:

@@ -61,8 +61,9 @@ def load_text_encoders(
     missing = [name for name, part in (("BERT", opened.bert), ("mT5", opened.mt5)) if part is None]
     if opened.bert is None or opened.mt5 is None:
         raise WeightsError(
-            f"{opened.path} holds no {' and no '.join(missing)} text encoder; give the text encoders "
-            "separately: an all-in-one checkpoint, a diffusers folder or Tencent's t2i folder"
+            f"{opened.path} holds no {' and no '.join(missing)} text encoder; it is {opened.kind.name}; "
+            "give the text encoders separately: an all-in-one checkpoint, a diffusers folder or Tencent's "
+            "t2i folder"
         )
     given = () if tokenizers is None else (Path(tokenizers),)
     vocabulary, spiece_model = vocabulary_of(opened, *given), spiece_of(opened, *given)

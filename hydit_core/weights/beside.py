@@ -121,6 +121,11 @@ def vocabulary(folder: Path) -> bytes | None:
     return "\n".join(sorted(vocab, key=vocab.__getitem__)).encode()
 
 
+def pipeline_class(folder: Path) -> str:
+    """What diffusers' ``model_index.json`` in a folder says that it is; "" without one."""
+    return str(_config(folder, "_class_name", file_name="model_index.json").get("_class_name", ""))[:80]
+
+
 def _weights_folder(root: Path, names: tuple[str, ...]) -> Path | None:
     return next((root / name for name in names if has_weights(root / name)), None)
 

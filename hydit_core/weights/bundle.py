@@ -11,7 +11,7 @@ import torch
 
 from ..errors import WeightsError
 from ..facts import ModelInfo
-from .beside import FOLDERS, Beside, look_beside, options_beside
+from .beside import FOLDERS, Beside, look_beside, options_beside, pipeline_class
 from .detect import (
     BERT_PREFIXES,
     MT5_PREFIXES,
@@ -21,7 +21,7 @@ from .detect import (
     require_kind,
     tencent_view,
 )
-from .files import has_weights, open_tensors
+from .files import has_weights, open_tensors, refuse_other_formats
 from .info import model_info
 from .quantised import refuse_quantised
 from .save import other_parts
@@ -171,8 +171,10 @@ def _own_source(path: Path, only: Collection[str], load_key: str | None) -> Tens
 
 
 def _no_model(path: Path) -> WeightsError:
+    refuse_other_formats(path)
     looked = ", ".join(name for name in _MODEL_FOLDERS if name)
-    return WeightsError(f"{path} holds no weights, neither in itself nor in {looked}")
+    what = f"{path} holds no weights, neither in itself nor in {looked}"
+    return WeightsError(f"{what}; it is the folder of a {kind}" if (kind := pipeline_class(path)) else what)
 
 
 def _nothing(path: Path, only: Collection[str]) -> WeightsError:
@@ -180,6 +182,7 @@ def _nothing(path: Path, only: Collection[str]) -> WeightsError:
     wanted = [label for part, label in labels.items() if part in only]
     folders = [name for part, names in FOLDERS.items() if part in only for name in names]
     looked = [*(name for name in _MODEL_FOLDERS if name and "dit" in only), *folders]
+    refuse_other_formats(path)
     return WeightsError(
         f"{path} holds no {' and no '.join(wanted)}: no weights in itself, nor in {', '.join(looked)}"
     )

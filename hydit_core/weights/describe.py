@@ -36,6 +36,7 @@ def describe(path: str | os.PathLike[str], *, load_key: str | None = None) -> st
     kind, said = detect(source), quantised(source)
     rows = [("file", str(source.path)), ("kind", kind.name), *_model_rows(source, kind)]
     rows += [
+        *([("note", kind.advice)] if kind.advice else []),
         ("dtype", _dtypes(source, source)),
         *([("quantised", _quantised(schemes.values()))] if (schemes := source.schemes()) else []),
         *([("note", f"{said}; this cannot be read")] if said else []),

@@ -11,7 +11,7 @@ import torch
 from ..errors import HyditError, WeightsError
 from ..facts import METADATA_KEY, ModelInfo
 from ..model.config import DIT_G2_V12, DIT_XL2_V12, DiTConfig
-from .families import other_family
+from .families import LORA, other_family
 from .layouts import find_model, to_tencent
 from .quantised import refuse_quantised
 from .source import TensorSource, as_source
@@ -29,6 +29,12 @@ _WANTED = {
     "t5": "an mT5 text encoder",
     "vae": "a VAE",
 }
+_PUBLISHED = {
+    "controlnet": "Tencent-Hunyuan/HYDiT-ControlNet-v1.2",
+    "lora": "Tencent-Hunyuan/HYDiT-LoRA",
+    "vae": "madebyollin/sdxl-vae-fp16-fix",
+}
+"""Where one of each kind can be had; the rest is in Tencent-Hunyuan/HunyuanDiT-v1.2."""
 _ADVICE = {
     "lora": "give it as a LoRA, beside the checkpoint that it changes",
     "controlnet": "give it as a ControlNet, beside a checkpoint",
@@ -50,6 +56,7 @@ class FileKind:
         prefix: the prefix of the model's names in the file.
         config: the dimensions of a DiT or ControlNet.
         parts: which of "bert", "t5", "vae" an all-in-one file holds besides the DiT.
+        advice: what to do with such a file; "" for most.
     """
 
     kind: str
@@ -59,6 +66,7 @@ class FileKind:
     prefix: str = ""
     config: DiTConfig | None = None
     parts: tuple[str, ...] = ()
+    advice: str = ""
 
 
 def detect(source: TensorSource | Mapping[str, torch.Tensor]) -> FileKind:
@@ -92,7 +100,10 @@ def require_kind(source: TensorSource, kind: FileKind, *wanted: str) -> None:
         refuse_quantised(source)
         return
     expected = " or ".join(_WANTED[name] for name in wanted)
-    advice = _ADVICE.get(kind.kind, f"the first of its {len(source)} tensors is {next(iter(source), 'none')}")
+    first = f"the first of its {len(source)} tensors is {next(iter(source), 'none')}"
+    advice = kind.advice or _ADVICE.get(kind.kind, first)
+    if kind.kind == "other":
+        advice += f"; published: {_PUBLISHED.get(wanted[0], 'Tencent-Hunyuan/HunyuanDiT-v1.2')}"
     raise WeightsError(f"{source.path} is {kind.name}; expected {expected}; {advice}")
 
 
@@ -151,12 +162,16 @@ def _lora(source: TensorSource, keys: Keys) -> FileKind | None:
         return FileKind("lora", "a HunyuanDiT LoRA (diffusers names)", layout="diffusers")
     family = _lora_family(keys)
     name = f"a LoRA for {family}, not for HunyuanDiT" if family else "a LoRA of another model"
-    return FileKind("other", name)
+    return FileKind("other", name, advice=LORA)
 
 
 def _lora_family(keys: Keys) -> str:
     marks = (
-        ("HunyuanVideo", ("double_blocks.0.img_attn_qkv.", "context_embedder.token_refiner.")),
+        (
+            "HunyuanVideo or HunyuanImage 2.1",
+            (".img_attn_qkv.", "_img_mlp_fc1", ".img_mlp.fc1", "token_refiner"),
+        ),
+        ("Qwen-Image", ("transformer_blocks.0.img_mlp.", "transformer_blocks_0_img_mlp_")),
         ("Flux", ("lora_unet_double_blocks", "single_transformer_blocks", "double_blocks.")),
         ("SD3", ("joint_blocks", "transformer.transformer_blocks.0.attn.add_k_proj")),
         ("SDXL", ("lora_te2_text_model", "lora_unet_input_blocks", "text_encoder_2.")),
@@ -205,7 +220,7 @@ def _heads(source: TensorSource) -> dict[str, int]:
 
 def _other(source: TensorSource, keys: Keys) -> FileKind | None:
     family = other_family(source.shapes())
-    return FileKind("other", family) if family else None
+    return FileKind("other", family.name, advice=family.advice) if family else None
 
 
 def _anchored(keys: Keys, anchor: str, also: Callable[[str], str]) -> str | None:

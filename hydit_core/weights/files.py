@@ -43,9 +43,18 @@ _FOREIGN = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (run git lfs pull)",
     b"GGUF": "a GGUF file, whose formats ComfyUI itself does not read: take the model's safetensors, and "
     "make a small file of it with `python -m hydit_core.weights quantize`",
+    **dict.fromkeys(
+        (b"ftrt", b"ptrt"),
+        "an engine of TensorRT, compiled for one kind of GPU and one size: take the weights that it was "
+        "built from; --compile makes them faster, too",
+    ),
     b"\x89PNG": "a picture",
     b"\xff\xd8\xff": "a picture",
 }
+_ONNX = re.compile(rb"\x08[\x01-\x20](\x12|:)")  # the field of its version, then its producer or graph
+_ONNX_TEXT = "an ONNX graph, which holds its weights in another form: take those that it was exported from"
+# Files of weights that are no weights files here, for folders that hold nothing else.
+_OTHER_SUFFIXES = (".gguf", ".engine", ".plan", ".trt", ".onnx")
 
 
 def open_tensors(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
@@ -83,6 +92,8 @@ def _open(path: Path, load_key: str | None = None) -> TensorSource:
         for magic, name in _FOREIGN.items():
             if head.lstrip().startswith(magic):
                 raise WeightsError(f"{path} is {name}; expected a weights file")
+        if _ONNX.match(head):
+            raise WeightsError(f"{path} is {_ONNX_TEXT}; expected a weights file")
     if head[257:262] == b"ustar":
         raise WeightsError(f"{path} is a tar archive; expected a weights file, unpacked")
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[8:9] != b"{"):
@@ -212,6 +223,14 @@ def has_weights(folder: Path) -> bool:
     return folder.is_dir() and bool(_weight_files(folder))
 
 
+def refuse_other_formats(folder: Path) -> None:
+    """Raise :class:`WeightsError` that names a file of another format in a folder without weights files."""
+    for place in (folder, folder / "transformer"):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            if path.suffix.lower() in _OTHER_SUFFIXES and path.is_file():
+                _open(path)
+
+
 def _open_folder(folder: Path, load_key: str | None) -> TensorSource:
     files = [p for p in _weight_files(folder) if not _SHARD.search(p.name)]
     if index := _index(folder, files):
@@ -224,6 +243,7 @@ def _open_folder(folder: Path, load_key: str | None) -> TensorSource:
     if load_key is not None:
         files = [p for p in files if p.stem.endswith(f"_{load_key}")] or files
     if not files:
+        refuse_other_formats(folder)
         raise WeightsError(f"{folder} holds no weights; expected one of *{', *'.join(SUFFIXES)} in it")
     if len(files) > 1 and _preference(files[0])[2] >= 2 * len(_STANDARD_NAMES):
         shown = ", ".join(p.name for p in files[:8])

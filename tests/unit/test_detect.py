@@ -127,7 +127,7 @@ OTHERS = {
         "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (4, 8)
     },
     "a LoRA for SDXL, not for HunyuanDiT": {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (4, 8)},
-    "a LoRA for HunyuanVideo, not for HunyuanDiT": {
+    "a LoRA for HunyuanVideo or HunyuanImage 2.1, not for HunyuanDiT": {
         "transformer.double_blocks.0.img_attn_qkv.lora_A.weight": (4, 8)
     },
     "a LoRA for SD1.x, SD2 or SDXL, not for HunyuanDiT": {
