@@ -24,7 +24,7 @@ PROMPTS = ROOT / "examples/compare/prompts.txt"
 JUDGE = ROOT / "examples/embedded/evaluate.py:right"
 SHAPES = ("128x128", "160x96", "96x160")
 MODEL = ROOT / "hydit_core/assets/hydit-icons-128.safetensors"
-TURBO = ROOT / "examples/turbo/hydit-icons-128-turbo.safetensors"
+TURBO = ROOT / "hydit_core/assets/lora/hydit-icons-128-turbo.safetensors"
 FORMATS = ("int8_convrot", "fp8_scaled")
 
 

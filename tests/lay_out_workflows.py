@@ -204,6 +204,13 @@ LAYOUTS: dict[str, Box] = {
         group("Every call · 全部调用", column(shut(12, 290), shut(13, 290), node(14, 290))),
         drawn(node(15, 440), node(16, 440, 480), node(11, 440)),
     ),
+    "hydit_turbo": stages(
+        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=160),
+        group(WORDS, column(6, 7, width=290)),
+        group("With the LoRA · 加上 LoRA", column(node(8, 330), node(9, 330), shut(10, 330))),
+        group("Without · 不加", column(shut(12, 290), shut(13, 290), node(14, 290))),
+        drawn(node(15, 400), node(16, 400, 480), node(11, 400)),
+    ),
     "hydit_custom_sampling": stages(
         first(group(MODEL, column(3, 4, width=290)), width=318, note=150),
         group(WORDS, column(node(5, 290), node(6, 290))),

@@ -224,6 +224,9 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
         "hydit_fast": lambda forecast, full: [
             0 < np.abs(forecast - full).mean() < 3, _color(forecast) == _color(full) == "green"
         ],
+        "hydit_turbo": lambda few, full: [
+            _same_outline(few, full) > 0.8, _color(few) == _color(full) == "blue"
+        ],
         "hydit_lora_merge": lambda merged, without: [_blue(without) < 0.5 < _blue(merged)],
         "hydit_two_controlnets": lambda star, heart, a: [
             _same_outline(star[:, :64], a[:, :64]) > 0.7,

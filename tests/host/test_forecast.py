@@ -154,7 +154,7 @@ def test_the_picture_is_the_command_lines(host, tmp_path):
     """With the embedded model, its LoRA, and guidance that ends early."""
     from hydit_core.embedded import embedded_loras
 
-    (lora,) = embedded_loras()
+    lora = embedded_loras()[0]
     out = tmp_path / "a.png"
     options = ["--prompt", "a red apple", "--seed", "1", "--steps", "40", "--device", "cpu"]
     options += ["--forecast", "fast", "--cfg-end", "0.6", "--lora", f"{lora}:0.5", "--out", str(out)]
