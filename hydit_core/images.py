@@ -74,7 +74,7 @@ def load_picture(source: Path | bytes, alpha_color: str = "white", *, name: str 
         return _to_rgb(_upright(opened), alpha_color)
 
 
-def load_alpha(source: bytes, *, name: str) -> Image.Image | None:
+def load_alpha(source: Path | bytes, *, name: str | None = None) -> Image.Image | None:
     """How opaque each pixel of a picture file is, as an upright 8-bit gray picture; None if all of it is.
 
     Raises :class:`DataError` as :func:`load_picture` does.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,14 +17,17 @@ from .devices import choose_device
 from .diffusion.denoiser import Denoiser
 from .diffusion.forecast import Forecaster, tolerance_of
 from .diffusion.guidance import GuidedAtFirst, GuidedDenoiser
-from .diffusion.samplers import SAMPLERS, draw_noise, noise_sampler_from, start_latents
+from .diffusion.masked import Known
+from .diffusion.run import Progress, run_sampler
+from .diffusion.samplers import draw_noise, start_latents
 from .diffusion.schedule import Schedule
 from .dtypes import choose_dtype
 from .embedded import embedded_model
 from .errors import ConfigError, HyditError
 from .facts import ModelInfo, SamplingDefaults
-from .finite import DTYPE_ADVICE, FiniteWatch, why_not_finite
+from .finite import DTYPE_ADVICE
 from .images import Geometry, to_image, to_tensor
+from .inpaint import Inpainting
 from .model.compiled import compile_blocks
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
@@ -48,9 +51,6 @@ if TYPE_CHECKING:
     from .lora.adapter import Adapter, Match
     from .text.encoders import TextEncoders
     from .vae import VAE
-
-Progress = Callable[[int, int, Tensor], object]
-"""``(step, steps, denoised latents)``, called once per step; ``step`` counts from 1."""
 
 _TRAINED_SIZE = 1024
 """The original size that Tencent's inference gives to models with a size condition."""
@@ -193,6 +193,7 @@ class Pipeline:
         seed: int = 0,
         batch: int = 1,
         init_image: Image.Image | None = None,
+        mask: Image.Image | None = None,
         strength: float = 1.0,
         eta: float | None = None,
         forecast: str | float = "off",
@@ -211,6 +212,7 @@ class Pipeline:
             negative: what to steer away from; "" for nothing. Not used when ``cfg`` is 1.
             seed, batch, strength, eta, forecast, cfg_end: see :class:`~.presets.RunSettings`.
             init_image: start from this picture, scaled and cropped to fit.
+            mask: what of it is drawn: white; all else stays. See :class:`~.inpaint.Inpainting`.
             controls: ControlNets with their pictures; their residuals add up.
             preset: published settings instead of the recommended ones, see :data:`~.presets.PRESETS`.
             callback: see :data:`Progress`.
@@ -229,7 +231,9 @@ class Pipeline:
         run = RunSettings(settings, seed, batch, strength, eta, forecast, cfg_end)
         for note in self.advice(prompts, settings):
             warnings.warn(note, stacklevel=2)
-        drawn = self.pictures(prompts, run, init_image=init_image, controls=controls, callback=callback)
+        drawn = self.pictures(
+            prompts, run, init_image=init_image, mask=mask, controls=controls, callback=callback
+        )
         return [picture.image for picture in drawn]
 
     def pictures(
@@ -238,6 +242,7 @@ class Pipeline:
         settings: RunSettings | SamplingDefaults,
         *,
         init_image: Image.Image | None = None,
+        mask: Image.Image | None = None,
         controls: Sequence[ControlInput] = (),
         callback: Progress | None = None,
         **given: Unpack[RunChoices],
@@ -253,6 +258,13 @@ class Pipeline:
         sigmas = self.schedule.sigmas_for(sampling.spacing, sampling.steps, run.strength)
         if init_image is None and run.strength != 1:
             raise ConfigError(f"strength {run.strength} without a picture to start from: give init_image")
+        part = None
+        if mask is not None:
+            if init_image is None:
+                raise ConfigError("a mask without the picture that it belongs to: give init_image")
+            size = (sampling.width, sampling.height)
+            part = Inpainting(init_image.convert("RGB"), mask, size, multiple=self.vae.downscale)
+            init_image = part.picture
         init = None if init_image is None else self._encode_image(init_image, sampling)
         for control in controls:
             check_fit(control.net.config, self.dit.config)
@@ -271,9 +283,11 @@ class Pipeline:
                 context = self._context(self.dit, features, sampling, run.batch)
                 steering = self._controls(controls, hints, features, sampling, run.batch)
                 model = self._denoiser(run, sigmas)
-                latents = self._sample(model, context, steering, run, sigmas, init, callback)
+                latents = self._sample(model, context, steering, run, sigmas, init, part, callback)
             for latent, seed in zip(latents, run.seeds, strict=True):
                 pixels = self._decode(latent)
+                if part is not None:
+                    pixels = part.composed(pixels)
                 yield Picture(to_image(pixels), prompt, index, seed, pixels, model.calls, model.real)
 
     @torch.no_grad()
@@ -346,6 +360,7 @@ class Pipeline:
         run: RunSettings,
         sigmas: Tensor,
         init: Tensor | None,
+        part: Inpainting | None,
         callback: Progress | None,
     ) -> Tensor:
         """Latents (B, C, h, w), float32, one for each seed."""
@@ -355,41 +370,24 @@ class Pipeline:
         generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]
         noise = draw_noise((len(seeds), *shape), generators).to(self.device)
         x = start_latents(noise, sigmas, init)
+        known = None
+        if part is not None and init is not None:
+            known = Known(init, noise, part.latents.to(self.device))
 
-        # On the host, where ControlNets are chosen: nothing in a step may wait for the device.
-        times: list[float] = self.schedule.sigma_to_t(sigmas[:-1]).tolist()
-        network: dict[str, Any] = {"context": context, "controls": controls, "now": times[0]}
-
-        def blame(state: dict[str, Any]) -> HyditError:
-            i, x = state["i"], state["x"]
-
-            def again() -> Tensor:
-                level = state["sigma"] * x.new_ones(len(x))
-                return denoiser.model(x, level, **{**network, "now": times[i]})
-
-            return HyditError(why_not_finite(i + 1, x, self.dit, again, self.dit.dtype))
-
-        watch = FiniteWatch(blame)
-
-        def each_step(state: dict[str, Any]) -> None:
-            watch.look(state["denoised"], state)
-            network["now"] = times[min(state["i"] + 1, len(times) - 1)]
-            if callback is not None:
-                callback(state["i"] + 1, len(times), state["denoised"])
-
-        latents = SAMPLERS[settings.sampler](
+        return run_sampler(
+            settings.sampler,
             denoiser,
             x,
             sigmas,
-            extra_args=network,
-            callback=each_step,
-            disable=True,
-            # The generators that drew the start noise continue, so that step noise is independent of it.
-            noise_sampler=noise_sampler_from(x, generators),
-            **({} if run.eta is None else {"eta": run.eta}),
+            self.schedule.sigma_to_t(sigmas[:-1]).tolist(),
+            {"context": context, "controls": controls},
+            generators,
+            dit=self.dit,
+            dtype=self.dit.dtype,
+            eta=run.eta,
+            known=known,
+            callback=callback,
         )
-        watch.settle()
-        return latents
 
     def _predict(self, x_t: Tensor, t: Tensor, *, context: Context, controls: Controls, now: float) -> Tensor:
         return self.dit(x_t.to(self.dit.dtype), t, context.last(len(x_t)), controls(x_t, t, now))

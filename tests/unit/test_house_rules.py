@@ -19,7 +19,7 @@ FLOORS = (
     {"devices", "dtypes", "embedded", "images", "new_files", "untrusted"},
     {"facts", "layer_weights", "model", "offload"},
     {"diffusion", "weights"},
-    {"control", "lora", "pictures", "plan", "presets", "text", "vae"},
+    {"control", "inpaint", "lora", "pictures", "plan", "presets", "text", "vae"},
     {"data", "pipeline"},
     {"__main__", "generate", "train"},
     {"compare"},
