@@ -15,6 +15,7 @@ from .version import VERSION
 
 if TYPE_CHECKING:
     from .facts import DiffusionConfig, ModelInfo, SamplingDefaults
+    from .loading import load
     from .lora.adapter import Adapter as LoraAdapter
     from .lora.extract import combine as combine_loras
     from .lora.extract import extract as extract_lora
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .model.config import DiTConfig
     from .model.controlnet import ControlNet
     from .model.dit import DiT
-    from .pipeline import Pipeline, load
+    from .pipeline import Pipeline
     from .presets import PRESETS
     from .weights.load import load_controlnet, load_dit
     from .weights.save import save_checkpoint
@@ -45,7 +46,7 @@ _HOMES = {
     "SamplingDefaults": "facts",
     "combine_loras": "lora.extract:combine",
     "extract_lora": "lora.extract:extract",
-    "load": "pipeline",
+    "load": "loading",
     "load_controlnet": "weights.load",
     "load_dit": "weights.load",
     "load_lora": "lora.reading:read",

@@ -59,6 +59,7 @@ RE_EXPORTED: dict[str, dict[str, str]] = {
         "model.dit": "Context DiT",
         "model.rope": "apply_rope rope_table",
     },
+    "pipeline": {"loading": "load outline"},
     "text": {
         "text.encoders": "TextEncoders",
         "text.features": "PromptReport TextFeatures TokenReport Tokens",

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from .control import ControlInput, Controls, check_fit, prepare
-from .devices import choose_device
 from .diffusion.denoiser import Denoiser
 from .diffusion.forecast import Forecaster, tolerance_of
 from .diffusion.guidance import GuidedAtFirst, GuidedDenoiser
@@ -21,8 +20,6 @@ from .diffusion.masked import Known
 from .diffusion.run import Progress, run_sampler
 from .diffusion.samplers import draw_noise, start_latents
 from .diffusion.schedule import Schedule
-from .dtypes import choose_dtype
-from .embedded import embedded_model
 from .errors import ConfigError, HyditError
 from .facts import ModelInfo, SamplingDefaults
 from .finite import DTYPE_ADVICE
@@ -31,8 +28,8 @@ from .inpaint import Inpainting
 from .model.compiled import compile_blocks
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
-from .offload.placement import Offload, Placement
-from .plan import Choice, choose, for_pipeline, free_memory
+from .moved import former
+from .offload.placement import Placement
 from .presets import (
     RunChoices,
     RunSettings,
@@ -51,6 +48,8 @@ if TYPE_CHECKING:
     from .lora.adapter import Adapter, Match
     from .text.encoders import TextEncoders
     from .vae import VAE
+
+__getattr__ = former(__name__)
 
 _TRAINED_SIZE = 1024
 """The original size that Tencent's inference gives to models with a size condition."""
@@ -408,90 +407,3 @@ class Pipeline:
         if not torch.isfinite(pixels).all():
             raise HyditError(f"the VAE's output is not finite in {self.vae.dtype}; {DTYPE_ADVICE}")
         return ((pixels.float() + 1) / 2).clamp(0, 1).cpu()
-
-
-def load(
-    path: str | Path | None = None,
-    *,
-    text_encoders: str | Path | None = None,
-    vae: str | Path | None = None,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "auto",
-    load_key: str | None = None,
-    offload: str | Choice = "off",
-    compile: bool = False,
-) -> Pipeline:
-    """Load a model and what belongs to it.
-
-    Quantised matrices stay in 8 bits in memory, if comfy-kitchen is installed.
-
-    Args:
-        path: an all-in-one checkpoint, a diffusers folder, a folder in Tencent's layout (``t2i/``), or the
-            weights of a DiT alone. None: the model that comes with hydit.
-        text_encoders, vae: files or folders that hold these; needed where ``path`` does not.
-        dtype: to compute in: "auto", "float32", "float16", "bfloat16", or a torch dtype. "auto" is float32 on
-            the CPU, bfloat16 on GPUs that have it, and float16 on others.
-        device: "auto" (a GPU if there is one), or a torch device.
-        load_key: which set of weights to take from a ``.pt`` file with several: ema, module, distill.
-        offload: "off" keeps everything on the device; for small GPUs "encoders" and "blocks" keep weights on
-            the host and bring them when they are needed, see :class:`~.offload.placement.Offload`. "auto"
-            takes the first of these that fits into what the GPU has free, for one picture of the recommended
-            size; :mod:`~.plan` chooses for others.
-        compile: run the blocks as graphs that torch compiles, which takes a while at the first step.
-
-    Raises:
-        WeightsError: a file is missing, damaged, or holds something else.
-        ConfigError: an unknown dtype, device or way of offloading.
-    """
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
-    places: dict[str, Any] = {"text_encoders": text_encoders, "vae": vae, "load_key": load_key}
-    if offload == "auto":
-        free = free_memory(device)
-        offload = "off" if free is None else choose(for_pipeline(outline(path, dtype, **places)), free)
-    if isinstance(offload, str):
-        placement = Placement() if offload == "off" else Offload(device, offload)
-    else:
-        placement = offload.placement(device)
-    pipe = _loaded(path, dtype, placement.home(device), **places)
-    pipe.placement, pipe.compiled = placement, compile
-    return pipe
-
-
-def outline(path: str | Path | None, dtype: torch.dtype, **places: Any) -> Pipeline:
-    """What :func:`load` would load, without the weights: its networks are on the meta device, to plan with.
-
-    Raises :class:`WeightsError` as :func:`load` does.
-    """
-    return _loaded(path, dtype, torch.device("meta"), **places)
-
-
-def _loaded(
-    path: str | Path | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    text_encoders: str | Path | None = None,
-    vae: str | Path | None = None,
-    load_key: str | None = None,
-) -> Pipeline:
-    from .text.loading import load_text_encoders
-    from .vae import load_vae
-    from .weights.bundle import bundle, say_where
-    from .weights.load import load_dit
-
-    source = embedded_model() if path is None else Path(path).expanduser()
-    opened = bundle(source, only=("dit",), kinds=("dit",), load_key=load_key)
-    dit, info = load_dit(opened, dtype=dtype, device=device, keep_quantised=True)
-    with say_where("text_encoders", given=text_encoders is not None):
-        text = load_text_encoders(
-            text_encoders or opened,
-            dtype=dtype,
-            device=device,
-            text_len=dit.config.text_len,
-            t5_len=dit.config.t5_len,
-            keep_quantised=True,
-        )
-    with say_where("vae", given=vae is not None):
-        autoencoder = load_vae(vae or opened, dtype=dtype, device=device)
-    return Pipeline(dit, text, autoencoder, info, name=source.name)

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 
 from ..diffusion.forecast import tolerance_of
+from ..diffusion.run import Progress
 from ..errors import ConfigError
 from ..images import load_picture
+from ..loading import load
 from ..pictures.png import png_info
 from ..pictures.redraw import redraw
-from ..pipeline import Picture, Pipeline, Progress, load
+from ..pipeline import Picture, Pipeline
 from ..presets import check_cfg_end
 from . import control as control_cli
 from . import lora as lora_cli

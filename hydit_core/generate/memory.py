@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..devices import choose_device
 from ..dtypes import choose_dtype, dtype_name
 from ..facts import SamplingDefaults
+from ..loading import outline
 from ..offload.placement import MODES
-from ..pipeline import outline
 from ..plan import Choice, Requirements, choose, for_pipeline, free_memory, size_text
 from .settings import settings_of
 
