@@ -82,6 +82,7 @@ gpu: $(if $(GPU_PYTHON),,$(VENV)/.test)
 # EVIDENCE_ARGS go to the script: EVIDENCE_ARGS="forecast --prompts 16"
 evidence: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fast.py $(EVIDENCE_ARGS)
+	$(BIN)/python benchmarks/fast_pages.py
 
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants/run.py $(MUTANTS_ARGS)

@@ -5,7 +5,11 @@
 
 Pictures are kept in outputs/fast, so a run that broke off goes on, and one with more prompts draws only the
 new ones. Each set leaves docs/fast/SET.json (the sides' figures) and docs/fast/SET.png (worst and median
-pairs); the pages are in outputs/fast/SET.
+pairs); the pages are in outputs/fast/SET. Then
+
+    python benchmarks/fast_pages.py
+
+puts their tables into docs/fast.md and docs/zh/fast.md.
 """
 
 from __future__ import annotations
