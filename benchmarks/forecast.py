@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -35,13 +34,14 @@ from torch import Tensor
 
 import hydit_core
 from hydit_core.compare.judge import load_judge
-from hydit_core.control import ControlInput
+from hydit_core.control import ControlInput, Controls
 from hydit_core.diffusion.forecast import FORECASTS, Forecaster
+from hydit_core.diffusion.run import run_sampler
+from hydit_core.diffusion.samplers import draw_noise, start_latents
 from hydit_core.embedded import ASSETS, embedded_controlnets
 from hydit_core.images import to_image
 from hydit_core.model.dit import Context
 from hydit_core.presets import RunSettings
-from hydit_core.text.features import TextFeatures
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "examples" / "embedded" / "ordinary_prompts.txt"
@@ -152,13 +152,25 @@ class Bench:
         if count == 1:
             (picture,) = pipe.pictures(prompts, run, seed=seed, controls=self.controls)
             return Drawn(picture.pixels[None], [picture.real_calls])
-        texts = TextFeatures.cat([*pipe._encoded([*[run.sampling.negative] * count, *prompts])])
-        context = pipe._context(pipe.dit, texts, run.sampling, 1)
-        sigmas = pipe.schedule.sigmas_for(run.sampling.spacing, run.sampling.steps)
+        sampling = run.sampling
+        context = pipe.context([*[sampling.negative] * count, *prompts], sampling)
+        sigmas = pipe.schedule.sigmas_for(sampling.spacing, sampling.steps)
         model = Each(pipe._denoiser(run, sigmas), count)
-        run = dataclasses.replace(run, seed=seed, batch=count)
-        steering = pipe._controls([], [], texts, run.sampling, 1)
-        latents = pipe._sample(model, context, steering, run, sigmas, None, None)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+        sides = (side // pipe.vae.downscale for side in (sampling.height, sampling.width))
+        noise = draw_noise((count, pipe.dit.config.in_channels, *sides), generators)
+        latents = run_sampler(
+            sampling.sampler,
+            model,
+            start_latents(noise, sigmas, None),
+            sigmas,
+            pipe.schedule.sigma_to_t(sigmas[:-1]).tolist(),
+            {"context": context, "controls": Controls([])},
+            generators,
+            dit=pipe.dit,
+            dtype=pipe.dit.dtype,
+            eta=run.eta,
+        )
         pixels = torch.stack([pipe._decode(latent) for latent in latents])
         return Drawn(pixels, [one.real for one in model.each])
 
