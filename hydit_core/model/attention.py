@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,30 @@ class AttentionFn(Protocol):
     """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor: ...
+
+
+class Attended(NamedTuple):
+    """More that the queries of a cross-attention attend to, beside the text: a picture.
+
+    ``keys`` and ``values`` (B, M, heads, head_dim), the keys normalized; ``mask`` (B or 1, N, 1) multiplies
+    the result at each image token.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+
+
+class ImageContext(NamedTuple):
+    """What one block attends to beside the text.
+
+    ``text_scale`` multiplies what it gets from the text. The attention function gets ``options`` for the
+    pictures, None: those that it gets for the text.
+    """
+
+    attended: Sequence[Attended] = ()
+    text_scale: float = 1.0
+    options: Options = None
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
@@ -147,16 +171,38 @@ class CrossAttention(nn.Module):
         self.out_proj = operations.Linear(dim, dim, **factory)
 
     def forward(
-        self, x: Tensor, text: Tensor, rope: Rope, options: Options = None, *, values: Tensor | None = None
+        self,
+        x: Tensor,
+        text: Tensor,
+        rope: Rope,
+        options: Options = None,
+        *,
+        values: Tensor | None = None,
+        images: ImageContext | None = None,
     ) -> Tensor:
-        """``x`` (B, N, D), ``text`` (B, L, text_dim) -> (B, N, D); ``values`` default to ``text``."""
+        """``x`` (B, N, D), ``text`` (B, L, text_dim) -> (B, N, D); ``values`` default to ``text``.
+
+        What ``images`` holds is attended to by the same queries, set by set, and added before the last
+        projection.
+        """
         q = rearrange(self.q_proj(x), "b n (heads d) -> b n heads d", heads=self.num_heads)
         k, v = self._project(text)
         if values is not None and values is not text:
             v = self._project(values)[1]
         q = apply_rope(self.q_norm(q), *rope).to(v.dtype)
         k = self.k_norm(k).to(v.dtype)
-        return self.out_proj(self.attention(q, k, v, options=options))
+        out = self.attention(q, k, v, options=options)
+        return self.out_proj(out if images is None else self._with_images(out, q, images, options))
+
+    def _with_images(self, out: Tensor, q: Tensor, images: ImageContext, options: Options) -> Tensor:
+        """``out`` (B, N, D), attended to the text, with what is attended to pictures."""
+        if images.text_scale != 1:
+            out = out * images.text_scale
+        options = options if images.options is None else images.options
+        for keys, values, mask in images.attended:
+            more = self.attention(q, keys.to(q.dtype), values.to(q.dtype), options=options)
+            out = out + (more if mask is None else more * mask.to(more.dtype))
+        return out
 
     def _project(self, text: Tensor) -> tuple[Tensor, ...]:
         """Keys and values, each (B, L, heads, head_dim)."""

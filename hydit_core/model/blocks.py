@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionFn, CrossAttention, Options, Rope, SelfAttention
+from .attention import AttentionFn, CrossAttention, ImageContext, Options, Rope, SelfAttention
 from .config import DiTConfig
 
 
@@ -63,21 +63,24 @@ class Block(nn.Module):
         rope: Rope,
         skip: Tensor | None = None,
         options: Options = None,
+        images: ImageContext | None = None,
     ) -> Tensor:
         """``x``, ``skip`` (B, N, D), ``text`` (B, L, text_dim), ``vector`` (B, D) -> (B, N, D)."""
         if skip is not None:
             x = self.skip_linear(self.skip_norm(torch.cat((x, skip), dim=-1)))
         shift = self.default_modulation(vector)[:, None]  # (B, 1, D)
         x = x + self._attend(self.norm1(x) + shift, rope, options)
-        x = x + self._attend_text(self.norm3(x), text, rope, options)
+        x = x + self._attend_text(self.norm3(x), text, rope, options, images)
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, x: Tensor, rope: Rope, options: Options) -> Tensor:
         """Self-attention; subclasses override this and :meth:`_attend_text` to change inputs and outputs."""
         return self.attn1(x, rope, options)
 
-    def _attend_text(self, x: Tensor, text: Tensor, rope: Rope, options: Options) -> Tensor:
-        return self.attn2(x, text, rope, options)
+    def _attend_text(
+        self, x: Tensor, text: Tensor, rope: Rope, options: Options, images: ImageContext | None
+    ) -> Tensor:
+        return self.attn2(x, text, rope, options, images=images)
 
 
 class FinalLayer(nn.Module):

@@ -99,14 +99,14 @@ class DiTConfig:
 
         Raises :class:`WeightsError` when a needed tensor is missing or the shapes contradict each other.
         """
-        hidden, in_channels, patch, _ = _shape(shapes, "x_embedder.proj.weight", 4)
-        mlp_hidden, _ = _shape(shapes, "blocks.0.mlp.fc1.weight", 2)
-        (head_dim,) = _shape(shapes, "blocks.0.attn1.q_norm.weight", 1)
-        t5_hidden, t5_dim = _shape(shapes, "mlp_t5.0.weight", 2)
-        text_rows, text_dim = _shape(shapes, "text_embedding_padding", 2)
-        pooler_rows, _ = _shape(shapes, "pooler.positional_embedding", 2)
-        pooled_dim, _ = _shape(shapes, "pooler.c_proj.weight", 2)
-        _, extra_dim = _shape(shapes, "extra_embedder.0.weight", 2)
+        hidden, in_channels, patch, _ = shape_of(shapes, "x_embedder.proj.weight", 4)
+        mlp_hidden, _ = shape_of(shapes, "blocks.0.mlp.fc1.weight", 2)
+        (head_dim,) = shape_of(shapes, "blocks.0.attn1.q_norm.weight", 1)
+        t5_hidden, t5_dim = shape_of(shapes, "mlp_t5.0.weight", 2)
+        text_rows, text_dim = shape_of(shapes, "text_embedding_padding", 2)
+        pooler_rows, _ = shape_of(shapes, "pooler.positional_embedding", 2)
+        pooled_dim, _ = shape_of(shapes, "pooler.c_proj.weight", 2)
+        _, extra_dim = shape_of(shapes, "extra_embedder.0.weight", 2)
 
         style_cond = "style_embedder.weight" in shapes
         size_columns = extra_dim - pooled_dim - hidden * style_cond
@@ -118,9 +118,9 @@ class DiTConfig:
         num_blocks = count_numbered(shapes, "blocks.")
         if "final_layer.linear.weight" in shapes:
             depth = num_blocks
-            out_channels = _shape(shapes, "final_layer.linear.weight", 2)[0] // patch**2
+            out_channels = shape_of(shapes, "final_layer.linear.weight", 2)[0] // patch**2
         else:
-            _shape(shapes, f"after_proj_list.{num_blocks - 1}.weight", 2)
+            shape_of(shapes, f"after_proj_list.{num_blocks - 1}.weight", 2)
             depth = 2 * (num_blocks + 1)
             out_channels = 2 * in_channels
         return cls(
@@ -144,9 +144,13 @@ class DiTConfig:
         )
 
 
-def _shape(shapes: Mapping[str, Any], key: str, ndim: int) -> tuple[int, ...]:
+def shape_of(shapes: Mapping[str, Any], key: str, ndim: int, what: str = "a HunyuanDiT") -> tuple[int, ...]:
+    """A tensor's shape, which must have ``ndim`` dimensions, none of them empty.
+
+    Raises :class:`WeightsError`; ``what`` is the network that the names are Tencent's of.
+    """
     if key not in shapes:
-        raise WeightsError(f"not a HunyuanDiT state dict in Tencent's names: {key} is missing")
+        raise WeightsError(f"not {what} in Tencent's names: {key} is missing")
     shape = tuple(int(n) for n in getattr(shapes[key], "shape", shapes[key]))
     if len(shape) != ndim:
         raise WeightsError(f"{key} has shape {shape}; expected {ndim} dimension(s)")

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import AttentionFn, Options, Rope, sdpa
+from .attention import AttentionFn, ImageContext, Options, Rope, sdpa
 from .blocks import FinalLayer
 from .config import DiTConfig
 from .rope import rope_table
@@ -54,18 +54,21 @@ class DiT(Trunk):
         context: Context,
         control: Sequence[Tensor | None] | None = None,
         *,
+        images: Sequence[ImageContext] | None = None,
         options: Options = None,
     ) -> Tensor:
         """Predict from noisy latents.
 
         ``x`` (B, in_channels, H, W), any H and W; ``t`` (B,) or scalar, the timestep 0..999, fractions
         allowed; ``context`` from :meth:`encode_context`. ``control[i]`` (B, N, D), from a ControlNet, is
-        added to skip i; None adds nothing. ``options`` is handed to the attention function.
+        added to skip i; None adds nothing. ``images[i]`` is what block i attends to beside the text
+        (:class:`~.ip_adapter.IPAdapter`). ``options`` is handed to the attention function.
 
         Returns (B, out_channels, H, W) in the dtype of ``x``: the prediction (v for the published weights) in
         the first half of the channels, the learned variance in the second. Computes in the context's dtype.
 
-        Raises :class:`ValueError` unless ``control`` has ``config.num_controls`` entries.
+        Raises :class:`ValueError` unless ``control`` has ``config.num_controls`` entries and ``images`` one
+        for each block.
         """
         config = self.config
         if control is not None and len(control) != config.num_controls:
@@ -73,6 +76,8 @@ class DiT(Trunk):
                 f"control has {len(control)} residuals; this model of depth {config.depth} has "
                 f"{config.num_controls} skips to add them to"
             )
+        if images is not None and len(images) != config.depth:
+            raise ValueError(f"images are for {len(images)} blocks; this model has {config.depth}")
         th, tw = (-(-size // config.patch_size) for size in x.shape[-2:])
         rope = self._rope(th, tw, x.device, options)
         vector = self._condition(t, context)  # (B, D)
@@ -84,7 +89,8 @@ class DiT(Trunk):
             if skip is not None and control is not None:
                 residual = control[len(skips)]
                 skip = skip if residual is None else skip + residual.to(skip.dtype)
-            tokens = self._run_block(i, tokens, context.text, vector, rope, skip, options)
+            seen = {} if images is None else {"images": images[i]}
+            tokens = self._run_block(i, tokens, context.text, vector, rope, skip, options, **seen)
             if i < config.num_controls:
                 skips.append(tokens)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import AttentionFn, Options, Rope, sdpa
+from .attention import AttentionFn, ImageContext, Options, Rope, sdpa
 from .blocks import Block
 from .config import DiTConfig
 from .embeddings import AttentionPool, PatchEmbed, TimestepEmbedder, timestep_embedding
@@ -163,16 +163,16 @@ class Trunk(nn.Module):
         rope: Rope,
         skip: Tensor | None = None,
         options: Options = None,
+        images: ImageContext | None = None,
     ) -> Tensor:
         """Run block ``index``; subclasses override it to observe or replace single blocks."""
         block = self.blocks[index]
         fraction = float(self.gradient_checkpointing)
         if int((index + 1) * fraction) > int(index * fraction) and torch.is_grad_enabled():
             keep = self.random_blocks  # the generator's state, a waste if nothing is random
-            return checkpoint(
-                block, x, text, vector, rope, skip, options, use_reentrant=False, preserve_rng_state=keep
-            )
-        return block(x, text, vector, rope, skip, options)
+            given = (x, text, vector, rope, skip, options, images)
+            return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=keep)
+        return block(x, text, vector, rope, skip, options, images)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:

@@ -11,11 +11,14 @@ import torch
 from ..errors import HyditError, WeightsError
 from ..facts import METADATA_KEY, ModelInfo
 from ..model.config import DIT_G2_V12, DIT_XL2_V12, DiTConfig
+from ..model.ip_adapter import MARKS as IP_ADAPTER_NAMES
+from ..model.ip_adapter import IPAdapterConfig
 from .families import LORA, other_family
 from .layouts import find_model, to_tencent
 from .quantised import refuse_quantised
 from .source import TensorSource, as_source
-from .views import TensorView
+from .views import TensorView, rename
+from .vision_layout import find_vision, vision_config, vision_view
 
 BERT_PREFIXES = ("text_encoders.hydit_clip.", "cond_stage_model.hydit_clip.", "hydit_clip.")
 MT5_PREFIXES = ("text_encoders.mt5xl.", "cond_stage_model.mt5xl.", "mt5xl.")
@@ -28,17 +31,20 @@ _WANTED = {
     "bert": "a BERT text encoder",
     "t5": "an mT5 text encoder",
     "vae": "a VAE",
+    "ip_adapter": "a HunyuanDiT IP-Adapter",
 }
 _PUBLISHED = {
     "controlnet": "Tencent-Hunyuan/HYDiT-ControlNet-v1.2",
     "lora": "Tencent-Hunyuan/HYDiT-LoRA",
     "vae": "madebyollin/sdxl-vae-fp16-fix",
+    "ip_adapter": "Tencent-Hunyuan/IP-Adapter",
 }
 """Where one of each kind can be had; the rest is in Tencent-Hunyuan/HunyuanDiT-v1.2."""
 _ADVICE = {
     "lora": "give it as a LoRA, beside the checkpoint that it changes",
     "controlnet": "give it as a ControlNet, beside a checkpoint",
     "ip_adapter": "IP-Adapters are given beside a checkpoint",
+    "vision": "image encoders are given beside an IP-Adapter",
     "dit": "give it as the model",
 }
 
@@ -48,8 +54,8 @@ class FileKind:
     """What a file is.
 
     Attributes:
-        kind: ``dit``, ``controlnet``, ``lora``, ``ip_adapter``, ``bert``, ``t5``, ``vae``, ``other`` (a
-            known family that is not ours) or ``unknown``.
+        kind: ``dit``, ``controlnet``, ``lora``, ``ip_adapter``, ``vision``, ``bert``, ``t5``, ``vae``,
+            ``other`` (a known family that is not ours) or ``unknown``.
         name: what to call it in a sentence, such as "a HunyuanDiT-g/2 v1.2 checkpoint".
         version: "v1.2", or "v1.1" for v1.0 too, whose shapes are the same; "" if not ours.
         layout: "tencent", "diffusers" or "comfy" for DiT and ControlNet; others have their own names.
@@ -77,7 +83,7 @@ def detect(source: TensorSource | Mapping[str, torch.Tensor]) -> FileKind:
     """
     source = as_source(source)
     keys = dict.fromkeys(source.keys())
-    for rule in (_lora, _ip_adapter, _model, _other, _encoder, _vae):
+    for rule in (_lora, _ip_adapter, _model, _vision, _other, _encoder, _vae):
         if kind := rule(source, keys):
             return kind
     return FileKind("unknown", "not a weights file of a kind that is known here")
@@ -114,14 +120,16 @@ def tencent_view(source: TensorSource, kind: FileKind) -> TensorView:
 
 def model_size(config: DiTConfig) -> str:
     """``g/2`` or ``XL/2`` for the published dimensions, else the dimensions themselves."""
+    return size_name(config.hidden_size, config.depth, config.mlp_hidden)
+
+
+def size_name(hidden: int, depth: int, mlp: int | None = None) -> str:
+    """As :func:`model_size`; None: the MLP's width is not known."""
     for name, known in (("g/2", DIT_G2_V12), ("XL/2", DIT_XL2_V12)):
-        if (config.hidden_size, config.depth, config.mlp_hidden) == (
-            known.hidden_size,
-            known.depth,
-            known.mlp_hidden,
-        ):
+        wide = known.mlp_hidden if mlp is None else mlp
+        if (hidden, depth, wide) == (known.hidden_size, known.depth, known.mlp_hidden):
             return name
-    return f"{config.hidden_size}x{config.depth}"
+    return f"{hidden}x{depth}"
 
 
 def version_text(config: DiTConfig, metadata: Mapping[str, str]) -> str:
@@ -181,9 +189,41 @@ def _lora_family(keys: Keys) -> str:
 
 
 def _ip_adapter(source: TensorSource, keys: Keys) -> FileKind | None:
-    if "mlp_t5.0.weight" not in keys and _has(keys, "kv_proj_ip_adapter", "ip_adapter_clip_len_trans_block"):
-        return FileKind("ip_adapter", "a HunyuanDiT IP-Adapter", layout="tencent")
-    return None
+    if _has(keys, "mlp_t5.0.weight") or not _has(keys, *IP_ADAPTER_NAMES):
+        return None
+    name = "a HunyuanDiT IP-Adapter"
+    try:
+        config = IPAdapterConfig.from_state_dict(ip_adapter_view(source).shapes())
+    except HyditError:  # said when it is to be loaded
+        return FileKind("ip_adapter", name, layout="tencent")
+    size = size_name(config.hidden_size, config.depth)
+    more = " with its image encoder" if find_vision(keys) else ""
+    return FileKind("ip_adapter", f"a HunyuanDiT-{size} IP-Adapter{more}", layout="tencent")
+
+
+def ip_adapter_view(source: TensorSource) -> TensorView:
+    """A file's IP-Adapter under Tencent's names, whatever is before them or beside it."""
+
+    def name(key: str) -> str | None:
+        if not any(mark in key for mark in IP_ADAPTER_NAMES):
+            return None
+        start = key.find("blocks.") if "attn2." in key else key.find("ip_adapter_")
+        return key[max(start, 0) :]
+
+    return rename(source, name)
+
+
+def _vision(source: TensorSource, keys: Keys) -> FileKind | None:
+    found = find_vision(keys)
+    # Beside a text encoder it is part of something else.
+    if found is None or _has(keys, "embeddings.word_embeddings.", "token_embedding."):
+        return None
+    try:
+        config = vision_config(vision_view(source, found), found.layout)
+    except HyditError:
+        return None
+    name = f"a CLIP image encoder (width {config.width}, {config.layers} layers, {config.size} px)"
+    return FileKind("vision", name, layout=found.layout, prefix=found.prefix)
 
 
 def _model(source: TensorSource, keys: Keys) -> FileKind | None:
@@ -242,6 +282,7 @@ def _encoder(source: TensorSource, keys: Keys) -> FileKind | None:
     if prefix is not None:
         vocab, width = _matrix(source, f"{prefix}embeddings.word_embeddings.weight")
         name = f"a BERT text encoder (width {width}, vocabulary {vocab})"
+        name += " with a CLIP image encoder" if find_vision(keys) else ""
         return FileKind("bert", name, layout="transformers", prefix=prefix)
     first = "encoder.block.0.layer.0.SelfAttention.q.weight"
     prefix = _anchored(keys, first, lambda p: f"{p}{first}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -16,10 +17,12 @@ from ..model.attention import AttentionFn, sdpa
 from ..model.config import DiTConfig
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
+from ..model.ip_adapter import IPAdapter, IPAdapterConfig
 from ..moved import former
 from . import kitchen
 from .bundle import Bundle, Place, bundle
-from .detect import FileKind
+from .detect import FileKind, detect, ip_adapter_view, require_kind
+from .files import open_tensors
 from .frozen import freeze_kept
 from .quantised import refuse_quantised
 from .source import TensorSource, cast
@@ -76,6 +79,33 @@ def load_controlnet(
     """Load a HunyuanDiT ControlNet in either layout; like :func:`load_dit`."""
     opened = bundle(path, only=("controlnet",), kinds=("controlnet",), load_key=load_key)
     return _load(ControlNet, opened, opened.controlnet, dtype, device, operations, attention, keep_quantised)
+
+
+def load_ip_adapter(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    operations: Any = None,
+) -> IPAdapter:
+    """Load a HunyuanDiT IP-Adapter, in eval mode: Tencent's ``ipa.pt``, or safetensors with the same names.
+
+    A checkpoint that was trained with one gives its own; an image encoder beside it is not read.
+
+    Raises:
+        WeightsError: if the file is something else, lacks tensors, or has unknown ones.
+    """
+    source = open_tensors(path)
+    view = ip_adapter_view(source)
+    if not len(view):
+        require_kind(source, detect(source), "ip_adapter")
+    try:
+        config = IPAdapterConfig.from_state_dict(view.shapes())
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    dtype = dtype or compute_dtype(view)
+    model = IPAdapter(config, dtype=dtype, device="meta", operations=operations or nn)
+    return assign_weights(model, view, dtype=dtype, device=device).eval()
 
 
 def _load(

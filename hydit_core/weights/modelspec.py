@@ -12,7 +12,8 @@ from ..model.config import DiTConfig
 from .detect import model_size
 
 _IMPLEMENTATION = "https://github.com/Tencent/HunyuanDiT"
-_ARCHITECTURE = {"g/2": "hunyuan-dit-g2", "XL/2": "hunyuan-dit-xl2"}
+ARCHITECTURE = "hunyuan-dit"
+ARCHITECTURES = {"g/2": "hunyuan-dit-g2", "XL/2": "hunyuan-dit-xl2"}
 
 
 def file_metadata(
@@ -31,7 +32,7 @@ def file_metadata(
         source: what the file was made from.
     """
     size = model_size(config)
-    architecture = f"{_ARCHITECTURE.get(size, 'hunyuan-dit')}-{info.version.replace('.', '_')}"
+    architecture = f"{ARCHITECTURES.get(size, ARCHITECTURE)}-{info.version.replace('.', '_')}"
     metadata = {
         METADATA_KEY: info.to_json(),
         "modelspec.sai_model_spec": "1.0.1",

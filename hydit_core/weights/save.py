@@ -11,8 +11,10 @@ import torch
 from ..dtypes import FP8_DTYPES
 from ..facts import ModelInfo
 from ..model.config import DiTConfig
+from ..model.ip_adapter import IPAdapterConfig
+from .detect import size_name
 from .layouts import COMFY_PREFIX
-from .modelspec import file_metadata
+from .modelspec import ARCHITECTURE, ARCHITECTURES, file_metadata
 from .source import CastSource, MemorySource, MergedSource, TensorSource, as_source
 from .views import rename
 from .writer import save_safetensors
@@ -64,6 +66,30 @@ def save_checkpoint(
         source = CastSource(source, dtypes_for(source, dtype))
     role = "controlnet" if "after_proj_list.0.weight" in dit_names else ""
     save_safetensors(path, source, file_metadata(config, info, role=role, extra=metadata))
+
+
+def save_ip_adapter(
+    path: str | os.PathLike[str],
+    tensors: Tensors,
+    info: ModelInfo,
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write an IP-Adapter under Tencent's names, atomically; ``info`` is what is known of its DiT.
+
+    Raises:
+        WeightsError: as :func:`save_checkpoint`.
+    """
+    source = as_source(tensors)
+    config = IPAdapterConfig.from_state_dict(source.shapes())
+    size = size_name(config.hidden_size, config.depth)
+    title = f"HunyuanDiT-{size} {info.version} IP-Adapter"
+    said = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": title, "hydit.version": info.version}
+    said["modelspec.architecture"] = f"{ARCHITECTURES.get(size, ARCHITECTURE)}/ip-adapter"
+    if dtype is not None:
+        source = CastSource(source, dict.fromkeys(source, dtype))
+    save_safetensors(path, source, {**said, "format": "pt", **(metadata or {})})
 
 
 def other_parts(

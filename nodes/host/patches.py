@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...hydit_core.errors import HyditError
-from ...hydit_core.model.attention import Options, Rope
+from ...hydit_core.model.attention import ImageContext, Options, Rope
 from ...hydit_core.model.blocks import Block
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,16 @@ class PatchedBlock(Block):
             return super()._attend(x, rope, options)
         return _patched("attn1", run, self.attn1, x, x, options or {})
 
-    def _attend_text(self, x: Tensor, text: Tensor, rope: Rope, options: Options) -> Tensor:
+    def _attend_text(
+        self, x: Tensor, text: Tensor, rope: Rope, options: Options, images: ImageContext | None
+    ) -> Tensor:
         def run(n: Tensor, context: Tensor, value: Tensor, options: Options) -> Tensor:
-            return self.attn2(n, context, rope, options, values=value)
+            return self.attn2(n, context, rope, options, values=value, images=own)
 
         if not _concerned("attn2", options):
-            return super()._attend_text(x, text, rope, options)
+            return super()._attend_text(x, text, rope, options, images)
+        # What replaces the attention to the text does not replace that to pictures
+        own = images and images._replace(options=options)
         return _patched("attn2", run, self.attn2, x, text, options or {})
 
 

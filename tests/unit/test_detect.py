@@ -36,7 +36,7 @@ OURS = {
     "cn_v12": ("controlnet", "a HunyuanDiT-g/2 v1.2 ControlNet", "v1.2"),
     "cn_v11": ("controlnet", "a HunyuanDiT-g/2 v1.1 or v1.0 ControlNet", "v1.1"),
     "diffusers_g2_v12": ("dit", "a HunyuanDiT-g/2 v1.2 checkpoint", "v1.2"),
-    "ipa_extra": ("ip_adapter", "a HunyuanDiT IP-Adapter", ""),
+    "ipa_extra": ("ip_adapter", "a HunyuanDiT-g/2 IP-Adapter", ""),
 }
 
 
