@@ -19,7 +19,7 @@ FLOORS = (
     {"devices", "dtypes", "embedded", "images", "new_files", "untrusted"},
     {"facts", "layer_weights", "model", "offload"},
     {"diffusion", "weights"},
-    {"control", "inpaint", "lora", "pictures", "plan", "presets", "text", "vae"},
+    {"control", "image_prompts", "inpaint", "lora", "pictures", "plan", "presets", "text", "vae"},
     {"data", "pipeline"},
     {"loading"},
     {"__main__", "generate", "train"},
