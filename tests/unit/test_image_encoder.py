@@ -117,6 +117,7 @@ def test_detection_names_it(tmp_path: Path) -> None:
 def test_files_that_are_none(tmp_path: Path) -> None:
     whole = dict(vision_model().state_dict())
     projection = "visual_projection.weight"
+    positions = "vision_model.embeddings.position_embedding.weight"
     first = "vision_model.encoder.layers.0."
     for tensors, said in (
         (
@@ -124,7 +125,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
             "a HunyuanDiT IP-Adapter; expected a",
         ),
         ({key: value for key, value in whole.items() if key != projection}, f"lacks {projection}"),
-        ({**whole, "vision_model.embeddings.position_embedding.weight": torch.zeros(16, 128)}, "16 positions"),
+        ({**whole, positions: torch.zeros(16, 128)}, "16 positions"),
         ({**whole, f"{first}mlp.fc2.weight": torch.zeros(3, 3)}, "1 of another shape"),
         (
             {**whole, f"{first}more.weight": torch.zeros(3)},
