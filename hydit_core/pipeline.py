@@ -23,13 +23,14 @@ from .diffusion.schedule import Schedule
 from .errors import ConfigError, HyditError
 from .facts import ModelInfo, SamplingDefaults
 from .finite import DTYPE_ADVICE
-from .images import Geometry, to_image, to_tensor
+from .images import Geometry, Size, to_image, to_tensor
 from .inpaint import Inpainting
 from .model.compiled import compile_blocks
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
 from .moved import former
 from .offload.placement import Placement
+from .plan import TILE as VAE_TILE
 from .presets import (
     RunChoices,
     RunSettings,
@@ -41,6 +42,7 @@ from .presets import (
     size_advice,
 )
 from .text.features import TextFeatures
+from .tiles import Tiles, overlap_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -197,6 +199,7 @@ class Pipeline:
         eta: float | None = None,
         forecast: str | float = "off",
         cfg_end: float = 1.0,
+        tile: Size | None = None,
         controls: Sequence[ControlInput] = (),
         preset: str | None = None,
         callback: Progress | None = None,
@@ -209,7 +212,7 @@ class Pipeline:
         Args:
             prompt: one text or several.
             negative: what to steer away from; "" for nothing. Not used when ``cfg`` is 1.
-            seed, batch, strength, eta, forecast, cfg_end: see :class:`~.presets.RunSettings`.
+            seed, batch, strength, eta, forecast, cfg_end, tile: see :class:`~.presets.RunSettings`.
             init_image: start from this picture, scaled and cropped to fit.
             mask: what of it is drawn: white; all else stays. See :class:`~.inpaint.Inpainting`.
             controls: ControlNets with their pictures; their residuals add up.
@@ -227,7 +230,7 @@ class Pipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         settings = self.settings(preset, negative=negative, **given)
-        run = RunSettings(settings, seed, batch, strength, eta, forecast, cfg_end)
+        run = RunSettings(settings, seed, batch, strength, eta, forecast, cfg_end, tile)
         for note in self.advice(prompts, settings):
             warnings.warn(note, stacklevel=2)
         drawn = self.pictures(
@@ -264,10 +267,11 @@ class Pipeline:
             size = (sampling.width, sampling.height)
             part = Inpainting(init_image.convert("RGB"), mask, size, multiple=self.vae.downscale)
             init_image = part.picture
-        init = None if init_image is None else self._encode_image(init_image, sampling)
+        tiles, vae_tile = self._tiles(run)
+        init = None if init_image is None else self._encode_image(init_image, sampling, vae_tile)
         for control in controls:
             check_fit(control.net.config, self.dit.config)
-        hints = [self._encode_image(control.image, sampling) for control in controls]
+        hints = [self._hints(control.image, sampling, tiles) for control in controls]
         nets = [control.net for control in controls]
         if self.compiled:
             for net in (self.dit, *nets):
@@ -279,12 +283,14 @@ class Pipeline:
         for index, (prompt, last) in enumerate(zip(prompts, encoded, strict=True)):
             features = TextFeatures.cat([*first, last]).to(self.device)
             with self.placement.sampling(self.dit, nets):
-                context = self._context(self.dit, features, sampling, run.batch)
-                steering = self._controls(controls, hints, features, sampling, run.batch)
+                seen = self._seen(sampling, tiles)
+                context = self._context(self.dit, features, seen, run.batch)
+                steering = self._controls(controls, hints, features, seen, run.batch)
+                network = {"context": context, "tiles": tiles, "controls": steering}
                 model = self._denoiser(run, sigmas)
-                latents = self._sample(model, context, steering, run, sigmas, init, part, callback)
+                latents = self._sample(model, network, run, sigmas, init, part, callback)
             for latent, seed in zip(latents, run.seeds, strict=True):
-                pixels = self._decode(latent)
+                pixels = self._decode(latent, vae_tile)
                 if part is not None:
                     pixels = part.composed(pixels)
                 yield Picture(to_image(pixels), prompt, index, seed, pixels, model.calls, model.real)
@@ -328,17 +334,18 @@ class Pipeline:
     def _controls(
         self,
         controls: Sequence[ControlInput],
-        hints: Sequence[Tensor],
+        hints: Sequence[Sequence[Tensor]],
         features: TextFeatures,
         settings: SamplingDefaults,
         repeats: int,
-    ) -> Controls:
-        return Controls(
-            [
-                prepare(control, hint, self._context(control.net, features, settings, repeats))
-                for control, hint in zip(controls, hints, strict=True)
-            ]
-        )
+    ) -> list[Controls]:
+        """For each tile, the ControlNets with their hints for it."""
+        contexts = [self._context(control.net, features, settings, repeats) for control in controls]
+        prepared = [
+            [prepare(control, hint, context) for hint in tiled]
+            for control, tiled, context in zip(controls, hints, contexts, strict=True)
+        ]
+        return [Controls(one) for one in zip(*prepared, strict=True)]
 
     def _denoiser(self, run: RunSettings, sigmas: Tensor) -> Forecaster:
         """What the samplers call, for one run."""
@@ -354,8 +361,7 @@ class Pipeline:
     def _sample(
         self,
         denoiser: Forecaster,
-        context: Context,
-        controls: Controls,
+        network: dict[str, Any],
         run: RunSettings,
         sigmas: Tensor,
         init: Tensor | None,
@@ -379,7 +385,7 @@ class Pipeline:
             x,
             sigmas,
             self.schedule.sigma_to_t(sigmas[:-1]).tolist(),
-            {"context": context, "controls": controls},
+            network,
             generators,
             dit=self.dit,
             dtype=self.dit.dtype,
@@ -388,22 +394,73 @@ class Pipeline:
             callback=callback,
         )
 
-    def _predict(self, x_t: Tensor, t: Tensor, *, context: Context, controls: Controls, now: float) -> Tensor:
-        return self.dit(x_t.to(self.dit.dtype), t, context.last(len(x_t)), controls(x_t, t, now))
+    def _predict(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        *,
+        context: Context,
+        tiles: Tiles,
+        controls: Sequence[Controls],
+        now: float,
+    ) -> Tensor:
+        """The network's prediction, tile by tile (MultiDiffusion, Bar-Tal et al. 2023).
+
+        To blend it is to blend denoised results: of one x and sigma, these are the same but for a factor.
+        """
+        rows = context.last(len(x_t))
+
+        def part(x: Tensor, steering: Controls | None) -> Tensor:
+            control = None if steering is None else steering(x, t, now)
+            return self.dit(x.to(self.dit.dtype), t, rows, control)
+
+        each: Sequence[Controls | None] = controls or [None] * len(tiles.boxes)
+        return tiles.blended(
+            part(box.of(x_t), one).float() for box, one in zip(tiles.boxes, each, strict=True)
+        )
+
+    def _tiles(self, run: RunSettings) -> tuple[Tiles, int | None]:
+        """The tiles of a run, in latents, and the side of the VAE's, which are no smaller."""
+        scale = self.vae.downscale
+        whole = run.sampling.height // scale, run.sampling.width // scale
+        if run.tile is None:
+            return Tiles(*whole, whole, 0), self.placement.tile
+        tile = run.tile[1] // scale, run.tile[0] // scale
+        return Tiles(*whole, tile, overlap_of(tile)), self.placement.tile or max(*tile, VAE_TILE)
+
+    def _seen(self, settings: SamplingDefaults, tiles: Tiles) -> SamplingDefaults:
+        """The settings with the size that the network sees: a tile is to it a picture of its own."""
+        height, width = (side * self.vae.downscale for side in tiles.tile)
+        return replace(settings, width=width, height=height)
 
     # -- pictures and latents --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _encode_image(self, image: Image.Image, settings: SamplingDefaults) -> Tensor:
-        geometry = Geometry.cover(image.size, (settings.width, settings.height))
-        pixels = to_tensor(geometry.apply(image.convert("RGB")))[None]
+    def _encode_image(
+        self, image: Image.Image, settings: SamplingDefaults, tile: int | None = None
+    ) -> Tensor:
+        pixels = _fitted(image, settings)
         with self.placement.visiting(self.vae):
-            return self.vae.encode_mode(pixels).to(self.device)
+            return self.vae.encode_mode(pixels, tile=tile).to(self.device)
 
     @torch.no_grad()
-    def _decode(self, latent: Tensor) -> Tensor:
+    def _hints(self, image: Image.Image, settings: SamplingDefaults, tiles: Tiles) -> list[Tensor]:
+        """A control picture's latents for each tile: of its own part, as if that were a picture."""
+        pixels = _fitted(image, settings)
         with self.placement.visiting(self.vae):
-            pixels = self.vae.decode(latent[None], tile=self.placement.tile)[0]  # (3, H, W)
+            parts = (box.of(pixels, self.vae.downscale) for box in tiles.boxes)
+            return [self.vae.encode_mode(part).to(self.device) for part in parts]
+
+    @torch.no_grad()
+    def _decode(self, latent: Tensor, tile: int | None) -> Tensor:
+        with self.placement.visiting(self.vae):
+            pixels = self.vae.decode(latent[None], tile=tile)[0]  # (3, H, W)
         if not torch.isfinite(pixels).all():
             raise HyditError(f"the VAE's output is not finite in {self.vae.dtype}; {DTYPE_ADVICE}")
         return ((pixels.float() + 1) / 2).clamp(0, 1).cpu()
+
+
+def _fitted(image: Image.Image, settings: SamplingDefaults) -> Tensor:
+    """A picture as (1, 3, H, W) in [-1, 1], scaled and cropped to the size that is drawn."""
+    geometry = Geometry.cover(image.size, (settings.width, settings.height))
+    return to_tensor(geometry.apply(image.convert("RGB")))[None]

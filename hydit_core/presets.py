@@ -11,6 +11,7 @@ from .diffusion.forecast import tolerance_of
 from .diffusion.samplers import DEFAULT_SPACING, SAMPLERS
 from .errors import ConfigError
 from .facts import SPACINGS, ModelInfo, SamplingDefaults
+from .images import Size
 
 PRESETS: dict[str, SamplingDefaults] = {
     # Tencent/HunyuanDiT's sample_t2i.py: DDPM, 100 steps, guidance 6, its own negative prompt.
@@ -22,6 +23,10 @@ PRESETS: dict[str, SamplingDefaults] = {
     # HunyuanDiTPipeline's defaults: its negative prompt is empty.
     "diffusers": SamplingDefaults(steps=50, cfg=5.0, negative=""),
 }
+
+
+TILE_MULTIPLE, TILE_LEAST = 16, 32
+"""Pixels: whole patches, of which a few give a picture."""
 
 
 class SamplingChoices(TypedDict, total=False):
@@ -50,6 +55,7 @@ class RunChoices(TypedDict, total=False):
     eta: float | None
     forecast: str | float
     cfg_end: float
+    tile: Size | None
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class RunSettings:
         forecast: which calls of the network to replace by forecasts: ``off``, ``safe``, ``fast`` or a
             tolerance, see :class:`~.diffusion.forecast.Forecaster`.
         cfg_end: the share of the steps, from the first on, that are guided, above 0, up to 1 (all).
+        tile: (width, height) in pixels of the tiles that a larger picture is drawn in; None draws it whole.
 
     Raises:
         ConfigError: a value is out of range, or another sampler is given an ``eta``.
@@ -77,6 +84,7 @@ class RunSettings:
     eta: float | None = None
     forecast: str | float = "off"
     cfg_end: float = 1.0
+    tile: Size | None = None
 
     def __post_init__(self) -> None:
         if self.batch < 1:
@@ -86,6 +94,8 @@ class RunSettings:
         check_seed(self.seed, self.batch)
         tolerance_of(self.forecast)
         check_cfg_end(self.cfg_end)
+        if self.tile is not None:
+            check_tile(self.tile)
 
     @property
     def seeds(self) -> list[int]:
@@ -163,6 +173,15 @@ def check_cfg_end(end: float) -> None:
     if not 0 < end <= 1:
         raise ConfigError(
             f"cfg end {end:g}: use a number above 0 up to 1 (all steps are guided); --cfg 1 guides none"
+        )
+
+
+def check_tile(tile: Size) -> None:
+    """Raise ConfigError unless ``tile`` (width, height) is a size that tiles can have."""
+    if any(side < TILE_LEAST or side % TILE_MULTIPLE for side in tile):
+        raise ConfigError(
+            f"tiles of {tile[0]}x{tile[1]}: width and height must be multiples of {TILE_MULTIPLE}, "
+            f"{TILE_LEAST} or more"
         )
 
 

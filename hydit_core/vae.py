@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .errors import HyditError, WeightsError
 from .facts import ModelInfo
 from .quiet import quiet_imports
+from .tiles import Tiles
 from .weights import vae_layout
 from .weights.bundle import Bundle, Place, bundle
 from .weights.source import TensorSource, as_source
@@ -107,9 +108,17 @@ class VAE(nn.Module):
         deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         return (mean + deviation * noise.to(mean.device) - self.shift_factor) * self.scaling_factor
 
-    def encode_mode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> their most likely scaled latents (B, C, h, w), float32."""
-        return self.mode(self.encode_moments(images))
+    def encode_mode(self, images: Tensor, *, tile: int | None = None) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> their most likely scaled latents (B, C, h, w), float32.
+
+        ``tile``: side, in latent pixels, of the pieces to encode one after another; ``None``: the whole.
+        """
+        scale = self.downscale
+        height, width = (side // scale for side in images.shape[-2:])
+        if tile is None or max(height, width) <= tile:
+            return self.mode(self.encode_moments(images))
+        tiles = Tiles(height, width, (tile, tile), tile // 4)
+        return tiles.blended(self.encode_mode(box.of(images, scale)) for box in tiles.boxes)
 
     def decode(self, latents: Tensor, *, tile: int | None = None, overlap: int | None = None) -> Tensor:
         """Decode scaled latents.
@@ -164,51 +173,10 @@ class VAE(nn.Module):
         decoder: Any = self.model
         if tile is None or max(z.shape[-2:]) <= tile:
             return decoder.decode(z.to(self.dtype)).sample.float()
-        overlap = tile // 4 if overlap is None else overlap
-        if not 0 <= overlap < tile:
-            raise HyditError(
-                f"tiles of {tile} latent pixels cannot overlap by {overlap}; use 0 to {tile - 1}"
-            )
         height, width = z.shape[-2:]
-        scale = self.downscale
-        images = weights = None
-        for top in _starts(height, tile, overlap):
-            for left in _starts(width, tile, overlap):
-                piece = z[..., top : top + tile, left : left + tile]
-                picture = decoder.decode(piece.to(self.dtype)).sample.float()
-                if images is None or weights is None:
-                    images = picture.new_zeros(*picture.shape[:2], height * scale, width * scale)
-                    weights = picture.new_zeros(1, 1, height * scale, width * scale)
-                rows = _ramp(top, piece.shape[-2], height, overlap, scale).to(picture)
-                columns = _ramp(left, piece.shape[-1], width, overlap, scale).to(picture)
-                mask = rows[:, None] * columns
-                box = (
-                    ...,
-                    slice(top * scale, top * scale + mask.shape[0]),
-                    slice(left * scale, left * scale + mask.shape[1]),
-                )
-                images[box] += picture * mask
-                weights[box] += mask
-        assert images is not None and weights is not None
-        return images / weights
-
-
-def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """First positions of tiles that cover ``size``, the last one flush with the end."""
-    if size <= tile:
-        return [0]
-    return [*range(0, size - tile, tile - overlap), size - tile]
-
-
-def _ramp(start: int, length: int, size: int, overlap: int, scale: int) -> Tensor:
-    """Blending weights of one tile along one axis, in pixels: linear where it meets a neighbor, else 1."""
-    pixels = torch.arange(length * scale) + 0.5
-    ramp = torch.ones(length * scale)
-    if overlap and start > 0:
-        ramp = torch.minimum(ramp, pixels / (overlap * scale))
-    if overlap and start + length < size:
-        ramp = torch.minimum(ramp, pixels.flip(0) / (overlap * scale))
-    return ramp
+        tiles = Tiles(height, width, (tile, tile), tile // 4 if overlap is None else overlap)
+        parts = (decoder.decode(box.of(z).to(self.dtype)).sample.float() for box in tiles.boxes)
+        return tiles.blended(parts, self.downscale)
 
 
 def load_vae(
