@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import ConfigError, cli_main, program
 from ..generate.__main__ import read_prompts, size
 from ..presets import check_seed
-from . import report
+from . import drawn_text, report
 from .blind import KEY, SHEET, count_answers, verdict, write_blind
 from .draw import draw_sides
 from .figures import Result, measure, verdicts
@@ -89,6 +89,14 @@ def _parser() -> argparse.ArgumentParser:
         help="FUNCTION(picture, prompt) in a Python file of yours: True if a picture shows what was asked "
         "for, None if it cannot tell; the share of right pictures is added",
     )
+    how.add_argument(
+        "--ocr",
+        nargs="?",
+        const="",
+        metavar="TEXT",
+        help="read the pictures, and compare the characters with TEXT or, without it, with what stands in "
+        "quotation marks in each prompt; needs rapidocr",
+    )
     out = parser.add_argument_group("results")
     out.add_argument(
         "-o", "--out", type=Path, help="folder; what was drawn there with the same settings is used"
@@ -121,11 +129,17 @@ def _compare(args: argparse.Namespace, given: Sequence[tuple[str, str]]) -> None
         raise ConfigError("no output: name a folder with -o OUT")
     sides, reference = _sides(args, given)
     judge = None if args.judge is None else load_judge(args.judge)
+    read = None if args.ocr is None else drawn_text.reader()
+    if args.ocr is not None and read is None:
+        print(f"warning: {drawn_text.MISSING}", file=sys.stderr)
     report.check(args.out, overwrite=args.overwrite)
     results = _folders(sides, reference) if reference.folder else _drawn(args, sides, reference)
     if judge is not None:
         for result, files in results:
             result.right, result.judged = verdicts(judge, files)
+    if read is not None:
+        for result, files in results:
+            result.text_accuracy, result.read = drawn_text.mean_accuracy(read, args.ocr, files)
     found = [result for result, _ in results]
     written = report.write(args.out, found, reference.name, args.pages_of)
     if args.blind is not None:

@@ -33,7 +33,10 @@ class Pair:
 
 @dataclass
 class Result:
-    """One side: its pairs (none for the reference itself), what they cost, and the judge's verdicts."""
+    """One side: its pairs (none for the reference itself), what they cost, and the judge's verdicts.
+
+    ``text_accuracy`` is that of ``read`` pictures that should show a text.
+    """
 
     name: str
     text: str
@@ -42,6 +45,8 @@ class Result:
     costs: list[Cost] = field(default_factory=list)
     right: int | None = None
     judged: int | None = None
+    text_accuracy: float | None = None
+    read: int = 0
 
 
 def measure(name: str, prompt: str, seed: int | None, reference: Path, picture: Path) -> Pair:
@@ -77,6 +82,8 @@ def summary(result: Result) -> dict[str, Any]:
         found["seconds"] = statistics.median(cost.seconds for cost in result.costs)
     if result.judged is not None:
         found |= {"right": result.right, "judged": result.judged}
+    if result.read:
+        found |= {"text_accuracy": result.text_accuracy, "read": result.read}
     if not result.pairs:
         return found
     for measure_name, higher in HIGHER_IS_CLOSER.items():

@@ -65,6 +65,7 @@ def write_pages(path: Path, results: Sequence[Result], found: dict[str, Any], pa
             found=found,
             cards=cards,
             compared=[result.name for result in compared],
+            has_text=any(result.read for result in results),
             gain=GAIN,
             number=number + 1,
             total=len(order),

@@ -79,7 +79,7 @@ def content(results: Sequence[Result], reference: str) -> dict[str, Any]:
 
 def table(results: Sequence[Result], reference: str) -> str:
     """The sides' figures for a terminal."""
-    rows = [["side", "calls", "passes", "s/picture", *_COLUMNS, "right"]]
+    rows = [["side", "calls", "passes", "s/picture", *_COLUMNS, "right", "text"]]
     for result in results:
         found = summary(result)
         row = [f"{result.name}{' (reference)' if result.name == reference else ''}"]
@@ -91,6 +91,7 @@ def table(results: Sequence[Result], reference: str) -> str:
             values = [] if one is None else [_number(one[part], digits) for part in ("mean", "worst")]
             row.append(" / ".join(values) or "-")
         row.append(f"{found['right']} of {found['judged']}" if "judged" in found else "-")
+        row.append(_number(found.get("text_accuracy"), 3))
         rows.append(row)
     keep = [i for i in range(len(rows[0])) if i == 0 or any(row[i] != "-" for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in keep}
