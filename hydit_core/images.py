@@ -287,6 +287,14 @@ class Geometry:
         left, top = (min(int(fraction * (slack + 1)), slack) for slack in (width - size[0], height - size[1]))
         return cls(original, (width, height), left, top, size, flip)
 
+    @classmethod
+    def cut(cls, original: Size, size: Size) -> Geometry:
+        """As :meth:`cover`, but unscaled if only the rest above multiples of 8 has to be cut off."""
+        slack = (original[0] - size[0], original[1] - size[1])
+        if all(0 <= side < SIZE_MULTIPLE for side in slack):
+            return cls(original, original, slack[0] // 2, slack[1] // 2, size)
+        return cls.cover(original, size)
+
     def apply(self, picture: Image.Image) -> Image.Image:
         """Transform ``picture``, whose own size may differ from ``original`` (a smaller control map)."""
         if picture.size != self.resized:

@@ -54,7 +54,7 @@ class Inpainting:
     ) -> None:
         check_feather(feather)
         check_shape(name, mask.size, picture.size)
-        geometry = fit(picture.size, size)
+        geometry = Geometry.cut(picture.size, size)
         self.picture = geometry.apply(picture)
         # Not resampled as pictures are: that would leave ripples beside an edge.
         mask = mask.convert("L").resize(geometry.resized, Image.Resampling.BILINEAR)
@@ -82,14 +82,6 @@ class Inpainting:
         So TTPlanet's preprocessor for them makes it (TTPlanetPig/Comfyui_TTP_CN_Preprocessor).
         """
         return Image.composite(Image.new("RGB", self.picture.size), self.picture, self.mask)
-
-
-def fit(original: Size, size: Size) -> Geometry:
-    """How a picture comes to ``size``: unscaled if only the rest above multiples of 8 must be cut off."""
-    slack = (original[0] - size[0], original[1] - size[1])
-    if all(0 <= side < SIZE_MULTIPLE for side in slack):
-        return Geometry(original, original, slack[0] // 2, slack[1] // 2, size)
-    return Geometry.cover(original, size)
 
 
 def own_size(original: Size) -> Size:

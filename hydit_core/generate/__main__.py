@@ -25,7 +25,7 @@ from ..presets import PRESETS, check_seed
 from ..untrusted import read_text
 from ..weights.output import check_free
 from . import control as control_cli
-from . import drawing
+from . import drawing, retouch
 from . import lora as lora_cli
 from . import memory as memory_cli
 
@@ -57,8 +57,10 @@ def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
         "--strength",
         type=float,
         default=None,
-        help="how far to depart from --init-image: above 0, up to 1 (default 0.6)",
+        help="how far to depart from the picture that it starts from: above 0, up to 1 (default: 0.6; with "
+        f"--inpaint 1, with --upscale {retouch.STRENGTH})",
     )
+    retouch.add_arguments(parser)
     lora_cli.add_arguments(parser)
     control_cli.add_arguments(parser)
     model = parser.add_argument_group("model")
@@ -241,7 +243,8 @@ def _output_names(args: argparse.Namespace, count: int) -> _Names:
     if stem is not None and os.path.isdir(out):
         raise ConfigError(f"--out {out}: is a folder")
     names = _Names(folder, stem, count)
-    inputs = [path for path in (args.init_image, args.prompts, *args.control_image) if path is not None]
+    given = (args.init_image, args.inpaint, args.prompts, *args.control_image)
+    inputs = [Path(path) for path in given if path is not None]
     for picture in names.named():
         for path in (picture, picture.with_suffix(".txt")) if args.captions else (picture,):
             check_name(path)

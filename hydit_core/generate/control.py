@@ -16,6 +16,7 @@ from ..control import ControlInput, check_fit, picture_facts
 from ..errors import ConfigError
 from ..facts import SamplingDefaults
 from ..images import CANNY_THRESHOLDS, Geometry, canny, load_control, load_picture
+from ..inpaint import ALPHA, Inpainting
 from ..layer_weights import CURVES, LayerWeights, read_each, split_weight
 from ..new_files import write_new
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from ..weights.source import TensorSource
 
 _WEIGHTS = "--control-weights"
+_MADE = {"tile": "--upscale", "inpaint": "--inpaint"}
+"""Control pictures that follow from other options, and from which."""
+KINDS = ("none", "canny", *_MADE)
 MAX_STRENGTH = 10
 """HyDiTControlNetApply takes 0 to this; other weights are written as layer weights."""
 
@@ -50,9 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--control-preprocess",
-        choices=("none", "canny"),
-        default="none",
-        help="none: --control-image is already a control picture; canny: extract its edges",
+        action="append",
+        choices=KINDS,
+        default=[],
+        help="none (default): --control-image is already a control picture; canny: extract its edges. Two "
+        "need no --control-image. tile: the picture that --upscale enlarges; inpaint: --init-image, black "
+        "where --inpaint redraws it. Once for all, or for each --controlnet in their order",
     )
     group.add_argument(
         _WEIGHTS,
@@ -74,14 +81,25 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot work, before anything is loaded. Raises :class:`ConfigError`."""
     count = len(args.controlnet)
     if not count:
-        given = [name for name in ("control_image", "control_weights") if getattr(args, name)]
+        named = ("control_image", "control_weights", "control_preprocess")
+        given = [name for name in named if getattr(args, name)]
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} needs --controlnet")
         return
-    images = len(args.control_image)
-    if images not in {1, count}:
+    if len(args.control_preprocess) not in {0, 1, count}:
         raise ConfigError(
-            f"--control-image is given {images} times for {count} --controlnet: give 1 or {count}"
+            f"--control-preprocess is given {len(args.control_preprocess)} times for {count} --controlnet: "
+            f"give 1 or {count}"
+        )
+    kinds = _kinds(args)
+    for kind, option in _MADE.items():
+        if kind in kinds and getattr(args, option.removeprefix("--")) is None:
+            raise ConfigError(f"--control-preprocess {kind} needs {option}")
+    images, wanted = len(args.control_image), sum(kind not in _MADE for kind in kinds)
+    if images not in {min(1, wanted), wanted}:
+        raise ConfigError(
+            f"--control-image is given {images} times for {wanted} --controlnet: "
+            + (f"give 1 or {wanted}" if wanted else "those that it is preprocessed for need none")
         )
     _weights(args)
     if not 0 <= args.control_start <= args.control_end <= 1:
@@ -111,52 +129,74 @@ def _weights(args: argparse.Namespace) -> list[LayerWeights]:
     return read_each(args.control_weights, _WEIGHTS, count, "--controlnet") or [LayerWeights()] * count
 
 
+def _kinds(args: argparse.Namespace) -> list[str]:
+    """How each ControlNet's picture is made."""
+    given = args.control_preprocess or ["none"]
+    return given if len(given) > 1 else given * len(args.controlnet)
+
+
 def read(
     args: argparse.Namespace,
     opened: Sequence[Bundle],
+    init: Image.Image | None,
     pipe: Pipeline,
     settings: SamplingDefaults,
+    part: Inpainting | None,
     folder: Path,
 ) -> tuple[list[ControlInput], list[dict[str, Any]]]:
     """The ControlNets of a command line, already open, and what is written about them into a picture.
 
-    Writes the control pictures into ``folder``: ComfyUI's own edges differ from ours, and its crop may.
+    Writes the control pictures into ``folder``: ComfyUI's own edges differ from ours, and its crop may. That
+    of ``tile`` is the picture that is enlarged, for now --init-image or nothing.
 
     Raises :class:`HyditError` for files that cannot be read or do not fit the model.
     """
     from ..weights.load import load_controlnet
 
     controls, facts = [], []
-    given = zip(args.controlnet, opened, _weights(args), strict=True)
-    for index, (text, one, chosen) in enumerate(given):
+    given = zip(args.controlnet, opened, _weights(args), _kinds(args), strict=True)
+    paths = iter(args.control_image * (len(args.controlnet) if len(args.control_image) == 1 else 1))
+    for text, one, chosen, kind in given:
         path, scale = split_weight(text)
-        thresholds = _thresholds(one.source)
         net, _ = load_controlnet(one, dtype=pipe.dit.dtype, device=pipe.home, keep_quantised=True)
         check_fit(net.config, pipe.dit.config, str(path))
-        picture_path = _one(args.control_image, index)
-        edges = args.control_preprocess == "canny"
-        picture = load_picture(picture_path) if edges else load_control(picture_path)
-        size = (settings.width, settings.height)
-        picture = Geometry.cover(picture.size, size).apply(picture)
-        hint = canny(picture, thresholds) if edges else picture
+        fact: dict[str, Any] = {"controlnet": path.name, "scale": scale}
+        if kind == "tile":
+            hint = init or Image.new("RGB", (1, 1))
+        elif part is not None and kind == "inpaint":
+            hint, fact["image"] = part.control_picture(), args.init_image.name
+        else:
+            picture = next(paths)
+            hint, fact["image"] = _picture(picture, kind, one, settings), picture.name
         values = [scale * value for value in chosen.resolve(net.config.num_controls)]
         controls.append(_control(args, net, hint, LayerWeights.parse(values)))
         if not 0 <= scale <= MAX_STRENGTH:
-            scale, chosen = 1.0, controls[-1].weights
-        facts.append(
-            {
-                "controlnet": path.name,
-                "scale": scale,
-                "image": picture_path.name,
-                "preprocess": args.control_preprocess,
-                "weights": str(chosen),
-                "start": args.control_start,
-                "end": args.control_end,
-            }
-        )
+            fact["scale"], chosen = 1.0, controls[-1].weights
+        fact |= {
+            "preprocess": kind,
+            "weights": str(chosen),
+            "start": args.control_start,
+            "end": args.control_end,
+        }
+        facts.append(fact)
     for control, fact in zip(controls, facts, strict=True):
-        fact["picture"] = _write(control.image, folder, Path(fact["image"]).stem).name
+        if "image" in fact:
+            fact["picture"] = _write(control.image, folder, Path(fact["image"]).stem, "control").name
     return controls, facts
+
+
+def _picture(path: Path, kind: str, net: Bundle, settings: SamplingDefaults) -> Image.Image:
+    """A control picture from a file, in the size that is drawn."""
+    edges = kind == "canny"
+    picture = load_picture(path) if edges else load_control(path)
+    picture = Geometry.cover(picture.size, (settings.width, settings.height)).apply(picture)
+    return canny(picture, _thresholds(net.source)) if edges else picture
+
+
+def write_mask(mask: Image.Image, args: argparse.Namespace, folder: Path) -> Path:
+    """Write the mask of ``--inpaint`` as it is used, for the workflow in the pictures."""
+    source = args.init_image if args.inpaint == ALPHA else Path(args.inpaint)
+    return _write(mask, folder, source.stem, "mask")
 
 
 def _control(args: argparse.Namespace, net: Any, hint: Image.Image, chosen: LayerWeights) -> ControlInput:
@@ -168,17 +208,17 @@ def files(args: argparse.Namespace) -> list[Path]:
     return [split_weight(text)[0] for text in args.controlnet]
 
 
-def _write(picture: Image.Image, folder: Path, stem: str) -> Path:
-    """Write a control picture, which all pictures of a run share, under a name that is not yet taken."""
+def _write(picture: Image.Image, folder: Path, stem: str, what: str) -> Path:
+    """Write a control picture or mask, which all of a run's pictures share, under a name not yet taken."""
     content = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
     # A name may have 255 bytes, but only 143 on encrypted file systems.
     stem = stem.encode()[:100].decode(errors="ignore")
-    path = folder / f"{stem}-control-{content[:8]}.png"
+    path = folder / f"{stem}-{what}-{content[:8]}.png"
     if not path.exists():
         file = io.BytesIO()
         picture.save(file, format="PNG")
         path = write_new(path, file.getvalue(), keep_same=True)
-        print(f"control picture: {path}", file=sys.stderr)
+        print(f"{'mask' if what == 'mask' else 'control picture'}: {path}", file=sys.stderr)
     return path
 
 
@@ -186,7 +226,3 @@ def _thresholds(source: TensorSource) -> tuple[int, int]:
     """Canny's: those that the ControlNet was trained with, if its file says so."""
     made = picture_facts(source)
     return (made["low"], made["high"]) if {"low", "high"} <= made.keys() else CANNY_THRESHOLDS
-
-
-def _one(values: Sequence[Any], index: int) -> Any:
-    return values[index] if len(values) > 1 else values[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,10 +22,11 @@ from ..loading import load
 from ..pictures.png import png_info
 from ..pictures.redraw import redraw
 from ..pipeline import Picture, Pipeline
-from ..presets import check_cfg_end
+from ..presets import RunSettings, check_cfg_end
 from . import control as control_cli
 from . import lora as lora_cli
 from . import memory as memory_cli
+from . import retouch
 from .settings import settings_of
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Files(NamedTuple):
     """What is opened before the model is loaded, which takes longer and may be in vain."""
 
     init: Image.Image | None
+    mask: Image.Image | None
     adapters: list[Adapter]
     controlnets: list[Bundle]
 
@@ -54,8 +57,7 @@ class Model(NamedTuple):
 
 def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot work, before anything is opened. Raises :class:`ConfigError`."""
-    if args.strength is not None and args.init_image is None:
-        raise ConfigError("--strength needs --init-image")
+    retouch.check(args)
     check_text(args.negative or "")
     tolerance_of(args.forecast)
     check_cfg_end(args.cfg_end)
@@ -78,7 +80,7 @@ def open_files(args: argparse.Namespace) -> Files:
     Raises :class:`HyditError` for files that cannot be read.
     """
     init = None if args.init_image is None else load_picture(args.init_image)
-    return Files(init, lora_cli.read(args), control_cli.open_files(args))
+    return Files(init, retouch.read_mask(args), lora_cli.read(args), control_cli.open_files(args))
 
 
 def model_key(args: argparse.Namespace) -> tuple[str, ...]:
@@ -112,21 +114,32 @@ class Drawing:
         self.args = args
         self.pipe = model.pipe
         self.run = settings_of(model.pipe, args, files.init)
+        self._second = retouch.second_run(args, self.run, model.pipe)
         self._init = files.init
         self._loras = model.loras
+        self._part = retouch.inpainting(args, files.init, files.mask, self.run.sampling)
         self._controls, self._control_facts = control_cli.read(
-            args, files.controlnets, model.pipe, self.run.sampling, folder
+            args, files.controlnets, files.init, model.pipe, self.run.sampling, self._part, folder
         )
+        self._mask = None if self._part is None else control_cli.write_mask(self._part.mask, args, folder)
 
     @property
     def steps(self) -> int:
-        """Steps of each prompt's batch."""
-        sampling = self.run.sampling
-        return len(self.pipe.schedule.sigmas_for(sampling.spacing, sampling.steps, self.run.strength)) - 1
+        """Steps of each prompt's batch, and of enlarging its pictures."""
+        runs = [self.run] if self._second is None else [self.run, *[self._second] * self.run.batch]
+        return sum(
+            len(self.pipe.schedule.sigmas_for(run.sampling.spacing, run.sampling.steps, run.strength)) - 1
+            for run in runs
+        )
 
     def advice(self, prompts: Sequence[str]) -> list[str]:
         """What the user should know before sampling."""
-        notes = self.pipe.advice(prompts, self.run.sampling)
+        sampling = self.run.sampling
+        if self.run.tile is not None:  # the network sees no more at once
+            sampling = replace(sampling, width=self.run.tile[0], height=self.run.tile[1])
+        notes = self.pipe.advice(prompts, sampling)
+        if self._part is not None and self._part.covers_all:
+            notes.append("the mask covers everything: nothing of the picture stays")
         preset, version = self.args.preset, self.pipe.info.version
         if preset in _VERSIONS and (preset == "v1.2") != (version == "v1.2"):
             notes.append(f"preset {preset} is meant for another release than this model ({version})")
@@ -134,9 +147,44 @@ class Drawing:
 
     def pictures(self, prompts: Sequence[str], callback: Progress | None = None) -> Iterator[Picture]:
         """See :meth:`Pipeline.pictures`."""
-        return self.pipe.pictures(
-            prompts, self.run, init_image=self._init, controls=self._controls, callback=callback
+        controls = self._controls
+        if self._second is not None:
+            controls = [control for control, late in zip(controls, self._late, strict=True) if not late]
+        part = self._part
+        first = self.pipe.pictures(
+            prompts,
+            self.run,
+            init_image=self._init if part is None else part.picture,
+            mask=None if part is None else part.mask,
+            controls=controls,
+            callback=callback,
         )
+        return first if self._second is None else self._enlarged(first, self._second, callback)
+
+    def _enlarged(
+        self, drawn: Iterator[Picture], run: RunSettings, callback: Progress | None
+    ) -> Iterator[Picture]:
+        """Each picture, enlarged and redrawn in tiles; it is what ``tile`` ControlNets follow."""
+        late = [control for control, late in zip(self._controls, self._late, strict=True) if late]
+        for picture in drawn:
+            (large,) = self.pipe.pictures(
+                [picture.prompt],
+                run,
+                seed=picture.seed,
+                init_image=picture.image,
+                controls=[replace(control, image=picture.image) for control in late],
+                callback=callback,
+            )
+            yield large._replace(
+                prompt_index=picture.prompt_index,
+                calls=picture.calls + large.calls,
+                real_calls=picture.real_calls + large.real_calls,
+            )
+
+    @property
+    def _late(self) -> list[bool]:
+        """Of each ControlNet, whether it follows the picture that is enlarged."""
+        return [fact["preprocess"] == "tile" for fact in self._control_facts]
 
     def png(self, picture: Picture) -> bytes:
         """The picture as a PNG file that remembers how it was made."""
@@ -168,6 +216,11 @@ class Drawing:
             facts["cfg_end"] = self.run.cfg_end
         if self._init is not None:
             facts |= {"init_image": self.args.init_image.name, "strength": self.run.strength}
+        facts |= retouch.facts(self.args, self.run, self._second)
+        if self._mask is not None:
+            facts["inpaint"] = {"mask": Path(self.args.inpaint).name, "picture": self._mask.name}
+            if self.args.feather:
+                facts["inpaint"]["feather"] = self.args.feather
         if self._loras:
             facts["loras"] = self._loras
         if self._controls:

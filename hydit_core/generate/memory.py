@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..devices import choose_device
@@ -106,6 +107,10 @@ def _needed(args: argparse.Namespace, opened: Opened) -> tuple[Requirements, Sam
     dtype = choose_dtype("bf16" if plain else args.dtype, device)
     pipe = outline(args.model, dtype, text_encoders=args.text_encoders, vae=args.vae)
     run = settings_of(pipe, args, opened[0])
+    settings = run.sampling
+    if run.tile is not None:  # all that is on the device at once
+        width, height = (min(pair) for pair in zip(run.tile, (settings.width, settings.height), strict=True))
+        settings = replace(settings, width=width, height=height)
     nets = [
         # Opened again: what was opened gives its tensors away once.
         load_controlnet(
@@ -113,4 +118,4 @@ def _needed(args: argparse.Namespace, opened: Opened) -> tuple[Requirements, Sam
         )[0]
         for one in opened[1]
     ]
-    return for_pipeline(pipe, run.sampling, run.batch, nets), run.sampling, dtype_name(dtype)
+    return for_pipeline(pipe, settings, run.batch, nets), run.sampling, dtype_name(dtype)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..facts import NEGATIVE_PROMPT
 from ..presets import RunSettings, check_settings
+from . import retouch
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -32,13 +33,17 @@ def settings_of(pipe: Pipeline, args: argparse.Namespace, init: Image.Image | No
         width=args.size and args.size[0],
         height=args.size and args.size[1],
     )
-    if init is not None and args.size is None:
-        width, height = _size_like(init.size, settings.width * settings.height)
+    size = None if init is None else retouch.start_size(args, init)
+    if init is not None and (args.size is None or size is not None):
+        width, height = size or _size_like(init.size, settings.width * settings.height)
         settings = replace(settings, width=width, height=height)
         check_settings(settings, pipe.vae.downscale, pipe.info)
-    strength = 1.0 if init is None else 0.6 if args.strength is None else args.strength
-    faster = {"forecast": args.forecast, "cfg_end": args.cfg_end}
-    return RunSettings(settings, args.seed, args.batch, strength, **faster)
+    run = RunSettings(settings, args.seed, args.batch, forecast=args.forecast, cfg_end=args.cfg_end)
+    if init is None:
+        return run
+    usual = 1.0 if args.inpaint is not None else 0.6 if args.upscale is None else retouch.STRENGTH
+    strength = usual if args.strength is None else args.strength
+    return replace(run, strength=strength, tile=retouch.tile_of(args, pipe))
 
 
 def _size_like(size: tuple[int, int], area: int) -> tuple[int, int]:

@@ -31,11 +31,18 @@ _LINE = {
     "seed": "Seed",
     "model": "Model",
     "strength": "Denoising strength",
+    "hires": "Hires upscale",
+    "mask_blur": "Mask blur",
 }
 
 
 def parameters_text(parameters: Mapping[str, Any]) -> str:
     """The ``parameters`` text: prompt, negative prompt, then one line of settings."""
+    parameters = {
+        **parameters,
+        "hires": parameters.get("upscale", {}).get("factor"),
+        "mask_blur": parameters.get("inpaint", {}).get("feather"),
+    }
     shown = [f"{label}: {parameters[key]}" for key, label in _LINE.items() if parameters.get(key) is not None]
     shown.insert(1, f"Size: {parameters['width']}x{parameters['height']}")
     lines = [str(parameters["prompt"])]

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import embedded
 from ..dtypes import COMPUTE, short_name
-from ..images import Geometry, probe
+from ..images import SIZE_MULTIPLE, Geometry, probe
 from ..weights.bundle import bundle
 from .workflow import KINDS, Graph, Output
 
@@ -49,7 +49,10 @@ def redraw(
     parts, top = _load(graph, parameters, model or embedded.embedded_model(), text_encoders, vae)
     left = _adapt(graph, parameters, loras, parts)
     width, height = parameters["width"], parameters["height"]
+    upscale = parameters.get("upscale", {})
+    mask = pixels = None
     if init_image is None:
+        width, height = upscale.get("width", width), upscale.get("height", height)
         stock = width % 16 or height % 16 or max(width, height) > 8192
         (latent,) = graph.add(
             "EmptyLatentImage" if stock else "HyDiTEmptyLatent",
@@ -57,10 +60,12 @@ def redraw(
             widgets={"width": width, "height": height, "batch_size": 1},
         )
     else:
-        pixels = _start_picture(graph, init_image, (width, height))
-        (latent,) = graph.add(
-            "VAEEncode", (_COLUMN, _beneath("ImageCrop", _BELOW)), {"pixels": pixels, "vae": parts["VAE"]}
-        )
+        kept = "inpaint" in parameters
+        pixels = _start_picture(graph, init_image, (width, height), kept=kept)
+        place = (_COLUMN, _beneath("ImageCrop", _BELOW))
+        (latent,) = graph.add("VAEEncode", place, {"pixels": pixels, "vae": parts["VAE"]})
+        if kept:
+            mask, latent = _masked(graph, parameters["inpaint"]["picture"], (width, height), latent)
     texts = [
         graph.add(
             "HyDiTTextEncode",
@@ -74,29 +79,127 @@ def redraw(
             ("negative", "Negative prompt", _beneath("HyDiTTextEncode")),
         )
     ]
-    texts, right = _steer(graph, parameters, controlnets, texts, parts["VAE"], left + _COLUMN)
+    again = upscale.get("width") is not None
+    steering = _controls(parameters, controlnets)
+    early, late = (steering, []) if not again else _split(steering)
+    first, right = _steer(graph, parameters, early, texts, parts["VAE"], left + _COLUMN, pixels)
     network = parts["MODEL"]
     if tolerance := parameters.get("forecast", 0.0):
         settings = {"preset": "custom", "tolerance": tolerance}
         (network,) = graph.add("HyDiTForecast", (right, 0), {"model": network}, settings)
         right += _COLUMN
-    (sampled,) = graph.add(
+    tiled = network
+    if upscale:
+        below = _beneath("HyDiTKSampler")
+        (tiled,) = graph.add("HyDiTTiles", (right, below), {"model": network}, _tiles(upscale))
+    strength = parameters.get("strength", 1.0)
+    (sampled,) = _sample(
+        graph, parameters, right, network if again else tiled, first, latent, 1.0 if again else strength
+    )
+    right += _COLUMN
+    (image,) = graph.add("VAEDecode", (right, 0), {"samples": sampled, "vae": parts["VAE"]})
+    below = _beneath("VAEDecode")
+    if again:
+        (large,) = graph.add(
+            "ImageScale",
+            (right, below),
+            {"image": image},
+            {
+                "upscale_method": "lanczos",
+                "width": parameters["width"],
+                "height": parameters["height"],
+                "crop": "center",
+            },
+        )
+        place = (right, _beneath("ImageScale", below))
+        (latent,) = graph.add("VAEEncode", place, {"pixels": large, "vae": parts["VAE"]})
+        second, right = _steer(graph, parameters, late, texts, parts["VAE"], right + _COLUMN, large)
+        (sampled,) = _sample(graph, parameters, right, tiled, second, latent, strength)
+        right += _COLUMN
+        (image,) = graph.add("VAEDecode", (right, 0), {"samples": sampled, "vae": parts["VAE"]})
+    if mask is not None and pixels is not None:
+        (image,) = graph.add(
+            "ImageCompositeMasked",
+            (right, below),
+            {"destination": pixels, "source": image, "mask": mask},
+            {"x": 0, "y": 0, "resize_source": False},
+        )
+        below = _beneath("ImageCompositeMasked", below)
+    graph.add("SaveImage", (right, below), {"images": image}, {"filename_prefix": "hydit"})
+    return graph
+
+
+Steering = Sequence[tuple[Path, Mapping[str, Any]]]
+"""ControlNets' files, and what a picture says about each."""
+
+
+def _controls(parameters: Mapping[str, Any], files: Sequence[Path]) -> Steering:
+    return list(zip(files, parameters.get("controls", ()), strict=True))
+
+
+def _split(steering: Steering) -> tuple[Steering, Steering]:
+    """Those of the first picture, and those of the enlarged one."""
+    late = [control.get("preprocess") == "tile" for _, control in steering]
+    both = list(zip(steering, late, strict=True))
+    return [one for one, second in both if not second], [one for one, second in both if second]
+
+
+def _tiles(upscale: Mapping[str, Any]) -> dict[str, int]:
+    """The widgets of HyDiTTiles. The overlap is that of ``generate``, in pixels."""
+    width, height = upscale["tile"]
+    return {"tile_width": width, "tile_height": height, "overlap": min(width, height) // 64 * 16}
+
+
+def _sample(
+    graph: Graph,
+    parameters: Mapping[str, Any],
+    left: int,
+    model: Output,
+    texts: Sequence[Output],
+    latent: Output,
+    strength: float,
+) -> list[Output]:
+    return graph.add(
         "HyDiTKSampler",
-        (right, 0),
-        {"model": network, "positive": texts[0], "negative": texts[1], "latent_image": latent},
+        (left, 0),
+        {"model": model, "positive": texts[0], "negative": texts[1], "latent_image": latent},
         {
             "seed": parameters["seed"],
             "control_after_generate": "fixed",
             "preset": "model's own",
             **{name: parameters[name] for name in ("sampler", "spacing", "steps", "cfg", "guidance_rescale")},
-            "denoise": parameters.get("strength", 1.0),
+            "denoise": strength,
             "cfg_end": parameters.get("cfg_end", 1.0),
         },
     )
-    right += _COLUMN
-    (image,) = graph.add("VAEDecode", (right, 0), {"samples": sampled, "vae": parts["VAE"]})
-    graph.add("SaveImage", (right, _beneath("VAEDecode")), {"images": image}, {"filename_prefix": "hydit"})
-    return graph
+
+
+def _masked(graph: Graph, name: str, size: tuple[int, int], latent: Output) -> tuple[Output, Output]:
+    """Load the mask as it was used; returns it, and the latents masked where any of their pixels is."""
+    top = _beneath("LoadImage", _BELOW)
+    left = -2 * _COLUMN
+    (mask,) = graph.add(
+        "LoadImageMask",
+        (left, _BELOW),
+        widgets={"image": name, "channel": "red", "upload": "image"},
+        title="Mask",
+    )
+    (shown,) = graph.add("MaskToImage", (left, top), {"mask": mask})
+    top = _beneath("MaskToImage", top)
+    width, height = (side // SIZE_MULTIPLE for side in size)
+    (small,) = graph.add(
+        "ImageScale",
+        (left, top),
+        {"image": shown},
+        {"upscale_method": "area", "width": width, "height": height, "crop": "disabled"},
+    )
+    top = _beneath("ImageScale", top)
+    (shares,) = graph.add("ImageToMask", (left, top), {"image": small}, {"channel": "red"})
+    top = _beneath("ImageToMask", top)
+    (any_of_it,) = graph.add("ThresholdMask", (left, top), {"mask": shares}, {"value": 0.0})
+    place = (_COLUMN, _beneath("VAEEncode", _beneath("ImageCrop", _BELOW)))
+    (latent,) = graph.add("SetLatentNoiseMask", place, {"samples": latent, "mask": any_of_it})
+    return mask, latent
 
 
 def _beneath(kind: str, top: int = 0) -> int:
@@ -130,21 +233,27 @@ def _adapt(
 def _steer(
     graph: Graph,
     parameters: Mapping[str, Any],
-    files: Sequence[Path],
+    steering: Steering,
     texts: list[Output],
     vae: Output,
     left: int,
+    enlarged: Output | None,
 ) -> tuple[list[Output], int]:
-    """Add the ControlNets one after the other; returns both conditionings and the left of the next column."""
-    for file, control in zip(files, parameters.get("controls", ()), strict=True):
+    """Add the ControlNets one after the other; returns both conditionings and the left of the next column.
+
+    Those of kind ``tile`` follow the picture that is ``enlarged``.
+    """
+    for file, control in steering:
         loader = {"control_net_name": list_name(file), "weight_dtype": _weight_dtype(parameters)}
         (net,) = graph.add("HyDiTControlNetLoader", (left, 0), widgets=loader)
-        image, _ = graph.add(
-            "LoadImage",
-            (left, _beneath("HyDiTControlNetLoader")),
-            widgets={"image": control["picture"], "upload": "image"},
-            title="Control picture",
-        )
+        image = enlarged
+        if "picture" in control or image is None:
+            image, _ = graph.add(
+                "LoadImage",
+                (left, _beneath("HyDiTControlNetLoader")),
+                widgets={"image": control["picture"], "upload": "image"},
+                title="Control picture",
+            )
         texts = graph.add(
             "HyDiTControlNetApply",
             (left, _beneath("LoadImage", _beneath("HyDiTControlNetLoader"))),
@@ -216,10 +325,13 @@ def _vae_file(path: Path) -> str | None:
     return path.name if bundle(path, only=("vae",)).kind.kind == "vae" else None
 
 
-def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
-    """Load the picture and fit it to ``size`` as :class:`~..images.Geometry` does; returns its pixels."""
+def _start_picture(graph: Graph, path: Path, size: tuple[int, int], *, kept: bool = False) -> Output:
+    """Load the picture and fit it to ``size`` as :class:`~..images.Geometry` does; returns its pixels.
+
+    With ``kept`` its pixels stay as they are if the size allows it, as for inpainting.
+    """
     original, alpha = probe(path)
-    geometry = Geometry.cover(original, size)
+    geometry = Geometry.cut(original, size) if kept else Geometry.cover(original, size)
     image, mask = graph.add(
         "LoadImage",
         (-_COLUMN, 0),
@@ -245,12 +357,13 @@ def _start_picture(graph: Graph, path: Path, size: tuple[int, int]) -> Output:
         )
         top = _beneath("ImageCompositeMasked", top)
     width, height = geometry.resized
-    (image,) = graph.add(
-        "ImageScale",
-        (0, top),
-        {"image": image},
-        {"upscale_method": "lanczos", "width": width, "height": height, "crop": "disabled"},
-    )
+    if geometry.resized != original or not kept:
+        (image,) = graph.add(
+            "ImageScale",
+            (0, top),
+            {"image": image},
+            {"upscale_method": "lanczos", "width": width, "height": height, "crop": "disabled"},
+        )
     if geometry.resized != size:
         # Not ImageScale's own crop: it crops before scaling, up to half a pixel of the original off.
         (image,) = graph.add(

@@ -124,7 +124,7 @@ def test_a_dit_alone_needs_its_companions(attempt, tiny_model_file, tmp_path):
         ),
         (("--prompt", "caf\udce9"), "error: 'caf\\udce9' is not valid text: check the terminal's encoding"),
         (("--negative", "caf\udce9"), "error: 'caf\\udce9' is not valid text: check the terminal's encoding"),
-        (("--strength", "0.5"), "error: --strength needs --init-image\n"),
+        (("--strength", "0.5"), "error: --strength needs --init-image or --upscale\n"),
         (("--device", "warp"), "error: device 'warp' cannot be used here"),
         (("--init-image", "absent.png"), "error: cannot read picture absent.png: no such file\n"),
         (("--prompts", "absent.txt"), "error: cannot read absent.txt: No such file or directory\n"),

@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 
 from hydit_core import ConfigError, DataError, load
 from hydit_core.diffusion.samplers import SAMPLERS
-from hydit_core.inpaint import Inpainting, fit, load_mask, own_size
+from hydit_core.images import Geometry
+from hydit_core.inpaint import Inpainting, load_mask, own_size
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_pictures_keep_their_size_and_pixels_where_they_can():
     picture = Image.effect_noise((69, 66), 80).convert("RGB")
     part = Inpainting(picture, boxed(40, 40, 68, 65, size=(69, 66)), own_size(picture.size))
     assert (array(part.picture) == array(picture)[1:65, 2:66]).all()
-    scaled = fit((128, 128), (64, 64))
+    scaled = Geometry.cut((128, 128), (64, 64))
     assert scaled.resized == (64, 64)
 
 
