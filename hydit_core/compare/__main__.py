@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, cli_main, program
-from ..generate.__main__ import read_prompts, size
+from ..generate.options import read_prompts, size
 from ..presets import check_seed
 from . import drawn_text, report
 from .blind import KEY, SHEET, count_answers, verdict, write_blind

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..errors import ConfigError
 from ..untrusted import read_json, read_text
 from .figures import Pair, Result
-from .page import data_url, environment, own
+from .page import data_url, render
 from .sheet import as_image
 from .store import pixels_of, write_text
 
@@ -41,18 +41,8 @@ def write_blind(out: Path, reference: str, result: Result, count: int, seed: int
     draw = random.Random(seed)
     pairs = draw.sample(result.pairs, min(count, len(result.pairs)))
     left = [draw.choice((reference, result.name)) for _ in pairs]
-    style, style_hash = own("page.css")
-    script, script_hash = own("blind.js")
-    text = (
-        environment()
-        .get_template("blind.html")
-        .render(
-            items=[_item(pair, name == reference) for pair, name in zip(pairs, left, strict=True)],
-            style=style,
-            script=script,
-            policy=f"default-src 'none'; img-src data:; style-src '{style_hash}'; script-src '{script_hash}'",
-        )
-    )
+    items = [_item(pair, name == reference) for pair, name in zip(pairs, left, strict=True)]
+    text = render("blind.html", "blind.js", items=items)
     key = {
         "format": _FORMAT,
         "reference": reference,

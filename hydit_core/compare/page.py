@@ -22,13 +22,17 @@ _LARGEST = 1024
 _LOSSLESS = 256 * 256
 
 
-def environment() -> Environment:
-    """Templates of this folder; everything that goes into them is escaped."""
+def render(template: str, script: str, **shown: Any) -> str:
+    """A page of this folder's template with its script; everything that goes into it is escaped."""
     loader = FileSystemLoader(_HERE)
-    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    style, style_hash = _own("page.css")
+    code, code_hash = _own(script)
+    policy = f"default-src 'none'; img-src data:; style-src '{style_hash}'; script-src '{code_hash}'"
+    return environment.get_template(template).render(style=style, script=code, policy=policy, **shown)
 
 
-def own(name: str) -> tuple[Markup, str]:
+def _own(name: str) -> tuple[Markup, str]:
     """A style or script of this folder, and its hash as a content security policy names it."""
     text = (_HERE / name).read_text("utf-8")
     return Markup(text), "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -52,16 +56,15 @@ def write_pages(path: Path, results: Sequence[Result], found: dict[str, Any], pa
 
     Pictures are in the order of their worst pair, so that the first page shows what is worth a look.
     """
-    template = environment().get_template("page.html")
-    style, style_hash = own("page.css")
-    script, script_hash = own("page.js")
     compared = [result for result in results if result.pairs]
     order = _order(compared)
     count = max(1, -(-len(order) // pages_of))
     paths = [path if number == 0 else path.with_name(f"page-{number + 1}.html") for number in range(count)]
     for number, one in enumerate(paths):
         cards = [_card(name, compared) for name in order[number * pages_of : (number + 1) * pages_of]]
-        text = template.render(
+        text = render(
+            "page.html",
+            "page.js",
             found=found,
             cards=cards,
             compared=[result.name for result in compared],
@@ -70,9 +73,6 @@ def write_pages(path: Path, results: Sequence[Result], found: dict[str, Any], pa
             number=number + 1,
             total=len(order),
             pages=[other.name for other in paths],
-            style=style,
-            script=script,
-            policy=f"default-src 'none'; img-src data:; style-src '{style_hash}'; script-src '{script_hash}'",
         )
         write_text(one, text)
     return paths

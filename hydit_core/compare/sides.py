@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ..dtypes import COMPUTE
 from ..embedded import embedded_model
 from ..errors import ConfigError
-from ..generate.__main__ import parser as generate_parser
+from ..generate.options import parser as generate_parser
 
 _FLAG = re.compile(r"--([a-z])(?:=(.*))?", re.DOTALL)
 # Said once for all sides, or not at all.

@@ -14,20 +14,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..diffusion.forecast import tolerance_of
-from ..diffusion.samplers import SAMPLERS
-from ..dtypes import COMPUTE, short_name
-from ..errors import ConfigError, cli_main, program
-from ..facts import SPACINGS
-from ..images import parse_size
+from ..errors import ConfigError, cli_main
 from ..new_files import check_name, write_new
 from ..pipeline import Picture
-from ..presets import PRESETS, check_seed
-from ..untrusted import read_text
+from ..presets import check_seed
 from ..weights.output import check_free
+<<<<<<< HEAD
 from . import control as control_cli
 from . import drawing, retouch
 from . import lora as lora_cli
+=======
+from . import drawing
+>>>>>>> c79f365 (Give generate's options a module of their own, and the pages of hydit compare one head)
 from . import memory as memory_cli
+from .options import parser, read_prompts
 
 _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli_main(lambda: _run(args))
 
 
+<<<<<<< HEAD
 def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """All options; :mod:`~.drawing` says what they mean."""
     parser = kind(
@@ -130,6 +131,8 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+=======
+>>>>>>> c79f365 (Give generate's options a module of their own, and the pages of hydit compare one head)
 def _run(args: argparse.Namespace) -> None:
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: use 1 or more")
@@ -167,19 +170,6 @@ def _run(args: argparse.Namespace) -> None:
     if tolerance_of(args.forecast) > 0:
         real, calls = map(sum, zip(*took.values(), strict=True))
         print(f"forecast: {real} of {calls} calls of the network were real", file=sys.stderr)
-
-
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """``--prompt`` and the lines of ``--prompts``. Raises :class:`ConfigError` if there are none."""
-    prompts = list(args.prompt)
-    if args.prompts is not None:
-        lines = read_text(args.prompts, error=ConfigError).splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ConfigError("nothing to draw: give --prompt TEXT, or --prompts FILE with one prompt per line")
-    for text in prompts:
-        drawing.check_text(text)
-    return prompts
 
 
 def _share(count: int) -> tuple[int, list[int]]:

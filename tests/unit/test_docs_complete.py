@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import io
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,12 +34,9 @@ def text(path: Path) -> str:
 @functools.cache
 def help_of(module: str, subcommand: str) -> str:
     """What ``--help`` prints."""
-    with pytest.MonkeyPatch.context() as patch:
-        told = io.StringIO()
-        patch.setattr(sys, "stdout", told)
-        patch.setattr(sys, "argv", [module, *([subcommand] if subcommand else []), "--help"])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_module(module, run_name="__main__", alter_sys=False)
+    command = importlib.import_module(f"{module}.__main__")
+    with contextlib.redirect_stdout(io.StringIO()) as told, pytest.raises(SystemExit) as end:
+        command.main([*([subcommand] if subcommand else []), "--help"])
     assert end.value.code in (0, None)
     return told.getvalue()
 
