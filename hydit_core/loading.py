@@ -32,7 +32,8 @@ def load(
 
     Args:
         path: an all-in-one checkpoint, a diffusers folder, a folder in Tencent's layout (``t2i/``), or the
-            weights of a DiT alone. None: the model that comes with hydit.
+            weights of a DiT alone; or ``hub:ORG/NAME[@REVISION][/INSIDE]``, of which what is needed is
+            downloaded. None: the model that comes with hydit.
         text_encoders, vae: files or folders that hold these; needed where ``path`` does not.
         dtype: to compute in: "auto", "float32", "float16", "bfloat16", or a torch dtype. "auto" is float32 on
             the CPU, bfloat16 on GPUs that have it, and float16 on others.

@@ -13,7 +13,7 @@ from ..images import parse_size
 from ..presets import PRESETS
 from ..untrusted import read_text
 from . import control as control_cli
-from . import drawing
+from . import drawing, retouch
 from . import lora as lora_cli
 from . import memory as memory_cli
 
@@ -37,13 +37,17 @@ def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
         "--strength",
         type=float,
         default=None,
-        help="how far to depart from --init-image: above 0, up to 1 (default 0.6)",
+        help="how far to depart from the picture that it starts from: above 0, up to 1 (default: 0.6; with "
+        f"--inpaint 1, with --upscale {retouch.STRENGTH})",
     )
+    retouch.add_arguments(parser)
     lora_cli.add_arguments(parser)
     control_cli.add_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="PATH", help="file or folder; default: the model that comes with hydit"
+        "--model",
+        metavar="PATH",
+        help="file or folder, or hub:ORG/NAME to download it; default: the model that comes with hydit",
     )
     model.add_argument("--text-encoders", metavar="PATH", help="file or folder, if not inside --model")
     model.add_argument("--vae", metavar="PATH", help="file or folder, if not inside --model")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..dtypes import dtype_name
 from ..errors import LoraError
+from ..weights import hub
 from ..weights.detect import detect
 from ..weights.files import open_tensors
 from ..weights.source import MemorySource, TensorSource
@@ -83,7 +84,7 @@ def read(path: str | os.PathLike[str]) -> Adapter:
         LoraError: if it is something else (it says what), or a kind of change that is not supported.
         WeightsError: if the file is missing or damaged.
     """
-    path = Path(path)
+    path = hub.local(path, ("lora",))
     folders = _peft_folders(path) if path.is_dir() else []
     adapters = [] if folders and not (path / PEFT_CONFIG).is_file() else [_read_one(path)]
     adapters += [_read_one(folder, folder.name if folder.name in PEFT_PARTS else "") for folder in folders]

@@ -23,6 +23,7 @@ from ..data.section import Section, plain_path
 from ..errors import ConfigError
 from ..facts import DiffusionConfig, ModelInfo, SamplingDefaults
 from ..model.config import DiTConfig
+from ..weights import hub
 
 _MIN_TOKENS = 4
 """BERT's two marks around a text, one word between them, and one to spare."""
@@ -33,6 +34,8 @@ _MAX_DEPTH, _MAX_WIDTH = 512, 65536
 def _resolve(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, (str, Path)) or not str(value):
         return plain_path(value)
+    if hub.name(value):
+        return Path(value)
     base = (info.context or {}).get("base", Path.cwd())
     return (base / Path(plain_path(value)).expanduser()).resolve()
 

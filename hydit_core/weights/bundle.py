@@ -11,6 +11,7 @@ import torch
 
 from ..errors import WeightsError
 from ..facts import ModelInfo
+from . import hub
 from .beside import FOLDERS, Beside, look_beside, options_beside, pipeline_class
 from .detect import (
     BERT_PREFIXES,
@@ -41,7 +42,8 @@ class Bundle:
     Each part can be loaded from it once, which frees the memory that the part's tensors took.
 
     Attributes:
-        place: the path that was given.
+        place: the path that was given, or that it was downloaded to.
+        origin: its name on the hub, if it was given by that.
         path: of the file, or of the folder if there are parts beside the model's file.
         source: the model's file under its own names; in a folder without one, the parts in it.
         metadata, kind: of ``source``.
@@ -65,9 +67,11 @@ class Bundle:
         kind: FileKind | None = None,
         beside: Beside | None = None,
         place: Path | None = None,
+        origin: str = "",
     ) -> None:
         refuse_quantised(source)
         self.place = place or source.path
+        self.origin = origin
         self.source = source
         self.metadata = source.metadata
         self.kind = kind or detect(source)
@@ -119,7 +123,8 @@ def bundle(
     """
     if isinstance(path, Bundle):
         return _more(path, only, kinds)
-    path = Path(path)
+    origin = hub.name(path)
+    path = hub.local(path, only, load_key=load_key)
     source, kind = _own_source(path, only, load_key), None
     if kinds:
         if source is None:
@@ -131,7 +136,7 @@ def bundle(
         raise _no_model(path) if "controlnet" in only else _nothing(path, only)
     if source is None:
         source = MergedSource(beside.sources, path=path, metadata={})
-    return Bundle(source, kind, beside, path)
+    return Bundle(source, kind, beside, path, origin)
 
 
 def _more(opened: Bundle, only: Collection[str], kinds: Collection[str]) -> Bundle:
@@ -141,8 +146,10 @@ def _more(opened: Bundle, only: Collection[str], kinds: Collection[str]) -> Bund
     more = [part for part in FOLDERS if part in only and part not in opened.beside.looked_for]
     if not more or not opened.place.is_dir():
         return opened
+    if opened.origin:
+        hub.local(opened.origin, more)
     beside = opened.beside.joined(look_beside(opened.place, more))
-    return Bundle(opened.source, opened.kind, beside, opened.place)
+    return Bundle(opened.source, opened.kind, beside, opened.place, opened.origin)
 
 
 def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:
@@ -151,7 +158,7 @@ def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> 
     Raises:
         WeightsError: if nothing is there or it cannot be read.
     """
-    path = Path(path)
+    path = hub.local(path, ("dit",), load_key=load_key)
     source = _own_source(path, ("dit",), load_key)
     if source is None:
         raise _no_model(path)

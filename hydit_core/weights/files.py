@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ _STANDARD_NAMES = (
     "model.",
     "pytorch_model.",
     "adapter_model.",
-    "pytorch_model_ema",
-    "pytorch_model_",
+    *(f"pytorch_model_{key}." for key in ("ema", "module", "distill", "merge")),
     "mp_rank_00",
 )
 _SHARD = re.compile(r"-\d{5}-of-(?!00001\.)\d{5}\.")
@@ -266,7 +266,29 @@ def _index(folder: Path, files: list[Path]) -> Path | None:
     return None if plain and ".safetensors" not in complete[0].name else complete[0]
 
 
-def _preference(path: Path) -> tuple[bool, bool, int, str]:
+def preferred_weights(files: Iterable[PurePath], load_key: str | None = None) -> list[PurePath]:
+    """The weights to take of a folder's, known by name alone: one file, or all shards of one.
+
+    Several files, where none has the name that such a file usually has.
+    """
+    files = sorted(files, key=lambda path: _preference(_unsharded(path)))
+    if load_key is not None:
+        files = [path for path in files if path.stem.endswith(f"_{load_key}")] or files
+    if not files:
+        return []
+    first = files[0]
+    if mark := _SHARD.search(first.name):
+        return [path for path in files if path.name.startswith(first.name[: mark.start()] + "-")]
+    usual = _preference(first)[2] < 2 * len(_STANDARD_NAMES)
+    return [first] if usual else [path for path in files if path.suffix == first.suffix]
+
+
+def _unsharded(path: PurePath) -> PurePath:
+    """``model-00001-of-00002.safetensors`` -> ``model.safetensors``."""
+    return path.with_name(_SHARD.sub(".", path.name))
+
+
+def _preference(path: PurePath) -> tuple[bool, bool, int, str]:
     """The order in which the files of a folder are tried: by format, then plain before variants."""
     name = path.name
     torch_format = ".safetensors" not in name
