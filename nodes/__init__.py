@@ -13,6 +13,7 @@ from .lora import HyDiTLoraLoader, HyDiTLoraMerge, HyDiTLoraSave
 from .sampling import HyDiTKSampler, HyDiTSampler, HyDiTScheduler
 from .save import HyDiTModelSave
 from .text import HyDiTTextEncode
+from .tiles import HyDiTTiles
 
 NODES: list[type[io.ComfyNode]] = [
     HyDiTCheckpointLoader,
@@ -24,6 +25,7 @@ NODES: list[type[io.ComfyNode]] = [
     HyDiTSampler,
     HyDiTScheduler,
     HyDiTForecast,
+    HyDiTTiles,
     HyDiTControlNetLoader,
     HyDiTLayerWeights,
     HyDiTControlNetApply,

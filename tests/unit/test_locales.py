@@ -49,6 +49,7 @@ NODES = (
     "HyDiTScheduler",
     "HyDiTTextEncode",
     "HyDiTTextEncoderLoader",
+    "HyDiTTiles",
 )
 PACK = "hydit_pack_without_comfyui"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
