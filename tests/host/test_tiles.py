@@ -41,12 +41,20 @@ def test_a_tile_as_large_as_the_picture_changes_nothing(host, models, which):
 
 
 def test_an_overlap_that_cannot_be(host, models):
-    result = host.run(sampled(host, models["ours"], tile_width=64, tile_height=64, overlap=64)[0])
-    assert "can share 0 to 48" in str(result.error)
+    with_tiles = host.module("nodes.host.tiles").with_tiles
+    for tile, overlap, message in (
+        ((64, 64), 64, "can share 0 to 48"),
+        ((50, 64), 16, "multiples of 16"),
+        ((64, 64), -16, "can share 0 to 48"),
+    ):
+        with pytest.raises(Exception, match=message):
+            with_tiles(models["ours"], tile, overlap)
 
 
 START = {
-    "inpainted": ["--init-image", "{start}", "--inpaint", "{mask}", "--feather", "3", "--prompt", "a blue heart"],
+    "inpainted": [
+        *("--prompt", "a blue heart", "--init-image", "{start}", "--inpaint", "{mask}", "--feather", "3")
+    ],
     "enlarged": ["--prompt", "a red apple", "--upscale", "1.5", "--strength", "0.3"],
     "enlarged along the picture": [
         *("--prompt", "a red apple", "--init-image", "{start}", "--upscale", "1.5", "--strength", "0.3"),
