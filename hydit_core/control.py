@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
+from .diffusion.schedule import timestep_range
 from .errors import ConfigError, WeightsError
 from .layer_weights import LayerWeights
 from .model.config import DiTConfig
@@ -122,13 +123,6 @@ class Controls:
                 for c in acting
             ]
         )
-
-
-def timestep_range(start: float, end: float, steps: int = 1000) -> tuple[float, float]:
-    """The largest and the smallest timestep between two fractions of the schedule, as ComfyUI has them."""
-    first = float("inf") if start <= 0 else (1 - start) * (steps - 1)
-    last = float("-inf") if end >= 1 else (1 - end) * (steps - 1)
-    return first, last
 
 
 def prepare(control: ControlInput, hint: Tensor, context: Context) -> PreparedControl:

@@ -23,6 +23,7 @@ from .diffusion.schedule import Schedule
 from .errors import ConfigError, HyditError
 from .facts import ModelInfo, SamplingDefaults
 from .finite import DTYPE_ADVICE
+from .image_prompts.run import ImagePrompt, Images, prepare_images
 from .images import Geometry, Size, to_image, to_tensor
 from .inpaint import Inpainting
 from .model.compiled import compile_blocks
@@ -42,7 +43,7 @@ from .presets import (
     size_advice,
 )
 from .text.features import TextFeatures
-from .tiles import Tiles, overlap_of
+from .tiles import Box, Tiles, overlap_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -201,6 +202,7 @@ class Pipeline:
         cfg_end: float = 1.0,
         tile: Size | None = None,
         controls: Sequence[ControlInput] = (),
+        images: Sequence[ImagePrompt] = (),
         preset: str | None = None,
         callback: Progress | None = None,
         **given: Unpack[SamplingChoices],
@@ -216,6 +218,7 @@ class Pipeline:
             init_image: start from this picture, scaled and cropped to fit.
             mask: what of it is drawn: white; all else stays. See :class:`~.inpaint.Inpainting`.
             controls: ControlNets with their pictures; their residuals add up.
+            images: pictures that are prompts, by IP-Adapters; what is attended to of them adds up.
             preset: published settings instead of the recommended ones, see :data:`~.presets.PRESETS`.
             callback: see :data:`Progress`.
             given: ``width``, ``height``, ``steps``, ``cfg``, ``guidance_rescale``, ``sampler``, ``spacing``:
@@ -233,8 +236,9 @@ class Pipeline:
         run = RunSettings(settings, seed, batch, strength, eta, forecast, cfg_end, tile)
         for note in self.advice(prompts, settings):
             warnings.warn(note, stacklevel=2)
+        given_pictures: dict[str, Any] = {"init_image": init_image, "mask": mask}
         drawn = self.pictures(
-            prompts, run, init_image=init_image, mask=mask, controls=controls, callback=callback
+            prompts, run, **given_pictures, controls=controls, images=images, callback=callback
         )
         return [picture.image for picture in drawn]
 
@@ -246,6 +250,7 @@ class Pipeline:
         init_image: Image.Image | None = None,
         mask: Image.Image | None = None,
         controls: Sequence[ControlInput] = (),
+        images: Sequence[ImagePrompt] = (),
         callback: Progress | None = None,
         **given: Unpack[RunChoices],
     ) -> Iterator[Picture]:
@@ -273,6 +278,7 @@ class Pipeline:
             check_fit(control.net.config, self.dit.config)
         hints = [self._hints(control.image, sampling, tiles) for control in controls]
         nets = [control.net for control in controls]
+        pictured = self._images(images, sampling, run.batch)
         if self.compiled:
             for net in (self.dit, *nets):
                 compile_blocks(net)
@@ -286,7 +292,7 @@ class Pipeline:
                 seen = self._seen(sampling, tiles)
                 context = self._context(self.dit, features, seen, run.batch)
                 steering = self._controls(controls, hints, features, seen, run.batch)
-                network = {"context": context, "tiles": tiles, "controls": steering}
+                network = {"context": context, "tiles": tiles, "controls": steering, "images": pictured}
                 model = self._denoiser(run, sigmas)
                 latents = self._sample(model, network, run, sigmas, init, part, callback)
             for latent, seed in zip(latents, run.seeds, strict=True):
@@ -347,6 +353,21 @@ class Pipeline:
         ]
         return [Controls(one) for one in zip(*prepared, strict=True)]
 
+    def _images(self, images: Sequence[ImagePrompt], settings: SamplingDefaults, repeats: int) -> Images:
+        """The image prompts of a run, encoded once for all its prompts."""
+        if not images:
+            return Images(())
+        return prepare_images(
+            images,
+            dit=self.dit.config,
+            size=(settings.width, settings.height),
+            downscale=self.vae.downscale,
+            guided=settings.cfg > 1,
+            repeats=repeats,
+            visiting=self.placement.visiting,
+            device=self.device,
+        )
+
     def _denoiser(self, run: RunSettings, sigmas: Tensor) -> Forecaster:
         """What the samplers call, for one run."""
         settings = run.sampling
@@ -402,6 +423,7 @@ class Pipeline:
         context: Context,
         tiles: Tiles,
         controls: Sequence[Controls],
+        images: Images,
         now: float,
     ) -> Tensor:
         """The network's prediction, tile by tile (MultiDiffusion, Bar-Tal et al. 2023).
@@ -410,14 +432,14 @@ class Pipeline:
         """
         rows = context.last(len(x_t))
 
-        def part(x: Tensor, steering: Controls | None) -> Tensor:
+        def part(box: Box, steering: Controls | None) -> Tensor:
+            x = box.of(x_t)
             control = None if steering is None else steering(x, t, now)
-            return self.dit(x.to(self.dit.dtype), t, rows, control)
+            seen = images(len(x), now, box)
+            return self.dit(x.to(self.dit.dtype), t, rows, control, images=seen).float()
 
         each: Sequence[Controls | None] = controls or [None] * len(tiles.boxes)
-        return tiles.blended(
-            part(box.of(x_t), one).float() for box, one in zip(tiles.boxes, each, strict=True)
-        )
+        return tiles.blended(part(box, one) for box, one in zip(tiles.boxes, each, strict=True))
 
     def _tiles(self, run: RunSettings) -> tuple[Tiles, int | None]:
         """The tiles of a run, in latents, and the side of the VAE's, which are no smaller."""

@@ -134,3 +134,10 @@ def table_at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     # Cast before the transfer: some devices have no float64. The host does not wait for it.
     values = table.to(torch.float32).to(like.device, non_blocking=True)[t.to(like.device)]
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def timestep_range(start: float, end: float, steps: int = 1000) -> tuple[float, float]:
+    """The largest and the smallest timestep between two fractions of the schedule, as ComfyUI has them."""
+    first = float("inf") if start <= 0 else (1 - start) * (steps - 1)
+    last = float("-inf") if end >= 1 else (1 - end) * (steps - 1)
+    return first, last

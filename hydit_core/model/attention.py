@@ -39,6 +39,11 @@ class Attended(NamedTuple):
     values: Tensor
     mask: Tensor | None = None
 
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Attended:
+        """On another device, and in another dtype."""
+        mask = None if self.mask is None else self.mask.to(device, dtype)
+        return Attended(self.keys.to(device, dtype), self.values.to(device, dtype), mask)
+
 
 class ImageContext(NamedTuple):
     """What one block attends to beside the text.
