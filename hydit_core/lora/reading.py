@@ -56,6 +56,8 @@ _REFUSED = (
     (("oft_blocks", "oft_diag", ".oft_"), "OFT, which is not supported"),
     (("boft_",), "BOFT, which is not supported"),
     ((".a1.weight", ".b1.weight"), "GLoRA, which is not supported"),
+    ((".q_layer.", ".p_layer.", ".lambda_layer"), "T-LoRA, which is not supported"),
+    ((".on_input",), "IA3, which is not supported"),
     (("trainable_tokens_",), "rows of an embedding, which are not supported"),
 )
 
