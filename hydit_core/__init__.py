@@ -15,6 +15,8 @@ from .version import VERSION
 
 if TYPE_CHECKING:
     from .facts import DiffusionConfig, ModelInfo, SamplingDefaults
+    from .image_prompts.encoder import load_image_encoder
+    from .image_prompts.run import ImagePrompt
     from .loading import load
     from .lora.adapter import Adapter as LoraAdapter
     from .lora.extract import combine as combine_loras
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from .model.dit import DiT
     from .pipeline import Pipeline
     from .presets import PRESETS
-    from .weights.load import load_controlnet, load_dit
+    from .weights.load import load_controlnet, load_dit, load_ip_adapter
     from .weights.save import save_checkpoint
 
 __version__ = VERSION
@@ -40,6 +42,7 @@ _HOMES = {
     "DiT": "model.dit",
     "DiTConfig": "model.config",
     "DiffusionConfig": "facts",
+    "ImagePrompt": "image_prompts.run",
     "LoraAdapter": "lora.adapter:Adapter",
     "ModelInfo": "facts",
     "Pipeline": "pipeline",
@@ -49,6 +52,8 @@ _HOMES = {
     "load": "loading",
     "load_controlnet": "weights.load",
     "load_dit": "weights.load",
+    "load_image_encoder": "image_prompts.encoder",
+    "load_ip_adapter": "weights.load",
     "load_lora": "lora.reading:read",
     "merge_loras": "lora.merge:merge_files",
     "save_checkpoint": "weights.save",
@@ -64,6 +69,7 @@ __all__ = [
     "DiTConfig",
     "DiffusionConfig",
     "HyditError",
+    "ImagePrompt",
     "LoraAdapter",
     "LoraError",
     "ModelInfo",
@@ -75,6 +81,8 @@ __all__ = [
     "load",
     "load_controlnet",
     "load_dit",
+    "load_image_encoder",
+    "load_ip_adapter",
     "load_lora",
     "merge_loras",
     "save_checkpoint",
