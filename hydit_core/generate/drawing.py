@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..lora.adapter import Adapter
     from ..weights.bundle import Bundle
 
-LOADING = ("text_encoders", "vae", "dtype", "device", "offload", "compile")
+LOADING = ("text_encoders", "vae", "load_key", "dtype", "device", "offload", "compile")
 """The options that :func:`hydit_core.load` gets, beside the model."""
 _OF_MODEL = ("model", *LOADING, "lora", "lora_block_weights", "partial")
 _VERSIONS = ("v1.0", "v1.1", "v1.2")

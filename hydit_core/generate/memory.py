@@ -105,7 +105,7 @@ def _needed(args: argparse.Namespace, opened: Opened) -> tuple[Requirements, Sam
     # A GPU's dtype, where there is none to be asked: what fits is asked about GPUs.
     plain = args.plan and args.dtype == "auto" and device.type == "cpu"
     dtype = choose_dtype("bf16" if plain else args.dtype, device)
-    pipe = outline(args.model, dtype, text_encoders=args.text_encoders, vae=args.vae)
+    pipe = outline(args.model, dtype, text_encoders=args.text_encoders, vae=args.vae, load_key=args.load_key)
     run = settings_of(pipe, args, opened[0])
     settings = run.sampling
     if run.tile is not None:  # all that is on the device at once

@@ -50,6 +50,11 @@ def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
         help="file or folder, or hub:ORG/NAME to download it; default: the model that comes with hydit",
     )
     model.add_argument("--text-encoders", metavar="PATH", help="file or folder, if not inside --model")
+    model.add_argument(
+        "--load-key",
+        metavar="KEY",
+        help="which weights of a torch file with several: ema, module, distill ...",
+    )
     model.add_argument("--vae", metavar="PATH", help="file or folder, if not inside --model")
     model.add_argument(
         "--dtype",

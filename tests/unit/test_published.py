@@ -9,15 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import randomize, tiny
 
 from hydit_core.errors import LoraError, WeightsError
+from hydit_core.generate.__main__ import main as generate
 from hydit_core.lora.adapter import changed
 from hydit_core.lora.reading import read
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
 from hydit_core.weights.__main__ import main as weights
+from hydit_core.weights.bundle import bundle
 from hydit_core.weights.layouts import from_tencent
 from hydit_core.weights.load import load_controlnet, load_dit
 
@@ -70,6 +73,32 @@ def test_a_deepspeed_checkpoint_gives_either_set(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no weights under 'distill'; it has module, ema"):
         load_dit(path, load_key="distill")
     assert load_dit(path)[1].diffusion.beta_end == 0.03
+
+
+def test_pictures_of_either_set(tiny_model_file: Path, tmp_path: Path) -> None:
+    tensors = {key: value.clone() for key, value in dict(bundle(tiny_model_file).dit).items()}
+    file = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save(
+        {"module": tensors, "ema": {key: 1.5 * value for key, value in tensors.items()}, **BESIDE}, file
+    )
+    parts = [
+        "--text-encoders",
+        tiny_model_file,
+        "--vae",
+        tiny_model_file,
+        "--device",
+        "cpu",
+        "--prompt",
+        "cat",
+    ]
+    drawn = {}
+    for key in ("default", "ema", "module"):
+        more = [] if key == "default" else ["--load-key", key]
+        out = tmp_path / f"{key}.png"
+        arguments = ["--model", file, *parts, *more, "--size", "64x64", "--steps", 1, "--out", out]
+        assert generate([str(argument) for argument in arguments]) == 0
+        drawn[key] = Image.open(out).tobytes()
+    assert drawn["default"] == drawn["ema"] != drawn["module"]
 
 
 @pytest.mark.parametrize("old", [False, True])
