@@ -150,8 +150,8 @@ class TrainData(Rows):
         From the latent cache where there is one; else ``encode`` gets pixels (3, H, W) of at most ``side``
         each way. Unreadable pictures are passed over. The same for every rank.
         """
-        chosen = np.linspace(0, len(self.train_rows) - 1, min(count, len(self.train_rows)))
-        for row in self.train_rows[chosen.astype(int)]:
+        rows = self.layout.train_rows
+        for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
             try:
                 if self._latents is not None:
                     yield self._latents.get(int(row), False)
@@ -159,7 +159,7 @@ class TrainData(Rows):
                 picture, _ = self.manifest.load(int(row), self.config.alpha_color)
             except DataError:
                 continue
-            width, height = (min(side, edge) for edge in self.sizes[self.bucket_of_row[row]])
+            width, height = (min(side, edge) for edge in self.sizes[self.bucket(row)])
             yield encode(to_tensor(Geometry.cover(picture.size, (width, height)).apply(picture)))
 
     def batch(self, step: int) -> Batch:
@@ -176,7 +176,7 @@ class TrainData(Rows):
         rows = partial(self._training_rows, indices[own], epochs[own])
         draws = [self._draw(step, position) for position in positions]
         bucket, samples = self._readable(self.order.bucket(step), rows, draws)
-        weights = [self.config.prior.weight if self.is_prior[s.row] else 1.0 for s in samples]
+        weights = [self.config.prior.weight if self.is_prior(s.row) else 1.0 for s in samples]
         return self._collate(step, samples, self.sizes[bucket], positions, weights)
 
     def loader(self, start_step: int, end_step: int, workers: int | None = None) -> Iterator[Batch]:
@@ -222,8 +222,9 @@ class TrainData(Rows):
         """
         batch_size, world = self.order.batch_size, self.order.world_size
         batches: list[tuple[np.ndarray, list[float]]] = []
-        for bucket in np.unique(self.bucket_of_row[self.validation]):
-            places = np.flatnonzero(self.bucket_of_row[self.validation] == bucket)
+        buckets = self.layout.bucket_of_row[self.layout.validation]
+        for bucket in np.unique(buckets):
+            places = np.flatnonzero(buckets == bucket)
             for start in range(0, len(places), batch_size):
                 real = places[start : start + batch_size]
                 filled = np.resize(real, batch_size)
@@ -231,8 +232,8 @@ class TrainData(Rows):
         while len(batches) % world:
             batches.append((batches[0][0], [0.0] * batch_size))
         for places, weights in batches[self.rank :: world]:
-            rows = self.validation[places]
-            wanted = int(self.bucket_of_row[rows[0]])
+            rows = self.layout.validation[places]
+            wanted = self.bucket(rows[0])
             bucket, samples = self._readable(
                 wanted, partial(self._validation_rows, rows), [_Draw()] * len(rows)
             )
@@ -253,11 +254,11 @@ class TrainData(Rows):
         """
         index, epoch = int(indices[number]), int(epochs[number])
         members = self.order.bucket_members(bucket)
-        own = int(self.samples.buckets[index]) == bucket
-        start = int(np.searchsorted(members, index)) if own else index
+        own = self.samples.bucket(index) == bucket
+        start = index - members.start if own else index
 
         def after() -> Iterator[int]:  # nearly always only its first is asked for
-            return (int(members[(start + i) % len(members)]) for i in range(len(members)))
+            return (members[(start + i) % len(members)] for i in range(len(members)))
 
         prior = self.samples.is_prior(index)
         if own and prior:
@@ -268,7 +269,8 @@ class TrainData(Rows):
 
     def _validation_rows(self, rows: np.ndarray, number: int, bucket: int) -> Iterator[int]:
         row = int(rows[number])
-        alike = self.validation[self.bucket_of_row[self.validation] == bucket]
+        validation = self.layout.validation
+        alike = validation[self.layout.bucket_of_row[validation] == bucket]
         if row in alike:
             yield row
         yield from (int(other) for other in alike if other != row)

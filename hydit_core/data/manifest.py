@@ -108,6 +108,10 @@ class Manifest:
         """(width, height) in pixels, as the picture is shown; as its row gives it, if it does."""
         return self._widths[index], self._heights[index]
 
+    def source(self, index: int) -> int:
+        """Which of the configured sources a row came from."""
+        return int(self._sources[index])
+
     def load(self, index: int, alpha_color: str) -> tuple[Image.Image, bytes]:
         """The decoded picture, and its file's content.
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..errors import ConfigError
+from .permutation import KeyedPermutation
 
 
 def hash_int(*parts: int | str) -> int:
@@ -48,41 +50,40 @@ class BatchOrder:
     number of steps. The batches of an epoch run in an order shuffled by (seed, epoch). In the first
     epoch a batch of the largest size runs first, so that a run which would exceed memory does so at once.
 
-    Any step is found without walking over those before it.
+    Any step is found without walking over those before it, and nothing is kept for each sample once there
+    are many.
 
     Args:
-        bucket_of_sample: (n,) integers, the bucket of every sample of an epoch.
+        counts: of each bucket with samples, ascending by bucket, how many an epoch has. Samples are numbered
+            through all buckets, one after the other.
         areas: pixels of each bucket's size, for finding the largest; all alike by default.
     """
 
     def __init__(
         self,
-        bucket_of_sample: Sequence[int] | np.ndarray,
+        counts: Mapping[int, int],
         batch_size: int,
         world_size: int = 1,
         seed: int = 0,
         *,
         areas: Sequence[int] | None = None,
     ) -> None:
-        buckets = np.asarray(bucket_of_sample, dtype=np.int64)
         if batch_size < 1 or world_size < 1:
             raise ConfigError(f"batch size {batch_size} x {world_size} ranks: both must be at least 1")
-        if len(buckets) == 0:
+        if not counts:
             raise ConfigError("there is no sample to train on")
-        self._bucket_of_sample = buckets
         self.batch_size = batch_size
         self.world_size = world_size
         self.seed = seed
         self.global_batch = batch_size * world_size
-        by_bucket = np.argsort(buckets, kind="stable")
-        self.buckets, starts = np.unique(buckets[by_bucket], return_index=True)
-        self.members = np.split(by_bucket, starts[1:])
-        self._sizes = np.array([len(m) for m in self.members], dtype=np.int64)
+        self.buckets = list(counts)
+        self._sizes = np.array(list(counts.values()), dtype=np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
         self._first = (
-            0 if areas is None else max(range(len(self.buckets)), key=lambda i: areas[int(self.buckets[i])])
+            0 if areas is None else max(range(len(self.buckets)), key=lambda i: areas[self.buckets[i]])
         )
-        self._plan: tuple[int, np.ndarray] = (-1, np.empty((0, 2), dtype=np.int64))
-        self._permutations: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._plan: tuple[int, _EpochPlan | None] = (-1, None)
+        self._permutations: OrderedDict[tuple[int, int], _Shuffled] = OrderedDict()
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -95,7 +96,7 @@ class BatchOrder:
 
     def steps_before(self, epoch: int) -> int:
         """Steps of all epochs before ``epoch``."""
-        return int((-(-epoch * self._sizes // self.global_batch)).sum())
+        return int(self._batches_before(epoch).sum())
 
     def epoch_of(self, step: int) -> int:
         """The epoch that ``step`` belongs to."""
@@ -104,30 +105,31 @@ class BatchOrder:
 
     def bucket(self, step: int) -> int:
         """The bucket that all samples of ``step`` belong to."""
-        return int(self.buckets[self._locate(step)[0]])
+        return self.buckets[self._locate(step)[0]]
 
     def samples(self, step: int) -> np.ndarray:
-        """The global batch: (batch_size * world_size,) sample indices, in order of their position."""
+        """The global batch: (batch_size * world_size,) sample numbers, in order of their position."""
         slot, batch = self._locate(step)
-        n, found, taken = len(self.members[slot]), [], 0
+        n, found, taken = int(self._sizes[slot]), [], 0
         place = batch * self.global_batch
         while taken < self.global_batch:
             epoch, start = divmod(place + taken, n)
-            piece = self._permutation(slot, epoch)[start : start + self.global_batch - taken]
-            found.append(piece)
-            taken += len(piece)
-        return self.members[slot][np.concatenate(found)]
+            places = np.arange(start, min(n, start + self.global_batch - taken))
+            found.append(self._permutation(slot, epoch)(places))
+            taken += len(places)
+        return self._starts[slot] + np.concatenate(found)
 
     def passes(self, step: int) -> np.ndarray:
         """How often its bucket had been gone through before each sample of ``step``: (batch,) integers."""
         slot, batch = self._locate(step)
-        return (batch * self.global_batch + np.arange(self.global_batch)) // len(self.members[slot])
+        return (batch * self.global_batch + np.arange(self.global_batch)) // self._sizes[slot]
 
-    def bucket_members(self, bucket: int) -> np.ndarray:
-        """All samples, ascending, of a bucket; none for one that is never shown."""
-        slot = int(np.searchsorted(self.buckets, bucket))
-        known = slot < len(self.buckets) and self.buckets[slot] == bucket
-        return self.members[slot] if known else self._bucket_of_sample[:0]
+    def bucket_members(self, bucket: int) -> range:
+        """All samples of a bucket; none for one that is never shown."""
+        if bucket not in self.buckets:
+            return range(0)
+        slot = self.buckets.index(bucket)
+        return range(int(self._starts[slot]), int(self._starts[slot] + self._sizes[slot]))
 
     def positions(self, rank: int) -> range:
         """The places in the global batch that ``rank`` works on."""
@@ -136,34 +138,87 @@ class BatchOrder:
     def _locate(self, step: int) -> tuple[int, int]:
         """(slot of the bucket, number of the batch in that bucket's stream)."""
         epoch = self.epoch_of(step)
-        if self._plan[0] != epoch:
-            self._plan = (epoch, self._epoch_plan(epoch))
-        slot, batch = self._plan[1][step - self.steps_before(epoch)]
-        return int(slot), int(batch)
+        known, plan = self._plan
+        if plan is None or known != epoch:
+            plan = self._epoch_plan(epoch)
+            self._plan = (epoch, plan)
+        return plan.locate(step - self.steps_before(epoch))
 
-    def _epoch_plan(self, epoch: int) -> np.ndarray:
-        """The epoch's batches in the order they run: (steps, 2) of slot and batch number."""
-        firsts = -(-epoch * self._sizes // self.global_batch)
-        ends = -(-(epoch + 1) * self._sizes // self.global_batch)
-        slots = np.repeat(np.arange(len(self._sizes)), ends - firsts)
-        batches = np.concatenate([np.arange(a, b) for a, b in zip(firsts, ends, strict=True)])
-        plan = np.stack([slots, batches], axis=1)[self._shuffled(len(slots), epoch, "batches")]
-        if epoch == 0:
-            place = int(np.flatnonzero(plan[:, 0] == self._first)[0])
-            plan[[0, place]] = plan[[place, 0]]
-        return plan
+    def _batches_before(self, epoch: int) -> np.ndarray:
+        """Of each bucket the batches of all epochs before ``epoch``: (buckets,) integers."""
+        return -(-epoch * self._sizes // self.global_batch)
 
-    def _permutation(self, slot: int, epoch: int) -> np.ndarray:
+    def _epoch_plan(self, epoch: int) -> _EpochPlan:
+        firsts, ends = self._batches_before(epoch), self._batches_before(epoch + 1)
+        order = shuffled(int((ends - firsts).sum()), hash_int(self.seed, epoch, "batches"))
+        return _EpochPlan(firsts, ends - firsts, order, self._first if epoch == 0 else None)
+
+    def _permutation(self, slot: int, epoch: int) -> _Shuffled:
         wanted = (slot, epoch)
         if wanted not in self._permutations:
-            order = self._shuffled(int(self._sizes[slot]), epoch, f"bucket {self.buckets[slot]}")
-            self._permutations[wanted] = order
+            key = hash_int(self.seed, epoch, f"bucket {self.buckets[slot]}")
+            self._permutations[wanted] = shuffled(int(self._sizes[slot]), key)
             while len(self._permutations) > 2 * len(self.buckets) + 2:
                 self._permutations.popitem(last=False)
         return self._permutations[wanted]
 
-    def _shuffled(self, n: int, epoch: int, what: str) -> np.ndarray:
-        value = hash_int(self.seed, epoch, what)
-        # RandomState's stream is frozen for ever, numpy's newer generators' is not: a run may be
-        # resumed under another numpy.
-        return np.random.RandomState([value & 0xFFFFFFFF, value >> 32]).permutation(n)
+
+class _EpochPlan:
+    """In which order an epoch's batches run: numbered through all buckets, then shuffled.
+
+    ``leading`` is the bucket's slot of which one comes first, if any.
+    """
+
+    def __init__(self, firsts: np.ndarray, counts: np.ndarray, order: _Shuffled, leading: int | None) -> None:
+        self._firsts, self._ends, self._order = firsts, np.cumsum(counts), order
+        self._swapped = 0
+        if leading is not None:
+            start = int(self._ends[leading] - counts[leading])
+            self._swapped = order.first_place(range(start, int(self._ends[leading])))
+
+    def locate(self, place: int) -> tuple[int, int]:
+        """(slot of the bucket, number of the batch in that bucket's stream) of the ``place``-th batch."""
+        place = {0: self._swapped, self._swapped: 0}.get(place, place)
+        number = int(self._order(np.array([place]))[0])
+        slot = int(np.searchsorted(self._ends, number, side="right"))
+        before = int(self._ends[slot - 1]) if slot else 0
+        return slot, int(self._firsts[slot]) + number - before
+
+
+class _Shuffled(Protocol):
+    """A permutation of ``range(n)``."""
+
+    def __call__(self, places: np.ndarray) -> np.ndarray: ...
+
+    def first_place(self, values: range) -> int:
+        """A place at which one of ``values`` stands; the first, where they are looked through."""
+
+
+class _Kept:
+    """A shuffled array.
+
+    RandomState's stream is frozen for ever, numpy's newer generators' is not: a run may be resumed under
+    another numpy.
+    """
+
+    def __init__(self, n: int, key: int) -> None:
+        self._values = np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(n)
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        return self._values[places]
+
+    def first_place(self, values: range) -> int:
+        return int(np.flatnonzero((self._values >= values.start) & (self._values < values.stop))[0])
+
+
+class _Computed(KeyedPermutation):
+    def first_place(self, values: range) -> int:
+        return int(self.place(np.array([values.start]))[0])
+
+
+def shuffled(n: int, key: int) -> _Shuffled:
+    """A permutation of ``range(n)`` that ``key`` chooses: kept if it is small, else computed place by place.
+
+    Where the border lies is part of every run's order, and does not change.
+    """
+    return _Kept(n, key) if n < 1 << 20 else _Computed(n, key)

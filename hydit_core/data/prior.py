@@ -2,60 +2,81 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
 import numpy as np
 
+from .layout import Layout
+
 
 class Samples:
-    """An epoch's samples: first the rows to be learned, then places for prior rows.
+    """An epoch's samples, numbered bucket after bucket: in each first the rows to be learned, then places for
+    prior rows.
 
-    A place belongs to a bucket, and shows another of the bucket's prior rows in each epoch, so that all are
-    shown equally often. Buckets have places in proportion to their prior rows.
+    A place shows another of the bucket's prior rows in each epoch, so that all are shown equally often.
+    Buckets have places in proportion to their prior rows.
 
     Args:
-        rows: (n,) rows to be learned, each as often as an epoch shows it.
-        prior: (m,) prior rows, likewise; may be empty.
-        bucket_of_row: (rows,) of all rows.
         share: of the prior places among all samples.
     """
 
-    def __init__(self, rows: np.ndarray, prior: np.ndarray, bucket_of_row: np.ndarray, share: float) -> None:
-        self.rows = rows
-        places = max(1, round(len(rows) * share / (1 - share))) if len(prior) else 0
-        buckets, counts = np.unique(bucket_of_row[prior], return_counts=True)
-        of_bucket = _apportioned(places, counts)
-        self._prior = {
-            int(bucket): prior[bucket_of_row[prior] == bucket]
-            for bucket, own in zip(buckets, of_bucket, strict=True)
-            if own
-        }
-        self._counts = {int(b): int(own) for b, own in zip(buckets, of_bucket, strict=True) if own}
-        firsts = len(rows) + np.cumsum(of_bucket) - of_bucket
-        self._firsts = {int(b): int(first) for b, first in zip(buckets, firsts, strict=True)}
-        self.buckets = np.concatenate([bucket_of_row[rows], np.repeat(buckets, of_bucket)])
-        """(samples,) the bucket of every sample."""
+    def __init__(self, layout: Layout, share: float) -> None:
+        self._layout = layout
+        own, prior = (np.diff(ends, prepend=0) for ends in (layout.own_ends, layout.prior_ends))
+        total = max(1, round(len(layout.own) * share / (1 - share))) if len(layout.prior) else 0
+        places = np.zeros_like(prior)
+        places[prior > 0] = _apportioned(total, prior[prior > 0])
+        self._own, self._prior, self._places = own.tolist(), prior.tolist(), places.tolist()
+        self.prior = int(places.sum())
+        """Samples that show prior rows."""
+        self._starts = (np.cumsum(own + places) - own - places).tolist()
+        self._own_starts, self._prior_starts = (
+            (ends - counts).tolist() for ends, counts in ((layout.own_ends, own), (layout.prior_ends, prior))
+        )
+        self._length = int((own + places).sum())
+        self.counts = {bucket: n for bucket, n in enumerate((own + places).tolist()) if n}
+        """How many samples each bucket has that has any."""
 
     def __len__(self) -> int:
-        return len(self.buckets)
+        return self._length
+
+    def bucket(self, sample: int) -> int:
+        """The bucket that a sample belongs to."""
+        # Of buckets that begin at one place all but the last are empty.
+        return bisect_right(self._starts, sample) - 1
 
     def row(self, sample: int, epoch: int) -> int:
         """The row that ``sample`` shows when its bucket is gone through for the ``epoch``-th time, from 0."""
-        return next(self.prior_from(sample, epoch)) if self.is_prior(sample) else int(self.rows[sample])
+        bucket, place = self._place(sample)
+        if place >= self._own[bucket]:
+            return next(self.prior_from(sample, epoch))
+        return int(self._layout.own[self._own_starts[bucket] + place])
 
     def prior_from(self, sample: int, epoch: int) -> Iterator[int]:
         """The row that a prior place shows, then all others of its bucket in their order, as stand-ins."""
-        bucket = int(self.buckets[sample])
-        own = self._prior[bucket]
-        start = epoch * self._counts[bucket] + sample - self._firsts[bucket]
-        return (int(own[(start + i) % len(own)]) for i in range(len(own)))
+        bucket, place = self._place(sample)
+        first, n = self._prior_starts[bucket], self._prior[bucket]
+        start = epoch * self._places[bucket] + place - self._own[bucket]
+        return (int(self._layout.prior[first + (start + i) % n]) for i in range(n))
 
     def prior_rows(self) -> np.ndarray:
         """All rows that the places show in turn, of one bucket after the other."""
-        return np.concatenate(list(self._prior.values())) if self._prior else self.rows[:0]
+        parts = [
+            self._layout.prior[first : first + n]
+            for first, n, places in zip(self._prior_starts, self._prior, self._places, strict=True)
+            if places
+        ]
+        return np.concatenate(parts) if parts else self._layout.own[:0]
 
     def is_prior(self, sample: int) -> bool:
-        return sample >= len(self.rows)
+        bucket, place = self._place(sample)
+        return place >= self._own[bucket]
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """A sample's bucket, and its number there."""
+        bucket = self.bucket(sample)
+        return bucket, sample - self._starts[bucket]
 
 
 def _apportioned(total: int, counts: np.ndarray) -> np.ndarray:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..errors import DataError
-from .buckets import assign_buckets, bucket_sizes
+from .buckets import bucket_sizes
 from .config import DataConfig
 from .control_images import ControlImages
-from .manifest import Findings, Manifest, validation_rows
+from .layout import Layout
+from .manifest import Findings, Manifest
 from .mask_images import MaskImages
 from .order import BatchOrder, hash_int
 from .prior import Samples
@@ -19,8 +19,8 @@ from .prior import Samples
 class Rows:
     """The pictures of a run, by the number of their row in ``manifest``.
 
-    ``bucket_of_row`` (rows,) says at which of ``sizes`` a picture is trained, ``train_rows`` and
-    ``validation`` what it is for, ``samples`` how often an epoch shows it, and ``order`` when.
+    ``layout`` says at which of ``sizes`` a picture is trained and what it is for, ``samples`` what an epoch
+    shows, and ``order`` when.
 
     Raises :class:`DataError` if nothing is left to be learned.
     """
@@ -42,23 +42,10 @@ class Rows:
         self.seed = seed
         self.rank = rank
         self.sizes = bucket_sizes(config)
-        self.bucket_of_row = assign_buckets(manifest.widths, manifest.heights, self.sizes)
-        self.is_prior = prior = np.array([source.prior for source in config.sources])[manifest.sources]
-        if prior.all():
-            raise DataError("all pictures that are left are prior ones: none shows what is to be learned")
-        held_out = validation_rows(manifest, config.validation, ~prior)
-        repeats = np.array([source.repeats for source in config.sources])[manifest.sources]
-        own, others = (np.flatnonzero(~held_out & which) for which in (~prior, prior))
-        self.train_rows = np.concatenate([own, others])
-        self.samples = Samples(
-            np.repeat(own, repeats[own]),
-            np.repeat(others, repeats[others]),
-            self.bucket_of_row,
-            config.prior.share,
-        )
-        self.validation = np.flatnonzero(held_out)
+        self.layout = Layout.of(config, manifest, self.sizes)
+        self.samples = Samples(self.layout, config.prior.share)
         self.order = BatchOrder(
-            self.samples.buckets,
+            self.samples.counts,
             batch_size,
             world_size,
             seed,
@@ -79,12 +66,20 @@ class Rows:
         total = hash_int(self.seed, self.order.global_batch, str(self.sizes), str(self.config.flip))
         if self.control is not None:
             total = hash_int(total, self.control.recipe)
-        for record, bucket in zip(self.manifest, self.bucket_of_row, strict=True):
+        for record, bucket in zip(self.manifest, self.layout.bucket_of_row, strict=True):
             total = hash_int(total, record.key, *record.captions, int(bucket))
-        total = hash_int(total, *np.bincount(self.samples.rows))
-        if len(self.samples) > len(self.samples.rows):
+        total = hash_int(total, *np.bincount(self.layout.own))
+        if self.samples.prior:
             total = hash_int(total, len(self.samples), *self.samples.prior_rows())
         return f"{total:016x}"
+
+    def bucket(self, row: int) -> int:
+        """The number of the size at which a picture is trained."""
+        return int(self.layout.bucket_of_row[row])
+
+    def is_prior(self, row: int) -> bool:
+        """Whether a picture shows what the base already knows."""
+        return self.config.sources[self.manifest.source(row)].prior
 
     def captions(self) -> Iterator[str]:
         """Every caption of every picture, with repetitions."""

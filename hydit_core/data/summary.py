@@ -77,19 +77,20 @@ def summarize(data: Rows) -> DataSummary:
     """Count what a dataset holds."""
     manifest, findings, config = data.manifest, data.findings, data.config
     lengths = manifest.captions.lengths()
-    train = data.train_rows
-    shown = np.concatenate([data.samples.rows, data.samples.prior_rows()])
-    counts = np.bincount(data.bucket_of_row[train], minlength=len(data.sizes))
-    targets = np.array(data.sizes)[data.bucket_of_row]
+    layout = data.layout
+    train = layout.train_rows
+    shown = np.concatenate([layout.own, data.samples.prior_rows()])
+    counts = np.bincount(layout.bucket_of_row[train], minlength=len(data.sizes))
+    targets = np.array(data.sizes)[layout.bucket_of_row]
     per_source = np.bincount(manifest.sources, minlength=len(config.sources))
     return DataSummary(
         pictures=len(manifest),
         train=len(train),
         samples_per_epoch=len(data.samples),
-        prior=len(data.samples) - len(data.samples.rows),
+        prior=data.samples.prior,
         prior_left_out=len(np.setdiff1d(train, shown)),
         masks=sum("mask" in manifest.extra(row) for row in range(len(manifest))),
-        validation=len(data.validation),
+        validation=len(layout.validation),
         sources={str(s.path): int(n) for s, n in zip(config.sources, per_source, strict=True)},
         buckets={f"{w}x{h}": int(n) for (w, h), n in zip(data.sizes, counts, strict=True) if n},
         steps_per_epoch=data.steps_per_epoch,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from ..facts import ModelInfo
 from ..model.config import DiTConfig
 from ..model.dit import DiT
@@ -69,7 +71,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
     if not (config.objective.train_text_encoders or dropped):
         frozen += parameter_bytes(text, config.run.precision)
     muon = {name for group in groups if group.muon for name in group.names}
-    size = largest([data.sizes[i] for i in set(data.bucket_of_row.tolist())])
+    size = largest([data.sizes[i] for i in np.unique(data.layout.bucket_of_row)])
     yield f"Memory of one process, estimated for batches of {size[0]}x{size[1]}"
     yield from estimate(config, trained, muon, frozen, shape, size).lines()
 

@@ -28,7 +28,7 @@ def validate(
     ``sample_posterior`` as in training: losses on other latents mean nothing for it. Every process works on
     its share. Empty when no picture is held out.
     """
-    total = len(data.validation)
+    total = len(data.layout.validation)
     if total == 0:
         return {}
     module = objective.module

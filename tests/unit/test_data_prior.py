@@ -99,9 +99,9 @@ def test_weights_and_captions(tmp_path: Path) -> None:
 
 def test_prior_pictures_are_not_held_out(tmp_path: Path) -> None:
     data = open_data(tmp_path, 4, 30, validation=3)
-    assert {data.manifest.keys[row].split("/")[0] for row in data.validation} == {"mine"}
-    assert len(data.validation) == 3
-    assert len(data.train_rows) == 31 and not set(data.train_rows) & set(data.validation)
+    assert {data.manifest.keys[row].split("/")[0] for row in data.layout.validation} == {"mine"}
+    assert len(data.layout.validation) == 3
+    assert len(data.layout.train_rows) == 31 and not set(data.layout.train_rows) & set(data.layout.validation)
     with pytest.raises(DataError, match="there are 4 pictures in all"):
         open_data(tmp_path, 4, 30, validation=4)
 
@@ -170,12 +170,18 @@ def test_a_caption_for_all_of_a_source(tmp_path: Path) -> None:
 
 
 def test_apportioned_places_add_up() -> None:
+    from hydit_core.data.layout import Layout
     from hydit_core.data.prior import Samples
 
     buckets = np.array([0] * 3 + [1] * 5 + [2] * 2)
     for n in range(1, 40):
-        samples = Samples(np.zeros(n, dtype=np.int64), np.arange(10), buckets, 0.3)
-        assert len(samples) - n == max(1, round(n * 3 / 7))
-        found = {samples.row(i, 0) for i in range(n, len(samples))}
-        assert len(found) == min(10, len(samples) - n)
-        assert all(buckets[samples.row(i, 7)] == samples.buckets[i] for i in range(n, len(samples)))
+        own_ends = np.array([0, n // 3, n])
+        layout = Layout(buckets, np.zeros(n), own_ends, np.arange(10), np.array([3, 8, 10]), np.arange(0))
+        samples = Samples(layout, 0.3)
+        assert len(samples) - n == samples.prior == max(1, round(n * 3 / 7))
+        places = [i for i in range(len(samples)) if samples.is_prior(i)]
+        assert len(places) == samples.prior
+        assert len({samples.row(i, 0) for i in places}) == min(10, samples.prior)
+        assert all(buckets[samples.row(i, 7)] == samples.bucket(i) for i in places)
+        found = [samples.bucket(i) for i in range(len(samples))]
+        assert found == [bucket for bucket, count in samples.counts.items() for _ in range(count)]

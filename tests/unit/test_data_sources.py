@@ -357,9 +357,9 @@ def test_repeats_and_several_sources(pictures: Path, tmp_path: Path) -> None:
 def test_validation_split_depends_on_names_alone(pictures: Path) -> None:
     def held_out(**options: object) -> set[str]:
         data = open_data(pictures, **options)
-        assert not set(data.validation) & set(data.samples.rows)
-        assert len(data.validation) + len(set(data.samples.rows)) == len(data.manifest)
-        return {data.manifest.keys[row] for row in data.validation}
+        assert not set(data.layout.validation) & set(data.layout.own)
+        assert len(data.layout.validation) + len(set(data.layout.own)) == len(data.manifest)
+        return {data.manifest.keys[row] for row in data.layout.validation}
 
     three = held_out(validation=3)
     assert len(three) == 3 and three == held_out(validation=3, seed=99)
@@ -455,7 +455,7 @@ def test_every_validation_picture_counts_once(pictures: Path, world: int) -> Non
     ]
     assert sorted(position for position, _ in counted) == list(range(7))
     data = open_data(pictures, **options)
-    assert {key for _, key in counted} == {data.manifest.keys[row] for row in data.validation}
+    assert {key for _, key in counted} == {data.manifest.keys[row] for row in data.layout.validation}
     assert list(open_data(pictures).validation_batches()) == []
 
 

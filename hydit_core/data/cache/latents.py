@@ -84,7 +84,7 @@ class LatentCache:
         self._memory: dict[str, torch.Tensor] = {}
         self._control_recipe = "" if data.control is None else data.control.recipe
         flips = np.full(len(data.manifest), config.flip > 0)
-        flips[data.validation] = False
+        flips[data.layout.validation] = False
         self._keys = np.zeros((len(flips), 4), dtype=f"S{KEY_LENGTH}")
         hashes = PictureHashes(folder, rank=data.rank)
         for row in range(len(flips)) if rows is None else rows:
@@ -98,7 +98,7 @@ class LatentCache:
 
     def _row_keys(self, data: Rows, row: int, flip: bool, hashes: PictureHashes) -> list[str]:
         """The store keys of a row's entries, empty for those that are not wanted; see :func:`_entry`."""
-        size = data.sizes[data.bucket_of_row[row]]
+        size = data.sizes[data.bucket(row)]
         digests = [hashes.of(data.manifest.picture(row))]
         if data.control is not None:
             digests.append(hashes.of(data.control.file(data.manifest, row)))
@@ -219,8 +219,9 @@ def _decoded(
     """Batches of (row, what it lacks), of one size each; the next one is decoded while one is encoded."""
     rows = np.flatnonzero(missing.any(axis=1))
     batches: list[np.ndarray] = []
-    for bucket in np.unique(data.bucket_of_row[rows]):
-        members = rows[data.bucket_of_row[rows] == bucket]
+    buckets = data.layout.bucket_of_row[rows]
+    for bucket in np.unique(buckets):
+        members = rows[buckets == bucket]
         batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
     with ThreadPoolExecutor(max_workers=max(1, data.config.workers)) as pool:
         ahead: deque[list[Future[Entries | None]]] = deque()
@@ -238,7 +239,7 @@ def _decoded(
 
 def _pixels(data: Rows, cache: LatentCache, row: int, missing: np.ndarray) -> Entries | None:
     """What a row lacks, or None if it is unreadable and to be skipped."""
-    file, size = data.manifest.picture(row), data.sizes[data.bucket_of_row[row]]
+    file, size = data.manifest.picture(row), data.sizes[data.bucket(row)]
     entries: Entries = {}
     try:
         picture, content = data.manifest.load(row, data.config.alpha_color)

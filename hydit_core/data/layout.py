@@ -1,0 +1,59 @@
+"""What each picture of a run is for: at which size it is trained, in which order its bucket is numbered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import DataError
+from ..images import Size
+from .buckets import assign_buckets
+from .config import DataConfig
+from .manifest import Manifest, validation_rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of a manifest, arranged for a run; arrays in memory or mapped from files.
+
+    Attributes:
+        bucket_of_row: (rows,) int16, the number of the size at which each picture is trained.
+        own: rows that are to be learned, as often as an epoch shows them, bucket after bucket and ascending
+            in each.
+        own_ends: (sizes,) where each bucket ends in ``own``.
+        prior, prior_ends: the same of rows that show what is known already.
+        validation: rows that are held out, ascending.
+    """
+
+    bucket_of_row: np.ndarray
+    own: np.ndarray
+    own_ends: np.ndarray
+    prior: np.ndarray
+    prior_ends: np.ndarray
+    validation: np.ndarray
+
+    @staticmethod
+    def of(config: DataConfig, manifest: Manifest, sizes: list[Size]) -> Layout:
+        """Arrange all rows. Raises :class:`DataError` if nothing is left to be learned."""
+        buckets = assign_buckets(manifest.widths, manifest.heights, sizes).astype(np.int16)
+        sources = manifest.sources
+        prior = np.array([source.prior for source in config.sources])[sources]
+        if prior.all():
+            raise DataError("all pictures that are left are prior ones: none shows what is to be learned")
+        held_out = validation_rows(manifest, config.validation, ~prior)
+        repeats = np.array([source.repeats for source in config.sources])[sources]
+
+        def arranged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            rows = rows[np.argsort(buckets[rows], kind="stable")]
+            shown = np.repeat(rows, repeats[rows])
+            return shown, np.cumsum(np.bincount(buckets[shown], minlength=len(sizes)))
+
+        own, own_ends = arranged(np.flatnonzero(~held_out & ~prior))
+        others, other_ends = arranged(np.flatnonzero(prior))
+        return Layout(buckets, own, own_ends, others, other_ends, np.flatnonzero(held_out))
+
+    @property
+    def train_rows(self) -> np.ndarray:
+        """Rows that are trained, each once: those to be learned in ascending order, then prior ones."""
+        return np.concatenate([np.unique(self.own), np.unique(self.prior)])
