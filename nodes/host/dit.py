@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...hydit_core.errors import HyditError
-from ...hydit_core.model.attention import Options, Rope
+from ...hydit_core.model.attention import ImageContext, Options, Rope
 from ...hydit_core.model.config import DiTConfig
 from ...hydit_core.model.dit import DiT
 from ...hydit_core.model.rope import rope_table
@@ -127,16 +127,17 @@ class HostDiT(DiT):
         rope: Rope,
         skip: Tensor | None = None,
         options: Options = None,
+        images: ImageContext | None = None,
     ) -> Tensor:
         run = super()._run_block
         own = block_options(options or {}, index, self.config.depth)
         replaced = own.get("patches_replace", {}).get("dit", {})
         if ("double_block", index) not in replaced:
-            return run(index, x, text, vector, rope, skip, own)
+            return run(index, x, text, vector, rope, skip, own, images)
 
         def original(args: Mapping[str, Any]) -> dict[str, Tensor]:
             img, txt, vec, pe, skip = (args[name] for name in ("img", "txt", "vec", "pe", "skip"))
-            return {"img": run(index, img, txt, vec, pe, skip, own)}
+            return {"img": run(index, img, txt, vec, pe, skip, own, images)}
 
         args = {"img": x, "txt": text, "vec": vector, "pe": rope, "skip": skip, "transformer_options": own}
         return replaced["double_block", index](args, {"original_block": original})["img"]
