@@ -17,11 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "examples/compare/prompts.txt"
@@ -125,7 +126,8 @@ def publish(name: str, out: Path, docs: Path) -> None:
     docs.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, ensure_ascii=False, indent=1)
     (docs / f"{name}.json").write_text(f"{text}\n", "utf-8")
-    shutil.copyfile(out / name / "sheet.png", docs / f"{name}.png")
+    with Image.open(out / name / "sheet.png") as sheet:  # 255 colors are enough to look at
+        sheet.convert("RGB").quantize(255, dither=Image.Dither.NONE).save(docs / f"{name}.png", optimize=True)
 
 
 def main() -> None:

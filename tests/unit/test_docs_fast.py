@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hydit_core.compare.figures import Pair, Result
 from hydit_core.compare.report import content
@@ -82,7 +83,7 @@ def report(folder: Path, tmp_path: Path) -> dict:
     folder.mkdir(parents=True)
     found = content(results, "a")
     (folder / "compare.json").write_text(json.dumps(found), "utf-8")
-    (folder / "sheet.png").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(folder / "sheet.png")
     return found
 
 
