@@ -286,9 +286,9 @@ def rows_seen(pipe, monkeypatch, **given):
     seen = []
     forward = pipe.dit.forward
 
-    def counted(x, *rest):
+    def counted(x, *rest, **named):
         seen.append(len(x))
-        return forward(x, *rest)
+        return forward(x, *rest, **named)
 
     monkeypatch.setattr(pipe.dit, "forward", counted)
     drawn = pipe("a red apple", **given)

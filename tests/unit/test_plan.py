@@ -14,7 +14,7 @@ from tiny_models import encode, inputs, randomize, tiny
 from torch import nn
 
 import hydit_core
-from hydit_core import ControlNet, pipeline, plan
+from hydit_core import ControlNet, loading, plan
 from hydit_core.generate import memory
 from hydit_core.generate.__main__ import main
 from hydit_core.model.config import DiTConfig
@@ -63,7 +63,7 @@ def test_shapes_alone_give_the_peak_of_a_real_forward():
 def test_weights_are_exactly_those_that_are_loaded(tiny_model_file):
     for dtype in (torch.float32, torch.float16):
         loaded = hydit_core.load(tiny_model_file, device="cpu", dtype=dtype)
-        outline = pipeline.outline(tiny_model_file, dtype)
+        outline = loading.outline(tiny_model_file, dtype)
         assert {
             p.device.type for net in (outline.dit, outline.text, outline.vae) for p in net.parameters()
         } == {"meta"}
@@ -163,13 +163,13 @@ def test_auto_looks_at_the_free_memory(tiny_model_file, monkeypatch, tmp_path, c
     assert hydit_core.load(tiny_model_file, device="cpu", offload="auto").placement.device is None
     monkeypatch.setattr(plan, "_SPARE", 0)
     monkeypatch.setattr(plan, "_ENCODING", 0)
-    for module in (pipeline, memory):
+    for module in (loading, memory):
         monkeypatch.setattr(module, "free_memory", lambda device: 2 * 10**6)
     assert hydit_core.load(tiny_model_file, device="cpu", offload="auto").placement.device.type == "cpu"
     command = ["--prompt", "a red apple", "--model", str(tiny_model_file), "--device", "cpu", "--steps", "1"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     assert "offload: " in capsys.readouterr().err
-    for module in (pipeline, memory):
+    for module in (loading, memory):
         monkeypatch.setattr(module, "free_memory", lambda device: 10)
     assert main([*command, "--out", str(tmp_path)]) == 0
     assert "that may be more than fits; try a smaller --size" in capsys.readouterr().err
