@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import LoraError
+from ..errors import LoraError, WeightsError
 from ..model.config import DiTConfig
 from ..weights.bundle import Bundle, Place, bundle
 from ..weights.modelspec import file_metadata
@@ -258,6 +258,7 @@ def extract(
     Args:
         tuned, base: files or folders in any layout, or what was opened there. Text encoders are compared
             where both have them.
+        load_key: which weights of a torch file that holds several; of a base, too, if it has such.
         rank: of each module; matrices that are smaller get their full rank.
 
     Raises:
@@ -267,7 +268,11 @@ def extract(
     if rank < 1:
         raise LoraError(f"rank {rank}: use 1 or more")
     only = ("dit", "bert", "t5")
-    ours, theirs = (bundle(path, only=only, kinds=("dit",), load_key=load_key) for path in (tuned, base))
+    ours = bundle(tuned, only=only, kinds=("dit",), load_key=load_key)
+    try:
+        theirs = bundle(base, only=only, kinds=("dit",), load_key=load_key)
+    except WeightsError:  # of a base with one set of weights, or with a fault that is told here
+        theirs = bundle(base, only=only, kinds=("dit",))
     pairs = _pairs(ours, theirs)
     total = sum(len(below) for _, _, below in pairs)
     energy, left_out, done = _Energy(), {}, 0

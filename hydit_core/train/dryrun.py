@@ -46,7 +46,8 @@ def describe(config: TrainConfig) -> Iterator[str]:
     groups = parameter_groups(everything, config.optimizer)
     trained = {name: everything[name] for group in groups for name in group.names}
     yield "Model"
-    origin = f"from {config.model.init_from}" if config.model.init_from else "from scratch"
+    key = f" ({config.model.load_key})" if config.model.load_key else ""
+    origin = f"from {config.model.init_from}{key}" if config.model.init_from else "from scratch"
     shape = dit.config
     yield (
         f"  DiT {shape.version}, {origin}: width {shape.hidden_size}, depth {shape.depth}, "

@@ -143,6 +143,12 @@ class ModelSection(Section):
     init_from: ConfigPath | None = Field(
         default=None, description="weights to start from, a file or folder in any layout"
     )
+    load_key: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        description="which weights of a torch file with several: ema (taken if unset), module, distill",
+    )
     from_scratch: DiTSection | None = Field(  # type: ignore[valid-type]
         default=None, description="dimensions of a new DiT with random weights"
     )
@@ -160,6 +166,8 @@ class ModelSection(Section):
     def _one_origin(self) -> ModelSection:
         if (self.init_from is None) == (self.from_scratch is None):
             raise ValueError("give exactly one of init_from (weights) and from_scratch (dimensions)")
+        if self.load_key is not None and self.init_from is None:
+            raise ValueError("load_key chooses among the weights of init_from, which is not given")
         if self.from_scratch is not None and (self.text_encoders is None or self.vae is None):
             raise ValueError("from_scratch needs text_encoders (a path, or a table for fresh ones) and vae")
         return self

@@ -74,8 +74,10 @@ def described(config: TrainConfig, info: ModelInfo, text: TextEncoders, vae: VAE
 
 def open_base(config: TrainConfig) -> Bundle | None:
     """The weights that a run starts from, opened once for all that take a part of them."""
-    path = config.model.init_from
-    return None if path is None else bundle(path, only=("dit",), kinds=("dit",))
+    model = config.model
+    if model.init_from is None:
+        return None
+    return bundle(model.init_from, only=("dit",), kinds=("dit",), load_key=model.load_key)
 
 
 def open_vae(config: TrainConfig, base: Bundle | None) -> VAE:

@@ -84,4 +84,6 @@ def _same_vae(config: TrainConfig) -> bool:
     model = config.model
     if model.init_from is None:
         return False
-    return model.vae is None or bundle(model.init_from, only=("dit", "vae")).vae is None
+    if model.vae is None:
+        return True
+    return bundle(model.init_from, only=("dit", "vae"), load_key=model.load_key).vae is None

@@ -16,7 +16,7 @@ from ..errors import WeightsError
 from ..facts import METADATA_KEY
 from ..untrusted import is_plain_name, parse_json, read_json
 from .mapped import Entry, MappedSource
-from .pickles import open_pickle
+from .pickles import is_named, open_pickle
 from .source import MergedSource, TensorSource
 from .unpacking import unpacking
 from .views import unwrapped
@@ -98,7 +98,18 @@ def _open(path: Path, load_key: str | None = None) -> TensorSource:
         raise WeightsError(f"{path} is a tar archive; expected a weights file, unpacked")
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[8:9] != b"{"):
         return unwrapped(open_pickle(path, load_key=load_key))
-    return unwrapped(SafetensorsSource(path))
+    source = SafetensorsSource(path)
+    _refuse_key(path, load_key)
+    return unwrapped(source)
+
+
+def _refuse_key(path: Path, load_key: str | None) -> None:
+    """What is asked for is not taken for granted where there is no choice."""
+    if load_key is not None and not is_named(path, load_key):
+        raise WeightsError(
+            f"{path} has no weights under {load_key!r}: it holds one set, as safetensors do; leave load_key "
+            "out"
+        )
 
 
 class SafetensorsSource(MappedSource):
@@ -234,6 +245,7 @@ def refuse_other_formats(folder: Path) -> None:
 def _open_folder(folder: Path, load_key: str | None) -> TensorSource:
     files = [p for p in _weight_files(folder) if not _SHARD.search(p.name)]
     if index := _index(folder, files):
+        _refuse_key(index.parent, load_key)
         return _open_shards(index)
     if shard := next((p for p in _weight_files(folder) if not files), None):
         raise WeightsError(
@@ -241,15 +253,14 @@ def _open_folder(folder: Path, load_key: str | None) -> TensorSource:
             " download the .index.json"
         )
     if load_key is not None:
-        files = [p for p in files if p.stem.endswith(f"_{load_key}")] or files
+        files = [p for p in files if is_named(p, load_key)] or files
     if not files:
         refuse_other_formats(folder)
         raise WeightsError(f"{folder} holds no weights; expected one of *{', *'.join(SUFFIXES)} in it")
     if len(files) > 1 and _preference(files[0])[2] >= 2 * len(_STANDARD_NAMES):
         shown = ", ".join(p.name for p in files[:8])
         raise WeightsError(f"{folder} holds {len(files)} weights files; name one of them: {shown}")
-    keyed = load_key is not None and files[0].stem.endswith(f"_{load_key}")
-    return _open(files[0], None if keyed else load_key)
+    return _open(files[0], load_key)
 
 
 def _index(folder: Path, files: list[Path]) -> Path | None:
@@ -273,7 +284,7 @@ def preferred_weights(files: Iterable[PurePath], load_key: str | None = None) ->
     """
     files = sorted(files, key=lambda path: _preference(_unsharded(path)))
     if load_key is not None:
-        files = [path for path in files if path.stem.endswith(f"_{load_key}")] or files
+        files = [path for path in files if is_named(path, load_key)] or files
     if not files:
         return []
     first = files[0]

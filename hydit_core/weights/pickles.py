@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import WeightsError
@@ -39,6 +39,11 @@ def open_pickle(path: Path, *, load_key: str | None = None) -> MappedSource:
     if len(choices := _choices(file.value)) > 1:
         metadata["hydit.load_keys"] = ", ".join(choices)
     return MappedSource(path, _entries(file, tensors), metadata)
+
+
+def is_named(path: PurePath, load_key: str) -> bool:
+    """Whether a file is one set of weights by its name, as Tencent's ``pytorch_model_module.pt`` is."""
+    return path.stem.endswith(f"_{load_key}")
 
 
 def _load(path: Path) -> TorchFile:
@@ -113,6 +118,8 @@ def _find_tensors(
         if load_key in choices:
             tensors, rest = _find_tensors(loaded[load_key], path, None, depth - 1)
             return tensors, f"{load_key}.{rest}" if rest else load_key
+        if is_named(path, load_key):
+            return _find_tensors(loaded, path, None, depth)
         found = f"it has {', '.join(choices)}" if choices else "it is one plain state dict"
         raise WeightsError(f"{path} has no weights under {load_key!r}; {found}")
     tensors = _tensors_of(loaded)

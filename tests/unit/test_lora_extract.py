@@ -28,6 +28,7 @@ from hydit_core.lora.summary import plot
 from hydit_core.lora.weighted import weighted
 from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
+from hydit_core.weights.bundle import bundle
 from hydit_core.weights.convert import convert
 from hydit_core.weights.save import save_checkpoint
 
@@ -368,3 +369,19 @@ def test_the_title_of_a_plot_is_not_cut(tmp_path: Path) -> None:
     with Image.open(tmp_path / "plot.png") as image:
         strip = image.convert("L").crop((0, 0, image.width, 30))
     assert strip.point(lambda value: 255 * (value < 128)).getbbox()[2] < strip.width - 4
+
+
+def test_the_base_need_not_hold_the_set_that_is_asked_for(pair, tmp_path: Path) -> None:
+    """A training's checkpoint with several sets, and what it was trained from, which has one."""
+    tuned, base = pair
+    module = {key: value.clone() for key, value in dict(bundle(tuned).dit).items()}
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": module, "ema": {key: value + 1 for key, value in module.items()}}, path)
+    for name in ("base.pt", "both.pt"):
+        start = dict(bundle(base).dit)
+        sets = start if name == "base.pt" else {"module": start, "ema": module}
+        torch.save(sets, tmp_path / name)
+        found = extract(path, tmp_path / name, 4, load_key="module").adapter.modules
+        assert found.keys() == extract(tuned, base, 4).adapter.modules.keys()
+    with pytest.raises(WeightsError, match="no weights under 'distill'; it has module, ema"):
+        extract(path, base, 4, load_key="distill")

@@ -172,6 +172,41 @@ def test_tencents_folder_gives_ema_or_what_is_asked_for(tmp_path):
     assert torch.equal(open_model(tmp_path, load_key="module")["b"], WEIGHTS["b"] + 1)
 
 
+@pytest.mark.parametrize("form", ["torch", "safetensors", "shards"])
+def test_what_is_asked_for_is_refused_where_there_is_one_set(form, tmp_path):
+    """A picture of other weights than those that were asked for would be wrong without a word."""
+    path = tmp_path / ("model.pt" if form == "torch" else "model.safetensors")
+    if form == "torch":
+        torch.save(WEIGHTS, path)
+    elif form == "safetensors":
+        save_safetensors(path, WEIGHTS)
+    else:
+        save_safetensors(tmp_path / "model-00001-of-00001.safetensors", WEIGHTS)
+        index = {"weight_map": dict.fromkeys(WEIGHTS, "model-00001-of-00001.safetensors")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        path = tmp_path
+    assert len(open_tensors(path)) == 2
+    with pytest.raises(WeightsError, match=r"no weights under .module.*(one plain state dict|one set)"):
+        open_tensors(path, load_key="module")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_file_that_is_named_after_its_one_set(suffix, tmp_path):
+    path = tmp_path / f"pytorch_model_module.{suffix}"
+    torch.save(WEIGHTS, path) if suffix == "pt" else save_safetensors(path, WEIGHTS)
+    assert torch.equal(open_tensors(path, load_key="module")["b"], WEIGHTS["b"])
+    with pytest.raises(WeightsError, match="no weights under 'ema'"):
+        open_tensors(path, load_key="ema")
+
+
+def test_what_is_inside_counts_more_than_the_name(tmp_path):
+    path = tmp_path / "pytorch_model_module.pt"
+    torch.save({"module": shifted(1), "ema": shifted(2)}, path)
+    assert torch.equal(open_tensors(path, load_key="module")["b"], WEIGHTS["b"] + 1)
+    torch.save({"state_dict": shifted(3)}, path)
+    assert torch.equal(open_tensors(path, load_key="module")["b"], WEIGHTS["b"] + 3)
+
+
 def test_a_folder_of_unrelated_files_asks_for_one(tmp_path):
     for name in ("one.safetensors", "two.safetensors"):
         save_safetensors(tmp_path / name, WEIGHTS)

@@ -212,7 +212,7 @@ def _as_in_file(config: TrainSections) -> str:
     path = config.model.init_from
     if path is None or _own(config).base_precision is not None or not kitchen.is_available():
         return ""
-    dit = bundle(path, only=("dit",)).dit
+    dit = bundle(path, only=("dit",), load_key=config.model.load_key).dit
     names = sorted({scheme.name for scheme in dit.schemes().values()} if dit else ())
     return f", but what the file has in {', '.join(names)} stays so" if names else ""
 
