@@ -9,18 +9,13 @@ from typing import Any
 
 from .. import embedded
 from ..dtypes import COMPUTE, short_name
-from ..images import SIZE_MULTIPLE, Geometry, probe
 from ..weights.bundle import bundle
+from .columns import COLUMN, beneath
+from .start import Start, add_start
 from .workflow import KINDS, Graph, Output
 
 _INNER = ("transformer", "t2i", "controlnet")
 """Folders that ComfyUI's lists show under the name of their parent."""
-_BELOW = 780
-"""Top of the second row, below loaders and prompts."""
-_COLUMN = 360
-"""From the left of one node to that of the next. The page leaves out texts if a graph is too wide for it."""
-_GAP = 50
-"""Between two nodes of a column, for the title of the lower one."""
 
 
 def redraw(
@@ -48,93 +43,97 @@ def redraw(
     graph = Graph()
     parts, top = _load(graph, parameters, model or embedded.embedded_model(), text_encoders, vae)
     left = _adapt(graph, parameters, loras, parts)
-    width, height = parameters["width"], parameters["height"]
-    upscale = parameters.get("upscale", {})
-    mask = pixels = None
-    if init_image is None:
-        width, height = upscale.get("width", width), upscale.get("height", height)
-        stock = width % 16 or height % 16 or max(width, height) > 8192
-        (latent,) = graph.add(
-            "EmptyLatentImage" if stock else "HyDiTEmptyLatent",
-            (0, top),
-            widgets={"width": width, "height": height, "batch_size": 1},
-        )
+    start = add_start(graph, parameters, init_image, parts["VAE"], top)
+    texts = _prompts(graph, parameters, parts["CLIP"], left)
+    steering = list(zip(controlnets, parameters.get("controls", ()), strict=True))
+    first, second = _split(steering) if _twice(parameters) else (steering, [])
+    steered, left = _steer(graph, parameters, first, texts, parts["VAE"], left + COLUMN, start.pixels)
+    network, tiled, left = _networks(graph, parameters, parts["MODEL"], left)
+    strength = parameters.get("strength", 1.0)
+    if _twice(parameters):
+        sampled = _sample(graph, parameters, left, network, steered, start.latent, 1.0)
+        left += COLUMN
+        large, latent = _enlarged(graph, parameters, sampled, parts["VAE"], left)
+        steered, left = _steer(graph, parameters, second, texts, parts["VAE"], left + COLUMN, large)
     else:
-        kept = "inpaint" in parameters
-        pixels = _start_picture(graph, init_image, (width, height), kept=kept)
-        place = (_COLUMN, _beneath("ImageCrop", _BELOW))
-        (latent,) = graph.add("VAEEncode", place, {"pixels": pixels, "vae": parts["VAE"]})
-        if kept:
-            mask, latent = _masked(graph, parameters["inpaint"]["picture"], (width, height), latent)
-    texts = [
+        latent = start.latent
+    sampled = _sample(graph, parameters, left, tiled, steered, latent, strength)
+    _save(graph, sampled, parts["VAE"], start, left + COLUMN)
+    return graph
+
+
+def _prompts(graph: Graph, parameters: Mapping[str, Any], clip: Output, left: int) -> list[Output]:
+    """Add both prompts, one below the other; returns the positive and the negative conditioning."""
+    return [
         graph.add(
             "HyDiTTextEncode",
             (left, y),
-            {"clip": parts["CLIP"]},
+            {"clip": clip},
             {"text": parameters[name], "text_mt5": "", "mode": "exact", "width": 0, "height": 0},
             title=title,
         )[0]
         for name, title, y in (
             ("prompt", "Prompt", 0),
-            ("negative", "Negative prompt", _beneath("HyDiTTextEncode")),
+            ("negative", "Negative prompt", beneath("HyDiTTextEncode")),
         )
     ]
-    again = upscale.get("width") is not None
-    steering = _controls(parameters, controlnets)
-    early, late = (steering, []) if not again else _split(steering)
-    first, right = _steer(graph, parameters, early, texts, parts["VAE"], left + _COLUMN, pixels)
-    network = parts["MODEL"]
+
+
+def _twice(parameters: Mapping[str, Any]) -> bool:
+    """Whether the picture was drawn in a smaller size first."""
+    return "width" in parameters.get("upscale", {})
+
+
+def _networks(
+    graph: Graph, parameters: Mapping[str, Any], model: Output, left: int
+) -> tuple[Output, Output, int]:
+    """Add what changes how a MODEL draws; returns it, it in tiles, and the left of the next column."""
     if tolerance := parameters.get("forecast", 0.0):
         settings = {"preset": "custom", "tolerance": tolerance}
-        (network,) = graph.add("HyDiTForecast", (right, 0), {"model": network}, settings)
-        right += _COLUMN
-    tiled = network
-    if upscale:
-        below = _beneath("HyDiTKSampler")
-        (tiled,) = graph.add("HyDiTTiles", (right, below), {"model": network}, _tiles(upscale))
-    strength = parameters.get("strength", 1.0)
-    (sampled,) = _sample(
-        graph, parameters, right, network if again else tiled, first, latent, 1.0 if again else strength
+        (model,) = graph.add("HyDiTForecast", (left, 0), {"model": model}, settings)
+        left += COLUMN
+    tiled = model
+    if upscale := parameters.get("upscale"):
+        below = beneath("HyDiTKSampler")
+        (tiled,) = graph.add("HyDiTTiles", (left, below), {"model": model}, _tiles(upscale))
+    return model, tiled, left
+
+
+def _enlarged(
+    graph: Graph, parameters: Mapping[str, Any], sampled: Output, vae: Output, left: int
+) -> tuple[Output, Output]:
+    """Decode a picture and enlarge it to its final size; returns its pixels and its latents."""
+    (image,) = graph.add("VAEDecode", (left, 0), {"samples": sampled, "vae": vae})
+    top = beneath("VAEDecode")
+    size = {name: parameters[name] for name in ("width", "height")}
+    (large,) = graph.add(
+        "ImageScale",
+        (left, top),
+        {"image": image},
+        {"upscale_method": "lanczos", **size, "crop": "center"},
     )
-    right += _COLUMN
-    (image,) = graph.add("VAEDecode", (right, 0), {"samples": sampled, "vae": parts["VAE"]})
-    below = _beneath("VAEDecode")
-    if again:
-        (large,) = graph.add(
-            "ImageScale",
-            (right, below),
-            {"image": image},
-            {
-                "upscale_method": "lanczos",
-                "width": parameters["width"],
-                "height": parameters["height"],
-                "crop": "center",
-            },
-        )
-        place = (right, _beneath("ImageScale", below))
-        (latent,) = graph.add("VAEEncode", place, {"pixels": large, "vae": parts["VAE"]})
-        second, right = _steer(graph, parameters, late, texts, parts["VAE"], right + _COLUMN, large)
-        (sampled,) = _sample(graph, parameters, right, tiled, second, latent, strength)
-        right += _COLUMN
-        (image,) = graph.add("VAEDecode", (right, 0), {"samples": sampled, "vae": parts["VAE"]})
-    if mask is not None and pixels is not None:
+    place = (left, beneath("ImageScale", top))
+    (latent,) = graph.add("VAEEncode", place, {"pixels": large, "vae": vae})
+    return large, latent
+
+
+def _save(graph: Graph, sampled: Output, vae: Output, start: Start, left: int) -> None:
+    """Decode the picture and save it, with the start picture around what was masked."""
+    (image,) = graph.add("VAEDecode", (left, 0), {"samples": sampled, "vae": vae})
+    below = beneath("VAEDecode")
+    if start.mask is not None and start.pixels is not None:
         (image,) = graph.add(
             "ImageCompositeMasked",
-            (right, below),
-            {"destination": pixels, "source": image, "mask": mask},
+            (left, below),
+            {"destination": start.pixels, "source": image, "mask": start.mask},
             {"x": 0, "y": 0, "resize_source": False},
         )
-        below = _beneath("ImageCompositeMasked", below)
-    graph.add("SaveImage", (right, below), {"images": image}, {"filename_prefix": "hydit"})
-    return graph
+        below = beneath("ImageCompositeMasked", below)
+    graph.add("SaveImage", (left, below), {"images": image}, {"filename_prefix": "hydit"})
 
 
 Steering = Sequence[tuple[Path, Mapping[str, Any]]]
 """ControlNets' files, and what a picture says about each."""
-
-
-def _controls(parameters: Mapping[str, Any], files: Sequence[Path]) -> Steering:
-    return list(zip(files, parameters.get("controls", ()), strict=True))
 
 
 def _split(steering: Steering) -> tuple[Steering, Steering]:
@@ -158,8 +157,8 @@ def _sample(
     texts: Sequence[Output],
     latent: Output,
     strength: float,
-) -> list[Output]:
-    return graph.add(
+) -> Output:
+    (latent,) = graph.add(
         "HyDiTKSampler",
         (left, 0),
         {"model": model, "positive": texts[0], "negative": texts[1], "latent_image": latent},
@@ -172,39 +171,7 @@ def _sample(
             "cfg_end": parameters.get("cfg_end", 1.0),
         },
     )
-
-
-def _masked(graph: Graph, name: str, size: tuple[int, int], latent: Output) -> tuple[Output, Output]:
-    """Load the mask as it was used; returns it, and the latents masked where any of their pixels is."""
-    top = _beneath("LoadImage", _BELOW)
-    left = -2 * _COLUMN
-    (mask,) = graph.add(
-        "LoadImageMask",
-        (left, _BELOW),
-        widgets={"image": name, "channel": "red", "upload": "image"},
-        title="Mask",
-    )
-    (shown,) = graph.add("MaskToImage", (left, top), {"mask": mask})
-    top = _beneath("MaskToImage", top)
-    width, height = (side // SIZE_MULTIPLE for side in size)
-    (small,) = graph.add(
-        "ImageScale",
-        (left, top),
-        {"image": shown},
-        {"upscale_method": "area", "width": width, "height": height, "crop": "disabled"},
-    )
-    top = _beneath("ImageScale", top)
-    (shares,) = graph.add("ImageToMask", (left, top), {"image": small}, {"channel": "red"})
-    top = _beneath("ImageToMask", top)
-    (any_of_it,) = graph.add("ThresholdMask", (left, top), {"mask": shares}, {"value": 0.0})
-    place = (_COLUMN, _beneath("VAEEncode", _beneath("ImageCrop", _BELOW)))
-    (latent,) = graph.add("SetLatentNoiseMask", place, {"samples": latent, "mask": any_of_it})
-    return mask, latent
-
-
-def _beneath(kind: str, top: int = 0) -> int:
-    """The top of the next node in a column, below one of this kind."""
-    return top + KINDS[kind].size[1] + _GAP
+    return latent
 
 
 def _adapt(
@@ -215,10 +182,10 @@ def _adapt(
     There are two to a column.
     """
     for number, (file, lora) in enumerate(zip(files, parameters.get("loras", ()), strict=True)):
-        top = _beneath("HyDiTLoraLoader") if number % 2 else 0
+        top = beneath("HyDiTLoraLoader") if number % 2 else 0
         parts["MODEL"], parts["CLIP"], _ = graph.add(
             "HyDiTLoraLoader",
-            (_COLUMN * (1 + number // 2), top),
+            (COLUMN * (1 + number // 2), top),
             {"model": parts["MODEL"], "clip": parts["CLIP"]},
             {
                 "lora_name": list_name(file),
@@ -227,7 +194,7 @@ def _adapt(
                 "block_weights": lora["block_weights"],
             },
         )
-    return _COLUMN * (1 + (len(files) + 1) // 2)
+    return COLUMN * (1 + (len(files) + 1) // 2)
 
 
 def _steer(
@@ -250,13 +217,13 @@ def _steer(
         if "picture" in control or image is None:
             image, _ = graph.add(
                 "LoadImage",
-                (left, _beneath("HyDiTControlNetLoader")),
+                (left, beneath("HyDiTControlNetLoader")),
                 widgets={"image": control["picture"], "upload": "image"},
                 title="Control picture",
             )
         texts = graph.add(
             "HyDiTControlNetApply",
-            (left, _beneath("LoadImage", _beneath("HyDiTControlNetLoader"))),
+            (left, beneath("LoadImage", beneath("HyDiTControlNetLoader"))),
             {"positive": texts[0], "negative": texts[1], "control_net": net, "image": image, "vae": vae},
             {
                 "strength": control["scale"],
@@ -265,7 +232,7 @@ def _steer(
                 "layer_weights": control["weights"],
             },
         )
-        left += _COLUMN
+        left += COLUMN
     return texts, left
 
 
@@ -285,7 +252,7 @@ def _load(
     def add(type: str, take: Iterable[str], **widgets: Any) -> None:
         nonlocal top
         found = graph.add(type, (0, top), widgets=widgets)
-        top = _beneath(type, top)
+        top = beneath(type, top)
         names = [name for name, _ in KINDS[type].outputs]
         outputs.update({name: found[names.index(name)] for name in take})
 
@@ -323,53 +290,3 @@ def _vae_file(path: Path) -> str | None:
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
         return f"{path.resolve().name}/{files[0].name}" if files else None
     return path.name if bundle(path, only=("vae",)).kind.kind == "vae" else None
-
-
-def _start_picture(graph: Graph, path: Path, size: tuple[int, int], *, kept: bool = False) -> Output:
-    """Load the picture and fit it to ``size`` as :class:`~..images.Geometry` does; returns its pixels.
-
-    With ``kept`` its pixels stay as they are if the size allows it, as for inpainting.
-    """
-    original, alpha = probe(path)
-    geometry = Geometry.cut(original, size) if kept else Geometry.cover(original, size)
-    image, mask = graph.add(
-        "LoadImage",
-        (-_COLUMN, 0),
-        widgets={"image": path.name, "upload": "image"},
-        title="Start picture",
-    )
-    top = _BELOW
-    if alpha:
-        # On a white ground, as load_picture has it.
-        width, height = geometry.original
-        below = _beneath("LoadImage")
-        (white,) = graph.add(
-            "EmptyImage",
-            (-_COLUMN, below),
-            widgets={"width": width, "height": height, "batch_size": 1, "color": 0xFFFFFF},
-        )
-        (opaque,) = graph.add("InvertMask", (-_COLUMN, _beneath("EmptyImage", below)), {"mask": mask})
-        (image,) = graph.add(
-            "ImageCompositeMasked",
-            (0, top),
-            {"destination": white, "source": image, "mask": opaque},
-            {"x": 0, "y": 0, "resize_source": False},
-        )
-        top = _beneath("ImageCompositeMasked", top)
-    width, height = geometry.resized
-    if geometry.resized != original or not kept:
-        (image,) = graph.add(
-            "ImageScale",
-            (0, top),
-            {"image": image},
-            {"upscale_method": "lanczos", "width": width, "height": height, "crop": "disabled"},
-        )
-    if geometry.resized != size:
-        # Not ImageScale's own crop: it crops before scaling, up to half a pixel of the original off.
-        (image,) = graph.add(
-            "ImageCrop",
-            (_COLUMN, _BELOW),
-            {"image": image},
-            {"width": size[0], "height": size[1], "x": geometry.left, "y": geometry.top},
-        )
-    return image
