@@ -28,6 +28,8 @@ from hydit_core.model.trunk import Trunk
 from hydit_core.offload.copier import Copier
 from hydit_core.offload.guests import Streamed
 from hydit_core.vae import VAE
+from hydit_core.weights import kitchen
+from hydit_core.weights.packed import INT8, Scheme, group_for, pack
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +92,32 @@ def test_one_graph_for_each_kind_of_block_whatever_runs_them():
         model.blocks[1].mlp.fc1.weight.data *= 1.5  # as a LoRA does
         assert (run(sizes[0]) - expected[0]).abs().max() > 1e-3
     assert backend.graphs == 2
+
+
+def test_compiled_int8_weights_are_as_far_from_dense_ones_as_uncompiled_ones():
+    """Activations are rounded to 8 bits as well, so a last bit moves the result; to where is compared."""
+    pytest.importorskip("comfy_kitchen")
+    model, dense = made(DiT, depth=2), made(DiT, depth=2)
+    for layer, twin in zip(model.blocks.modules(), dense.blocks.modules(), strict=True):
+        if isinstance(layer, torch.nn.Linear):
+            packed = pack(layer.weight, Scheme(INT8, rows=True, group=group_for(layer.in_features)))
+            layer.weight = torch.nn.Parameter(kitchen.keep(packed, torch.float32, "cpu"), requires_grad=False)
+            twin.weight.data = packed.dense()
+    values = inputs(model.config, (16, 16))
+
+    def run(network):
+        return network(values["x"], values["t"], encode(network, values))
+
+    with torch.no_grad():
+        expected, eager = run(dense), run(model)
+        compile_blocks(model, backend="aot_eager")
+        found = run(model)
+
+    def distance(result):
+        return (result - expected).square().mean().sqrt() / expected.std()
+
+    assert 1e-4 < distance(eager) < 0.1
+    assert distance(found) < 1.3 * distance(eager)
 
 
 def test_gradients_of_compiled_blocks():
