@@ -146,6 +146,10 @@ def _has(keys: Keys, *words: str) -> bool:
     return any(word in key for key in keys for word in words)
 
 
+# Ends of names in LoRA files that hold no factors: full differences, also of norms, and whole weights.
+_DIFFERENCES = (".diff", ".diff_b", ".w_norm", ".b_norm", ".set_weight")
+
+
 def _lora(source: TensorSource, keys: Keys) -> FileKind | None:
     styles: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("PEFT", (".lora_A.", ".lora_B.", ".lora_embedding_A")),
@@ -154,6 +158,8 @@ def _lora(source: TensorSource, keys: Keys) -> FileKind | None:
         ("diffusers", ("_lora.up.", "_lora.down.", ".lora_linear_layer.")),
     )
     style = next((name for name, words in styles if _has(keys, *words)), None)
+    if style is None and any(key.startswith("lycoris_") or key.endswith(_DIFFERENCES) for key in keys):
+        style = "kohya"
     if style is None:
         return None
     layers = ("attn1.Wqkv.", "attn2.kv_proj.", "attn1.out_proj.", "attn2.out_proj.", "attn2.q_proj.")
