@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .model.attention import ImageContext
 from .model.controlnet import ControlNet
 from .model.dit import Context, DiT
+from .model.ip_adapter import IPAdapter
 from .offload.guests import layers_of, network_size, size_of
 from .offload.peak import peak_bytes
 from .offload.placement import MODES, Offload, Placement
@@ -30,6 +32,20 @@ _SPARE = 400 * 2**20
 
 _RESIDENT_LAYERS = 3
 """Of a network that streams, see :class:`~.offload.guests.Streamed`."""
+
+
+_TEXT = ("BERT", "mT5")
+_SEEING = ("IP-Adapter", "image encoder")
+"""The networks that are used before the first step: each visits the device alone where others leave it."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The image prompts of a run: their networks, and how many they are."""
+
+    adapter: IPAdapter
+    encoder: nn.Module
+    count: int
 
 
 @dataclass(frozen=True)
@@ -55,10 +71,11 @@ class Requirements:
         if mode == "off":
             return sum(self.weights.values()) + max(_ENCODING, self.sampling, picture)
         there = self.streamed if mode == "blocks" else self.weights
-        encoders = {"BERT", "mT5"}
-        texts = sum(size for name, size in there.items() if name in encoders)
-        nets = sum(size for name, size in there.items() if name not in {*encoders, "VAE"})
-        return max(texts + _ENCODING, nets + self.sampling, self.weights["VAE"] + picture)
+        texts = sum(size for name, size in there.items() if name in _TEXT)
+        seeing = max((size for name, size in there.items() if name in _SEEING), default=0)
+        nets = sum(size for name, size in there.items() if name not in (*_TEXT, *_SEEING, "VAE"))
+        encoding = max(texts, seeing) + _ENCODING
+        return max(encoding, nets + self.sampling, self.weights["VAE"] + picture)
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,7 @@ def requirements(
     size: tuple[int, int],
     rows: int,
     controlnets: Sequence[ControlNet] = (),
+    pictures: Pictures | None = None,
 ) -> Requirements:
     """What drawing needs.
 
@@ -106,13 +124,15 @@ def requirements(
     """
     nets: dict[str, nn.Module] = {"DiT": dit, **encoders}
     nets |= {f"ControlNet {i}": net for i, net in enumerate(controlnets, 1)}
+    seeing = {} if pictures is None else dict(zip(_SEEING, (pictures.adapter, pictures.encoder), strict=True))
     width, height = (side // vae.downscale for side in size)
     decoding = peak_bytes(lambda: _decode(vae, width, height))
     tile = peak_bytes(lambda: _decode(vae, min(TILE, width), min(TILE, height)))
     return Requirements(
-        weights={name: network_size(net) for name, net in {**nets, "VAE": vae}.items()},
-        streamed={name: streamed_size(net) for name, net in nets.items()},
-        sampling=peak_bytes(lambda: _step(dit, controlnets, rows, width, height)),
+        weights={name: network_size(net) for name, net in {**nets, **seeing, "VAE": vae}.items()},
+        streamed={name: streamed_size(net) for name, net in nets.items()}
+        | {name: network_size(net) for name, net in seeing.items()},  # these visit as a whole
+        sampling=peak_bytes(lambda: _step(dit, controlnets, pictures, rows, width, height)),
         decoding=decoding,
         # beside a tile, the picture and the sum that it is made of, in float32
         in_tiles=min(decoding, tile + 2 * 4 * 3 * size[0] * size[1]),
@@ -120,7 +140,11 @@ def requirements(
 
 
 def for_pipeline(
-    pipe: Any, settings: Any = None, batch: int = 1, controlnets: Sequence[ControlNet] = ()
+    pipe: Any,
+    settings: Any = None,
+    batch: int = 1,
+    controlnets: Sequence[ControlNet] = (),
+    pictures: Pictures | None = None,
 ) -> Requirements:
     """What a :class:`~.pipeline.Pipeline` needs, which may be only an outline.
 
@@ -136,6 +160,7 @@ def for_pipeline(
         size=(chosen.width, chosen.height),
         rows=batch * (1 + (chosen.cfg > 1)),
         controlnets=controlnets,
+        pictures=pictures,
     )
 
 
@@ -166,7 +191,14 @@ def streamed_size(network: nn.Module) -> int:
     return network_size(network) - sum(sizes) - sum(hosted.values()) + sum(sizes[:_RESIDENT_LAYERS])
 
 
-def _step(dit: DiT, controlnets: Sequence[ControlNet], rows: int, width: int, height: int) -> None:
+def _step(
+    dit: DiT,
+    controlnets: Sequence[ControlNet],
+    pictures: Pictures | None,
+    rows: int,
+    width: int,
+    height: int,
+) -> None:
     config = dit.config
     device = dit.text_embedding_padding.device
 
@@ -182,7 +214,16 @@ def _step(dit: DiT, controlnets: Sequence[ControlNet], rows: int, width: int, he
     for net, own in zip(controlnets, contexts, strict=True):
         more = net(x.to(net.dtype), t, own, x[:1])
         total = more if total is None else [a + b for a, b in zip(total, more, strict=True)]
-    dit(x.to(dit.dtype), t, context(dit), total)
+    dit(x.to(dit.dtype), t, context(dit), total, images=_seen(pictures, rows))
+
+
+def _seen(pictures: Pictures | None, rows: int) -> list[ImageContext] | None:
+    """What each block attends to of image prompts."""
+    if pictures is None:
+        return None
+    given = pictures.adapter.ip_adapter_clip_len_trans_block.weight
+    seen = [pictures.adapter(given.new_empty(rows, given.shape[1])) for _ in range(pictures.count)]
+    return [ImageContext(block) for block in zip(*seen, strict=True)]
 
 
 def _decode(vae: Any, width: int, height: int) -> None:

@@ -22,7 +22,7 @@ _FLAG = re.compile(r"--([a-z])(?:=(.*))?", re.DOTALL)
 _SHARED = ("prompt", "prompts", "seed", "size")
 _FOREIGN = ("batch", "out", "overwrite", "captions", "plan")
 FLOORS = (*(name for name in COMPUTE if name != "auto"), "batch")
-_WEIGHTS = ("model", "text_encoders", "vae", "lora")
+_WEIGHTS = ("model", "text_encoders", "vae", "lora", "ip_adapter", "image_encoder")
 _MODEL = "the embedded model"
 _PEER = "--peer-steps"
 _EDGE = 1 << 16

@@ -20,6 +20,7 @@ from ..pipeline import Picture
 from ..presets import check_seed
 from ..weights.output import check_free
 from . import drawing
+from . import image_prompts as image_cli
 from . import memory as memory_cli
 from .options import parser, read_prompts
 
@@ -39,7 +40,7 @@ def _run(args: argparse.Namespace) -> None:
     drawing.check(args)
     if args.plan:
         files = drawing.open_files(args)
-        print("\n".join(memory_cli.plan(args, (files.init, files.controlnets))))
+        print("\n".join(memory_cli.plan(args, files.memory)))
         return
     prompts = read_prompts(args)
     names = _output_names(args, len(prompts) * args.batch)
@@ -132,7 +133,7 @@ def _output_names(args: argparse.Namespace, count: int) -> _Names:
     if stem is not None and os.path.isdir(out):
         raise ConfigError(f"--out {out}: is a folder")
     names = _Names(folder, stem, count)
-    given = (args.init_image, args.inpaint, args.prompts, *args.control_image)
+    given = (args.init_image, args.inpaint, args.prompts, *args.control_image, *image_cli.inputs(args))
     inputs = [Path(path) for path in given if path is not None]
     for picture in names.named():
         for path in (picture, picture.with_suffix(".txt")) if args.captions else (picture,):

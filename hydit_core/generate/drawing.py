@@ -24,6 +24,7 @@ from ..pictures.redraw import redraw
 from ..pipeline import Picture, Pipeline
 from ..presets import RunSettings, check_cfg_end
 from . import control as control_cli
+from . import image_prompts as image_cli
 from . import lora as lora_cli
 from . import memory as memory_cli
 from . import retouch
@@ -46,6 +47,12 @@ class Files(NamedTuple):
     mask: Image.Image | None
     adapters: list[Adapter]
     controlnets: list[Bundle]
+    pictures: image_cli.Opened | None
+
+    @property
+    def memory(self) -> memory_cli.Opened:
+        """What of it counts in the device's memory."""
+        return self.init, self.controlnets, self.pictures
 
 
 class Model(NamedTuple):
@@ -63,6 +70,7 @@ def check(args: argparse.Namespace) -> None:
     check_cfg_end(args.cfg_end)
     lora_cli.check(args)
     control_cli.check(args)
+    image_cli.check(args)
 
 
 def check_text(text: str) -> None:
@@ -80,7 +88,8 @@ def open_files(args: argparse.Namespace) -> Files:
     Raises :class:`HyditError` for files that cannot be read.
     """
     init = None if args.init_image is None else load_picture(args.init_image)
-    return Files(init, retouch.read_mask(args), lora_cli.read(args), control_cli.open_files(args))
+    mask, pictures = retouch.read_mask(args), image_cli.open_files(args)
+    return Files(init, mask, lora_cli.read(args), control_cli.open_files(args), pictures)
 
 
 def model_key(args: argparse.Namespace) -> tuple[str, ...]:
@@ -95,19 +104,19 @@ def load_model(args: argparse.Namespace, files: Files, *, quiet: bool = False) -
     """
     given = {name: getattr(args, name) for name in LOADING}
     if args.offload == "auto":
-        given["offload"] = memory_cli.choice(args, (files.init, files.controlnets), quiet=quiet)
+        given["offload"] = memory_cli.choice(args, files.memory, quiet=quiet)
     pipe = load(args.model, **given)
     return Model(pipe, lora_cli.load(args, files.adapters, pipe, quiet=quiet))
 
 
 class Drawing:
-    """A command line's pictures: settings, ControlNets, and what is written into each file.
+    """A command line's pictures: settings, ControlNets, image prompts, and what is written into each file.
 
     Args:
         folder: where the pictures go; control pictures are written there.
 
     Raises:
-        HyditError: a setting is out of range, or a ControlNet does not fit.
+        HyditError: a setting is out of range, or a ControlNet or an IP-Adapter does not fit.
     """
 
     def __init__(self, args: argparse.Namespace, files: Files, model: Model, folder: Path):
@@ -118,6 +127,7 @@ class Drawing:
         self._init = files.init
         self._loras = model.loras
         self._part = retouch.inpainting(args, files.init, files.mask, self.run.sampling)
+        self._images, self._image_facts = image_cli.read(args, files.pictures, model.pipe, self.run.sampling)
         self._controls, self._control_facts = control_cli.read(
             args, files.controlnets, files.init, model.pipe, self.run.sampling, self._part, folder
         )
@@ -157,6 +167,7 @@ class Drawing:
             init_image=self._init if part is None else part.picture,
             mask=None if part is None else part.mask,
             controls=controls,
+            images=self._images,
             callback=callback,
         )
         return first if self._second is None else self._enlarged(first, self._second, callback)
@@ -173,6 +184,7 @@ class Drawing:
                 seed=picture.seed,
                 init_image=picture.image,
                 controls=[replace(control, image=picture.image) for control in late],
+                images=self._images,
                 callback=callback,
             )
             yield large._replace(
@@ -225,6 +237,8 @@ class Drawing:
             facts["loras"] = self._loras
         if self._controls:
             facts["controls"] = self._control_facts
+        if self._images:
+            facts["image_prompts"] = self._image_facts
         return facts
 
 

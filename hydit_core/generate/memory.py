@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..devices import choose_device
 from ..dtypes import choose_dtype, dtype_name
 from ..facts import SamplingDefaults
 from ..loading import outline
 from ..offload.placement import MODES
-from ..plan import Choice, Requirements, choose, for_pipeline, free_memory, size_text
+from ..plan import Choice, Pictures, Requirements, choose, for_pipeline, free_memory, size_text
+from . import image_prompts as image_cli
 from .settings import settings_of
 
 if TYPE_CHECKING:
@@ -21,8 +24,8 @@ if TYPE_CHECKING:
 
     from ..weights.bundle import Bundle
 
-    Opened = tuple[Image.Image | None, Sequence[Bundle]]
-    """The picture that a run starts from, and its ControlNets."""
+    Opened = tuple[Image.Image | None, Sequence[Bundle], image_cli.Opened | None]
+    """The picture that a run starts from, its ControlNets, and its image prompts."""
 
 CARDS = (4, 6, 8, 12, 16, 24)
 """The GPUs that ``--plan`` looks at where there is none, by their memory in GB."""
@@ -118,4 +121,9 @@ def _needed(args: argparse.Namespace, opened: Opened) -> tuple[Requirements, Sam
         )[0]
         for one in opened[1]
     ]
-    return for_pipeline(pipe, settings, run.batch, nets), run.sampling, dtype_name(dtype)
+    pictures = None
+    if opened[2] is not None:
+        seeing = torch.float16 if plain else image_cli.encoder_dtype(device)
+        adapter, encoder = opened[2].adapter.to(dtype), opened[2].encoder.to(seeing)
+        pictures = Pictures(adapter, encoder, len(args.image_prompt))
+    return for_pipeline(pipe, settings, run.batch, nets, pictures), run.sampling, dtype_name(dtype)

@@ -14,6 +14,7 @@ from ..presets import PRESETS
 from ..untrusted import read_text
 from . import control as control_cli
 from . import drawing, retouch
+from . import image_prompts as image_cli
 from . import lora as lora_cli
 from . import memory as memory_cli
 
@@ -43,6 +44,7 @@ def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
     retouch.add_arguments(parser)
     lora_cli.add_arguments(parser)
     control_cli.add_arguments(parser)
+    image_cli.add_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import HyditError, WeightsError
 from ..finite import DTYPE_ADVICE
 from ..quiet import quiet_imports
+from ..weights import hub
 from ..weights.detect import detect
 from ..weights.files import has_weights, open_tensors
 from ..weights.load import assign_weights, compute_dtype
@@ -83,12 +84,14 @@ def load_image_encoder(
 
     Args:
         path: Tencent's ``clip_img_encoder.pt``, a vision tower of transformers as a file or folder, or any
-            file with one of them inside, such as a whole CLIP.
+            file with one of them inside, such as a whole CLIP; or one of these as
+            ``hub:ORG/NAME[@REVISION]/INSIDE``.
         dtype: of the weights; by default the file's own.
 
     Raises:
         WeightsError: there is none, or it lacks tensors or has others.
     """
+    path = hub.local(path, ("vision",))
     source = open_tensors(path)
     kind = find_vision(source.keys())
     if kind is None:
@@ -108,12 +111,18 @@ def load_image_encoder(
 def encoder_beside(adapter: str | os.PathLike[str]) -> Path:
     """Where the image encoder of an IP-Adapter's file is: in it, or beside it under a published name.
 
+    Beside a file on the hub it is ``clip_img_encoder.pt``, which is downloaded.
+
     Raises:
         WeightsError: it is nowhere there.
     """
-    path = Path(adapter)
+    path = hub.local(adapter, ("ip_adapter",))
     if find_vision(open_tensors(path).keys()):
         return path
+    if name := hub.name(adapter):
+        there = hub.parse(name)
+        beside = PurePosixPath(there.inside).with_name(_NAMES[0]) if there.inside else _NAMES[0]
+        return hub.local(str(there._replace(inside=str(beside))), ("vision",))
     folder = path if path.is_dir() else path.parent
     for place in (folder / name for folder in (folder, folder.parent) for name in _NAMES):
         if place.is_file() or has_weights(place):

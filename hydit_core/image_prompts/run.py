@@ -16,7 +16,7 @@ from torch.nn import functional
 from ..diffusion.schedule import timestep_range
 from ..errors import ConfigError, HyditError
 from ..finite import DTYPE_ADVICE
-from ..images import Geometry
+from ..images import Geometry, Size, same_shape
 from ..layer_weights import LayerWeights
 from ..model.attention import Attended, ImageContext
 from ..model.config import DiTConfig
@@ -39,7 +39,7 @@ class ImagePrompt:
         start, end: fractions of the noise schedule between which it acts, 0 (pure noise) to 1 (finished), as
             ComfyUI counts them.
         mask: where in the picture that is drawn it acts: white fully, black not at all; None: everywhere.
-            Scaled and cropped to the size that is drawn.
+            Of any size, but of the shape of what is drawn.
         text_scale: factor of what the text gives while it acts; 1 is as trained.
 
     Raises :class:`ConfigError` for values that are out of range, and networks that do not fit together.
@@ -88,6 +88,15 @@ def check_adapter(adapter: IPAdapter, dit: DiTConfig, who: str = "the IP-Adapter
         raise ConfigError(f"{who} does not fit this HunyuanDiT: {', '.join(wrong)}; both must have one size")
 
 
+def check_mask(mask: Image.Image, size: Size, who: str = "the mask of an image prompt") -> None:
+    """Raise :class:`ConfigError` unless a mask has the proportions of what is drawn, (W, H)."""
+    if not same_shape(mask.size, size):
+        raise ConfigError(
+            f"{who} is {mask.width}x{mask.height}, what is drawn {size[0]}x{size[1]}: "
+            "they must have the same shape"
+        )
+
+
 def block_weights(weights: LayerWeights, depth: int) -> list[float]:
     """One for each block. Raises :class:`ConfigError` if a list has another length."""
     if len(weights.values) not in (0, depth):
@@ -121,7 +130,7 @@ def weighted(
     ]
 
 
-def latent_mask(mask: Image.Image, size: tuple[int, int], downscale: int = 8) -> Tensor:
+def latent_mask(mask: Image.Image, size: Size, downscale: int = 8) -> Tensor:
     """A mask for pictures of ``size`` (W, H), scaled and cropped to them, as shares of their latents.
 
     Returns (1, 1, h, w), float32.
@@ -204,7 +213,7 @@ def prepare_images(
     prompts: Sequence[ImagePrompt],
     *,
     dit: DiTConfig,
-    size: tuple[int, int],
+    size: Size,
     downscale: int,
     guided: bool,
     repeats: int,
@@ -221,12 +230,14 @@ def prepare_images(
         device: where the DiT computes.
 
     Raises:
-        ConfigError: an adapter or its weights do not fit the model.
+        ConfigError: an adapter or its weights do not fit the model, or a mask the size.
         HyditError: values overflow.
     """
     prepared = []
     for prompt in prompts:
         check_adapter(prompt.adapter, dit)
+        if prompt.mask is not None:
+            check_mask(prompt.mask, size)
         weights = [prompt.weight * one for one in block_weights(prompt.blocks, dit.depth)]
         if not any(weights):
             continue

@@ -19,7 +19,7 @@ from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..model.ip_adapter import IPAdapter, IPAdapterConfig
 from ..moved import former
-from . import kitchen
+from . import hub, kitchen
 from .bundle import Bundle, Place, bundle
 from .detect import FileKind, detect, ip_adapter_view, require_kind
 from .files import open_tensors
@@ -90,11 +90,13 @@ def load_ip_adapter(
 ) -> IPAdapter:
     """Load a HunyuanDiT IP-Adapter, in eval mode: Tencent's ``ipa.pt``, or safetensors with the same names.
 
-    A checkpoint that was trained with one gives its own; an image encoder beside it is not read.
+    A checkpoint that was trained with one gives its own; an image encoder beside it is not read. It may be on
+    the hub: ``hub:ORG/NAME[@REVISION]/FILE``.
 
     Raises:
         WeightsError: if the file is something else, lacks tensors, or has unknown ones.
     """
+    path = hub.local(path, ("ip_adapter",))
     source = open_tensors(path)
     view = ip_adapter_view(source)
     if not len(view):
