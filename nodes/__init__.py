@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .control import HyDiTControlNetApply, HyDiTControlNetLoader, HyDiTLayerWeights
 from .forecast import HyDiTForecast
 from .host.templates import serve_workflows
+from .ip_adapter import HyDiTIPAdapterApply, HyDiTIPAdapterLoader
 from .latent import HyDiTEmptyLatent
 from .loaders import HyDiTCheckpointLoader, HyDiTDiTLoader, HyDiTTextEncoderLoader
 from .lora import HyDiTLoraLoader, HyDiTLoraMerge, HyDiTLoraSave
@@ -29,6 +30,8 @@ NODES: list[type[io.ComfyNode]] = [
     HyDiTControlNetLoader,
     HyDiTLayerWeights,
     HyDiTControlNetApply,
+    HyDiTIPAdapterLoader,
+    HyDiTIPAdapterApply,
     HyDiTLoraLoader,
     HyDiTLoraMerge,
     HyDiTLoraSave,

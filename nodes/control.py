@@ -95,9 +95,10 @@ class HyDiTLayerWeights(io.ComfyNode):
             node_id="HyDiTLayerWeights",
             display_name="HunyuanDiT Layer Weights",
             category=_CATEGORY,
-            description="How strongly each layer of a ControlNet acts: drag the bars, or write numbers or "
-            "the name of a curve. Early layers shape the picture coarsely, late ones finely.",
-            search_aliases=["hydit", "hunyuan", "controlnet weights", "per layer"],
+            description="How strongly each layer of a ControlNet acts, or a LoRA or IP-Adapter in each block "
+            "of the model: drag the bars, or write numbers or the name of a curve. Early layers shape the "
+            "picture coarsely, late ones finely.",
+            search_aliases=["hydit", "hunyuan", "controlnet weights", "block weights", "per layer"],
             inputs=[
                 io.String.Input("weights", default="uniform(1)", tooltip=_WEIGHTS),
                 io.Int.Input(
@@ -105,11 +106,18 @@ class HyDiTLayerWeights(io.ComfyNode):
                     default=19,
                     min=1,
                     max=64,
-                    tooltip="How many layers the weights are meant for: 19 for DiT-g/2, 13 for DiT-XL/2, 2 "
-                    "for the embedded model. A curve fits any number.",
+                    tooltip="How many layers the weights are meant for: a ControlNet of DiT-g/2 has 19, of "
+                    "DiT-XL/2 13, of the embedded model 2; the blocks of these models are 40, 28 and 6. A "
+                    "curve fits any number.",
                 ),
             ],
-            outputs=[io.String.Output("LAYER_WEIGHTS", tooltip="For layer_weights of HyDiTControlNetApply.")],
+            outputs=[
+                io.String.Output(
+                    "LAYER_WEIGHTS",
+                    tooltip="For layer_weights of HyDiTControlNetApply, or block_weights of "
+                    "HyDiTIPAdapterApply and the LoRA nodes.",
+                )
+            ],
         )
 
     @classmethod

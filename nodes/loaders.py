@@ -30,7 +30,8 @@ _ADVICE = {
     "vae": "load it with VAELoader",
     "lora": "give it to a LoRA loader, behind a MODEL",
     "controlnet": "load it with HyDiTControlNetLoader",
-    "ip_adapter": "an IP-Adapter is used beside a MODEL",
+    "ip_adapter": "load it with HyDiTIPAdapterLoader",
+    "vision": "choose it as clip_vision_name of HyDiTIPAdapterLoader",
     "other": "it needs its own model's loader",
 }
 

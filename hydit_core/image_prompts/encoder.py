@@ -6,7 +6,6 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -19,13 +18,10 @@ from ..weights.detect import detect
 from ..weights.files import has_weights, open_tensors
 from ..weights.load import assign_weights, compute_dtype
 from ..weights.vision_layout import VisionConfig, find_vision, vision_config, vision_view
+from .pixels import encoder_pixels
 
 with quiet_imports():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of CLIP's pictures, for red, green and blue in 0..1."""
 
 _NAMES = ("clip_img_encoder.pt", "clip_img_encoder", "image_encoder", "image_encoder.safetensors")
 _ADVICE = "give one, such as clip_img_encoder.pt beside Tencent's ipa.pt"
@@ -57,10 +53,7 @@ class ImageEncoder(nn.Module):
 
     def pixels(self, image: Image.Image) -> Tensor:
         """A picture as the encoder sees it, (3, size, size) float32: squeezed into a square, not cropped."""
-        size = (self.config.size, self.config.size)
-        values = np.array(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.uint8)
-        pixels = torch.from_numpy(values).permute(2, 0, 1).float() / 255
-        return (pixels - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        return encoder_pixels(image, self.config.size)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """``pixels`` (B, 3, size, size) from :meth:`pixels` -> (B, embed_dim), float32, of length 1."""

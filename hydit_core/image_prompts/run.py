@@ -113,17 +113,15 @@ def weighted(
     """What each block attends to for an embedding (1, embed_dim), None where its weight is 0.
 
     One row, or with ``guided`` two: the first is for the negative prompt, which sees no picture (an embedding
-    of zeros). Weights are in the values, so that no step has to multiply.
+    of zeros). Weights are in the values, so that no step has to multiply. Computes in the embedding's dtype.
 
     Raises :class:`HyditError` where values overflow.
     """
-    given = adapter.ip_adapter_clip_len_trans_block.weight
-    embedding = embedding.to(given.device, given.dtype)
     rows = torch.cat((torch.zeros_like(embedding), embedding)) if guided else embedding
     with torch.no_grad():
         seen = adapter(rows)
     if not all(one.values.isfinite().all() and one.keys.isfinite().all() for one in seen):
-        raise HyditError(f"the IP-Adapter's values are not finite in {given.dtype}; {DTYPE_ADVICE}")
+        raise HyditError(f"the IP-Adapter's values are not finite in {embedding.dtype}; {DTYPE_ADVICE}")
     return [
         one._replace(values=one.values if weight == 1 else one.values * weight) if weight else None
         for one, weight in zip(seen, weights, strict=True)
@@ -244,7 +242,9 @@ def prepare_images(
         with visiting(prompt.encoder):
             embedding = prompt.encoder.embed(prompt.image)
         with visiting(prompt.adapter):
-            blocks = [one and one.to(device) for one in weighted(prompt.adapter, embedding, weights, guided)]
+            given = prompt.adapter.ip_adapter_clip_len_trans_block.weight
+            seen = weighted(prompt.adapter, embedding.to(given.device, given.dtype), weights, guided)
+            blocks = [one and one.to(device) for one in seen]
         mask = None
         if prompt.mask is not None:
             mask = latent_mask(prompt.mask, size, downscale).to(device, prompt.adapter.dtype)

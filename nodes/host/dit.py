@@ -15,6 +15,7 @@ from ...hydit_core.model.config import DiTConfig
 from ...hydit_core.model.dit import DiT
 from ...hydit_core.model.rope import rope_table
 from .attention import HostAttention
+from .image_prompts import seen_images, with_conditions
 from .patches import PatchedBlock, block_options, check_patches
 
 
@@ -53,7 +54,7 @@ class HostDiT(DiT):
         style: Tensor | None = None,
         control: Mapping[str, Any] | None = None,
         transformer_options: Options = None,
-        **_: Any,
+        **conditions: Any,
     ) -> Tensor:
         """``x`` (B, C, H, W), ``t`` (B,) 0..999 -> the prediction, (B, C, H, W). Changes no input.
 
@@ -62,7 +63,7 @@ class HostDiT(DiT):
 
         Raises HyditError if ``control`` is for another model.
         """
-        options = transformer_options or {}
+        options = with_conditions(transformer_options or {}, conditions)
         wrappers = comfy.patcher_extension.get_all_wrappers(
             comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options
         )
@@ -105,7 +106,8 @@ class HostDiT(DiT):
             "original_shape": list(x.shape),
             "activations_shape": [len(x), self.config.hidden_size, height, width],
         }
-        out = super().forward(x, t, context, residuals, options={**options, **shapes})
+        images = seen_images(options, x, t, depth=self.config.depth, patch=self.config.patch_size)
+        out = super().forward(x, t, context, residuals, images=images, options={**options, **shapes})
         return out[:, : self.config.in_channels]
 
     def _rope(self, th: int, tw: int, device: torch.device, options: Options) -> Rope:

@@ -25,9 +25,14 @@ DIT = ("diffusion_models", "checkpoints", "diffusers")
 TEXT_ENCODERS = ("text_encoders", "checkpoints", "diffusers")
 CONTROLNETS = ("controlnet", "diffusers")
 LORAS = ("loras",)
+IP_ADAPTERS = ("ipadapter",)
+IMAGE_ENCODERS = ("clip_vision", "ipadapter")
 """ComfyUI's folders, in the order in which they are searched for a name."""
 
+_UNLISTED = ("diffusers", "ipadapter")
+"""Folders whose files ComfyUI does not list. It may not know the second at all: other packs brought it up."""
 _EMBEDDED = "[embedded] "
+_ENCODER_NAME = "clip_img_encoder.pt"
 _ENCODERS = (*FOLDERS["bert"], *FOLDERS["t5"])
 # The file names in a folder of one encoder, as transformers writes it.
 _OWN_WEIGHTS = ("model.", "model-", "pytorch_model")
@@ -70,6 +75,32 @@ def control_names() -> list[str]:
 def lora_names() -> list[str]:
     """The embedded LoRAs, files of LoRAs of any model, and PEFT's folders."""
     return [*_embedded(LORAS), *_files(LORAS), *_folders(LORAS, _adapter_folder)]
+
+
+def ip_adapter_names() -> list[str]:
+    """Files of IP-Adapters of any model."""
+    return _files(IP_ADAPTERS)
+
+
+def image_encoder_names() -> list[str]:
+    """Files of CLIP's image encoders of any model, also those beside IP-Adapters."""
+    return _files(IMAGE_ENCODERS)
+
+
+def encoder_for(adapter: Path) -> Path:
+    """The image encoder in an IP-Adapter's file, beside it, or under Tencent's name in ComfyUI's own folder.
+
+    Raises:
+        WeightsError: it is in none of these places.
+    """
+    from ...hydit_core.image_prompts.encoder import encoder_beside  # brings transformers
+
+    try:
+        return encoder_beside(adapter)
+    except WeightsError as error:
+        if found := _find("clip_vision", _ENCODER_NAME):
+            return found
+        raise WeightsError(f"{error}, or choose it in clip_vision_name") from None
 
 
 def resolve(name: str, *kinds: str) -> Path:
@@ -134,13 +165,24 @@ def _embedded(kinds: PathParts) -> dict[str, Path]:
 
 
 def _roots(kind: str) -> list[str]:
-    return folder_paths.get_folder_paths(kind) if kind in folder_paths.folder_names_and_paths else []
+    known = folder_paths.get_folder_paths(kind) if kind in folder_paths.folder_names_and_paths else []
+    if kind != "ipadapter":
+        return known
+    usual = os.path.join(folder_paths.models_dir, kind)
+    return list(dict.fromkeys([*known, usual]))
 
 
 def _files(kinds: Iterable[str]) -> list[str]:
     """Files without duplicates: the first kind with a name provides its file."""
-    lists = (folder_paths.get_filename_list(kind) for kind in kinds if kind != "diffusers" and _roots(kind))
+    lists = (_listed(kind) for kind in kinds if kind != "diffusers" and _roots(kind))
     return list(dict.fromkeys(name for names in lists for name in names))
+
+
+def _listed(kind: str) -> list[str]:
+    if kind not in _UNLISTED:
+        names: list[str] = folder_paths.get_filename_list(kind)
+        return names
+    return sorted("/".join(parts) for parts in _weights(kind))
 
 
 def _find(kind: str, name: str) -> Path | None:
@@ -151,9 +193,8 @@ def _find(kind: str, name: str) -> Path | None:
     if not parts or any(part == ".." or ":" in part for part in parts):
         return None
     # os.path, which says of a name that is too long that it does not exist
-    return next(
-        (Path(path) for root in _roots(kind) if os.path.isdir(path := os.path.join(root, *parts))), None
-    )
+    there = os.path.exists if kind == "ipadapter" else os.path.isdir
+    return next((Path(path) for root in _roots(kind) if there(path := os.path.join(root, *parts))), None)
 
 
 def _shortened(name: str) -> str:
@@ -171,8 +212,8 @@ def _walk(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _weights(kind: str) -> Iterator[PathParts]:
-    """The path, relative to its root, of every weights file of a kind that is in a subfolder."""
-    if kind == "diffusers":  # ComfyUI lists no files there
+    """The path, relative to its root, of every weights file of a kind; in ComfyUI's lists: in a subfolder."""
+    if kind in _UNLISTED:
         for root in _roots(kind):
             yield from _tree(root)
     else:

@@ -24,6 +24,7 @@ from ...hydit_core.weights.load import check_names
 from . import quantised
 from .dit import HostDiT
 from .filling import choose_dtypes, fill, plan_dtypes
+from .image_prompts import image_conditions
 from .preview import latent_format
 
 _BARE = ("text_embedding_padding", "pooler.positional_embedding")
@@ -99,7 +100,8 @@ class HyDiTModel(comfy.model_base.HunyuanDiT):
         # Integers, because ComfyUI casts other tensors, and bfloat16 would turn 1083 into 1080
         sizes = torch.tensor([[1024, 1024, width, height, 0, 0]], dtype=torch.long)
         out["image_meta_size"] = comfy.conds.CONDRegular(sizes)
-        return out
+        given = kwargs["noise"], kwargs.get("device"), kwargs.get("prompt_type", "")
+        return out | image_conditions(self.current_patcher, *given)
 
     def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """As the parent's, without its ``v_pred``, a mark that only Stable Diffusion's loaders read.

@@ -105,7 +105,7 @@ class _Cutter:
                 one["mask"] = box.of(one["mask"])
             if one.get("control") is not None:
                 one["control"] = self._control(one["control"], box, tiles)
-            one["model_conds"] = _sized(one["model_conds"], tiles)
+            one["model_conds"] = _cut_shaped(_sized(one["model_conds"], tiles), box)
             found.append(one)
         return found
 
@@ -146,6 +146,12 @@ def _overlap(area: Any, box: Box) -> tuple[int, ...] | None:
     if below <= above or after <= before:
         return None
     return below - above, after - before, above - box.top, before - box.left
+
+
+def _cut_shaped(conds: dict[str, Any], box: Box) -> dict[str, Any]:
+    """Those conditions that have the latents' shape, such as image prompts' masks, cut to a tile."""
+    shaped = {k: v for k, v in conds.items() if isinstance(v, comfy.conds.CONDNoiseShape)}
+    return {**conds, **{k: type(v)(box.of(v.cond)) for k, v in shaped.items()}}
 
 
 def _sized(conds: dict[str, Any], tiles: Tiles) -> dict[str, Any]:

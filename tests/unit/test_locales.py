@@ -39,6 +39,8 @@ NODES = (
     "HyDiTDiTLoader",
     "HyDiTEmptyLatent",
     "HyDiTForecast",
+    "HyDiTIPAdapterApply",
+    "HyDiTIPAdapterLoader",
     "HyDiTKSampler",
     "HyDiTLayerWeights",
     "HyDiTLoraLoader",
@@ -85,6 +87,7 @@ class _Io(types.ModuleType):
     ComfyNode = type("ComfyNode", (), {})
     NodeOutput = object
     Hidden = MagicMock()
+    Custom = staticmethod(lambda name: types.SimpleNamespace(Input=_input, Output=_output))
     Schema = make_dataclass(
         "Schema",
         [

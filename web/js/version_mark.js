@@ -8,6 +8,7 @@ const FILES = {
   HyDiTCheckpointLoader: ["ckpt_name"],
   HyDiTControlNetLoader: ["control_net_name"],
   HyDiTDiTLoader: ["model_name"],
+  HyDiTIPAdapterLoader: ["ip_adapter_name", "clip_vision_name"],
   HyDiTTextEncoderLoader: ["bert_name", "mt5_name"],
 };
 
