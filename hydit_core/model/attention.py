@@ -56,6 +56,11 @@ class ImageContext(NamedTuple):
     text_scale: float = 1.0
     options: Options = None
 
+    @property
+    def matters(self) -> bool:
+        """Whether a block gives anything else with it than without."""
+        return bool(self.attended) or self.text_scale != 1
+
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, options: Options = None) -> Tensor:
     """PyTorch's scaled dot-product attention as an :class:`AttentionFn`; ``options`` are not used.

@@ -13,6 +13,10 @@ from torch import nn
 from ..errors import HyditError
 from .trunk import Trunk
 
+_MOST_GRAPHS = 64
+"""torch gives up after 8, fewer than some runs have: one for each kind of block, with and without guidance,
+times the image prompts that act together."""
+
 
 def compile_blocks(net: Trunk, *, whole: bool = True, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile the blocks of a DiT or ControlNet; a graph is made when the first of its kind runs.
@@ -43,6 +47,8 @@ def compile_networks(module: nn.Module, backend: str | Callable[..., Any] = "ind
 def _compiled(
     forward: Callable[..., Any], whole: bool, backend: str | Callable[..., Any]
 ) -> Callable[..., Any]:
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
     run = torch.compile(forward, dynamic=True, fullgraph=whole, backend=backend)
 
     def compiled(*args: Any, **kwargs: Any) -> Any:

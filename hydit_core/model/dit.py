@@ -89,7 +89,7 @@ class DiT(Trunk):
             if skip is not None and control is not None:
                 residual = control[len(skips)]
                 skip = skip if residual is None else skip + residual.to(skip.dtype)
-            seen = {} if images is None else {"images": images[i]}
+            seen = {} if images is None or not images[i].matters else {"images": images[i]}
             tokens = self._run_block(i, tokens, context.text, vector, rope, skip, options, **seen)
             if i < config.num_controls:
                 skips.append(tokens)

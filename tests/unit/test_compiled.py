@@ -20,10 +20,11 @@ from hydit_core.diffusion.schedule import Schedule
 from hydit_core.facts import DiffusionConfig
 from hydit_core.finite import FiniteWatch
 from hydit_core.model import compiled
-from hydit_core.model.attention import training_attention
+from hydit_core.model.attention import ImageContext, training_attention
 from hydit_core.model.compiled import compile_blocks, compile_networks
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import Context, DiT
+from hydit_core.model.ip_adapter import IPAdapter, IPAdapterConfig
 from hydit_core.model.trunk import Trunk
 from hydit_core.offload.copier import Copier
 from hydit_core.offload.guests import Streamed
@@ -118,6 +119,32 @@ def test_compiled_int8_weights_are_as_far_from_dense_ones_as_uncompiled_ones():
 
     assert 1e-4 < distance(eager) < 0.1
     assert distance(found) < 1.3 * distance(eager)
+
+
+def test_graphs_for_image_prompts():
+    """One more for each number of them, whatever their weights; blocks that see none need none."""
+    model, backend = made(DiT, depth=2), Counting()
+    adapter = IPAdapter(IPAdapterConfig.for_dit(model.config, 12, 3)).requires_grad_(False)
+    randomize(adapter, 5)
+    values = inputs(model.config, (10, 12))
+
+    def seen(*blocks):
+        attended = adapter(torch.randn(len(values["x"]), 12, generator=torch.Generator().manual_seed(1)))
+        return [ImageContext([one] * count) for one, count in zip(attended, blocks, strict=True)]
+
+    def run(images):
+        return model(values["x"], values["t"], encode(model, values), images=images)
+
+    with torch.no_grad():
+        cases = [None, seen(0, 0), seen(1, 0), seen(1, 1), seen(2, 0)]
+        expected = [run(case) for case in cases]
+        assert torch.equal(expected[0], expected[1]) and (expected[0] - expected[2]).abs().max() > 1e-3
+        compile_blocks(model, backend=backend)
+        found = [run(case) for case in cases]
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)
+    assert backend.graphs == 3
+    assert torch._dynamo.config.recompile_limit >= 64
 
 
 def test_gradients_of_compiled_blocks():

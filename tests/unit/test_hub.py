@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub
+from PIL import Image
 from safetensors.torch import save_file
-from tiny import write_tiny_model
+from tiny import TINY, randomize, write_tiny_model
+from vision_files import clip_names, vision_model
 
 from hydit_core.errors import WeightsError
+from hydit_core.model.ip_adapter import IPAdapter, IPAdapterConfig
 from hydit_core.weights.convert import convert
 from hydit_core.weights.hub import local, needed, parse
 
@@ -130,6 +133,7 @@ def test_a_lora_in_a_folder() -> None:
             "hub:A/B",
             "2 weights files; name one of them: hub:A/B/a.saf",
         ),
+        (["ipa.pt", "clip_img_encoder.pt"], "ip_adapter", "hub:A/B", "name one .*hub:A/B/ipa.pt"),
         (DIFFUSERS, "dit", "hub:A/B/unet", "hub:A/B/unet: there is no such file or folder"),
         ([], "dit", "hub:A/B", "no weights of the wanted kind"),
     ],
@@ -184,6 +188,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     (folder / "org/pipeline/transformer/diffusion_pytorch_model.bin").write_bytes(b"not asked for")
     (folder / "org/large").mkdir()
     save_file({"w": torch.zeros(6_000_000)}, folder / "org/large/large.safetensors")
+    (folder / "org/eyes").mkdir()
+    adapter = randomize(IPAdapter(IPAdapterConfig.for_dit(TINY, 12, 4)), 5)
+    torch.save(adapter.state_dict(), folder / "org/eyes/ipa.pt")
+    torch.save(clip_names(vision_model()), folder / "org/eyes/clip_img_encoder.pt")
+    Image.new("RGB", (20, 20), "red").save(folder / "red.png")
     server = Hub(folder)
     server.cards = {"org/whole": {"license": "other", "license_name": "tencent-hunyuan-community"}}
     server.gated = {"org/gated"}
@@ -233,6 +242,20 @@ def test_pictures_of_a_model_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     assert hub.downloaded() == [] and hub.asked
     for code, said in inspect(hub, tmp_path / "home", "hub:org/pipeline", **AWAY):
         assert code == 0 and "hub:org/pipeline: no network; what was downloaded before is taken" in said
+
+
+def test_an_ip_adapter_and_the_encoder_beside_it(hub: Hub, tmp_path: Path) -> None:
+    options = (
+        "--model",
+        "hub:org/whole",
+        "--image-prompt",
+        hub.folder / "red.png",
+        "--ip-adapter",
+        "hub:org/eyes/ipa.pt",
+    )
+    done = hub.run(tmp_path / "home", "-m", *DRAW, *options, "--out", tmp_path / "a.png")
+    assert (done.returncode, (tmp_path / "a.png").is_file()) == (0, True), done.stderr
+    assert hub.downloaded() == ["clip_img_encoder.pt", "hydit_tiny.safetensors", "ipa.pt"]
 
 
 def test_what_cannot_be_had_is_one_line(hub: Hub, tmp_path: Path) -> None:
