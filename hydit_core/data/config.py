@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from ..images import MAX_SIDE, SIZE_MULTIPLE, Size, check_size, parse_size
 from .section import AnyDtypeName, PlainPath, Section
 
-_SOURCE_PATHS = ("path", "root", "control_dir", "mask_dir")
+_SOURCE_PATHS = ("path", "root", "control_dir", "mask_dir", "image_prompt_dir")
 
 
 class SourceConfig(Section):
@@ -50,6 +50,15 @@ class SourceConfig(Section):
     mask_dir: PlainPath | None = Field(
         default=None,
         description="folder: where masks lie, named as the pictures; unset: its folder mask, if there is one",
+    )
+    image_prompt_field: str | None = Field(
+        default=None,
+        description="table: the column with the path of the picture's prompt picture; where it is empty, the "
+        "picture itself",
+    )
+    image_prompt_dir: PlainPath | None = Field(
+        default=None,
+        description="folder: where prompt pictures lie, named as the pictures; unset: its image_prompt",
     )
     caption_lines: bool = Field(
         default=False,
@@ -166,6 +175,29 @@ class ControlConfig(Section):
         return self
 
 
+class ImagePromptConfig(Section):
+    """Which pictures an IP-Adapter is shown in training.
+
+    ``self`` takes the training pictures themselves, ``files`` others of the same thing: from a source's
+    ``image_prompt_dir`` or ``image_prompt_field``; a picture without one is its own. Either is shown in
+    ``views`` that differ in crop and orientation, so that copying it whole does not pay.
+    """
+
+    kind: Literal["self", "files"] = Field(
+        default="self", description="self: the training pictures themselves; files: pictures in files"
+    )
+    views: int = Field(
+        default=8,
+        ge=1,
+        le=256,
+        description="in how many ways each is cropped and mirrored; 1: always whole, as it is",
+    )
+    least: float = Field(
+        default=0.7, gt=0, le=1, description="the smallest fraction of each side that a view shows"
+    )
+    flip: float = Field(default=0.5, ge=0, le=1, description="the fraction of the views that are mirrored")
+
+
 class PriorConfig(Section):
     """How pictures of sources with ``prior = true`` are mixed with the others (Ruiz et al. 2023, DreamBooth).
 
@@ -228,6 +260,7 @@ class DataConfig(Section):
     )
     control: ControlConfig | None = None
     mask: MaskConfig | None = None
+    image_prompt: ImagePromptConfig = ImagePromptConfig()
     prior: PriorConfig = PriorConfig()
     posterior: Literal["auto", "sample", "mode"] = Field(
         default="auto",
@@ -276,6 +309,11 @@ class DataConfig(Section):
         for source in self.sources:
             if (source.mask_dir or source.mask_field) and (self.mask is None or self.mask.kind != "files"):
                 raise ValueError("mask_dir and mask_field belong to a table data.mask with kind = 'files'")
+            if (source.image_prompt_dir or source.image_prompt_field) and self.image_prompt.kind != "files":
+                raise ValueError(
+                    "image_prompt_dir and image_prompt_field belong to a table data.image_prompt with kind = "
+                    "'files'"
+                )
         priors = [source.prior for source in self.sources]
         if all(priors):
             raise ValueError("every source has prior = true: one must show what is to be learned")

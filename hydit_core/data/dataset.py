@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..errors import DataError
 from ..images import Geometry, Size, to_tensor
+from .cache.embeddings import EmbeddingCache
 from .cache.latents import LatentCache
 from .config import DataConfig
 from .manifest import gather
 from .order import uniform
+from .prompt_images import PromptImages
 from .rows import Rows
 from .summary import DataSummary, summarize
 
@@ -33,8 +36,10 @@ class Batch:
     ``positions`` (B,) are the samples' places in the global batch, for random draws that do not
     depend on the rank (:func:`sample_generator`). ``weights`` (B,) is what each sample's loss counts: 1,
     what is configured for a prior sample, 0 for one that only fills a validation batch. ``mask``
-    (B, 1, H/8, W/8), where masks are configured, is what each place of a sample counts. ``skipped``
-    names pictures that could not be decoded and were replaced.
+    (B, 1, H/8, W/8), where masks are configured, is what each place of a sample counts. Where prompt
+    pictures are used, either ``prompts`` (B, 3, S, S) are they as the image encoder takes them, or, from a
+    cache, ``embeddings`` (B, embed_dim) what it gave. ``skipped`` names pictures that could not be decoded
+    and were replaced.
     """
 
     step: int
@@ -49,6 +54,8 @@ class Batch:
     moments: torch.Tensor | None = None
     control: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    prompts: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
     skipped: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -66,20 +73,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Values:
-    """A picture as pixels or moments, and in the same form its control picture; its mask."""
+    """A picture as pixels or moments, and in the same form its control picture; its mask; its prompt picture
+    as the image encoder takes it, or what that gave.
+    """
 
     picture: torch.Tensor
     control: torch.Tensor | None
     mask: torch.Tensor | None
+    prompt: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """The random numbers of a sample, each in [0, 1) but for ``flip``."""
+    """The random numbers of a sample, each in [0, 1) but for ``flip`` and ``view``."""
 
     crop: float = 0.5
     flip: bool = False
     caption: float = 0.0
+    view: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,7 @@ class TrainData(Rows):
     """
 
     _latents: LatentCache | None = None
+    _embeddings: EmbeddingCache | None = None
 
     def use_latents(self, cache: LatentCache) -> None:
         """Take latents from a complete cache from now on, in place of pictures.
@@ -137,6 +149,23 @@ class TrainData(Rows):
             )
         cache.load(self.config.cache.ram_mb << 20)
         self._latents = cache
+
+    def use_prompts(self, prompts: PromptImages, cache: EmbeddingCache | None = None) -> None:
+        """Give prompt pictures with every batch from now on, or what a complete ``cache`` holds of them.
+
+        Raises :class:`DataError` if pictures are not in it, unless unreadable ones are to be skipped.
+        """
+        self.prompts = prompts
+        if cache is None:
+            return
+        cache.store.refresh()
+        if cache.missing().any() and self.config.on_unreadable == "error":
+            raise DataError(
+                f"the cache {cache.store.folder} lacks prompt pictures; run "
+                "`python -m hydit_core.train cache CONFIG.toml` to complete it"
+            )
+        cache.load(self.config.cache.ram_mb << 20)
+        self._embeddings = cache
 
     def summary(self) -> DataSummary:
         """Counts of what was found, for ``--dry-run`` and the log."""
@@ -244,7 +273,8 @@ class TrainData(Rows):
     def _draw(self, step: int, position: int) -> _Draw:
         draw = (self.seed, step, position)
         crop = uniform(*draw, "crop") if self.config.random_crop else 0.5
-        return _Draw(crop, uniform(*draw, "flip") < self.config.flip, uniform(*draw, "caption"))
+        view = int(uniform(*draw, "view") * self.config.image_prompt.views)
+        return _Draw(crop, uniform(*draw, "flip") < self.config.flip, uniform(*draw, "caption"), view)
 
     def _training_rows(
         self, indices: np.ndarray, epochs: np.ndarray, number: int, bucket: int
@@ -321,17 +351,30 @@ class TrainData(Rows):
             geometry = Geometry.cover(self.manifest.size(row), size, flip=draw.flip)
             moments = cache.get(row, draw.flip)
             control_moments = None if maker is None else cache.get(row, draw.flip, control=True)
-            return geometry, _Values(moments, control_moments, self._mask(row, geometry))
+            return geometry, _Values(
+                moments, control_moments, self._mask(row, geometry), self._prompt(row, draw)
+            )
         picture, content = self.manifest.load(row, self.config.alpha_color)
+        prompt = self._prompt(row, draw, picture)
         geometry = Geometry.cover(picture.size, size, fraction=draw.crop, flip=draw.flip)
         picture = geometry.apply(picture)
         control = None
         if maker is not None:
             control = to_tensor(maker.make(picture, geometry, maker.file(self.manifest, row)))
-        return geometry, _Values(to_tensor(picture), control, self._mask(row, geometry, content))
+        return geometry, _Values(to_tensor(picture), control, self._mask(row, geometry, content), prompt)
 
     def _mask(self, row: int, geometry: Geometry, content: bytes | None = None) -> torch.Tensor | None:
         return None if self.masks is None else self.masks.make(self.manifest, row, geometry, content)
+
+    def _prompt(self, row: int, draw: _Draw, picture: Image.Image | None = None) -> torch.Tensor | None:
+        """A row's prompt picture as the encoder takes it, or its embedding; ``picture`` is the row's own."""
+        if self._embeddings is not None:
+            return self._embeddings.get(row, draw.view)
+        if self.prompts is None:
+            return None
+        file = self.prompts.file(self.manifest, row)
+        own = picture if file == self.manifest.picture(row) else None
+        return self.prompts.make(file, draw.view, loaded=own)
 
     def _collate(
         self, step: int, samples: list[_Sample], size: Size, positions: Any, weights: list[float]
@@ -339,6 +382,8 @@ class TrainData(Rows):
         values = torch.stack([s.values.picture for s in samples])
         controls = [s.values.control for s in samples if s.values.control is not None]
         masks = [s.values.mask for s in samples if s.values.mask is not None]
+        prompts = [s.values.prompt for s in samples if s.values.prompt is not None]
+        seen = torch.stack(prompts) if prompts else None
         return Batch(
             step=step,
             keys=[self.manifest.keys[s.row] for s in samples],
@@ -352,6 +397,8 @@ class TrainData(Rows):
             moments=values if self._latents is not None else None,
             control=torch.stack(controls) if controls else None,
             mask=torch.stack(masks) if masks else None,
+            prompts=seen if self._embeddings is None else None,
+            embeddings=seen if self._embeddings is not None else None,
             skipped=tuple(key for s in samples for key in s.skipped),
         )
 

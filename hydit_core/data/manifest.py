@@ -21,7 +21,7 @@ from .order import hash_int
 from .sources import Entry, PassedOver, PictureFile, Tally, read_source, source_kind
 
 BESIDE = {"control": "control picture", "mask": "mask"}
-"""What errors call the pictures that lie beside a picture."""
+"""What errors call the pictures that lie beside a picture and have its shape."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Findings:
     too_small: int = 0
     masks: int = 0
     """Also of pictures that are left out."""
+    image_prompts: int = 0
+    """Pictures with a prompt picture of their own, also those that are left out."""
 
 
 class Manifest:
@@ -100,7 +102,7 @@ class Manifest:
         return PictureFile(Path(self._paths[index]), row, column)
 
     def extra(self, index: int) -> dict[str, PictureFile]:
-        """What lies beside the picture: ``control``, ``mask``."""
+        """What lies beside the picture: ``control``, ``mask``, ``image_prompt``."""
         beside = json.loads(self._extras[index] or "{}")
         return {kind: PictureFile(Path(path), row, column) for kind, (path, row, column) in beside.items()}
 
@@ -159,21 +161,33 @@ def gather(config: DataConfig) -> tuple[Manifest, Findings]:
     manifest, findings = Manifest(), Findings()
     with ThreadPoolExecutor(max_workers=8) as pool:
         for number, source in enumerate(config.sources):
-            name, masks = source_name(source), findings.masks
+            name, masks, prompts = source_name(source), findings.masks, findings.image_prompts
             if config.control is not None and config.control.kind == "files":
                 source = _with_control(source)
             if config.mask is not None and config.mask.kind == "files":
                 source = _with_mask(source)
+            if config.image_prompt.kind == "files":
+                source = _with_image_prompts(source)
             for chunk in _chunks(read_source(source, findings.passed_over), 1024):
                 for entry, size in zip(chunk, _sizes(pool, chunk), strict=True):
                     _add(manifest, findings, config, entry, f"{name}/{entry.key}", size, number)
             if source.mask_field and findings.masks == masks:
                 raise DataError(f"data source {source.path}: no row has a mask in {source.mask_field!r}")
+            if source.image_prompt_field and findings.image_prompts == prompts:
+                raise DataError(
+                    f"data source {source.path}: no row has a prompt picture in {source.image_prompt_field!r}"
+                )
     _raise_findings(config, findings)
     if config.mask is not None and config.mask.kind == "files" and not findings.masks:
         raise DataError(
             "data.mask.kind = 'files', but no picture has a mask: put them into a folder `mask` in the "
             "pictures' folder, under the same names, or name mask_dir or mask_field"
+        )
+    if config.image_prompt.kind == "files" and not findings.image_prompts:
+        raise DataError(
+            "data.image_prompt.kind = 'files', but no picture has a prompt picture: put them into a folder "
+            "`image_prompt` in the pictures' folder, under the same names, or name image_prompt_dir or "
+            "image_prompt_field"
         )
     if len(manifest) == 0:
         raise DataError("no usable picture is left: " + ", ".join(str(s.path) for s in config.sources))
@@ -206,6 +220,16 @@ def _with_mask(source: SourceConfig) -> SourceConfig:
     if source.mask_dir is not None and not place.is_dir():
         raise DataError(f"data source {source.path}: its mask_dir {place} is no folder")
     return source.model_copy(update={"mask_dir": place}) if place.is_dir() else source
+
+
+def _with_image_prompts(source: SourceConfig) -> SourceConfig:
+    """The source with its place for prompt pictures, if it has one; DataError if it names one in vain."""
+    if source_kind(source) != "folder":
+        return source
+    place = source.image_prompt_dir or source.path / "image_prompt"
+    if source.image_prompt_dir is not None and not place.is_dir():
+        raise DataError(f"data source {source.path}: its image_prompt_dir {place} is no folder")
+    return source.model_copy(update={"image_prompt_dir": place}) if place.is_dir() else source
 
 
 def source_name(source: SourceConfig) -> str:
@@ -261,7 +285,9 @@ def _probe(entry: Entry) -> Size | DataError:
         told = entry.width and entry.height
         size = (entry.width, entry.height) if told else _file_size(entry.picture)
         for kind, beside in entry.extra.items():
-            check_shape(f"{BESIDE[kind]} {beside}", _file_size(beside), size)
+            found = _file_size(beside)
+            if kind in BESIDE:
+                check_shape(f"{BESIDE[kind]} {beside}", found, size)
         return size
     except DataError as error:
         return error
@@ -287,6 +313,7 @@ def _add(
         findings.missing_captions.add(f"{entry.picture}" + (f" ({entry.hint})" if entry.hint else ""))
         entry = replace(entry, captions=(config.empty_caption,))
     findings.masks += "mask" in entry.extra
+    findings.image_prompts += "image_prompt" in entry.extra
     if isinstance(size, DataError):
         findings.unreadable.add(str(size))
     elif min(size) < config.min_side:

@@ -14,6 +14,7 @@ from .manifest import Findings, Manifest
 from .mask_images import MaskImages
 from .order import BatchOrder, hash_int
 from .prior import Samples
+from .prompt_images import PromptImages
 
 
 class Rows:
@@ -55,6 +56,7 @@ class Rows:
             None if config.control is None else ControlImages(config.control, alpha_color=config.alpha_color)
         )
         self.masks = None if config.mask is None else MaskImages(config.mask)
+        self.prompts: PromptImages | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,6 +68,8 @@ class Rows:
         total = hash_int(self.seed, self.order.global_batch, str(self.sizes), str(self.config.flip))
         if self.control is not None:
             total = hash_int(total, self.control.recipe)
+        if self.prompts is not None:
+            total = hash_int(total, self.prompts.recipe)
         for record, bucket in zip(self.manifest, self.layout.bucket_of_row, strict=True):
             total = hash_int(total, record.key, *record.captions, int(bucket))
         total = hash_int(total, *np.bincount(self.layout.own))

@@ -23,6 +23,8 @@ class DataSummary:
     """Prior pictures of sizes that got no place in an epoch."""
     masks: int
     """Pictures with a mask of their own, in a file."""
+    image_prompts: int
+    """Pictures with a prompt picture of their own, in a file."""
     validation: int
     sources: dict[str, int]
     buckets: dict[str, int]
@@ -52,6 +54,7 @@ class DataSummary:
             f"samples per epoch: {self.samples_per_epoch}, in {self.steps_per_epoch} batches",
             *([f"  of prior pictures: {self.prior}"] if self.prior else []),
             *([f"masks: {self.masks}"] if self.masks else []),
+            *([f"prompt pictures: {self.image_prompts}"] if self.image_prompts else []),
             f"captions: {self.captions}, of {short} to {long} bytes (median {middle})",
             "sizes:",
             *(f"  {size}: {count}" for size, count in self.buckets.items()),
@@ -90,6 +93,7 @@ def summarize(data: Rows) -> DataSummary:
         prior=data.samples.prior,
         prior_left_out=len(np.setdiff1d(train, shown)),
         masks=sum("mask" in manifest.extra(row) for row in range(len(manifest))),
+        image_prompts=sum("image_prompt" in manifest.extra(row) for row in range(len(manifest))),
         validation=len(layout.validation),
         sources={str(s.path): int(n) for s, n in zip(config.sources, per_source, strict=True)},
         buckets={f"{w}x{h}": int(n) for (w, h), n in zip(data.sizes, counts, strict=True) if n},

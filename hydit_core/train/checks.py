@@ -42,7 +42,9 @@ def check_machine(config: TrainConfig) -> None:
     if config.data.control is not None:
         require_maker(config.data.control)
         for path in config.samples.control_images if config.samples.every else ():
-            _require_picture(path)
+            _require_picture(path, "samples.control_images")
+    for path in config.samples.image_prompts if config.samples.every else ():
+        _require_picture(path, "samples.image_prompts")
 
 
 def _require_writable(folder: Path, key: str) -> None:
@@ -56,12 +58,12 @@ def _require_writable(folder: Path, key: str) -> None:
         raise ConfigError(f"{key}: cannot write to {folder}: no permission to write to {place}")
 
 
-def _require_picture(path: Path) -> None:
+def _require_picture(path: Path, key: str) -> None:
     try:
         with Image.open(path):
             pass
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"samples.control_images: cannot read {path}: {error}") from error
+        raise ConfigError(f"{key}: cannot read {path}: {error}") from error
 
 
 def check_parts(config: TrainConfig, dit: DiTConfig, text: TextEncoders, vae: VAE, info: ModelInfo) -> None:

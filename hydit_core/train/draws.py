@@ -32,6 +32,7 @@ class Draws:
     drop_bert: list[bool]
     drop_t5: list[bool]
     drop_control: list[bool]
+    drop_image: list[bool]
 
 
 class TrainingDraws:
@@ -61,7 +62,7 @@ class TrainingDraws:
         objective = self.objective
         noise = torch.empty(len(places), *shape)
         posterior_noise = torch.zeros_like(noise)
-        drop_bert, drop_t5, drop_control = [], [], []
+        drop_bert, drop_t5, drop_control, drop_image = [], [], [], []
         for row, place in enumerate(places):
             generator = sample_generator(self.seed, step, place, "training")
             u = torch.rand(3, generator=generator).tolist()
@@ -71,10 +72,11 @@ class TrainingDraws:
             noise[row] = training_noise(shape, generator, objective.noise_offset)
             if self.sample_posterior:
                 posterior_noise[row].normal_(generator=generator)
-            # Last, so that the other draws are those of a training without control
+            # Last, so that the other draws are those of a training without control and prompt pictures
             drop_control.append(torch.rand(1, generator=generator).item() < objective.dropout_control)
+            drop_image.append(torch.rand(1, generator=generator).item() < objective.dropout_image)
         t = self.timesteps(step)[list(places)]
-        return Draws(t, noise, posterior_noise, drop_bert, drop_t5, drop_control)
+        return Draws(t, noise, posterior_noise, drop_bert, drop_t5, drop_control, drop_image)
 
     def timesteps(self, step: int) -> Tensor:
         """(step_size,) timesteps of all samples of a step, in random order."""
@@ -113,4 +115,4 @@ def validation_draws(
     slots = torch.tensor([index * stride % total for index in indices])
     t = ((slots + 0.5) * num_timesteps / total).long()
     never = [False] * len(keys)
-    return Draws(t, noise, posterior_noise, never, never, never)
+    return Draws(t, noise, posterior_noise, never, never, never, never)

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
+from ..data.cache.embeddings import EmbeddingCache, build_embedding_cache
 from ..data.cache.latents import LatentCache, build_latent_cache, cache_folder
 from ..data.cache.text import build_text_cache
 from ..data.dataset import TrainData, open_dataset
+from ..data.prompt_images import PromptImages
 from ..errors import ConfigError
 from ..model.compiled import compile_networks
 from . import checkpoint as checkpoints
@@ -31,6 +34,9 @@ from .posterior import Choice, choose
 from .restoring import picture_stamps, require_same_data, restore, shared_checkpoint
 from .samples import sample_texts
 from .stopping import cause_of, ending_at_once, tell
+
+if TYPE_CHECKING:  # it brings transformers
+    from ..image_prompts.encoder import ImageEncoder
 
 
 def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: int | None = None) -> bool:
@@ -92,7 +98,7 @@ def open_data(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainData:
 
 
 def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, processes: Processes) -> None:
-    """Encode what is missing from the configured caches, and read latents and texts from them from then on.
+    """Encode what is missing from the configured caches, and read what they hold from them from then on.
 
     Text encoders that nothing else needs give their memory back.
     """
@@ -105,6 +111,8 @@ def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, proces
         processes.barrier()
         parts.vae.to("cpu")
         data.use_latents(LatentCache(data, parts.vae, cache_folder(config.data)))
+    if parts.image_encoder is not None:
+        _prepare_prompts(config, data, parts.image_encoder, processes)
     if cache.text:
         parts.text.to(processes.device)
         with _progress("encoding captions", processes) as progress:
@@ -113,6 +121,22 @@ def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, proces
         stored.store.refresh()  # what other processes encoded
         parts.stored_text = stored
         parts.text.to("cpu" if objective_of(config).exports_text(config) else "meta")
+
+
+def _prepare_prompts(
+    config: TrainConfig, data: TrainData, encoder: ImageEncoder, processes: Processes
+) -> None:
+    """Prompt pictures with every batch; with cached latents, what the encoder gives for them."""
+    prompts = PromptImages(config.data.image_prompt, encoder.config.size, alpha_color=config.data.alpha_color)
+    encoder.to(processes.device)
+    if not config.data.cache.latents:
+        data.use_prompts(prompts)
+        return
+    with _progress("encoding prompt pictures", processes) as progress:
+        build_embedding_cache(data, encoder, prompts, progress)
+    processes.barrier()
+    encoder.to("cpu")
+    data.use_prompts(prompts, EmbeddingCache(data, encoder, prompts, cache_folder(config.data)))
 
 
 def with_posterior(

@@ -108,7 +108,11 @@ def activation_bytes(
         with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda tensor: tensor):
             contexts = module.contexts(TextFeatures(bert, masks[0], t5, masks[1]), sizes)
             before = kept.total
-            module.predict(latents, t, contexts, **dict.fromkeys(conditions, latents))
+            given = {
+                name: latents if shape is None else torch.empty(batch, *shape, dtype=dtype)
+                for name, shape in conditions.items()
+            }
+            module.predict(latents, t, contexts, **given)
     weights = [p for p in module.parameters() if p.requires_grad]
     blocks = kept.total - before
     tokens = latents.shape[-1] * latents.shape[-2] // config.patch_size**2

@@ -12,10 +12,12 @@ import torch
 from ..facts import ModelInfo
 from ..model.controlnet import ControlNet
 from ..model.dit import DiT
+from ..model.ip_adapter import IPAdapter
 from ..text.features import TextFeatures
 from ..weights.save import save_checkpoint
 
 if TYPE_CHECKING:  # they bring transformers, which a configuration is checked without
+    from ..image_prompts.encoder import ImageEncoder
     from ..text.encoders import TextEncoders
     from ..vae import VAE
 
@@ -32,6 +34,8 @@ class ModelParts:
     vae: VAE
     info: ModelInfo
     controlnet: ControlNet | None = None
+    ip_adapter: IPAdapter | None = None
+    image_encoder: ImageEncoder | None = None
     stored_text: Callable[[str], TextFeatures] | None = None
 
     def save(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:

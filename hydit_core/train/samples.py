@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from PIL import Image
 from torch import nn
 
 from ..control import ControlInput
+from ..image_prompts.run import ImagePrompt
+from ..images import load_picture
 from ..new_files import write_new
 from ..pipeline import Pipeline
 from ..presets import RunSettings, choose_settings
@@ -51,15 +53,16 @@ def draw_samples(
 ) -> Path:
     """Draw every prompt with the weights as they are now; returns the sheet ``step_00001000.png``.
 
-    With ``control``, each picture has its control picture to its left. The VAE and the text encoders, which
-    cached data do without, are on ``device`` for as long as they are needed.
+    With ``control``, each picture has its control picture to its left; with an IP-Adapter, its prompt
+    picture. The VAE, the text encoders and the image encoder, which cached data do without, are on ``device``
+    for as long as they are needed.
     """
     text: Any = parts.text if parts.stored_text is None else _StoredText(parts.stored_text)
-    borrowed = [net for net in (parts.vae, text) if isinstance(net, nn.Module)]
+    borrowed = [net for net in (parts.vae, text, parts.image_encoder) if isinstance(net, nn.Module)]
     homes = [next(net.parameters()).device for net in borrowed]
     for net in borrowed:
         net.to(device)
-    networks = [net for net in (parts.dit, parts.controlnet) if net is not None]
+    networks = [net for net in (parts.dit, parts.controlnet, parts.ip_adapter) if net is not None]
     training = [net.training for net in networks]
     for net in networks:
         net.eval()
@@ -67,16 +70,22 @@ def draw_samples(
         pipeline = Pipeline(parts.dit, text, parts.vae, parts.info)
         chosen = pipeline.settings(**settings.given())
         run = RunSettings(chosen, settings.seed, forecast=settings.forecast)
-        if parts.controlnet is None or control is None:
-            images = [picture.image for picture in pipeline.pictures(settings.prompts, run)]
-        else:
-            images = []
-            for index, prompt in enumerate(settings.prompts):
-                path = settings.control_images[index % len(settings.control_images)]
-                hint = control.from_file(path, (chosen.width, chosen.height))
+        size, images = (chosen.width, chosen.height), []
+        if parts.controlnet is not None and control is not None:
+            for prompt, path in _paired(settings.prompts, settings.control_images):
+                hint = control.from_file(path, size)
                 steer = [ControlInput(parts.controlnet, hint)]
                 drawn = pipeline.pictures([prompt], run, controls=steer)
                 images += [contact_sheet([hint, picture.image], 2) for picture in drawn]
+        elif parts.ip_adapter is not None and parts.image_encoder is not None:
+            for prompt, path in _paired(settings.prompts, settings.image_prompts):
+                shown = load_picture(path)
+                given = [ImagePrompt(parts.ip_adapter, parts.image_encoder, shown)]
+                drawn = pipeline.pictures([prompt], run, images=given)
+                # As the encoder sees it: squeezed, not cropped.
+                images += [contact_sheet([shown.resize(size), picture.image], 2) for picture in drawn]
+        else:
+            images = [picture.image for picture in pipeline.pictures(settings.prompts, run)]
     finally:
         for net, mode in zip(networks, training, strict=True):
             net.train(mode)
@@ -86,6 +95,11 @@ def draw_samples(
     contact_sheet(images).save(file, format="PNG")
     # A run that goes on from an earlier checkpoint comes to the same step again.
     return write_new(folder / f"step_{step:08d}.png", file.getvalue(), keep_same=True)
+
+
+def _paired(prompts: Sequence[str], paths: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Each prompt with its picture; one picture serves all."""
+    return ((prompt, paths[index % len(paths)]) for index, prompt in enumerate(prompts))
 
 
 def contact_sheet(images: list[Image.Image], columns: int | None = None) -> Image.Image:

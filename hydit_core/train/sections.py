@@ -26,7 +26,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class ObjectiveSection(Section):
     kind: str = Field(
         default="full",
-        description="what is trained: all weights of the DiT, a ControlNet, a LoRA, or few steps",
+        description="what is trained: all weights of the DiT, a ControlNet, a LoRA, few steps, an IP-Adapter",
     )
     train_text_encoders: bool = Field(
         default=False, description="full training: train BERT and mT5 along with the DiT"
@@ -53,6 +53,12 @@ class ObjectiveSection(Section):
     )
     dropout_control: float = Field(
         default=0.0, ge=0, le=1, description="ControlNet: probability that the control latents are zeros"
+    )
+    dropout_image: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="IP-Adapter: probability that the prompt picture's embedding is zeros",
     )
     controlnet: ConfigPath | None = Field(
         default=None, description="ControlNet: weights to continue from; unset: copied from the base"
@@ -185,6 +191,10 @@ class SamplesSection(Section):
         description="ControlNet: what data.control makes control pictures from; one, or one per prompt",
     )
 
+    image_prompts: tuple[ConfigPath, ...] = Field(
+        default=(), description="IP-Adapter: the prompt pictures; one, or one per prompt"
+    )
+
     @field_validator("sampler", "spacing")
     @classmethod
     def _known(cls, name: str | None, info: ValidationInfo) -> str | None:
@@ -204,7 +214,8 @@ class SamplesSection(Section):
 
     def given(self) -> dict[str, Any]:
         """The settings for sampling; None leaves a setting to the model's file."""
-        return self.model_dump(exclude={"every", "prompts", "seed", "forecast", "control_images"})
+        beside = {"every", "prompts", "seed", "forecast", "control_images", "image_prompts"}
+        return self.model_dump(exclude=beside)
 
 
 class CheckpointSection(Section):

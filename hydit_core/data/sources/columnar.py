@@ -103,7 +103,8 @@ def _entries(source: SourceConfig, path: Path, rows: np.ndarray | None = None) -
         wanted = source.image_field or "one of " + ", ".join(IMAGE_FIELDS)
         raise DataError(f"{path}: no column for pictures; expected {wanted}, found {', '.join(names)}")
     assert image_field is not None
-    pictures = _columns(table, [image_field, source.control_field, source.mask_field], _PICTURE)
+    beside = [source.control_field, source.mask_field, source.image_prompt_field]
+    pictures = _columns(table, [image_field, *beside], _PICTURE)
     captions = _columns(table, source.caption_fields or CAPTION_FIELDS, _CAPTION)
     sides = _columns(table, ("width", "height"), _SIDE)
     embedded = [name for name in pictures if table.kind(name) == "picture"]

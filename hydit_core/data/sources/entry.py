@@ -95,7 +95,8 @@ class Entry:
 
     ``key`` names the picture within its source, the same wherever the source lies. Width and height
     are 0 unless the source itself tells them. ``hint`` says where a missing caption may be.
-    ``extra`` are a control picture (``control``) and a mask (``mask``) that belong to it.
+    ``extra`` are a control picture (``control``), a mask (``mask``) and a prompt picture (``image_prompt``)
+    that belong to it.
     A picture inside a table has the table's path, and its row and column there.
     """
 

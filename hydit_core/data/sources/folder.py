@@ -38,7 +38,11 @@ def read_folder(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry
     root = source.path
     if not root.is_dir():
         raise DataError(f"data source {root} is not a folder")
-    beside = {"control": source.control_dir, "mask": source.mask_dir}
+    beside = {
+        "control": source.control_dir,
+        "mask": source.mask_dir,
+        "image_prompt": source.image_prompt_dir,
+    }
     folders = {kind: folder for kind, folder in beside.items() if folder is not None}
     found = False
     for folder, names in _walk(root):
@@ -55,6 +59,8 @@ def read_folder(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry
             if not captions and _lies_beside(root, name):
                 continue
             extra = {kind: PictureFile(_namesake(other, name)) for kind, other in folders.items()}
+            if "image_prompt" in extra and not extra["image_prompt"].path.is_file():
+                del extra["image_prompt"]  # the picture is its own
             yield Entry(name.as_posix(), path, captions, extra=extra, hint=hint)
     if not found:
         raise DataError(
@@ -96,7 +102,10 @@ def _composed(name: str) -> str:
 
 def _lies_beside(root: Path, name: Path) -> bool:
     """Whether a picture without caption is a mask or control picture: in their folder, named like another."""
-    return name.parts[0] in ("control", "mask") and _namesake(root, Path(*name.parts[1:])).is_file()
+    return (
+        name.parts[0] in ("control", "mask", "image_prompt")
+        and _namesake(root, Path(*name.parts[1:])).is_file()
+    )
 
 
 def _namesake(folder: Path, picture: Path) -> Path:

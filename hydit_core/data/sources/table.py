@@ -118,9 +118,14 @@ def row_captions(row: Mapping[str, Any], source: SourceConfig, where: str) -> tu
 
 
 def row_extra(row: Mapping[str, Any], source: SourceConfig, where: str) -> dict[str, PictureFile]:
-    """A row's control picture and mask, where the source has columns for them."""
+    """A row's control picture, mask and prompt picture, where the source has columns for them."""
     extra: dict[str, PictureFile] = {}
-    for kind, field in (("control", source.control_field), ("mask", source.mask_field)):
+    fields = {
+        "control": source.control_field,
+        "mask": source.mask_field,
+        "image_prompt": source.image_prompt_field,
+    }
+    for kind, field in fields.items():
         value = _named(row.get(field)) if field else None
         if not isinstance(value, (str, PictureFile, type(None))):
             raise DataError(f"{where}: {field} holds {type(value).__name__}, expected a path")

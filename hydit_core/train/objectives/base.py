@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -149,8 +149,8 @@ class Rehearsal(NamedTuple):
     module: DiffusionModule
     blocks: int
     """How many blocks keep activations for the backward pass."""
-    conditions: tuple[str, ...] = ()
-    """What ``module.predict`` takes besides, each in the shape of the latents."""
+    conditions: Mapping[str, tuple[int, ...] | None] = {}
+    """What ``module.predict`` takes besides: the shape for one sample; None: that of the latents."""
 
 
 def rehearse_dit(

@@ -125,7 +125,7 @@ class ControlNetObjective(DiffusionObjective):
         base = DiT(dit, attention=attention, dtype=dtype).requires_grad_(False)
         controlnet = ControlNet(dit, attention=attention, dtype=dtype)
         module = ControlModule(base, controlnet, Schedule(DiffusionConfig()), config.objective)
-        return Rehearsal(module, blocks=2 * dit.num_controls, conditions=("hint",))
+        return Rehearsal(module, blocks=2 * dit.num_controls, conditions={"hint": None})
 
     # -- the run -----------------------------------------------------------------------------------
 

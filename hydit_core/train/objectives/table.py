@@ -10,6 +10,7 @@ from .base import DiffusionObjective
 from .controlnet import ControlNetObjective
 from .distill import DistillObjective
 from .full import FullObjective
+from .ip_adapter import IPAdapterObjective
 from .lora import LoraObjective
 
 OBJECTIVES: dict[str, type[DiffusionObjective]] = {
@@ -17,6 +18,7 @@ OBJECTIVES: dict[str, type[DiffusionObjective]] = {
     "controlnet": ControlNetObjective,
     "lora": LoraObjective,
     "distill": DistillObjective,
+    "ip_adapter": IPAdapterObjective,
 }
 
 
