@@ -18,7 +18,7 @@ from ..model.config import DiTConfig
 from ..new_files import atomic_path
 from .beside import FOLDERS, Beside
 from .bundle import Bundle, Place, bundle
-from .detect import BERT_PREFIXES, MT5_PREFIXES, FileKind, tencent_view
+from .detect import BERT_PREFIXES, MT5_PREFIXES, FileKind, adapter_among, tencent_view
 from .diffusers_config import controlnet_config, scheduler_config, transformer_config
 from .layouts import PART_PREFIXES, Layout, belongs_to_model, from_tencent
 from .load import check_names, model_shapes
@@ -111,6 +111,8 @@ def convert(
         model = CastSource(model, dtypes_for(model, dtype))
     metadata = {**_metadata(source, kind, info), **(extra or {})}
     said = _told_of_quantised(view, layout, dtype) if told else ()
+    if adapter_among(source, kind):
+        said = (*said, "left out: its IP-Adapter (to draw with it, give the input as that)")
     if layout == "diffusers":
         tensors = from_tencent(unquantised(model), layout)
         _write_folder(out, tensors, kind, kind.config, info, metadata, progress)

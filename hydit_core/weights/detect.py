@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..model.config import DIT_G2_V12, DIT_XL2_V12, DiTConfig
 from ..model.ip_adapter import MARKS as IP_ADAPTER_NAMES
 from ..model.ip_adapter import IPAdapterConfig
 from .families import LORA, other_family
-from .layouts import find_model, to_tencent
+from .layouts import belongs_to_model, find_model, to_tencent
 from .quantised import refuse_quantised
 from .source import TensorSource, as_source
 from .views import TensorView, rename
@@ -114,8 +114,16 @@ def require_kind(source: TensorSource, kind: FileKind, *wanted: str) -> None:
 
 
 def tencent_view(source: TensorSource, kind: FileKind) -> TensorView:
-    """The DiT or ControlNet of a detected file under Tencent's names."""
-    return to_tencent(source, kind.layout, prefix=kind.prefix)  # type: ignore[arg-type]
+    """The DiT or ControlNet of a detected file under Tencent's names, without an IP-Adapter among them."""
+    view = to_tencent(source, kind.layout, prefix=kind.prefix)  # type: ignore[arg-type]
+    if not _has(view, *IP_ADAPTER_NAMES):
+        return view
+    return rename(view, lambda key: None if _has((key,), *IP_ADAPTER_NAMES) else key)
+
+
+def adapter_among(source: TensorSource, kind: FileKind) -> bool:
+    """Whether an IP-Adapter is among the tensors of a detected file's DiT: :func:`tencent_view` lacks it."""
+    return _has([key for key in source if belongs_to_model(key, kind.prefix)], *IP_ADAPTER_NAMES)
 
 
 def model_size(config: DiTConfig) -> str:
@@ -142,7 +150,7 @@ def version_text(config: DiTConfig, metadata: Mapping[str, str]) -> str:
 Keys = Mapping[str, Any]
 
 
-def _has(keys: Keys, *words: str) -> bool:
+def _has(keys: Iterable[str], *words: str) -> bool:
     return any(word in key for key in keys for word in words)
 
 
@@ -195,7 +203,7 @@ def _lora_family(keys: Keys) -> str:
 
 
 def _ip_adapter(source: TensorSource, keys: Keys) -> FileKind | None:
-    if _has(keys, "mlp_t5.0.weight") or not _has(keys, *IP_ADAPTER_NAMES):
+    if not _has(keys, *IP_ADAPTER_NAMES) or find_model(keys) is not None:
         return None
     name = "a HunyuanDiT IP-Adapter"
     try:
@@ -211,7 +219,7 @@ def ip_adapter_view(source: TensorSource) -> TensorView:
     """A file's IP-Adapter under Tencent's names, whatever is before them or beside it."""
 
     def name(key: str) -> str | None:
-        if not any(mark in key for mark in IP_ADAPTER_NAMES):
+        if not _has((key,), *IP_ADAPTER_NAMES):
             return None
         start = key.find("blocks.") if "attn2." in key else key.find("ip_adapter_")
         return key[max(start, 0) :]
@@ -244,13 +252,17 @@ def _model(source: TensorSource, keys: Keys) -> FileKind | None:
         raise WeightsError(f"{source.path} looks like a HunyuanDiT, but: {error}") from error
     version = version_text(config, source.metadata)
     name = f"HunyuanDiT-{model_size(config)} {version}"
-    if _has(keys, "kv_proj_ip_adapter"):
-        name += " with an IP-Adapter inside"
     if "final_layer.linear.weight" not in view:
         return FileKind("controlnet", f"a {name} ControlNet", config.version, layout, prefix, config)
     parts = tuple(part for part, prefixes in _PARTS.items() if any(k.startswith(prefixes) for k in keys))
     what = f"a {name} all-in-one checkpoint" if parts else f"a {name} checkpoint"
-    return FileKind("dit", what, config.version, layout, prefix, config, parts)
+    if not _has(keys, *IP_ADAPTER_NAMES):
+        return FileKind("dit", what, config.version, layout, prefix, config, parts)
+    what, advice = (
+        f"{what} with an IP-Adapter inside",
+        "give it as the model, and as the IP-Adapter too to use that",
+    )
+    return FileKind("dit", what, config.version, layout, prefix, config, parts, advice)
 
 
 _PARTS = {"bert": BERT_PREFIXES, "t5": MT5_PREFIXES, "vae": VAE_PREFIXES}

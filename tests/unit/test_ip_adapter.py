@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from key_lists import key_list, sparse_safetensors
 from tiny_models import encode, inputs, randomize, tiny
 from torch import Tensor
 
 from hydit_core.errors import WeightsError
 from hydit_core.facts import ModelInfo
 from hydit_core.model.attention import ImageContext
+from hydit_core.model.config import DiTConfig
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
 from hydit_core.model.ip_adapter import IPAdapter, IPAdapterConfig
 from hydit_core.model.rope import rope_table
+from hydit_core.weights.convert import convert
 from hydit_core.weights.detect import detect
 from hydit_core.weights.files import open_tensors
-from hydit_core.weights.load import load_ip_adapter
+from hydit_core.weights.load import load_dit, load_ip_adapter
 from hydit_core.weights.save import save_ip_adapter
 
 CONFIG = tiny(depth=4, hidden=32, heads=2)
@@ -90,6 +93,52 @@ def written_out(
             scores = queries @ keys.transpose(1, 2) / size**0.5
             total[..., columns] += scale * scores.softmax(-1) @ kv[..., width:][..., columns]
     return total @ w[f"{here}out_proj.weight"].T + w[f"{here}out_proj.bias"]
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        lambda dit, net: {**dit, **net},
+        lambda dit, net: {"module": {**dit, **net}, "lr": 1},
+        lambda dit, net: {"ema": {**dit, **net}, "module": dit},
+        lambda dit, net: {f"module.{name}": value for name, value in {**dit, **net}.items()},
+        lambda dit, net: {f"model.diffusion_model.{name}": value for name, value in {**dit, **net}.items()},
+        lambda dit, net: {**dit, **{f"ip_adapter.{name}": value for name, value in net.items()}},
+    ],
+    ids=["flat", "module", "ema", "DDP", "comfy", "apart"],
+)
+def test_a_checkpoint_with_one_inside(packed, dit: DiT, tmp_path: Path) -> None:
+    """The DiT is loaded without it; given as the IP-Adapter, the file gives that."""
+    net = adapter()
+    torch.save(packed(dit.state_dict(), net.state_dict()), tmp_path / "both.pt")
+    kind = detect(open_tensors(tmp_path / "both.pt"))
+    assert kind.kind == "dit" and kind.name.endswith("checkpoint with an IP-Adapter inside")
+    assert "as the IP-Adapter too" in kind.advice
+    for found, given in (
+        (load_dit(tmp_path / "both.pt")[0], dit),
+        (load_ip_adapter(tmp_path / "both.pt"), net),
+    ):
+        state = found.state_dict()
+        assert state.keys() == given.state_dict().keys()
+        assert all(torch.equal(state[name], value) for name, value in given.state_dict().items())
+    written = convert(tmp_path / "both.pt", tmp_path / "dit.safetensors", layout="tencent")
+    assert written.notes == ("left out: its IP-Adapter (to draw with it, give the input as that)",)
+    assert detect(open_tensors(tmp_path / "dit.safetensors")).name.endswith("checkpoint")
+
+
+def test_the_published_names_of_both_in_one_file(tmp_path: Path) -> None:
+    sparse_safetensors(tmp_path / "both.safetensors", {**key_list("g2_v12"), **key_list("ipa_extra")})
+    kind = detect(open_tensors(tmp_path / "both.safetensors"))
+    assert kind.name == "a HunyuanDiT-g/2 v1.2 checkpoint with an IP-Adapter inside"
+    model, _ = load_dit(tmp_path / "both.safetensors", device="meta")
+    assert model.config == DiTConfig() and len(model.state_dict()) == len(key_list("g2_v12"))
+    assert len(load_ip_adapter(tmp_path / "both.safetensors", device="meta").state_dict()) == 164
+
+
+def test_what_is_neither_is_named(dit: DiT, tmp_path: Path) -> None:
+    torch.save({**dit.state_dict(), "img_proj.weight": torch.zeros(2, 2)}, tmp_path / "more.pt")
+    with pytest.raises(WeightsError, match=r"tensors 1 unexpected: img_proj\.weight"):
+        load_dit(tmp_path / "more.pt")
 
 
 def test_the_formula(dit: DiT) -> None:
