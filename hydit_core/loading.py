@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .devices import choose_device
 from .dtypes import choose_dtype
 from .embedded import embedded_model
+from .errors import WeightsError
+from .model.config import DiTConfig
 from .offload.placement import Offload, Placement
 from .pipeline import Pipeline
 from .plan import Choice, choose, for_pipeline, free_memory
+
+if TYPE_CHECKING:  # they bring transformers and diffusers
+    from .text.encoders import TextEncoders
+    from .vae import VAE
 
 
 def load(
@@ -72,6 +79,16 @@ def outline(path: str | Path | None, dtype: torch.dtype, **places: Any) -> Pipel
     return _loaded(path, dtype, torch.device("meta"), **places)
 
 
+def misfits(dit: DiTConfig, text: TextEncoders, vae: VAE) -> Iterator[tuple[str, str]]:
+    """What does not go together: the option that names it (``text_encoders``, ``vae``), and how, in words."""
+    bert, mt5 = text.bert.config.hidden_size, text.t5.config.d_model
+    for name, found, wanted in (("BERT", bert, dit.text_dim), ("mT5", mt5, dit.t5_dim)):
+        if found != wanted:
+            yield "text_encoders", f"{name}'s features have {found} values, the DiT takes {wanted}"
+    if vae.latent_channels != dit.in_channels:
+        yield "vae", f"the VAE's latents have {vae.latent_channels} channels, the DiT takes {dit.in_channels}"
+
+
 def _loaded(
     path: str | Path | None,
     dtype: torch.dtype,
@@ -100,4 +117,7 @@ def _loaded(
         )
     with say_where("vae", given=vae is not None):
         autoencoder = load_vae(vae or opened, dtype=dtype, device=device)
+    for part, what in misfits(dit.config, text, autoencoder):
+        option = f"--{part.replace('_', '-')} PATH, or {part}= in Python"
+        raise WeightsError(f"{what}: they are of different models; give one that belongs to it ({option})")
     return Pipeline(dit, text, autoencoder, info, name=source.name)

@@ -22,6 +22,7 @@ from .quiet import quiet_imports
 from .tiles import Tiles
 from .weights import vae_layout
 from .weights.bundle import Bundle, Place, bundle
+from .weights.detect import what_to_do
 from .weights.source import TensorSource, as_source
 from .weights.vae_layout import SCALING_FACTOR
 
@@ -203,7 +204,8 @@ def load_vae(
     if isinstance(path_or_source, (str, os.PathLike, Bundle)):
         opened = bundle(path_or_source, only=("vae",))
         if opened.vae is None:
-            raise WeightsError(f"{opened.path}: {_NO_VAE}; it is {opened.kind.name}")
+            other = "" if opened.kind.kind == "dit" else f"; {what_to_do(opened.source, opened.kind)}"
+            raise WeightsError(f"{opened.path}: {_NO_VAE}; it is {opened.kind.name}{other}")
         source, info = opened.vae, info or opened.info
     else:
         source = as_source(path_or_source)

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..dtypes import dtype_name
 from ..errors import LoraError
 from ..weights import hub
-from ..weights.detect import detect
-from ..weights.files import open_tensors
+from ..weights.bundle import open_model
+from ..weights.detect import detect, what_to_do
+from ..weights.files import has_weights, open_tensors
 from ..weights.source import MemorySource, TensorSource
 from .adapter import Adapter
 from .kinds import KINDS, BiasOnly, DoRA, SetWeight
@@ -124,6 +125,8 @@ def from_tensors(
 
 
 def _read_one(path: Path, part: str = "") -> Adapter:
+    if path.is_dir() and not has_weights(path):  # the folder of a model, or of nothing
+        raise LoraError(_not_a_lora(open_model(path)))
     return _from_source(open_tensors(path), read_peft_config(path), part)
 
 
@@ -235,7 +238,8 @@ def _not_a_lora(source: TensorSource) -> str:
         "unknown": "no LoRA of a kind that is known here",
     }
     what = names.get(kind.kind, kind.name)
-    advice = kind.advice or f"its first tensor is {next(iter(source), 'none')}"
+    advice = f"its first tensor is {next(iter(source), 'none')}" if kind.kind == "lora" else ""
+    advice = advice or what_to_do(source, kind)
     return f"{source.path} is {what}; expected a LoRA for HunyuanDiT; {advice}"
 
 

@@ -12,6 +12,7 @@ import torch
 from ..errors import WeightsError
 from ..quiet import quiet_imports
 from ..weights.bundle import Place, bundle
+from ..weights.detect import what_to_do
 from ..weights.load import assign_weights, compute_dtype
 from ..weights.single import check_rest
 from ..weights.source import CastSource, TensorSource
@@ -60,10 +61,11 @@ def load_text_encoders(
     info = opened.info
     missing = [name for name, part in (("BERT", opened.bert), ("mT5", opened.mt5)) if part is None]
     if opened.bert is None or opened.mt5 is None:
+        other = "" if opened.kind.kind == "dit" else f"{what_to_do(opened.source, opened.kind)}; "
         raise WeightsError(
             f"{opened.path} holds no {' and no '.join(missing)} text encoder; it is {opened.kind.name}; "
-            "give the text encoders separately: an all-in-one checkpoint, a diffusers folder or Tencent's "
-            "t2i folder"
+            f"{other}give the text encoders separately: an all-in-one checkpoint, a diffusers folder or "
+            "Tencent's t2i folder"
         )
     given = () if tokenizers is None else (Path(tokenizers),)
     vocabulary, spiece_model = vocabulary_of(opened, *given), spiece_of(opened, *given)

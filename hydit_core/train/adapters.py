@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..data.order import hash_int
 from ..data.section import AnyDtypeName, Section
-from ..errors import ConfigError
+from ..errors import ConfigError, LoraError
 from ..lora.adapter import Adapter
+from ..lora.fuse import fused
 from ..lora.kinds import DoRA, LoRA
 from ..lora.patch import Patch
 from ..quiet import quiet_imports
@@ -50,7 +51,7 @@ class LoraSection(Section):
     train_bert: bool = Field(default=False, description="adapters in BERT too")
     train_t5: bool = Field(default=False, description="adapters in mT5 too")
     init_from: ConfigPath | None = Field(
-        default=None, description="a LoRA to continue from, in any format and of the same rank"
+        default=None, description="a LoRA or DoRA to continue from, in any format, of at most this rank"
     )
     base_precision: Annotated[Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4"] | None, AnyDtypeName] = (
         Field(default=None, description="how the frozen DiT's matrices are stored; unset: run.precision")
@@ -247,14 +248,14 @@ def _patch(name: str, parameters: Mapping[str, Tensor], scale: float) -> Patch:
 
 @torch.no_grad()
 def load_adapter(parts: Mapping[str, nn.Module], config: LoraSection, adapter: Adapter, where: str) -> None:
-    """Continue from ``adapter``. Layers that it lacks are initialized as in a new run.
+    """Continue from ``adapter``. Layers that it lacks, and ranks beyond its own, begin as in a new run.
 
     Raises:
         ConfigError: as :func:`starting_values` does.
     """
     parameters = adapter_parameters(parts)
     for name, value in starting_values(parameters, config, adapter, where).items():
-        parameters[name].copy_(value)
+        parameters[name][tuple(slice(size) for size in value.shape)] = value.to(parameters[name].device)
 
 
 def starting_values(
@@ -262,8 +263,11 @@ def starting_values(
 ) -> dict[str, Tensor]:
     """The values, by name, that ``parameters`` (see :func:`adapter_parameters`) take to continue ``adapter``.
 
+    Its slices of a fused projection become one LoRA of all of it, whose rank is the sum of theirs. A smaller
+    rank than the run's gives the first of its rows (``lora_A``) and columns (``lora_B``).
+
     Raises:
-        ConfigError: it changes layers that this run does not train, or is of another kind or rank.
+        ConfigError: it changes layers that this run does not train, or is of another kind or a higher rank.
     """
     foreign = [name for name in adapter.modules if f"{name}.lora_A" not in parameters]
     if foreign:
@@ -273,13 +277,8 @@ def starting_values(
         )
     values: dict[str, Tensor] = {}
     for name, patches in adapter.modules.items():
-        patch = patches[0]
+        patch = _continued(patches, parameters[f"{name}.lora_B"].shape[0], name, where)
         dora = isinstance(patch, DoRA)
-        plain = len(patches) == 1 and patch.rows is None and patch.bias is None
-        if not plain or patch.peft_tensors() is None:
-            raise ConfigError(
-                f"lora.init_from: {where} is not a plain LoRA at {name}; merge it into the base instead"
-            )
         if dora != config.dora:
             raise ConfigError(
                 f"lora.init_from: {where} is {'a' if dora else 'no'} DoRA: "
@@ -289,11 +288,39 @@ def starting_values(
         values[f"{name}.lora_B"] = patch.tensors["up"].float() * (patch.scale / scale_of(config))
         if isinstance(patch, DoRA):
             values[f"{name}.magnitude"] = patch.magnitude.flatten()
-    for name, value in values.items():
-        if parameters[name].shape != value.shape:
-            rank = values[f"{name.rpartition('.')[0]}.lora_A"].shape[0]
-            raise ConfigError(
-                f"lora.init_from: {where}: {name} is {tuple(value.shape)}, this run trains "
-                f"{tuple(parameters[name].shape)}; its rank is {rank}"
-            )
+    _check_fit(values, parameters, config, where)
     return values
+
+
+def _check_fit(
+    values: Mapping[str, Tensor], parameters: Mapping[str, Tensor], config: LoraSection, where: str
+) -> None:
+    rank = max(value.shape[0] for name, value in values.items() if name.endswith(".lora_A"))
+    if rank > config.rank:
+        raise ConfigError(
+            f"lora.init_from: {where} has modules of rank {rank}, this run trains {config.rank}: "
+            f"set lora.rank = {rank} or more"
+        )
+    for name, value in values.items():
+        size, ours = list(value.shape), list(parameters[name].shape)
+        if len(size) == 2:  # the factors' own dimension is the rank
+            del size[name.endswith(".lora_B")], ours[name.endswith(".lora_B")]
+        if size != ours:
+            raise ConfigError(
+                f"lora.init_from: {where} is for a model of other dimensions: {name} is "
+                f"{tuple(value.shape)}, this run trains {tuple(parameters[name].shape)}"
+            )
+
+
+def _continued(patches: Sequence[Patch], rows: int, name: str, where: str) -> Patch:
+    """Changes of a layer of ``rows`` rows as one LoRA or DoRA. Raises :class:`ConfigError` for others."""
+    try:
+        patch = fused(patches, rows, where=name)
+    except LoraError as error:
+        raise ConfigError(f"lora.init_from: {where}: {error}") from None
+    if patch.bias is not None or patch.peft_tensors() is None:
+        raise ConfigError(
+            f"lora.init_from: {where} is not a plain LoRA at {name}; merge it into the base instead "
+            "(python -m hydit_core.lora merge)"
+        )
+    return patch

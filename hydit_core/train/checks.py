@@ -16,6 +16,7 @@ from ..data.control_images import require_maker
 from ..diffusion.schedule import Schedule
 from ..errors import ConfigError
 from ..facts import ModelInfo
+from ..loading import misfits
 from ..model.config import DiTConfig
 from ..presets import check_settings, choose_settings
 from ..quiet import quiet_imports
@@ -71,16 +72,8 @@ def check_parts(config: TrainConfig, dit: DiTConfig, text: TextEncoders, vae: VA
 
     ``info`` is that of the file that will be written.
     """
-    bert, mt5 = text.bert.config.hidden_size, text.t5.config.d_model
-    for name, found, wanted in (("BERT", bert, dit.text_dim), ("mT5", mt5, dit.t5_dim)):
-        if found != wanted:
-            raise ConfigError(
-                f"model.text_encoders: {name}'s features have {found} values, the DiT takes {wanted}"
-            )
-    if vae.latent_channels != dit.in_channels:
-        raise ConfigError(
-            f"model.vae: its latents have {vae.latent_channels} channels, the DiT takes {dit.in_channels}"
-        )
+    for part, what in misfits(dit, text, vae):
+        raise ConfigError(f"model.{part}: {what}")
     if config.objective.vlb and dit.out_channels != 2 * dit.in_channels:
         raise ConfigError(
             f"objective.vlb: the DiT has {dit.out_channels} output channels, the variational bound needs "

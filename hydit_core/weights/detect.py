@@ -41,11 +41,15 @@ _PUBLISHED = {
 }
 """Where one of each kind can be had; the rest is in Tencent-Hunyuan/HunyuanDiT-v1.2."""
 _ADVICE = {
-    "lora": "give it as a LoRA, beside the checkpoint that it changes",
+    "lora": "give it as a LoRA, beside the checkpoint that it changes (python -m hydit_core.lora converts "
+    "and merges it)",
     "controlnet": "give it as a ControlNet, beside a checkpoint",
-    "ip_adapter": "IP-Adapters are given beside a checkpoint",
-    "vision": "image encoders are given beside an IP-Adapter",
+    "ip_adapter": "give it as an IP-Adapter, beside a checkpoint",
+    "vision": "give it as the image encoder of an IP-Adapter",
     "dit": "give it as the model",
+    "bert": "give it as text encoders, beside a checkpoint",
+    "t5": "give it as text encoders, beside a checkpoint",
+    "vae": "give it as the VAE",
 }
 
 
@@ -106,11 +110,16 @@ def require_kind(source: TensorSource, kind: FileKind, *wanted: str) -> None:
         refuse_quantised(source)
         return
     expected = " or ".join(_WANTED[name] for name in wanted)
-    first = f"the first of its {len(source)} tensors is {next(iter(source), 'none')}"
-    advice = kind.advice or _ADVICE.get(kind.kind, first)
+    advice = what_to_do(source, kind)
     if kind.kind == "other":
         advice += f"; published: {_PUBLISHED.get(wanted[0], 'Tencent-Hunyuan/HunyuanDiT-v1.2')}"
     raise WeightsError(f"{source.path} is {kind.name}; expected {expected}; {advice}")
+
+
+def what_to_do(source: TensorSource, kind: FileKind) -> str:
+    """What to do with a file of another kind than is wanted; of an unknown one, what can be seen."""
+    first = f"the first of its {len(source)} tensors is {next(iter(source), 'none')}"
+    return kind.advice or _ADVICE.get(kind.kind, first)
 
 
 def tencent_view(source: TensorSource, kind: FileKind) -> TensorView:

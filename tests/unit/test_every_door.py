@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from published_files import KINDS, Written, is_old, kinds
+from published_files import KINDS, is_old, kinds
+from published_parts import Written
 from safetensors.torch import load_file, save_file
 from tiny import TINY_V11, write_tiny_model
 from torch import Tensor
 from train_setup import run_training, write_run
 
 from hydit_core import load, load_controlnet
+from hydit_core.errors import ConfigError, HyditError, WeightsError
 from hydit_core.generate.__main__ import main as generate
 from hydit_core.lora.__main__ import main as lora
 from hydit_core.weights.__main__ import main as weights
@@ -88,8 +90,9 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 
 def near(found: Mapping[str, Tensor], base: Mapping[str, Tensor], one: Written, within: float) -> None:
     """``found`` is ``base`` with the LoRA's changes, and nothing else has changed."""
-    assert one.changes.keys() <= base.keys() and found.keys() == base.keys()
-    for key, value in base.items():
+    assert one.changes.keys() <= found.keys() <= base.keys()
+    for key in found:
+        value = base[key]
         if change := one.changes.get(key):
             expected = change(value.double())
             torch.testing.assert_close(found[key].double(), expected, atol=within, rtol=within)
@@ -184,9 +187,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    folder: Path, pictures: Path, objective: str, more: str = "", **model: Path | str
-) -> dict[str, Tensor]:
-    """One step; gives what was exported."""
+    folder: Path, pictures: Path, objective: str, more: str = "", lr: float = 1e-3, **model: Path | str
+) -> Path:
+    """One step; gives the file that was exported."""
     lines = "\n".join(
         f'{key} = "{value.as_posix() if isinstance(value, Path) else value}"' for key, value in model.items()
     )
@@ -201,7 +204,7 @@ resolution = 64
 kind = "{objective}"
 {more}
 [optimizer]
-lr = 1e-3
+lr = {lr}
 [ema]
 enabled = false
 [run]
@@ -218,7 +221,7 @@ export_all_in_one = false
 """)
     assert run_training(config)
     (out,) = (path for path in (folder / "run").glob("*.safetensors"))
-    return load_file(out)
+    return out
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -226,7 +229,7 @@ def test_a_model_is_trained(
     name: str, written: dict[str, Written], tiny_model_file: Path, pictures: Path, tmp_path: Path
 ) -> None:
     one = written[name]
-    found = train(tmp_path, pictures, "full", init_from=one.place, **parts(one, tiny_model_file))
+    found = load_file(train(tmp_path, pictures, "full", init_from=one.place, **parts(one, tiny_model_file)))
     assert found.keys() == one.tensors.keys()
     moved = [(found[key] - value.float()).abs().max().item() for key, value in one.tensors.items()]
     # Adam's first step is as long as the learning rate.
@@ -268,7 +271,7 @@ def test_a_controlnet_is_trained(
 ) -> None:
     one, model = written[name], old_model_file if is_old(name) else tiny_model_file
     more = f'controlnet = "{one.place.as_posix()}"\n[data.control]\nkind = "canny"\n'
-    found = train(tmp_path, pictures, "controlnet", more, init_from=model)
+    found = load_file(train(tmp_path, pictures, "controlnet", more, init_from=model))
     moved = [(found[key] - value.float()).abs().max().item() for key, value in one.tensors.items()]
     assert found.keys() == one.tensors.keys() and 5e-4 < max(moved) < 2e-3
 
@@ -301,3 +304,121 @@ def test_a_lora_is_merged_and_converted(
     pipe = load(tiny_model_file, device="cpu")
     pipe.load_lora(made)
     near(whole(pipe), before, one, within=1e-4)
+
+
+# Whose ranks of q, k and v add up, and which layers each changes.
+CONTINUED = {
+    "jade": "rank = 64",
+    "T2ITrainer's LoRA": "rank = 12",
+    "T2ITrainer's DoRA": "rank = 9\ndora = true",
+    "DiffSynth-Studio's LoRA": 'rank = 9\nalpha = 3\ntargets = "all-linear"',
+    "kohya's": 'rank = 4\ntargets = "all-linear"\ntrain_bert = true\ntrain_t5 = true',
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_the_training_of_a_lora_goes_on(
+    name: str, written: dict[str, Written], tiny_model_file: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """After a step that is as good as none, what is exported changes the weights as the file did."""
+    one = written[name]
+    more = f'[lora]\ninit_from = "{one.place.as_posix()}"\n{CONTINUED[name]}'
+    out = train(tmp_path, pictures, "lora", more, lr=1e-9, init_from=tiny_model_file)
+    pipe = load(tiny_model_file, device="cpu")
+    before = whole(pipe)
+    pipe.load_lora(out)
+    near({key: value for key, value in whole(pipe).items() if key in one.changes}, before, one, within=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LoHa", "LoKr", "full and norms"])
+def test_what_the_trainer_does_not_train_is_refused(
+    name: str, written: dict[str, Written], tiny_model_file: Path, pictures: Path, tmp_path: Path
+) -> None:
+    more = f'[lora]\ninit_from = "{written[name].place.as_posix()}"\ntargets = "all-linear"'
+    expected = "norm" if "norms" in name else "is not a plain LoRA at .*merge it into the base instead"
+    with pytest.raises(ConfigError, match=expected):
+        train(tmp_path, pictures, "lora", more, init_from=tiny_model_file)
+
+
+# -- the wrong door ------------------------------------------------------------------------------------------
+
+# What is said of each file at every door that does not take it, and where it belongs.
+ELSEWHERE = {
+    "Tencent's average": ("a HunyuanDiT-64x4 v1.2 checkpoint", "give it as the model"),
+    "diffusers' folder": ("a HunyuanDiT-64x4 v1.2 checkpoint", "give it as the model"),
+    "TTPlanet's tile": ("a HunyuanDiT-64x4 v1.2 ControlNet", "give it as a ControlNet"),
+    "jade": ("a HunyuanDiT LoRA (PEFT layout)", "give it as a LoRA"),
+    "full and norms": ("a HunyuanDiT LoRA (kohya layout)", "give it as a LoRA"),
+    "IP-Adapter": ("a HunyuanDiT-64x4 IP-Adapter", "give it as an IP-Adapter"),
+    "image encoder": ("a CLIP image encoder", "give it as the image encoder of an IP-Adapter"),
+}
+# The roles that a door takes, and how it is called.
+DOORS: dict[str, tuple[str, str]] = {
+    "--model": ("model", "generate"),
+    "--controlnet": ("controlnet", "generate"),
+    "--lora": ("lora", "generate"),
+    "--text-encoders": ("model", "generate"),
+    "--vae": ("model", "generate"),
+    "merge into": ("model", "lora"),
+    "merge": ("lora", "lora"),
+    "inspect": ("lora", "lora"),
+    "extract": ("model", "lora"),
+    "convert": ("model controlnet", "weights"),
+    "quantize": ("model controlnet", "weights"),
+    "full": ("model", "train"),
+    "lora": ("lora", "train"),
+    "controlnet": ("controlnet", "train"),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_wrong_at_a_door_is_named_and_sent_to_the_right_one(
+    door: str, written: dict[str, Written], tiny_model_file: Path, pictures: Path, tmp_path: Path, capsys
+) -> None:
+    takes, command = DOORS[door]
+    out = tmp_path / "out.safetensors"
+    for name, (what, where) in ELSEWHERE.items():
+        if KINDS[name].role in takes.split():
+            continue
+        place = written[name].place
+        if command == "train":
+            more = {
+                "full": "",
+                "lora": f'[lora]\ninit_from = "{place.as_posix()}"',
+                "controlnet": f'controlnet = "{place.as_posix()}"\n[data.control]\nkind = "canny"',
+            }[door]
+            model = place if door == "full" else tiny_model_file
+            beside = {"text_encoders": tiny_model_file, "vae": tiny_model_file}
+            with pytest.raises(HyditError) as told:
+                train(tmp_path, pictures, door, more, init_from=model, **beside)
+            error = f"{told.value}\n"
+        else:
+            arguments = {
+                "--controlnet": ["--controlnet", place, "--control-image", "none.png"],
+                "merge into": ["merge", place, written["jade"].place, "-o", out],
+                "merge": ["merge", tiny_model_file, place, "-o", out],
+                "inspect": ["inspect", place],
+                "extract": ["extract", place, tiny_model_file, "--rank", 2, "-o", out],
+                "convert": ["convert", place, "-o", out, "--layout", "tencent"],
+                "quantize": ["quantize", place, "-o", out, "--format", "int8"],
+            }.get(door, [door, place])
+            if command == "generate":
+                model = [] if door == "--model" else ["--model", tiny_model_file]
+                arguments += [*model, "--prompt", "a", "--out", tmp_path / "pictures"]
+            assert {"generate": generate, "lora": lora, "weights": weights}[command](
+                list(map(str, arguments))
+            ) == 2
+            error = capsys.readouterr().err
+            assert error.startswith("error: ")
+        assert error.count("\n") == 1 and place.name in error and what in error, name
+        assert where in error or (door in ("--text-encoders", "--vae") and KINDS[name].role == "model"), name
+    assert not out.exists() and not (tmp_path / "pictures").exists() and not (tmp_path / "run").exists()
+
+
+def test_text_encoders_of_another_width_are_refused(
+    written: dict[str, Written], tiny_model_file: Path
+) -> None:
+    with pytest.raises(
+        WeightsError, match=r"BERT's features have 64 values, the DiT takes 32.*--text-encoders"
+    ):
+        load(tiny_model_file, text_encoders=written["Freeway Animation"].place, device="cpu")

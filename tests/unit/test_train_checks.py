@@ -69,7 +69,7 @@ def test_torch_gets_the_threads_that_are_asked_for(
         (["model.from_scratch.t5_dim=64"], "mT5's features have 32 values, the DiT takes 64"),
         (
             ["model.from_scratch.in_channels=8", "model.from_scratch.out_channels=16"],
-            "model.vae: its latents have 4 channels, the DiT takes 8",
+            "model.vae: the VAE's latents have 4 channels, the DiT takes 8",
         ),
         (["model.text_encoders.bert.hiden_size=32"], "unknown key; did you mean hidden_size?"),
         (["model.text_encoders.bert.num_attention_heads=3"], "model.text_encoders: cannot be built so"),

@@ -352,10 +352,31 @@ def test_continuing_a_lora(config: Path, finished: Path, tmp_path: Path) -> None
                 assert torch.allclose(before[name][0].delta(), after[name][0].delta(), atol=1e-7)
     with pytest.raises(ConfigError, match="layers that this run does not train"):
         objective_of(config, f"lora.init_from={finished / 'lora'}")
-    with pytest.raises(ConfigError, match="its rank is 3"):
-        objective_of(config, *wide, "lora.rank=4", f"lora.init_from={finished / 'lora'}")
+    with pytest.raises(ConfigError, match=r"of rank 3, this run trains 2: set lora\.rank = 3"):
+        objective_of(config, *wide, "lora.rank=2", f"lora.init_from={finished / 'lora'}")
     with pytest.raises(ConfigError, match=r"set lora\.dora = false"):
         objective_of(config, *wide, "lora.dora=true", f"lora.init_from={finished / 'lora'}")
+
+
+def test_a_higher_rank_than_that_of_the_lora_learns_too(config: Path, finished: Path, tmp_path: Path) -> None:
+    """The ranks beyond its own begin as those of a new LoRA: they change nothing yet, and get gradients."""
+    wide = [
+        "lora.train_bert=true",
+        "lora.train_t5=true",
+        "lora.rank=5",
+        f"lora.init_from={finished / 'lora'}",
+    ]
+    objective = objective_of(config, *wide)
+    objective.export(tmp_path / "again.safetensors", dtype=torch.float32, all_in_one=False, extra={})
+    before = reading.read(finished / "lora.safetensors").modules
+    after = reading.read(tmp_path / "again.safetensors").modules
+    for name, patches in before.items():
+        assert (
+            torch.allclose(patches[0].delta(), after[name][0].delta(), atol=1e-7) and after[name][0].rank == 5
+        )
+    losses(objective, config).sum().backward()
+    found = objective.parameters()["dit.blocks.0.attn1.Wqkv.lora_B"]
+    assert found[:, 3:].abs().max() == 0 < found.grad[:, 3:].abs().max()
 
 
 def test_a_dry_run_counts_adapters_and_a_base_in_few_bits(config: Path) -> None:
@@ -381,8 +402,8 @@ def test_a_dry_run_refuses_what_training_would(config: Path, finished: Path, tmp
     lines = "\n".join(describe(load_config(config, [*same, f"lora.init_from={finished / 'lora'}"])))
     assert f"it starts from {finished / 'lora'}" in lines
     assert "that folder holds a run already (step_00000003)" in lines
-    with pytest.raises(ConfigError, match=r"lora_A is \(3, \d+\), this run trains .* its rank is 3"):
-        list(describe(load_config(config, [*same, f"lora.init_from={finished / 'lora'}", "lora.rank=4"])))
+    with pytest.raises(ConfigError, match=r"of rank 3, this run trains 2: set lora\.rank = 3"):
+        list(describe(load_config(config, [*same, f"lora.init_from={finished / 'lora'}", "lora.rank=2"])))
 
 
 def test_the_estimate_is_what_is_stored() -> None:
