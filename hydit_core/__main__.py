@@ -13,7 +13,7 @@ from .version import VERSION
 #: The folder of this package that is run, and what it does.
 COMMANDS = {
     "generate": "draw pictures from prompts",
-    "train": "train all weights, a ControlNet or a LoRA",
+    "train": "train all weights, a ControlNet, a LoRA or an IP-Adapter",
     "weights": "inspect and convert weights",
     "lora": "inspect, convert, merge, combine and extract LoRAs",
     "compare": "settings, files or folders of pictures side by side, with figures",

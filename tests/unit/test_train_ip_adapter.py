@@ -314,6 +314,21 @@ def test_continuing_an_adapter(config: Path, finished: Path) -> None:
     assert all(torch.equal(value, stored[name]) for name, value in built.state_dict().items())
 
 
+def test_the_encoder_beside_an_adapter(config: Path, finished: Path, tmp_path: Path) -> None:
+    """As ipa.pt and clip_img_encoder.pt lie; one without an encoder says so."""
+    start, text = tmp_path / "ipa.safetensors", config.read_text("utf-8")
+    start.write_bytes((finished / "ip_adapter.safetensors").read_bytes())
+    path = config.with_name("beside.toml")
+    path.write_text(text.replace('encoder = "encoder.safetensors"', f'init_from = "{start}"'), "utf-8")
+    with pytest.raises(WeightsError, match="has no image encoder, neither inside nor beside it"):
+        list(describe(load_config(path)))
+    write_encoder(tmp_path / "image_encoder.safetensors")
+    assert build(load_config(path)).image_encoder.config.embed_dim == EMBED
+    path.write_text(text.replace('encoder = "encoder.safetensors"', ""), "utf-8")
+    with pytest.raises(ConfigError, match=r"ip_adapter\.encoder is needed for a new one"):
+        load_config(path)
+
+
 def test_models_with_sizes_train_too(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "old.safetensors", TINY_V11)
     assert run_training(write_ip_run(tmp_path / "run", model), "run.steps=1", "run.precision=bf16")

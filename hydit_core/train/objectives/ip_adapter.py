@@ -23,6 +23,7 @@ from ...model.config import DiTConfig
 from ...model.dit import DiT
 from ...model.ip_adapter import IPAdapter, IPAdapterConfig
 from ...text.features import TextFeatures
+from ...weights import hub
 from ...weights.frozen import OPERATIONS, store, stored_bytes
 from ...weights.load import load_ip_adapter
 from ...weights.save import save_ip_adapter
@@ -42,7 +43,7 @@ class IPAdapterSection(Section):
 
     encoder: ConfigPath | None = Field(
         default=None,
-        description="the CLIP image encoder, such as Tencent's clip_img_encoder.pt; it stays as it is",
+        description="the CLIP image encoder, such as Tencent's clip_img_encoder.pt; unset: that of init_from",
     )
     init_from: ConfigPath | None = Field(
         default=None,
@@ -99,10 +100,10 @@ class IPAdapterObjective(DiffusionObjective):
                 "an IP-Adapter is trained for finished weights: give model.init_from, and leave "
                 "objective.train_text_encoders off"
             )
-        if own.encoder is None:
+        if own.encoder is None and own.init_from is None:
             raise ValueError(
-                "ip_adapter.encoder is needed: the image encoder, such as clip_img_encoder.pt beside "
-                "Tencent's ipa.pt"
+                "ip_adapter.encoder is needed for a new one: the image encoder, such as clip_img_encoder.pt "
+                "beside Tencent's ipa.pt"
             )
         if samples.every and len(samples.image_prompts) not in (1, len(samples.prompts)):
             raise ValueError(
@@ -125,7 +126,7 @@ class IPAdapterObjective(DiffusionObjective):
 
     @classmethod
     def shapes(cls, config: TrainSections, dit: DiT, text: TextEncoders) -> dict[str, Tensor]:
-        encoder = open_encoder(config)
+        encoder = open_encoder(config, device="meta")
         with torch.device("meta"):
             fresh = IPAdapter(
                 IPAdapterConfig.for_dit(dit.config, encoder.config.embed_dim, _own(config).tokens)
@@ -140,14 +141,14 @@ class IPAdapterObjective(DiffusionObjective):
         )
         yield (
             f"IP-Adapter from {_own(config).init_from or 'scratch'}: {adapter.num_tokens} tokens for "
-            f"embeddings of {adapter.embed_dim} values by {_own(config).encoder}"
+            f"embeddings of {adapter.embed_dim} values by {_own(config).encoder or 'the encoder beside it'}"
         )
 
     @classmethod
     def frozen_bytes(cls, config: TrainSections, dit: DiT) -> int:
         encoder = 0
         if not config.data.cache.latents:  # else it is needed for the cache and the samples alone
-            encoder = sum(p.numel() for p in open_encoder(config).parameters())
+            encoder = sum(p.numel() for p in open_encoder(config, device="meta").parameters())
         bits = 2 if config.run.precision == "bf16" else 4
         return stored_bytes(dit, None, default=config.run.precision) + bits * encoder
 
@@ -156,8 +157,7 @@ class IPAdapterObjective(DiffusionObjective):
         cls, config: TrainSections, dit: DiTConfig, *, attention: AttentionFn, dtype: torch.dtype
     ) -> Rehearsal:
         base = DiT(dit, attention=attention, dtype=dtype, operations=OPERATIONS).requires_grad_(False)
-        with torch.device("cpu"):
-            width = open_encoder(config).config.embed_dim
+        width = open_encoder(config, device="meta").config.embed_dim
         adapter = IPAdapter(IPAdapterConfig.for_dit(dit, width, _own(config).tokens), dtype=dtype)
         module = IPAdapterModule(base, adapter, Schedule(DiffusionConfig()), config.objective)
         return Rehearsal(module, blocks=dit.depth, conditions={"embedding": (width,)})
@@ -223,12 +223,14 @@ class IPAdapterObjective(DiffusionObjective):
 
 
 def open_encoder(config: TrainSections, **how: Any) -> ImageEncoder:
-    """The image encoder of a run; by default only mapped."""
-    from ...image_prompts.encoder import load_image_encoder
+    """The image encoder of a run; ``how`` goes to :func:`~..image_prompts.encoder.load_image_encoder`."""
+    from ...image_prompts.encoder import encoder_beside, load_image_encoder
 
-    path = _own(config).encoder
-    assert path is not None
-    return load_image_encoder(path, **how)
+    own = _own(config)
+    if own.encoder is not None:
+        return load_image_encoder(hub.local(own.encoder, ("vision",)), **how)
+    assert own.init_from is not None
+    return load_image_encoder(encoder_beside(own.init_from), **how)
 
 
 def _continued(config: TrainSections, dit: DiTConfig, encoder: ImageEncoder) -> IPAdapter | None:
@@ -239,7 +241,7 @@ def _continued(config: TrainSections, dit: DiTConfig, encoder: ImageEncoder) -> 
     path = _own(config).init_from
     if path is None:
         return None
-    adapter = load_ip_adapter(path, dtype=torch.float32)
+    adapter = load_ip_adapter(hub.local(path, ("ip_adapter",)), dtype=torch.float32)
     try:
         check_adapter(adapter, dit)
         check_encoder(encoder.config.embed_dim, adapter)
