@@ -29,6 +29,7 @@ _WEIGHTS = "--control-weights"
 _MADE = {"tile": "--upscale", "inpaint": "--inpaint"}
 """Control pictures that follow from other options, and from which."""
 KINDS = ("none", "canny", *_MADE)
+_USED = {"control": "control picture", "mask": "mask", "prompt": "image prompt"}
 MAX_STRENGTH = 10
 """HyDiTControlNetApply takes 0 to this; other weights are written as layer weights."""
 
@@ -181,7 +182,7 @@ def read(
         facts.append(fact)
     for control, fact in zip(controls, facts, strict=True):
         if "image" in fact:
-            fact["picture"] = _write(control.image, folder, Path(fact["image"]).stem, "control").name
+            fact["picture"] = write_used(control.image, folder, Path(fact["image"]).stem, "control").name
     return controls, facts
 
 
@@ -196,7 +197,7 @@ def _picture(path: Path, kind: str, net: Bundle, settings: SamplingDefaults) -> 
 def write_mask(mask: Image.Image, args: argparse.Namespace, folder: Path) -> Path:
     """Write the mask of ``--inpaint`` as it is used, for the workflow in the pictures."""
     source = args.init_image if args.inpaint == ALPHA else Path(args.inpaint)
-    return _write(mask, folder, source.stem, "mask")
+    return write_used(mask, folder, source.stem, "mask")
 
 
 def _control(args: argparse.Namespace, net: Any, hint: Image.Image, chosen: LayerWeights) -> ControlInput:
@@ -208,8 +209,11 @@ def files(args: argparse.Namespace) -> list[Path]:
     return [split_weight(text)[0] for text in args.controlnet]
 
 
-def _write(picture: Image.Image, folder: Path, stem: str, what: str) -> Path:
-    """Write a control picture or mask, which all of a run's pictures share, under a name not yet taken."""
+def write_used(picture: Image.Image, folder: Path, stem: str, what: str) -> Path:
+    """Write what all of a run's pictures share as it was used, under a name not yet taken.
+
+    ``what`` is a key of :data:`_USED`.
+    """
     content = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
     # A name may have 255 bytes, but only 143 on encrypted file systems.
     stem = stem.encode()[:100].decode(errors="ignore")
@@ -218,7 +222,7 @@ def _write(picture: Image.Image, folder: Path, stem: str, what: str) -> Path:
         file = io.BytesIO()
         picture.save(file, format="PNG")
         path = write_new(path, file.getvalue(), keep_same=True)
-        print(f"{'mask' if what == 'mask' else 'control picture'}: {path}", file=sys.stderr)
+        print(f"{_USED[what]}: {path}", file=sys.stderr)
     return path
 
 

@@ -125,9 +125,12 @@ class Drawing:
         self.run = settings_of(model.pipe, args, files.init)
         self._second = retouch.second_run(args, self.run, model.pipe)
         self._init = files.init
+        self._pictures = files.pictures
         self._loras = model.loras
         self._part = retouch.inpainting(args, files.init, files.mask, self.run.sampling)
-        self._images, self._image_facts = image_cli.read(args, files.pictures, model.pipe, self.run.sampling)
+        self._images, self._image_facts = image_cli.read(
+            args, files.pictures, model.pipe, self.run.sampling, folder
+        )
         self._controls, self._control_facts = control_cli.read(
             args, files.controlnets, files.init, model.pipe, self.run.sampling, self._part, folder
         )
@@ -203,7 +206,11 @@ class Drawing:
         facts = self.facts(picture)
         args = self.args
         graph = redraw(
-            facts, **_places(args), loras=lora_cli.files(args), controlnets=control_cli.files(args)
+            facts,
+            **_places(args),
+            **image_cli.networks(self._pictures),
+            loras=lora_cli.files(args),
+            controlnets=control_cli.files(args),
         )
         info = png_info(facts, workflow=graph.workflow(), prompt=graph.prompt())
         file = io.BytesIO()

@@ -19,8 +19,9 @@ from ..image_prompts.run import (
     check_mask,
     check_range,
 )
-from ..images import load_picture
+from ..images import load_picture, probe
 from ..layer_weights import CURVES, LayerWeights, read_each, split_weight
+from .control import write_used
 
 if TYPE_CHECKING:  # it brings transformers
     from ..facts import SamplingDefaults
@@ -174,9 +175,16 @@ def open_files(args: argparse.Namespace) -> Opened | None:
 
 
 def read(
-    args: argparse.Namespace, opened: Opened | None, pipe: Pipeline, settings: SamplingDefaults
+    args: argparse.Namespace,
+    opened: Opened | None,
+    pipe: Pipeline,
+    settings: SamplingDefaults,
+    folder: Path,
 ) -> tuple[list[ImagePrompt], list[dict[str, Any]]]:
     """The image prompts of a command line, and what is written about them into a picture.
+
+    Writes masks, and pictures of which parts are transparent, into ``folder`` as they are used: ComfyUI reads
+    them otherwise.
 
     Raises :class:`HyditError` for files that cannot be read or do not fit the model or the size.
     """
@@ -195,6 +203,7 @@ def read(
     encoder = load_image_encoder(opened.encoder_place, dtype=encoder_dtype(pipe.device), device=pipe.home)
     prompts, facts = [], []
     for index, text in enumerate(args.image_prompt):
+        path = split_weight(text)[0].expanduser()
         start, end = _range(_of(args.image_prompt_range or ["0:1"], index))
         prompt = ImagePrompt(
             adapter.requires_grad_(False),
@@ -209,17 +218,28 @@ def read(
         fact: dict[str, Any] = {
             "ip_adapter": opened.adapter_place.name,
             "image_encoder": opened.encoder_place.name,
-            "image": files(args)[index].name,
+            "image": path.name,
             "weight": prompt.weight,
             "blocks": str(prompt.blocks),
             "start": start,
             "end": end,
         }
+        if probe(path).transparent:
+            fact["picture"] = write_used(prompt.image, folder, path.stem, "prompt").name
         if prompt.mask is not None:
-            fact["mask"] = _of(args.image_prompt_mask, index).name
+            mask = _of(args.image_prompt_mask, index)
+            fact["mask"] = mask.name
+            fact["mask_picture"] = write_used(prompt.mask, folder, mask.stem, "mask").name
         prompts.append(prompt)
         facts.append(fact)
     return prompts, facts
+
+
+def networks(opened: Opened | None) -> dict[str, Path]:
+    """Where the networks are, for :func:`~..pictures.redraw.redraw`."""
+    if opened is None:
+        return {}
+    return {"ip_adapter": opened.adapter_place, "image_encoder": opened.encoder_place}
 
 
 def encoder_dtype(device: torch.device) -> torch.dtype:

@@ -27,6 +27,8 @@ def redraw(
     init_image: Path | None = None,
     loras: Sequence[Path] = (),
     controlnets: Sequence[Path] = (),
+    ip_adapter: Path | None = None,
+    image_encoder: Path | None = None,
 ) -> Graph:
     """The graph of a picture.
 
@@ -39,6 +41,7 @@ def redraw(
         text_encoders, vae: what it was drawn with; None for those in ``model``.
         init_image: the picture that it started from.
         loras, controlnets: the files of ``parameters["loras"]`` and ``["controls"]``, in their order.
+        ip_adapter, image_encoder: of ``parameters["image_prompts"]``.
     """
     graph = Graph()
     parts, top = _load(graph, parameters, model or embedded.embedded_model(), text_encoders, vae)
@@ -48,7 +51,10 @@ def redraw(
     steering = list(zip(controlnets, parameters.get("controls", ()), strict=True))
     first, second = _split(steering) if _twice(parameters) else (steering, [])
     steered, left = _steer(graph, parameters, first, texts, parts["VAE"], left + COLUMN, start.pixels)
-    network, tiled, left = _networks(graph, parameters, parts["MODEL"], left)
+    network = parts["MODEL"]
+    if ip_adapter is not None and image_encoder is not None:
+        network, left = _pictured(graph, parameters, network, ip_adapter, image_encoder, left)
+    network, tiled, left = _networks(graph, parameters, network, left)
     strength = parameters.get("strength", 1.0)
     if _twice(parameters):
         sampled = _sample(graph, parameters, left, network, steered, start.latent, 1.0)
@@ -82,6 +88,48 @@ def _prompts(graph: Graph, parameters: Mapping[str, Any], clip: Output, left: in
 def _twice(parameters: Mapping[str, Any]) -> bool:
     """Whether the picture was drawn in a smaller size first."""
     return "width" in parameters.get("upscale", {})
+
+
+def _pictured(
+    graph: Graph, parameters: Mapping[str, Any], model: Output, adapter: Path, encoder: Path, left: int
+) -> tuple[Output, int]:
+    """Apply the image prompts one after the other; returns the MODEL and the left of the next column."""
+    top = beneath("HyDiTIPAdapterLoader")
+    loader = {"ip_adapter_name": list_name(adapter), "clip_vision_name": _encoder_name(encoder, adapter)}
+    (net,) = graph.add("HyDiTIPAdapterLoader", (left, 0), widgets=loader)
+    for prompt in parameters["image_prompts"]:
+        (image, _) = graph.add(
+            "LoadImage",
+            (left, top),
+            widgets={"image": prompt.get("picture", prompt["image"]), "upload": "image"},
+            title="Image prompt",
+        )
+        below = beneath("LoadImage", top)
+        links = {"model": model, "ip_adapter": net, "image": image}
+        if "mask_picture" in prompt:
+            (links["mask"],) = graph.add(
+                "LoadImageMask",
+                (left, below),
+                widgets={"image": prompt["mask_picture"], "channel": "red", "upload": "image"},
+                title="Where it acts",
+            )
+            below = beneath("LoadImageMask", below)
+        settings = {
+            "weight": prompt["weight"],
+            "start_percent": prompt["start"],
+            "end_percent": prompt["end"],
+            "block_weights": prompt["blocks"],
+        }
+        (model,) = graph.add("HyDiTIPAdapterApply", (left, below), links, settings)
+        left += COLUMN
+    return model, left
+
+
+def _encoder_name(encoder: Path, adapter: Path) -> str:
+    """The name of an image encoder in the loader's list, or what finds it as ``generate`` does."""
+    if encoder == adapter or encoder.name == "clip_img_encoder.pt":
+        return "automatic"
+    return _file_below(encoder) or list_name(encoder)
 
 
 def _networks(
@@ -287,6 +335,11 @@ def list_name(path: Path) -> str:
 def _vae_file(path: Path) -> str | None:
     """The name of a VAE's own weights in ComfyUI's list; None if ``path`` holds more than a VAE."""
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
-        return f"{path.resolve().name}/{files[0].name}" if files else None
+        return _file_below(path)
     return path.name if bundle(path, only=("vae",)).kind.kind == "vae" else None
+
+
+def _file_below(path: Path) -> str | None:
+    """The name of the weights in a folder in lists of files; None if there are none, or it is no folder."""
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    return f"{path.resolve().name}/{files[0].name}" if files else None

@@ -62,6 +62,12 @@ KINDS: dict[str, Kind] = {
         (("POSITIVE", "CONDITIONING"), ("NEGATIVE", "CONDITIONING")),
         (320, 280),
     ),
+    "HyDiTIPAdapterLoader": Kind((), (("IP_ADAPTER", "HYDIT_IP_ADAPTER"),), (320, 200)),
+    "HyDiTIPAdapterApply": Kind(
+        (("model", "MODEL"), ("ip_adapter", "HYDIT_IP_ADAPTER"), ("image", "IMAGE"), ("mask", "MASK")),
+        (("MODEL", "MODEL"),),
+        (320, 250),
+    ),
     "HyDiTEmptyLatent": Kind((), _LATENT, (320, 220)),
     "HyDiTKSampler": Kind(
         (

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from image_prompt_models import save_adapter, save_encoder
 from PIL import Image, ImageDraw
 from workflow_files import MODEL_FOLDERS, WORKFLOWS, api, check_pictures, read, shrink, unmuted, write_models
 
 from hydit_core.embedded import embedded_controlnets, embedded_loras, embedded_model
 from hydit_core.generate.__main__ import main
+from hydit_core.weights.bundle import bundle
 
 OLDER = sorted(
     (Path(__file__).parents[1] / "data" / "written_2026-11-22" / "workflows" / "api").glob("*.json")
@@ -196,3 +198,49 @@ def test_controlled_pictures_redraw_themselves(host, tmp_path, case):
     assert redrawn(host, tmp_path / "steered.png").max() <= 2
     assert main([*base, "--out", str(tmp_path / "plain.png")]) == 0
     assert apart(Image.open(tmp_path / "steered.png"), Image.open(tmp_path / "plain.png")).max() > 20
+
+
+#: Weights, ranges and masks of two pictures, and the other options.
+PICTURED = {
+    "one": (["--image-prompt", "{wide}:0.6"], []),
+    "two, transparent, masked, part of the time, by block": (
+        [
+            *("--image-prompt", "{glass}:-0.4", "--image-prompt", "{wide}"),
+            *("--image-prompt-mask", "{half}", "--image-prompt-range", "0.1:0.7"),
+            *("--image-prompt-blocks", "decay(0.9)", "--image-prompt-blocks", "uniform(0.5)"),
+        ],
+        ["--size", "160x96", "--sampler", "ddpm"],
+    ),
+    "in tiles": (["--image-prompt", "{wide}"], ["--upscale", "1.5", "--tile", "128x128", "--cfg", "1"]),
+}
+
+
+@pytest.mark.parametrize("case", PICTURED)
+def test_pictures_with_image_prompts_redraw_themselves(host, tmp_path, case):
+    folder = host.models_dir / "ipadapter"
+    config = bundle(embedded_model(), only=("dit",)).kind.config
+    save_adapter(folder / "small_ipa.pt", config)
+    save_encoder(folder / "clip_img_encoder.pt")
+    wide = Image.radial_gradient("L").resize((201, 77)).convert("RGB")
+    wide.paste((250, 40, 40), (30, 20, 90, 60))
+    wide.save(tmp_path / "wide.png")
+    wide.putalpha(Image.linear_gradient("L").resize(wide.size))
+    wide.save(tmp_path / "glass.png")
+    half = Image.new("L", (160, 96))
+    half.paste(255, (40, 0, 120, 96))
+    half.save(tmp_path / "half.png")
+    pictured, others = ([option.format(**_named(tmp_path)) for option in each] for each in PICTURED[case])
+    base = ["--prompt", "a red apple", "--steps", "8", "--seed", "1", "--device", "cpu", *others]
+    adapter = ["--ip-adapter", str(folder / "small_ipa.pt")]
+    assert main([*base, *pictured, *adapter, "--out", str(tmp_path / "seen.png")]) == 0
+    for path in tmp_path.iterdir():
+        shutil.copy(path, host.input_dir)
+    host.refresh()
+    # ComfyUI enlarges a picture that was not rounded to 8 bits
+    assert redrawn(host, tmp_path / "seen.png").max() <= (4 if case == "in tiles" else 2)
+    assert main([*base, "--out", str(tmp_path / "plain.png")]) == 0
+    assert apart(Image.open(tmp_path / "seen.png"), Image.open(tmp_path / "plain.png")).max() > 20
+
+
+def _named(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in folder.glob("*.png")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hydit_core.compare.__main__ import main as compare
 from hydit_core.generate.__main__ import main
 from hydit_core.image_prompts.encoder import load_image_encoder
 from hydit_core.image_prompts.run import ImagePrompt
+from hydit_core.images import load_picture
 from hydit_core.layer_weights import LayerWeights
 from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
@@ -134,11 +136,41 @@ def test_the_picture_remembers(draw) -> None:
     assert code == 0, err
     shared = {"ip_adapter": "ipa.pt", "image_encoder": "clip_img_encoder.pt", "blocks": "only-late(1)"}
     shared |= {"start": 0.0, "end": 0.6, "mask": "half.png"}
-    assert read_parameters(path)["image_prompts"] == [
+    facts = read_parameters(path)["image_prompts"]
+    (mask,) = {fact.pop("mask_picture") for fact in facts}
+    assert mask.startswith("half-mask-") and (pixels(path.with_name(mask))[:, 64:] == 0).all()
+    assert facts == [
         {**shared, "image": "a.png", "weight": 0.5},
         {**shared, "image": "b.png", "weight": 1.0},
     ]
     assert "image_prompts" not in read_parameters(draw()[2])
+
+
+def test_the_graph_that_draws_it_again(draw, folder: Path) -> None:
+    """What is transparent is written as it is used: ComfyUI's nodes would show what is below."""
+    picture = Image.open(folder / "a.png")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    picture.save(folder / "glass.png")
+    options = ["--image-prompt", "@glass.png:-0.5", *ADAPTER, "--image-encoder", "@other_eyes.pt"]
+    code, err, path = draw(*options, "--image-prompt-range", "0.1:0.8", "--image-prompt-mask", "@half.png")
+    assert code == 0, err
+    (fact,) = read_parameters(path)["image_prompts"]
+    used = pixels(path.with_name(fact["picture"]))
+    assert (used == np.asarray(load_picture(folder / "glass.png"))).all()
+    assert err.count("\n") == 2 and f"image prompt: {path.with_name(fact['picture'])}" in err
+    with Image.open(path) as drawn:
+        prompt = json.loads(drawn.text["prompt"])
+    (apply,) = (node["inputs"] for node in prompt.values() if node["class_type"] == "HyDiTIPAdapterApply")
+    assert {name: value for name, value in apply.items() if not isinstance(value, list)} == {
+        "weight": -0.5,
+        "start_percent": 0.1,
+        "end_percent": 0.8,
+        "block_weights": "uniform(1)",
+    }
+    assert prompt[apply["image"][0]]["inputs"]["image"] == fact["picture"]
+    assert prompt[apply["mask"][0]]["inputs"]["image"] == fact["mask_picture"]
+    loader = prompt[apply["ip_adapter"][0]]["inputs"]
+    assert loader == {"ip_adapter_name": "ipa.pt", "clip_vision_name": "other_eyes.pt"}
 
 
 def test_which_image_encoder(draw) -> None:

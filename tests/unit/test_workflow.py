@@ -144,6 +144,72 @@ def test_controlnets_stand_one_after_the_other(tmp_path):
         assert pictures == ["b.png", "a-control-01234567.png"]
 
 
+IMAGE_PROMPT = {"image": "a.png", "weight": 0.5, "blocks": "ease(1)", "start": 0.0, "end": 0.75}
+
+
+def test_image_prompts_stand_one_after_the_other(tmp_path):
+    masked = {**IMAGE_PROMPT, "weight": -2.0, "picture": "a-prompt-0.png", "mask_picture": "m-mask-1.png"}
+    (tmp_path / "eyes").mkdir()
+    (tmp_path / "eyes" / "model.safetensors").touch()
+    more = {"upscale": {"factor": 2, "tile": [64, 64], "width": 32, "height": 48}, "forecast": 0.1}
+    facts = {**FACTS, "image_prompts": [IMAGE_PROMPT, masked], "controls": [CONTROL], **more}
+    for encoder, name in (
+        ("clip_img_encoder.pt", "automatic"),
+        ("ipa.pt", "automatic"),
+        ("eyes.pt", "eyes.pt"),
+        ("eyes", "eyes/model.safetensors"),
+    ):
+        networks = {"ip_adapter": tmp_path / "ipa.pt", "image_encoder": tmp_path / encoder}
+        graph = redraw(facts, controlnets=[tmp_path / "net.pt"], **networks)
+        assert overlaps(graph.workflow()) == [] == backward(graph.workflow())
+        prompt = graph.prompt()
+        samplers = [n["inputs"] for n in prompt.values() if n["class_type"] == "HyDiTKSampler"]
+        # Both runs see them: the second in tiles
+        tiles = prompt[samplers[1]["model"][0]]
+        assert tiles["class_type"] == "HyDiTTiles" and tiles["inputs"]["model"] == samplers[0]["model"]
+        last = prompt[prompt[samplers[0]["model"][0]]["inputs"]["model"][0]]["inputs"]
+        first = prompt[last["model"][0]]["inputs"]
+        assert prompt[first["model"][0]]["class_type"] == "HyDiTCheckpointLoader"
+        settings = {"start_percent": 0.0, "end_percent": 0.75, "block_weights": "ease(1)"}
+        for apply, weight, picture in ((first, 0.5, "a.png"), (last, -2.0, "a-prompt-0.png")):
+            assert {k: v for k, v in apply.items() if not isinstance(v, list)} == {
+                "weight": weight,
+                **settings,
+            }
+            assert prompt[apply["image"][0]]["inputs"] == {"image": picture}
+            loader = prompt[apply["ip_adapter"][0]]["inputs"]
+            assert loader == {"ip_adapter_name": "ipa.pt", "clip_vision_name": name}
+        assert "mask" not in first
+        assert prompt[last["mask"][0]]["inputs"] == {"image": "m-mask-1.png", "channel": "red"}
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name.startswith("HyDiT")])
+def test_our_nodes_have_these_sockets(kind):
+    """As the texts of the nodes have them, which are compared with the nodes' schemas elsewhere."""
+    nodes = json.loads((Path(hydit_core.__file__).parents[1] / "locales/en/nodeDefs.json").read_text("utf-8"))
+    found = list(nodes[kind]["inputs"])
+    sockets = [name for name, _ in KINDS[kind].inputs if name in found]
+    assert sockets == [name for name in found if name in sockets] and len(sockets) == len(KINDS[kind].inputs)
+
+
+def test_every_input_of_our_nodes_is_written():
+    """By the names and in the order of the nodes: the page reads widgets by their places."""
+    nodes = json.loads((Path(hydit_core.__file__).parents[1] / "locales/en/nodeDefs.json").read_text("utf-8"))
+    facts = {**FACTS, "image_prompts": [IMAGE_PROMPT], "controls": [CONTROL]}
+    places = {"controlnets": [Path("net.pt")], "ip_adapter": Path("i.pt"), "image_encoder": Path("e.pt")}
+    seen = set()
+    for node in redraw(facts, **places).prompt().values():
+        if (kind := node["class_type"]) in nodes:
+            seen.add(kind)
+            wanted = [
+                name for name in nodes[kind]["inputs"] if name not in ("mask", "control_after_generate")
+            ]
+            widgets = [name for name, value in node["inputs"].items() if not isinstance(value, list)]
+            assert sorted(node["inputs"]) == sorted(wanted), kind
+            assert widgets == [name for name in wanted if name in widgets], kind
+    assert len(seen) == 8, seen
+
+
 def test_a_linked_widget_is_a_socket_too():
     kinds = {
         "Int": Kind((), (("INT", "INT"),), (100, 50)),
