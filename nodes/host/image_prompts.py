@@ -94,14 +94,13 @@ def image_conditions(
 ) -> dict[str, comfy.conds.CONDRegular]:
     """What ComfyUI has to batch and cut for the image prompts of the MODEL that it samples with.
 
-    ``prompt_type`` is the guider's name for the conditioning; all kinds of negative prompts have "negative"
-    in theirs.
+    ``prompt_type`` is "negative" for whatever ComfyUI's guiders take for a negative prompt.
     """
     options = {} if patcher is None else patcher.model_options.get("transformer_options", {})
     pictures = pictures_of(options)
     if not pictures:
         return {}
-    seeing = torch.tensor([[int("negative" not in prompt_type)]], device=device)
+    seeing = torch.tensor([[int(prompt_type != "negative")]], device=device)
     out: dict[str, comfy.conds.CONDRegular] = {_ROWS: comfy.conds.CONDRegular(seeing)}
     for mask in {picture.mask for picture in pictures if picture.mask is not None}:
         out[mask.name] = comfy.conds.CONDNoiseShape(mask.latents(*noise.shape[-2:]).to(device))
