@@ -68,7 +68,10 @@ class HostIPAdapter:
         self.adapter, self.encoder = adapter, encoder or encoder_for(adapter)
         vision, self.vision = _open_encoder(self.encoder)
         check_names(_shapes(_vision_network(self.vision, torch.float32)), vision)
-        check_encoder(self.vision.embed_dim, self.blank)
+        try:
+            check_encoder(self.vision.embed_dim, self.blank)
+        except ConfigError as error:
+            raise ConfigError(f"{self.encoder} does not go with {adapter}: {error}") from None
         dtypes = (dtype_name(one.main_dtype() or torch.float32) for one in (view, vision))
         self.dtypes = " and ".join(dict.fromkeys(dtypes))
 

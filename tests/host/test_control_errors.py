@@ -120,7 +120,7 @@ WRONG = {
     "model.safetensors": r"all-in-one checkpoint; expected a HunyuanDiT ControlNet; .*HyDiTDiTLoader",
     "vae.safetensors": "is a VAE .*; expected a HunyuanDiT ControlNet; load it with VAELoader",
     "lora.safetensors": "LoRA .*; expected a HunyuanDiT ControlNet; .*LoRA loader",
-    "sdxl.safetensors": "is an SDXL checkpoint; expected a HunyuanDiT ControlNet; it needs its own",
+    "sdxl.safetensors": "is an SDXL checkpoint; expected a HunyuanDiT ControlNet; ComfyUI has loaders",
     "sd15.safetensors": "expected a HunyuanDiT ControlNet",
     "cut.safetensors": "is truncated: .* download or save it again",
     "short.safetensors": "2 missing: .*blocks.1.attn1.Wqkv.weight|looks like a HunyuanDiT, but",
