@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
 from ..images import Size
+from ..new_files import replacing
 from .buckets import assign_buckets
 from .config import DataConfig
 from .manifest import Manifest, validation_rows
@@ -32,6 +35,8 @@ class Layout:
     prior: np.ndarray
     prior_ends: np.ndarray
     validation: np.ndarray
+    folder: Path | None = None
+    """Where the arrays are mapped from, if they are."""
 
     @staticmethod
     def of(config: DataConfig, manifest: Manifest, sizes: list[Size]) -> Layout:
@@ -57,3 +62,24 @@ class Layout:
     def train_rows(self) -> np.ndarray:
         """Rows that are trained, each once: those to be learned in ascending order, then prior ones."""
         return np.concatenate([np.unique(self.own), np.unique(self.prior)])
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays into a new folder."""
+        with replacing(folder, folder=True) as temporary:
+            temporary.mkdir()
+            for name in _ARRAYS:
+                np.save(temporary / f"{name}.npy", getattr(self, name))
+
+    @staticmethod
+    def mapped(folder: Path) -> Layout:
+        """What :meth:`save` wrote. Raises OSError, EOFError or ValueError if it is not whole."""
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        return Layout(**arrays, folder=folder)
+
+    def __reduce__(self) -> Any:
+        if self.folder is None:
+            return super().__reduce__()
+        return Layout.mapped, (self.folder,)  # a worker process maps it again
+
+
+_ARRAYS = ("bucket_of_row", "own", "own_ends", "prior", "prior_ends", "validation")

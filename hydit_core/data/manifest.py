@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -49,35 +52,101 @@ class Findings:
     image_prompts: int = 0
     """Pictures with a prompt picture of their own, also those that are left out."""
 
+    @staticmethod
+    def together(parts: Iterable[Findings]) -> Findings:
+        """Of several sources, in their order."""
+        total = Findings()
+        for part in parts:
+            total.missing_captions.extend(part.missing_captions)
+            total.unreadable.extend(part.unreadable)
+            total.passed_over.extend(part.passed_over)
+            total.too_small += part.too_small
+            total.masks += part.masks
+            total.image_prompts += part.image_prompts
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        kindless = replace(self.passed_over, kinds=Counter())  # of which asdict would count the items
+        told = asdict(replace(self, passed_over=kindless))
+        told["passed_over"]["kinds"] = dict(self.passed_over.kinds)
+        return told
+
+    @staticmethod
+    def from_dict(told: dict[str, Any]) -> Findings:
+        """From :meth:`to_dict`. Raises what Python does for anything else."""
+        passed = told["passed_over"]
+        tallies = {name: Tally(**passed[name]) for name in ("unread", "alone", "tables")}
+        return Findings(
+            Tally(**told["missing_captions"]),
+            Tally(**told["unreadable"]),
+            PassedOver(kinds=Counter(passed["kinds"]), **tallies),
+            int(told["too_small"]),
+            int(told["masks"]),
+            int(told["image_prompts"]),
+        )
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a picture's header and its file say: (width, height) as shown, bytes, time of change.
+
+    The last two are 0 where the file was not looked at.
+    """
+
+    size: Size
+    bytes: int = 0
+    changed: int = 0
+
+
+class RowSink(Protocol):
+    """Takes the rows that are found."""
+
+    def append(self, entry: Entry, key: str, look: Look, source: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+
+Known = Callable[[Path, int, int], "Size | None"]
+"""The size of a picture that was looked at before, by (path, bytes, time of change)."""
+
+
+class Texts(Protocol):
+    """A column of texts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> str: ...
+
+    def lengths(self) -> np.ndarray:
+        """Length of every text in bytes of UTF-8, (n,) int64."""
+
+
+class Numbers(Protocol):
+    """A column of integers, of which numpy makes an array."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> int: ...
+
 
 class Manifest:
-    """All records of a run, held in columns; indexing makes a :class:`Record`."""
+    """All records of a run, in columns; indexing makes a :class:`Record`."""
 
-    def __init__(self) -> None:
-        self.keys = StringColumn()
-        self.captions = StringColumn()
-        self._paths = StringColumn()
-        self._extras = StringColumn()
-        self._caption_ends = array("q", [0])
-        self._rows = array("q")
-        self._columns: dict[int, str] = {}
-        self._widths, self._heights, self._sources = array("i"), array("i"), array("i")
-
-    def append(self, entry: Entry, key: str, size: Size, source: int) -> None:
-        """Add a row; ``source`` is the index of the configured source it came from."""
-        self.keys.append(key)
-        self._paths.append(str(entry.path))
-        beside = {kind: (str(file.path), file.row, file.column) for kind, file in entry.extra.items()}
-        self._extras.append(json.dumps(beside) if beside else "")
-        for caption in entry.captions:
-            self.captions.append(caption)
-        self._caption_ends.append(len(self.captions))
-        self._widths.append(size[0])
-        self._heights.append(size[1])
-        self._sources.append(source)
-        self._rows.append(entry.row)
-        if entry.column:
-            self._columns[source] = entry.column
+    keys: Texts
+    captions: Texts
+    """Of all rows, one after the other."""
+    _paths: Texts
+    _extras: Texts
+    """Of each row, what :func:`extra_text` makes of what lies beside its picture."""
+    _caption_ends: Numbers
+    """Where each row's captions begin; the last item is where they end."""
+    _rows: Numbers
+    _widths: Numbers
+    _heights: Numbers
+    _sources: Numbers
+    _columns: dict[int, str]
+    """Of sources with pictures in tables, in which column."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -151,32 +220,69 @@ class Manifest:
         return np.array(self._sources, dtype=np.int64)
 
 
+def extra_text(entry: Entry) -> str:
+    """Where an entry's control picture and mask are, as a text; empty without any."""
+    beside = {kind: (str(file.path), file.row, file.column) for kind, file in entry.extra.items()}
+    return json.dumps(beside) if beside else ""
+
+
+class GatheredManifest(Manifest):
+    """Records that this process keeps; :meth:`append` adds one."""
+
+    keys: StringColumn
+    captions: StringColumn
+    _paths: StringColumn
+    _extras: StringColumn
+    _caption_ends: array[int]
+    _rows: array[int]
+    _widths: array[int]
+    _heights: array[int]
+    _sources: array[int]
+
+    def __init__(self) -> None:
+        self.keys, self.captions = StringColumn(), StringColumn()
+        self._paths, self._extras = StringColumn(), StringColumn()
+        self._caption_ends, self._rows = array("q", [0]), array("q")
+        self._widths, self._heights, self._sources = array("i"), array("i"), array("i")
+        self._columns = {}
+
+    def append(self, entry: Entry, key: str, look: Look, source: int) -> None:
+        """Add a row; ``source`` is the index of the configured source it came from."""
+        self.keys.append(key)
+        self._paths.append(str(entry.path))
+        self._extras.append(extra_text(entry))
+        for caption in entry.captions:
+            self.captions.append(caption)
+        self._caption_ends.append(len(self.captions))
+        self._widths.append(look.size[0])
+        self._heights.append(look.size[1])
+        self._sources.append(source)
+        self._rows.append(entry.row)
+        if entry.column:
+            self._columns[source] = entry.column
+
+
 def gather(config: DataConfig) -> tuple[Manifest, Findings]:
     """Read all sources and look at every picture's header. Writes nothing.
 
-    A row that gives its picture's width and height is believed, and its picture is not opened.
-    Raises :class:`DataError` for missing captions, unless they are allowed, and for pictures that
-    are missing or unreadable, unless those are to be skipped; the first few are named.
+    Raises as :func:`gather_into`.
     """
-    manifest, findings = Manifest(), Findings()
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        for number, source in enumerate(config.sources):
-            name, masks, prompts = source_name(source), findings.masks, findings.image_prompts
-            if config.control is not None and config.control.kind == "files":
-                source = _with_control(source)
-            if config.mask is not None and config.mask.kind == "files":
-                source = _with_mask(source)
-            if config.image_prompt.kind == "files":
-                source = _with_image_prompts(source)
-            for chunk in _chunks(read_source(source, findings.passed_over), 1024):
-                for entry, size in zip(chunk, _sizes(pool, chunk), strict=True):
-                    _add(manifest, findings, config, entry, f"{name}/{entry.key}", size, number)
-            if source.mask_field and findings.masks == masks:
-                raise DataError(f"data source {source.path}: no row has a mask in {source.mask_field!r}")
-            if source.image_prompt_field and findings.image_prompts == prompts:
-                raise DataError(
-                    f"data source {source.path}: no row has a prompt picture in {source.image_prompt_field!r}"
-                )
+    manifest = GatheredManifest()
+    return manifest, Findings.together(gather_into(config, manifest))
+
+
+def gather_into(config: DataConfig, rows: RowSink, known: Known | None = None) -> list[Findings]:
+    """Read all sources, look at every picture's header, and append what is found to ``rows``.
+
+    A row that gives its picture's width and height is believed, and its picture is not opened; nor is one
+    whose size is ``known``. Raises :class:`DataError` for missing captions, unless they are allowed, and for
+    pictures that are missing or unreadable, unless those are to be skipped; the first few are named.
+
+    Returns:
+        what each source holds beside its rows.
+    """
+    parts = [gather_source(config, number, rows, known) for number in range(len(config.sources))]
+    findings = Findings.together(parts)
     _raise_findings(config, findings)
     if config.mask is not None and config.mask.kind == "files" and not findings.masks:
         raise DataError(
@@ -189,9 +295,34 @@ def gather(config: DataConfig) -> tuple[Manifest, Findings]:
             "`image_prompt` in the pictures' folder, under the same names, or name image_prompt_dir or "
             "image_prompt_field"
         )
-    if len(manifest) == 0:
+    if len(rows) == 0:
         raise DataError("no usable picture is left: " + ", ".join(str(s.path) for s in config.sources))
-    return manifest, findings
+    return parts
+
+
+def gather_source(config: DataConfig, number: int, rows: RowSink, known: Known | None = None) -> Findings:
+    """As :func:`gather_into`, of one source alone; missing captions and unreadable pictures are only told."""
+    source, findings = config.sources[number], Findings()
+    name, look = source_name(source), partial(_look, known=known)
+    if config.control is not None and config.control.kind == "files":
+        source = _with_control(source)
+    if config.mask is not None and config.mask.kind == "files":
+        source = _with_mask(source)
+    if config.image_prompt.kind == "files":
+        source = _with_image_prompts(source)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        for chunk in _chunks(read_source(source, findings.passed_over), 1024):
+            looks = pool.map(look, [entry for entry in chunk if not entry.complete])
+            for entry in chunk:
+                found = Look((entry.width, entry.height)) if entry.complete else next(looks)
+                _add(rows, findings, config, entry, f"{name}/{entry.key}", found, number)
+    if source.mask_field and not findings.masks:
+        raise DataError(f"data source {source.path}: no row has a mask in {source.mask_field!r}")
+    if source.image_prompt_field and not findings.image_prompts:
+        raise DataError(
+            f"data source {source.path}: no row has a prompt picture in {source.image_prompt_field!r}"
+        )
+    return findings
 
 
 def _with_control(source: SourceConfig) -> SourceConfig:
@@ -264,7 +395,7 @@ def validation_rows(
     return held_out
 
 
-def _strings(column: StringColumn) -> Iterator[str]:
+def _strings(column: Texts) -> Iterator[str]:
     return (column[i] for i in range(len(column)))
 
 
@@ -274,23 +405,29 @@ def _chunks(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
         yield chunk
 
 
-def _sizes(pool: ThreadPoolExecutor, entries: list[Entry]) -> Iterator[Size | DataError]:
-    """Each entry's size, as its row tells or its picture's header; or why it cannot be read."""
-    looked_at = pool.map(_probe, [e for e in entries if not e.complete])
-    return ((e.width, e.height) if e.complete else next(looked_at) for e in entries)
-
-
-def _probe(entry: Entry) -> Size | DataError:
+def _look(entry: Entry, known: Known | None = None) -> Look | DataError:
+    """What a picture's header says, where its row does not tell its size; or why it cannot be read."""
     try:
-        told = entry.width and entry.height
-        size = (entry.width, entry.height) if told else _file_size(entry.picture)
+        look = Look((entry.width, entry.height)) if entry.width and entry.height else _header(entry, known)
         for kind, beside in entry.extra.items():
             found = _file_size(beside)
             if kind in BESIDE:
-                check_shape(f"{BESIDE[kind]} {beside}", found, size)
-        return size
+                check_shape(f"{BESIDE[kind]} {beside}", found, look.size)
+        return look
     except DataError as error:
         return error
+
+
+def _header(entry: Entry, known: Known | None) -> Look:
+    if entry.row >= 0:
+        return Look(_file_size(entry.picture))
+    try:
+        status = entry.path.stat()
+        told = status.st_size, status.st_mtime_ns
+    except (OSError, ValueError):  # reading it says what is wrong
+        told = 0, 0
+    size = known(entry.path, *told) if known is not None and any(told) else None
+    return Look(size or _file_size(entry.picture), *told)
 
 
 def _file_size(file: PictureFile) -> Size:
@@ -298,12 +435,12 @@ def _file_size(file: PictureFile) -> Size:
 
 
 def _add(
-    manifest: Manifest,
+    rows: RowSink,
     findings: Findings,
     config: DataConfig,
     entry: Entry,
     key: str,
-    size: Size | DataError,
+    look: Look | DataError,
     source: int,
 ) -> None:
     own = config.sources[source].caption
@@ -314,12 +451,12 @@ def _add(
         entry = replace(entry, captions=(config.empty_caption,))
     findings.masks += "mask" in entry.extra
     findings.image_prompts += "image_prompt" in entry.extra
-    if isinstance(size, DataError):
-        findings.unreadable.add(str(size))
-    elif min(size) < config.min_side:
+    if isinstance(look, DataError):
+        findings.unreadable.add(str(look))
+    elif min(look.size) < config.min_side:
         findings.too_small += 1
     else:
-        manifest.append(entry, key, size, source)
+        rows.append(entry, key, look, source)
 
 
 def _raise_findings(config: DataConfig, findings: Findings) -> None:

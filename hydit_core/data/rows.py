@@ -11,6 +11,7 @@ from .config import DataConfig
 from .control_images import ControlImages
 from .layout import Layout
 from .manifest import Findings, Manifest
+from .mapped import MappedManifest
 from .mask_images import MaskImages
 from .order import BatchOrder, hash_int
 from .prior import Samples
@@ -36,6 +37,7 @@ class Rows:
         batch_size: int,
         world_size: int = 1,
         rank: int = 0,
+        layout: Layout | None = None,
     ) -> None:
         self.config = config
         self.manifest = manifest
@@ -43,7 +45,7 @@ class Rows:
         self.seed = seed
         self.rank = rank
         self.sizes = bucket_sizes(config)
-        self.layout = Layout.of(config, manifest, self.sizes)
+        self.layout = layout or Layout.of(config, manifest, self.sizes)
         self.samples = Samples(self.layout, config.prior.share)
         self.order = BatchOrder(
             self.samples.counts,
@@ -70,6 +72,10 @@ class Rows:
             total = hash_int(total, self.control.recipe)
         if self.prompts is not None:
             total = hash_int(total, self.prompts.recipe)
+        if isinstance(self.manifest, MappedManifest):
+            shown = [(source.repeats, source.prior) for source in self.config.sources]
+            told = (str(shown), str(self.config.prior.share), str(self.config.validation))
+            return f"{hash_int(total, self.manifest.digest, *told):016x}"
         for record, bucket in zip(self.manifest, self.layout.bucket_of_row, strict=True):
             total = hash_int(total, record.key, *record.captions, int(bucket))
         total = hash_int(total, *np.bincount(self.layout.own))

@@ -1,4 +1,4 @@
-"""``python -m hydit_core.train CONFIG.toml``, ``... cache CONFIG.toml``, ``... export | report RUN_DIR``."""
+"""``python -m hydit_core.train CONFIG``, ``... prepare | cache CONFIG``, ``... export | report RUN``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STOPPED = 3
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"cache": _cache, "export": _export, "report": _report}
+    commands = {"prepare": _prepare, "cache": _cache, "export": _export, "report": _report}
     command = commands[arguments.pop(0)] if arguments and arguments[0] in commands else _train
     return cli_main(lambda: command(arguments))
 
@@ -35,7 +35,8 @@ def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def _train(arguments: list[str]) -> int:
     parser = _config_parser(
-        "", "Train HunyuanDiT. Further commands: cache CONFIG.toml, export RUN, report RUN."
+        "",
+        "Train HunyuanDiT. Further commands: prepare CONFIG.toml, cache CONFIG.toml, export RUN, report RUN.",
     )
     parser.add_argument(
         "--resume",
@@ -69,6 +70,19 @@ def _train(arguments: list[str]) -> int:
         tell(f"error: {error}")
         return STOPPED
     return 0 if finished else STOPPED
+
+
+def _prepare(arguments: list[str]) -> int:
+    parser = _config_parser(
+        " prepare", "List the pictures and captions of a run in a file that trainings map; for large data."
+    )
+    options = parser.parse_args(arguments)
+
+    from .config import load_config
+    from .launch import prepare_rows
+
+    prepare_rows(load_config(options.config, options.set))
+    return 0
 
 
 def _cache(arguments: list[str]) -> int:

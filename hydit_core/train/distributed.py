@@ -51,6 +51,11 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def first_here(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return int(os.environ.get("LOCAL_RANK", self.rank)) == 0
+
     def barrier(self) -> None:
         """Wait until all processes are here, however long one of them works, as long as it lives.
 

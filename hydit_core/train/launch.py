@@ -17,6 +17,17 @@ from ..data.cache.embeddings import EmbeddingCache, build_embedding_cache
 from ..data.cache.latents import LatentCache, build_latent_cache, cache_folder
 from ..data.cache.text import build_text_cache
 from ..data.dataset import TrainData, open_dataset
+from ..data.mapped import MappedManifest
+from ..data.prepared import (
+    FEW,
+    described,
+    find_prepared,
+    gather_few,
+    open_many,
+    prepare_again,
+    prepared_layout,
+    unchanged,
+)
 from ..data.prompt_images import PromptImages
 from ..errors import ConfigError
 from ..model.compiled import compile_networks
@@ -55,11 +66,11 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         held.callback(over.set)
         processes.from_main(lambda: _claim(config, resume, held))
         say = tell if processes.is_main else _silent
-        data = open_data(config, processes.rank, processes.world)
+        data = open_together(config, processes)
         require_same_data(data.fingerprint(), processes)
         parts = build(config)
         if processes.is_main:
-            for line in data.summary().passed_over:
+            for line in data.findings.passed_over.lines():
                 say(line if line.startswith(" ") else f"warning: {line}")
             _warn_of_cut_captions(data, parts)
             for line in objective_of(config).warnings(config, data.captions):
@@ -91,10 +102,69 @@ def _processes(config: TrainConfig) -> Iterator[Processes]:
         processes.close()
 
 
-def open_data(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainData:
-    return open_dataset(
-        config.data, seed=config.run.seed, batch_size=config.run.batch_size, world_size=world, rank=rank
+def open_data(config: TrainConfig) -> TrainData:
+    """The data of one process; nothing is written. What is prepared and did not change is mapped."""
+    run, data = config.run, config.data
+    found = find_prepared(data)
+    if found is None or len(found) <= FEW or not unchanged(data, found):
+        return open_dataset(data, seed=run.seed, batch_size=run.batch_size)
+    return TrainData(data, found, found.findings, seed=run.seed, batch_size=run.batch_size)
+
+
+def open_together(config: TrainConfig, processes: Processes) -> TrainData:
+    """The data of this process among all of them.
+
+    What is small, each gathers for itself. What is large, one process of each machine prepares, unless that
+    has been done, and all map it.
+    """
+    run, data = config.run, config.data
+
+    def is_large() -> bool:
+        found = find_prepared(data)
+        return found is not None and len(found) > FEW
+
+    few = None if processes.from_main(is_large) else gather_few(data)
+    processes.barrier()
+    layout = None
+    if processes.any(few is None) or few is None:
+        mapped = _map_together(config, processes)
+        few, layout = (mapped, mapped.findings), prepared_layout(data, mapped)
+    return TrainData(
+        data,
+        *few,
+        seed=run.seed,
+        batch_size=run.batch_size,
+        world_size=processes.world,
+        rank=processes.rank,
+        layout=layout,
     )
+
+
+def _map_together(config: TrainConfig, processes: Processes) -> MappedManifest:
+    """The first process prepares what all map, then one of each other machine, if it sees another disk."""
+    data = config.data
+    mapped: MappedManifest | None = None
+    for is_now in (processes.is_main, processes.first_here):
+        if is_now and mapped is None:
+            with _progress("preparing", processes) as progress:
+                say = tell if processes.is_main else _silent
+                mapped = open_many(data, lambda rows: progress(rows, rows), say)
+            prepared_layout(data, mapped)
+        processes.barrier()
+    return mapped or find_prepared(data) or open_many(data)
+
+
+def prepare_rows(config: TrainConfig) -> None:
+    """Gather a run's pictures and captions anew into a file that every process of a training maps."""
+    with ending_at_once(), _processes(config) as processes:
+        if processes.is_main:
+            with _progress("preparing", processes) as progress:
+                manifest, changes = prepare_again(config.data, lambda rows: progress(rows, rows))
+            prepared_layout(config.data, manifest)
+            for line in manifest.findings.passed_over.lines():
+                tell(line if line.startswith(" ") else f"warning: {line}")
+            tell(described(manifest, changes))
+        processes.barrier()
 
 
 def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, processes: Processes) -> None:
@@ -194,7 +264,7 @@ def build_caches(config: TrainConfig) -> None:
         torch.set_num_threads(config.run.threads)
     check_machine(config)
     with ending_at_once(), _processes(config) as processes:
-        data = open_data(config, processes.rank, processes.world)
+        data = open_together(config, processes)
         prepare_data(config, data, build(config), processes)
     if processes.is_main:
         tell(f"the caches of {len(data.manifest)} pictures are complete, in {cache_folder(config.data)}")

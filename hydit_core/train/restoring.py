@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import TrainData
+from ..data.mapped import MappedManifest
 from ..data.order import hash_int
 from ..errors import ConfigError, DataError
 from . import checkpoint as checkpoints
@@ -140,7 +141,12 @@ def copy_into(targets: Mapping[str, Any], tensors: Mapping[str, Tensor], where: 
 
 
 def picture_stamps(data: TrainData) -> dict[str, Tensor]:
-    """For each picture a hash of its key and one of its file's size and time of change, both (pictures,)."""
+    """For each picture a hash of its key and one of its file's size and time of change, both (pictures,).
+
+    None of data that are prepared: those are believed to be as they were then.
+    """
+    if isinstance(data.manifest, MappedManifest):
+        return {}
     keys, stamps = [], []
     seen: dict[Path, int] = {}
     for row in range(len(data.manifest)):

@@ -16,11 +16,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from line_run import line_trainer
+from train_setup import write_run
 
+from hydit_core.data import prepared
+from hydit_core.data.dataset import open_dataset
 from hydit_core.errors import DataError
-from hydit_core.train import distributed
+from hydit_core.train import distributed, launch
+from hydit_core.train.config import load_config
 from hydit_core.train.distributed import Processes
 from hydit_core.train.restoring import restore, shared_checkpoint
 from hydit_core.train.stopping import TrainingStopped
@@ -98,6 +103,44 @@ def silent_alone(processes: Processes, folder: Path) -> None:
     processes.barrier()
 
 
+def maps(processes: Processes, folder: Path) -> None:
+    """One prepares rows that are many, both map them; the batches are those of rows that each keeps."""
+    place = folder.parent / "both"
+    prepared.FEW = launch.FEW = 3
+    if processes.is_main:
+        write_run(place)
+    processes.barrier()
+    config = load_config(
+        place / "train.toml", [f"data.cache.dir={place / 'cache'}", "data.buckets.enabled=true"]
+    )
+    for _ in range(2):
+        data = launch.open_together(config, processes)
+        kept = open_dataset(config.data, seed=0, batch_size=2, world_size=2, rank=processes.rank)
+        assert isinstance(data.layout.own, np.memmap) and not isinstance(kept.layout.own, np.memmap)
+        for one, other in zip(kept.loader(0, 9), data.loader(0, 9, workers=1), strict=True):
+            assert (one.keys, one.captions, one.size) == (other.keys, other.captions, other.size)
+            assert torch.equal(one.pixels, other.pixels) and torch.equal(one.positions, other.positions)
+        assert data.fingerprint() == processes.from_main(data.fingerprint)
+        assert len(list(place.glob("cache/*/*/rows.arrow"))) == 1
+        processes.barrier()
+
+
+def maps_what_is_broken(processes: Processes, folder: Path) -> None:
+    """Whoever prepares meets the error; the other ends with it."""
+    place = folder.parent / "both"
+    prepared.FEW = launch.FEW = 3
+    if processes.is_main:
+        write_run(place)
+        (place / "pictures" / "6.txt").unlink()
+    processes.barrier()
+    config = load_config(place / "train.toml", [f"data.cache.dir={place / 'cache'}"])
+    try:
+        launch.open_together(config, processes)
+    except Exception as error:
+        processes.fail(str(error))
+        raise
+
+
 CASES = [
     resumes,
     finds_nothing,
@@ -107,6 +150,8 @@ CASES = [
     other_is_silent,
     first_is_silent,
     silent_alone,
+    maps,
+    maps_what_is_broken,
 ]
 
 

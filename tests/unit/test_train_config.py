@@ -84,7 +84,8 @@ def test_the_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None
     assert ended.value.code == 0
     usage, _, rest = " ".join(capsys.readouterr().out.split()).partition(" CONFIG.toml ")
     assert usage.startswith("usage: python -m hydit_core.train [-h]")
-    assert "Train HunyuanDiT. Further commands: cache CONFIG.toml, export RUN, report RUN." in rest
+    further = "prepare CONFIG.toml, cache CONFIG.toml, export RUN, report RUN."
+    assert f"Train HunyuanDiT. Further commands: {further}" in rest
 
 
 def test_all_steps_may_be_warm_up(config_file: Path) -> None:

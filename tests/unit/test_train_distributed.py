@@ -148,6 +148,14 @@ def test_the_others_wait_for_one_that_works(pairs: dict[str, list[dict[str, Any]
 
 
 @several_processes
+def test_one_prepares_the_rows_that_all_map(pairs: dict[str, list[dict[str, Any]]]) -> None:
+    assert codes(pairs["maps"]) == [0, 0], pairs["maps"]
+    assert "prepared 8 pictures, in " in pairs["maps"][0]["said"] and not pairs["maps"][1]["said"]
+    assert codes(pairs["maps_what_is_broken"]) == [2, 2]
+    assert all("pictures without a caption: 1" in one["said"] for one in pairs["maps_what_is_broken"])
+
+
+@several_processes
 def test_an_error_of_one_ends_all_and_loses_nothing(pairs: dict[str, list[dict[str, Any]]]) -> None:
     for name, told in (("unreadable", "process 1: cannot read picture 7.png"), ("crashes", "process 1: out")):
         assert codes(pairs[name]) == [3, 3], pairs[name]

@@ -47,9 +47,12 @@ def cache_folder(config: DataConfig, default: Path | None = None) -> Path:
 
 
 def user_cache_folder() -> Path:
-    """The platform's folder for caches, of this project."""
+    """The platform's folder for caches, of this project. Raises :class:`ConfigError` if there is none."""
     base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hydit"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "hydit"
+    except RuntimeError as error:  # a user without a home
+        raise ConfigError("there is no home folder for caches: set data.cache.dir") from error
 
 
 def require_outside_sources(folder: Path, config: DataConfig, what: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from ...errors import DataError
 from ..config import SourceConfig
 from .entry import Entry, PassedOver, PictureFile, Tally
 
-__all__ = ["Entry", "PassedOver", "PictureFile", "Tally", "read_source", "source_kind"]
+__all__ = ["Entry", "PassedOver", "PictureFile", "Tally", "read_source", "source_kind", "tables_of"]
 
 
 def source_kind(source: SourceConfig) -> str:
@@ -36,6 +37,11 @@ def source_kind(source: SourceConfig) -> str:
             "set kind if the name is another"
         )
     return kind
+
+
+def tables_of(source: SourceConfig) -> list[Path]:
+    """The files that decide which rows a source has; none for a folder of pictures. Raises DataError."""
+    return [] if source_kind(source) == "folder" else [source.path]
 
 
 def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry]:

@@ -47,8 +47,12 @@ class Tally:
 
     def add(self, name: str) -> None:
         self.count += 1
-        if len(self.shown) < SHOWN:
-            self.shown.append(name)
+        if len(self.shown) < SHOWN:  # as Unicode, which names of files need not be
+            self.shown.append(name.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+    def extend(self, other: Tally) -> None:
+        self.count += other.count
+        self.shown = [*self.shown, *other.shown][:SHOWN]
 
     def lines(self) -> list[str]:
         """The names, one a line, and how many more there are."""
@@ -68,6 +72,12 @@ class PassedOver:
     """Captions without a picture."""
     tables: Tally = field(default_factory=Tally)
     """Tables, which may be what was meant."""
+
+    def extend(self, other: PassedOver) -> None:
+        self.unread.extend(other.unread)
+        self.kinds.update(other.kinds)
+        self.alone.extend(other.alone)
+        self.tables.extend(other.tables)
 
     def hint(self) -> list[str]:
         """Where captions or pictures that are missed in a folder may be."""
