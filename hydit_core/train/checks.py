@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .distributed import find_device
 from .model_section import TextScratch
 from .objectives.table import objective_of
-from .optim import require_muon
+from .optimizers import check_optimizer_here
 from .sections import SamplesSection
 
 
@@ -37,8 +37,7 @@ def check_machine(config: TrainConfig) -> None:
     _require_writable(config.run.output_dir, "run.output_dir")
     if config.data.cache.latents or config.data.cache.text:
         _require_writable(cache_folder(config.data), "data.cache.dir")
-    if config.optimizer.name == "muon":
-        require_muon()
+    check_optimizer_here(config.optimizer)
     objective_of(config).check_machine(config)
     if config.data.control is not None:
         require_maker(config.data.control)

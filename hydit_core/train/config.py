@@ -18,6 +18,7 @@ from ..data.section import leaves
 from ..errors import ConfigError
 from ..untrusted import parse_toml, read_toml
 from .objectives.table import OBJECTIVES, objective_of
+from .optimizer_kinds import KINDS, with_one_average
 from .sections import ObjectiveSection, TrainSections
 
 
@@ -45,6 +46,11 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
 
     objective: KnownObjective = KnownObjective()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_average(cls, raw: Any) -> Any:
+        return with_one_average(raw)
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.samples.every and not self.samples.prompts:
@@ -62,6 +68,7 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
         if self.checkpoint.keep_best and not self.validation.every:
             raise ValueError("checkpoint.keep_best goes by the validation loss: set validation.every")
         self._check_objectives()
+        self._check_optimizer()
         if self.schedule.warmup_steps > self.run.steps:
             raise ValueError("schedule.warmup_steps is larger than run.steps")
         return self
@@ -76,6 +83,26 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
             if changed and name not in chosen.shares:
                 raise ValueError(f"the table {name} needs objective.kind = {name!r}")
             objective.check_unused(self)
+
+    def _check_optimizer(self) -> None:
+        name, kind = self.optimizer.name, KINDS[self.optimizer.name]
+        if self.optimizer.args and not kind.library:
+            raise ValueError(f"optimizer.args is for optimizers of libraries; {name} has keys of its own")
+        if kind.averages and self.ema.enabled:
+            raise ValueError(
+                f"optimizer.name = {name!r} averages the weights itself: leave ema.enabled out or set it to "
+                "false"
+            )
+        if kind.averages and self.schedule.kind != "constant":
+            raise ValueError(
+                f"optimizer.name = {name!r} takes the place of a schedule: leave schedule.kind out, or set "
+                "it to 'constant' (a warm-up is fine)"
+            )
+        if kind.one_rate and any(g.lr_scale != 1 and not g.freeze for g in self.optimizer.groups):
+            raise ValueError(
+                f"optimizer.name = {name!r} finds one learning rate for all parameters: leave lr_scale out "
+                "of optimizer.groups"
+            )
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:

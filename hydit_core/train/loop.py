@@ -24,7 +24,8 @@ from .draws import Draws, TrainingDraws
 from .health import Health
 from .metrics import LossWindow, Metrics
 from .objectives.base import Objective
-from .optim import Ema, Optimizers, learning_rate_factor, parameter_groups
+from .optim import Ema, learning_rate_factor, parameter_groups
+from .optimizers import Optimizers
 from .samples import draw_samples
 from .saving import Saver, is_numbered
 from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames
@@ -356,8 +357,8 @@ class Trainer:
         every = config.validation.every
         if every and (step % every == 0 or final):
             values = self._validate()
-            if self.ema is not None and step > 0:
-                with self.ema.swapped():
+            if (self.ema is not None or self.optimizer.averages) and step > 0:
+                with self._averaged():
                     averaged = self._validate()
                 values.update({f"{name}_ema": value for name, value in averaged.items()})
             if values:
@@ -397,6 +398,9 @@ class Trainer:
         return validate(self.objective, self.data, self.processes, self._autocast, sample_posterior=drawn)
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model holds what is exported: averages, if the run keeps any."""
+        if self.optimizer.averages:
+            return self.optimizer.averaged()
         return contextlib.nullcontext() if self.ema is None else self.ema.swapped()
 
     # -- checkpoints -------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """How much memory a run needs, before it is started.
 
 State is counted: a trained parameter costs 4 bytes each for weight, gradient and average (if kept) and 8
-for AdamW's moments (4 for Muon's). Activations are measured, not guessed: the forward pass of the largest
-batch is run on the meta device, where tensors have shapes but no content, and what it keeps for the
-backward pass is added up. Not in the sum: the libraries themselves (about 0.5 GB), a CUDA context (about
-0.5 GB), temporary buffers, and mapped files.
+for AdamW's moments (4 for Muon's; the others' are in :data:`.optimizer_kinds.KINDS`). Activations are
+measured, not guessed: the forward pass of the largest batch is run on the meta device, where tensors have
+shapes but no content, and what it keeps for the backward pass is added up. Not in the sum: the libraries
+themselves (about 0.5 GB), a CUDA context (about 0.5 GB), temporary buffers, and mapped files.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..text.features import TextFeatures
 from .config import TrainConfig
 from .objectives.base import Rehearsal, rehearse_dit
 from .objectives.table import objective_of
+from .optimizer_kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def estimate(
     return MemoryEstimate(
         weights=4 * count,
         gradients=4 * count,
-        optimizer=8 * (count - in_muon) + 4 * in_muon,
+        optimizer=round(KINDS[config.optimizer.name].state_bytes * (count - in_muon)) + 4 * in_muon,
         average=4 * count * config.ema.enabled,
         frozen=frozen_bytes,
         activations=activation_bytes(

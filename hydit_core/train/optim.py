@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError
 from .sections import EmaSection, GroupSection, OptimizerSection, ScheduleSection
@@ -66,80 +66,6 @@ def parameter_groups(parameters: Mapping[str, Tensor], config: OptimizerSection)
     if not sorted_in:
         raise ConfigError("optimizer.groups: every parameter is frozen, there is nothing to train")
     return [Group(tuple(names), *key) for key, names in sorted_in.items()]
-
-
-def require_muon() -> None:
-    """Raise :class:`ConfigError` where torch has no Muon."""
-    if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f"optimizer.name = 'muon' needs torch 2.9 or newer, this is {torch.__version__}")
-
-
-class Optimizers:
-    """AdamW, or Muon for the blocks' matrices and AdamW for the rest, as one optimizer.
-
-    State goes in and out by parameter name, so that a checkpoint does not depend on the order of
-    parameters or groups.
-    """
-
-    def __init__(
-        self, groups: list[Group], parameters: Mapping[str, nn.Parameter], config: OptimizerSection
-    ) -> None:
-        self.config = config
-        self._names: list[list[str]] = []
-        self._optimizers: list[torch.optim.Optimizer] = []
-        plain = [g for g in groups if not g.muon]
-        if plain:
-            self._add(plain, parameters, config.lr)
-        matrices = [g for g in groups if g.muon]
-        if matrices:
-            self._add(matrices, parameters, config.muon_lr)
-
-    def _add(self, groups: list[Group], parameters: Mapping[str, nn.Parameter], lr: float) -> None:
-        config = self.config
-        tables = [
-            {
-                "params": [parameters[n] for n in g.names],
-                "weight_decay": g.weight_decay,
-                "base_lr": lr * g.lr_scale,
-            }
-            for g in groups
-        ]
-        if groups[0].muon:
-            require_muon()
-            optimizer: torch.optim.Optimizer = torch.optim.Muon(
-                tables, lr=lr, momentum=config.muon_momentum, weight_decay=config.weight_decay
-            )
-        else:
-            optimizer = torch.optim.AdamW(tables, lr=lr, betas=config.betas, eps=config.eps, fused=True)
-        self._optimizers.append(optimizer)
-        self._names.append([n for g in groups for n in g.names])
-
-    def step(self, factor: float) -> None:
-        """One update with every group's learning rate multiplied by ``factor``."""
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            optimizer.step()
-
-    def state(self) -> dict[str, Tensor]:
-        """``name|key`` -> tensor (moments and step counts)."""
-        found: dict[str, Tensor] = {}
-        for optimizer, names in zip(self._optimizers, self._names, strict=True):
-            for index, entries in optimizer.state_dict()["state"].items():
-                for key, value in entries.items():
-                    found[f"{names[index]}|{key}"] = torch.as_tensor(value)
-        return found
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        for optimizer, names in zip(self._optimizers, self._names, strict=True):
-            position = {name: index for index, name in enumerate(names)}
-            entries: dict[int, dict[str, Tensor]] = {}
-            for full, value in state.items():
-                name, _, key = full.rpartition("|")
-                if name in position:
-                    entries.setdefault(position[name], {})[key] = value
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 
 def learning_rate_factor(step: int, steps: int, config: ScheduleSection) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..data.config import DataConfig
 from ..data.section import MAX_COUNT, AnyDtypeName, Section
@@ -19,8 +19,10 @@ from ..errors import ConfigError
 from ..facts import SPACINGS
 from ..images import MAX_SIDE, MIN_SIDE
 from .model_section import ConfigPath, ModelSection
+from .optimizer_kinds import with_own_defaults
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(max_length=40)]
 
 
 class ObjectiveSection(Section):
@@ -87,19 +89,39 @@ class GroupSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "muon"] = Field(
-        default="adamw",
-        description="muon: Muon for the matrices of the DiT's blocks and AdamW for the rest; needs torch 2.9",
+    name: Literal["adamw", "muon", "adamw_8bit", "lion", "adafactor", "came", "prodigy", "schedule_free"] = (
+        Field(
+            default="adamw",
+            description="muon: Muon for the matrices of the DiT's blocks and AdamW for the rest; prodigy "
+            "finds the learning rate, schedule_free needs no schedule; all but adamw and muon need a library",
+        )
     )
-    lr: float = Field(default=1e-4, gt=0, le=1, description="learning rate of AdamW")
-    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="AdamW's two decay rates")
-    eps: float = Field(default=1e-8, gt=0, le=1, description="AdamW's epsilon")
+    lr: float = Field(
+        default=1e-4,
+        gt=0,
+        le=1,
+        description="learning rate; unset: of came 2e-4, schedule_free 2.5e-3, prodigy 1 (a factor on what "
+        "it finds), and of the others",
+    )
+    betas: tuple[Beta, Beta] = Field(
+        default=(0.9, 0.999),
+        description="the two decay rates; unset: of lion 0.9 and 0.99, and of the others",
+    )
+    eps: float = Field(default=1e-8, gt=0, le=1, description="epsilon, of those that have one")
     weight_decay: float = Field(
         default=0.0, ge=0, le=10, description="for parameters with two or more dimensions"
+    )
+    args: dict[Name, bool | int | float | str | tuple[float, ...]] = Field(
+        default={}, description="more for an optimizer of a library, by the names of its own arguments"
     )
     muon_lr: float = Field(default=0.02, gt=0, le=1, description="learning rate of Muon")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="momentum of Muon")
     groups: tuple[GroupSection, ...] = Field(default=(), description="exceptions for some parameters")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, table: Any) -> Any:
+        return with_own_defaults(table)
 
 
 class ScheduleSection(Section):

@@ -10,7 +10,8 @@ from torch import nn
 from train_setup import needs_muon
 
 from hydit_core.errors import ConfigError
-from hydit_core.train.optim import Ema, Optimizers, learning_rate_factor, parameter_groups
+from hydit_core.train.optim import Ema, learning_rate_factor, parameter_groups
+from hydit_core.train.optimizers import Optimizers
 from hydit_core.train.sections import EmaSection, GroupSection, OptimizerSection, ScheduleSection
 
 
