@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -157,6 +157,12 @@ class PreparedImage:
     last_t: float
 
 
+def _repeated(one: Attended | None, repeats: int) -> Attended | None:
+    if one is None or repeats == 1:
+        return one
+    return Attended(*(part.repeat_interleave(repeats, dim=0) for part in (one.keys, one.values)))
+
+
 class Images:
     """Several image prompts for one run. Each step gets what was computed before the first.
 
@@ -164,8 +170,11 @@ class Images:
     """
 
     def __init__(self, images: Sequence[PreparedImage], repeats: int = 1, patch: int = 2):
-        self.images = [image for image in images if any(one is not None for one in image.blocks)]
-        self.repeats = repeats
+        self.images = [
+            replace(image, blocks=[_repeated(one, repeats) for one in image.blocks])
+            for image in images
+            if any(one is not None for one in image.blocks)
+        ]
         self.patch = patch
         self._made: dict[tuple[tuple[int, ...], int, Box | None], list[ImageContext]] = {}
 
@@ -185,21 +194,15 @@ class Images:
             self._made[key] = [
                 ImageContext(
                     [
-                        self._last(*pair, rows)
-                        for pair in zip(block, masks, strict=True)
-                        if pair[0] is not None
+                        Attended(one.keys[-rows:], one.values[-rows:], mask)
+                        for one, mask in zip(block, masks, strict=True)
+                        if one is not None
                     ],
                     scale,
                 )
                 for block in zip(*(image.blocks for image in images), strict=True)
             ]
         return self._made[key]
-
-    def _last(self, one: Attended, mask: Tensor | None, rows: int) -> Attended:
-        keys, values = (
-            part.repeat_interleave(self.repeats, dim=0)[-rows:] for part in (one.keys, one.values)
-        )
-        return Attended(keys, values, mask)
 
     def _mask(self, mask: Tensor | None, box: Box | None) -> Tensor | None:
         if mask is None:

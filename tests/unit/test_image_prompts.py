@@ -15,13 +15,15 @@ import hydit_core
 from hydit_core.control import ControlInput
 from hydit_core.errors import ConfigError
 from hydit_core.image_prompts.encoder import ImageEncoder, load_image_encoder
-from hydit_core.image_prompts.run import ImagePrompt, latent_mask, token_mask
+from hydit_core.image_prompts.run import ImagePrompt, Images, PreparedImage, latent_mask, token_mask
 from hydit_core.layer_weights import LayerWeights
+from hydit_core.model.attention import Attended
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.ip_adapter import IPAdapter, IPAdapterConfig
 from hydit_core.offload.copier import Copier
 from hydit_core.offload.placement import Offload
 from hydit_core.pipeline import Pipeline
+from hydit_core.tiles import Box
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*far (below|above)", "ignore:.*words")
 
@@ -188,6 +190,20 @@ def test_a_mask_in_tiles(pipe: Pipeline, prompt, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(pipe.dit), "forward", watch)
     draw(pipe, prompt(mask=half), width=192, height=64, tile=(64, 64), steps=1)
     assert shares == [[1] * 4, [1, 1, 1, 0], [0] * 4, [0] * 4]
+
+
+def test_tiles_share_keys_and_values() -> None:
+    """However many there are, in a batch of any size; only what is left of a mask is another."""
+    one = Attended(torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4))
+    picture = PreparedImage([one, None], torch.rand(1, 1, 8, 8), 1.0, 999.0, 0.0)
+    for repeats in (1, 3):
+        images = Images([picture], repeats)
+        seen = [images(2 * repeats, 500.0, Box(0, left, 4, 4))[0].attended[0] for left in (0, 2, 4)]
+        assert len({(part.keys.data_ptr(), part.values.data_ptr()) for part in seen}) == 1
+        assert not torch.equal(seen[0].mask, seen[1].mask)
+        assert torch.equal(seen[0].keys, one.keys.repeat_interleave(repeats, 0))
+        last = images(repeats, 500.0)[0].attended[0]
+        assert torch.equal(last.values, one.values[1:].repeat_interleave(repeats, 0))
 
 
 def test_what_does_not_fit_is_told(pipe: Pipeline, prompt, adapter: IPAdapter, encoder: ImageEncoder) -> None:
