@@ -38,13 +38,14 @@ ROOM_OTHERS = (1895, 1128)
 
 SIZES = {
     "CFGGuider": (210, 102), "Canny": (210, 90), "ConditioningCombine": (217, 54),
-    "ConditioningSetMask": (210, 110), "HyDiTCheckpointLoader": (251, 174),
+    "ConditioningSetMask": (210, 110), "EmptyImage": (210, 138), "HyDiTCheckpointLoader": (251, 174),
     "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 150), "HyDiTDiTLoader": (210, 134),
     "HyDiTEmptyLatent": (213, 224), "HyDiTForecast": (210, 180), "HyDiTKSampler": (210, 622),
     "HyDiTLayerWeights": (219, 302),
     "HyDiTLoraLoader": (211, 296), "HyDiTLoraMerge": (210, 292), "HyDiTLoraSave": (210, 208),
     "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 372),
-    "HyDiTTextEncoderLoader": (263, 162), "ImageCompositeMasked": (212, 158), "ImageScale": (210, 146),
+    "HyDiTTextEncoderLoader": (263, 162), "HyDiTTiles": (210, 174),
+    "ImageCompositeMasked": (212, 158), "ImageScale": (210, 146),
     "ImageScaleBy": (210, 90), "ImageStitch": (210, 150), "ImageToMask": (210, 62), "InvertMask": (140, 34),
     "LoadImage": (223, 322), "MarkdownNote": (210, 88), "MaskComposite": (210, 138),
     "MaskToImage": (140, 34), "PreviewImage": (140, 256),
@@ -237,6 +238,28 @@ LAYOUTS: dict[str, Box] = {
         ),
         group(SAMPLING, column(shut(14, 290), shut(15, 290), node(16, 290), shut(17, 290))),
         drawn(node(18, 480), node(20, 480), node(21, 480, 370), node(19, 480)),
+    ),
+    "hydit_inpaint_controlnet": stages(
+        first(group(MODEL, column(3, 4, width=290)), width=318, note=190),
+        group(WORDS, column(5, 6, shut(7), width=270)),
+        column(
+            group(FIRST, column(shut(8, 250), shut(9, 250), node(10, 250))),
+            group("Mask · 遮罩", column(11, 12, 13, width=250)),
+        ),
+        group(FOLLOW, column(shut(16, 260), node(17, 260), node(18, 260), node(19, 260))),
+        group(SAMPLING, column(shut(14, 260), shut(15, 260), node(20, 260), shut(21, 260))),
+        drawn(node(22, 330), node(23, 330, 480)),
+    ),
+    "hydit_tile_upscale": stages(
+        first(group(MODEL, column(3, 4, width=290)), width=318, note=190),
+        group(WORDS, column(5, 6, width=270)),
+        column(
+            group(FIRST, column(shut(7, 260), shut(8, 260), node(9, 260))),
+            group("Larger · 放大", column(node(10, 260), shut(11, 260), shut(12, 260), shut(13, 260))),
+        ),
+        column(group(FOLLOW, column(14, 15, width=260)), group("Tiles · 分块", node(16, 260))),
+        group(SAMPLING, column(node(17, 260), shut(18, 260))),
+        drawn(node(19, 330, 480)),
     ),
     "hydit_controlnet_canny_embedded": stages(
         first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=140),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,13 +132,16 @@ def write_models(models: Path) -> None:
 
 
 def _write_controls(models: Path) -> None:
-    """ControlNets as Tencent publishes them, without metadata, and pictures to control by."""
+    """ControlNets as Tencent and TTPlanet publish them, without metadata, and pictures to control by."""
     import torch
     from safetensors.torch import load_file
 
     tensors = load_file(ROOT / "hydit_core" / "assets" / "controlnet" / "hydit-icons-128-canny.safetensors")
-    for kind in ("canny", "depth", "pose"):
-        torch.save(tensors, models / "controlnet" / f"pytorch_model_{kind}_distill.pt")
+    for kind in ("canny_distill", "depth_distill", "pose_distill"):
+        torch.save(tensors, models / "controlnet" / f"pytorch_model_{kind}.pt")
+    half = OrderedDict((name, tensor.half()) for name, tensor in tensors.items())
+    for kind in ("inpaint", "tile"):
+        torch.save(half, models / "controlnet" / f"pytorch_model_{kind}_ema_module_only.pt")
     for name in ("example", "depth", "pose"):
         picture = Image.new("RGB", (200, 160))
         ImageDraw.Draw(picture).ellipse((50, 30, 150, 130), fill="white")
@@ -167,11 +171,23 @@ def _write_sdxl_vae(path: Path) -> None:
     save_file(tensors, path)
 
 
+#: Values of these types' widgets are in pixels.
+IN_PIXELS = {
+    "HyDiTEmptyLatent": ("width", "height"),
+    "HyDiTTiles": ("tile_width", "tile_height", "overlap"),
+    "ImageScale": ("width", "height"),
+    "MaskComposite": ("x", "y"),
+    "SolidMask": ("width", "height"),
+}
+
+
 def shrink(prompt: dict[str, Any]) -> dict[str, Any]:
-    """With pictures of at most 128 pixels: the files are small."""
-    for node in prompt.values():
-        if node["class_type"] in ("HyDiTEmptyLatent", "ImageScale"):
-            node["inputs"] |= {name: min(node["inputs"][name], 128) for name in ("width", "height")}
+    """With an eighth of the size where that is one of the published models': the files are small."""
+    sizes = [n["inputs"]["width"] for n in prompt.values() if n["class_type"] == "HyDiTEmptyLatent"]
+    if max(sizes) > 128:
+        for node in prompt.values():
+            for name in IN_PIXELS.get(node["class_type"], ()):
+                node["inputs"][name] //= 8
     return prompt
 
 
@@ -188,8 +204,9 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
         assert min(np.abs(a - b).mean() for a, b in zip(again, shown, strict=True)) < 3
     edges = [picture for picture in shown if _is_edges(picture)]
     shown = [picture for picture in shown if not _is_edges(picture)]
-    for picture in shown:
-        assert picture.shape[::2] == (128, 3) and picture.shape[1] in (128, 512), "size"
+    for number, picture in enumerate(shown):
+        height = 256 if name == "hydit_tile_upscale" and number else 128
+        assert picture.shape[::2] == (height, 3) and picture.shape[1] in (height, 512), "size"
         assert picture.std() > 10, "blank"
     assert len(edges) == {"hydit_two_controlnets": 2}.get(name, "hydit_controlnet" in name)
     if name == "hydit_split_files":  # its VAE is random
@@ -204,6 +221,12 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
             _color(a[:, :64]) == "red",
             (a[:, :64] == b[:, :64]).all(),
             _color(b[:, 64:]) == "blue",
+        ],
+        "hydit_inpaint_controlnet": lambda a, b: [
+            _color(a) == "red", (a[:, :64] == b[:, :64]).all(), (a[:, 64:] != b[:, 64:]).mean() > 0.1
+        ],
+        "hydit_tile_upscale": lambda a, large: [
+            3 < np.abs(np.repeat(np.repeat(a, 2, 0), 2, 1) - large).mean() < 40
         ],
         "hydit_two_prompts": lambda a, b: [
             _color(a) == "blue", _color(b[:, :60]) == "red", _color(b[:, 68:]) == "blue"

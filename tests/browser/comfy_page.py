@@ -234,16 +234,16 @@ class ComfyPage:
             node_type,
         )
 
-    def set_widget(self, node_type: str, name: str, value: Any) -> None:
-        """Set a widget of the first node of a type, its callback included."""
+    def set_widget(self, node: str, name: str, value: Any) -> None:
+        """Set a widget of a node, by its number, or of the first of a type, its callback included."""
         self.evaluate(
-            """([type, name, value]) => {
-                const node = app.graph.nodes.find((n) => n.type === type);
+            """([wanted, name, value]) => {
+                const node = app.graph.nodes.find((n) => n.type === wanted || String(n.id) === wanted);
                 const widget = node.widgets.find((w) => w.name === name);
                 widget.value = value;
                 widget.callback?.(value, app.canvas, node);
             }""",
-            [node_type, name, value],
+            [node, name, value],
         )
 
     def fit(self) -> None:

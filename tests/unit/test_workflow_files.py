@@ -28,6 +28,7 @@ NAMES = {
     "hydit_inpaint", "hydit_two_prompts", "hydit_custom_sampling", "hydit_controlnet_canny_embedded",
     "hydit_controlnet_image_to_image", "hydit_controlnet_layer_weights", "hydit_controlnet_v1.2",
     "hydit_two_controlnets", "hydit_lora_strengths", "hydit_lora_merge", "hydit_fast", "hydit_turbo",
+    "hydit_inpaint_controlnet", "hydit_tile_upscale",
 }  # fmt: skip
 NOTES = ("MarkdownNote", "Note")
 # ComfyUI's folders that it offers downloads for.
