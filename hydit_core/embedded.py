@@ -28,3 +28,11 @@ def embedded_controlnets() -> list[Path]:
 def embedded_loras() -> list[Path]:
     """The LoRAs that come with hydit, for :func:`embedded_model`; sorted by name."""
     return sorted((ASSETS / "lora").glob("*.safetensors"))
+
+
+def embedded_ip_adapters() -> list[Path]:
+    """The IP-Adapters that come with hydit, for :func:`embedded_model`; sorted by name.
+
+    Each has its image encoder in its own file.
+    """
+    return sorted((ASSETS / "ip_adapter").glob("*.safetensors"))

@@ -15,7 +15,12 @@ from typing import Any
 
 import folder_paths
 
-from ...hydit_core.embedded import embedded_controlnets, embedded_loras, embedded_model
+from ...hydit_core.embedded import (
+    embedded_controlnets,
+    embedded_ip_adapters,
+    embedded_loras,
+    embedded_model,
+)
 from ...hydit_core.errors import HyditError, WeightsError, printable
 from ...hydit_core.weights.beside import FOLDERS
 from ...hydit_core.weights.files import SUFFIXES
@@ -78,8 +83,8 @@ def lora_names() -> list[str]:
 
 
 def ip_adapter_names() -> list[str]:
-    """Files of IP-Adapters of any model."""
-    return _files(IP_ADAPTERS)
+    """The embedded IP-Adapters, and files of IP-Adapters of any model."""
+    return [*_embedded(IP_ADAPTERS), *_files(IP_ADAPTERS)]
 
 
 def image_encoder_names() -> list[str]:
@@ -153,7 +158,12 @@ def fingerprint(path: Path) -> str:
 
 def _embedded(kinds: PathParts) -> dict[str, Path]:
     """The files that come with hydit, by their names in the lists."""
-    parts = {CONTROLNETS: embedded_controlnets, LORAS: embedded_loras}
+    parts = {
+        CONTROLNETS: embedded_controlnets,
+        LORAS: embedded_loras,
+        IP_ADAPTERS: embedded_ip_adapters,
+        IMAGE_ENCODERS: embedded_ip_adapters,
+    }
     if kinds in parts:
         return {f"{_EMBEDDED}{path.stem}": path for path in parts[kinds]()}
     try:
