@@ -122,10 +122,17 @@ def weighted(
         seen = adapter(rows)
     if not all(one.values.isfinite().all() and one.keys.isfinite().all() for one in seen):
         raise HyditError(f"the IP-Adapter's values are not finite in {embedding.dtype}; {DTYPE_ADVICE}")
-    return [
+    weighed = [
         one._replace(values=one.values if weight == 1 else one.values * weight) if weight else None
         for one, weight in zip(seen, weights, strict=True)
     ]
+    if not all(one is None or one.values.isfinite().all() for one in weighed):
+        most = max(weights, key=abs)
+        raise HyditError(
+            f"the IP-Adapter's values are not finite in {embedding.dtype} with a weight of {most:g} (of "
+            "picture and block): use a smaller one"
+        )
+    return weighed
 
 
 def latent_mask(mask: Image.Image, size: Size, downscale: int = 8) -> Tensor:

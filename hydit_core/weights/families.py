@@ -110,6 +110,11 @@ _BY_NAME: tuple[tuple[Any, ...], ...] = (
     ("a CLIP model", _ENCODER, (_CLIP, "logit_scale")),
     ("a CLIP text encoder", _ENCODER, (_CLIP,)),
     ("a CLIP image encoder", "", ("vision_model.encoder.layers.0.self_attn.q_proj.weight",)),
+    (
+        "an image encoder without a projection, as CLIPVisionModel and SigLIP are",
+        "",
+        ("embeddings.patch_embedding.weight", "encoder.layers.0.layer_norm1.weight"),
+    ),
     ("a language model", "", ("layers.0.self_attn.q_proj.weight", "embed_tokens.weight")),
 )
 # Parts of names, found anywhere in them.

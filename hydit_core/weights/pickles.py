@@ -13,6 +13,8 @@ from .torch_file import TorchFile
 
 LOAD_KEYS = ("ema", "module", "state_dict", "model_state_dict", "model", "distill", "merge", "params")
 """Where trainers put the weights inside the saved dictionary, preferred ones first."""
+_IP_ADAPTER = {"image_proj", "ip_adapter"}
+"""The parts of other models' IP-Adapters, which are told by their names."""
 _MOST_NAMED_TWICE = 4
 _LONGEST_NAME = 1000
 _DEEPEST = 3
@@ -123,6 +125,11 @@ def _find_tensors(
         found = f"it has {', '.join(choices)}" if choices else "it is one plain state dict"
         raise WeightsError(f"{path} has no weights under {load_key!r}; {found}")
     tensors = _tensors_of(loaded)
+    if _IP_ADAPTER.issubset(choices):
+        tensors = {
+            f"{key}.{name}": value for key in choices for name, value in _tensors_of(loaded[key]).items()
+        }
+        return tensors, ""
     # A checkpoint may hold tensors besides its weights (a step counter, a random state).
     for key in (*LOAD_KEYS, *(() if tensors else choices)):
         if key in choices:

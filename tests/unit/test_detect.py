@@ -145,6 +145,10 @@ OTHERS = {
     },
     "a LoRA of another model": {"layers.0.mlp.lora_A.weight": (4, 8)},
     "an IP-Adapter for Stable Diffusion": {"ip_adapter.1.to_k_ip.weight": (320, 768)},
+    "an image encoder without a projection, as CLIPVisionModel and SigLIP are": {
+        "embeddings.patch_embedding.weight": (1152, 3, 14, 14),
+        "encoder.layers.0.layer_norm1.weight": (1152,),
+    },
 }
 
 

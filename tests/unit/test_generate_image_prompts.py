@@ -69,6 +69,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "encoder.layer.0.attention.self.query.weight": torch.zeros(8, 8),
     }
     torch.save(text, folder / "bert.pt")
+    other = {
+        "image_proj": {"proj.weight": torch.zeros(4, 4)},
+        "ip_adapter": {"1.to_k_ip.weight": torch.ones(4)},
+    }
+    torch.save(other, folder / "sd15.bin")
     return folder
 
 
@@ -299,6 +304,10 @@ def test_compare_takes_them_as_a_side(folder: Path, tiny_model_file: Path, tmp_p
         (
             ("--image-prompt", "@a.png", "--ip-adapter", "@a.png"),
             "{}/a.png",
+        ),
+        (
+            ("--image-prompt", "@a.png", "--ip-adapter", "@sd15.bin"),
+            "{}/sd15.bin is an IP-Adapter for Stable Diffusion; expected a HunyuanDiT IP-Adapter",
         ),
         (
             ("--image-prompt", "@a.png", "--ip-adapter", "@wide.pt"),

@@ -13,7 +13,7 @@ from vision_files import clip_names, vision_model
 
 import hydit_core
 from hydit_core.control import ControlInput
-from hydit_core.errors import ConfigError
+from hydit_core.errors import ConfigError, HyditError
 from hydit_core.image_prompts.encoder import ImageEncoder, load_image_encoder
 from hydit_core.image_prompts.run import ImagePrompt, Images, PreparedImage, latent_mask, token_mask
 from hydit_core.layer_weights import LayerWeights
@@ -190,6 +190,13 @@ def test_a_mask_in_tiles(pipe: Pipeline, prompt, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(pipe.dit), "forward", watch)
     draw(pipe, prompt(mask=half), width=192, height=64, tile=(64, 64), steps=1)
     assert shares == [[1] * 4, [1, 1, 1, 0], [0] * 4, [0] * 4]
+
+
+@pytest.mark.parametrize("weight", [1e39, -1e308])
+def test_a_weight_that_overflows_is_told(pipe: Pipeline, prompt, weight: float) -> None:
+    told = rf"not finite in torch\.float32 with a weight of {weight:g} .*use a smaller one"
+    with pytest.raises(HyditError, match=told.replace("+", r"\+")):
+        draw(pipe, prompt(blocks=LayerWeights.parse([1, weight, 0, 1])))
 
 
 def test_tiles_share_keys_and_values() -> None:
