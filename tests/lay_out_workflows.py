@@ -40,7 +40,8 @@ SIZES = {
     "CFGGuider": (210, 102), "Canny": (210, 90), "ConditioningCombine": (217, 54),
     "ConditioningSetMask": (210, 110), "EmptyImage": (210, 138), "HyDiTCheckpointLoader": (251, 174),
     "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 150), "HyDiTDiTLoader": (210, 134),
-    "HyDiTEmptyLatent": (213, 224), "HyDiTForecast": (210, 180), "HyDiTKSampler": (210, 622),
+    "HyDiTEmptyLatent": (213, 224), "HyDiTForecast": (210, 180),
+    "HyDiTIPAdapterApply": (239, 230), "HyDiTIPAdapterLoader": (251, 150), "HyDiTKSampler": (210, 622),
     "HyDiTLayerWeights": (219, 302),
     "HyDiTLoraLoader": (211, 296), "HyDiTLoraMerge": (210, 292), "HyDiTLoraSave": (210, 208),
     "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 372),
@@ -329,6 +330,13 @@ LAYOUTS: dict[str, Box] = {
                 for n, title in ((16, "Depth · 深度"), (22, "Pose · 姿态"))
             )),
         ),
+    ),
+    "hydit_image_prompt": stages(
+        first(group(MODEL, column(3, 4, width=300)), width=328, note=200),
+        group("Picture prompt · 图像提示", column(5, node(6, height=340), 9, width=300)),
+        group(WORDS, column(7, 8, width=310)),
+        group(SAMPLING, column(node(10, 310, 622), shut(11))),
+        drawn(node(12, 490, 720)),
     ),
     "hydit_two_controlnets": stages(
         first(group(MODEL, column(3, 4, 5, width=260)), width=288, note=150),

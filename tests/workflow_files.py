@@ -19,7 +19,9 @@ PAGE_ONLY = ("fixed", "randomize", "image")
 #: A node's mode.
 MUTED = 2
 #: Where the workflows' files belong.
-MODEL_FOLDERS = ("checkpoints", "controlnet", "diffusion_models", "text_encoders", "vae")
+MODEL_FOLDERS = (
+    "checkpoints", "clip_vision", "controlnet", "diffusion_models", "ipadapter", "text_encoders", "vae",
+)  # fmt: skip
 
 Box = tuple[float, float, float, float]
 
@@ -122,6 +124,7 @@ def write_models(models: Path) -> None:
     for kind in MODEL_FOLDERS:
         (models / kind).mkdir(parents=True, exist_ok=True)
     _write_controls(models)
+    _write_ip_adapter(models)
     target = models / "checkpoints" / "hunyuan_dit_1.2.safetensors"
     target.write_bytes(EMBEDDED.read_bytes())
     encoders = models / "text_encoders" / "HunyuanDiT-v1.2"
@@ -146,6 +149,21 @@ def _write_controls(models: Path) -> None:
         picture = Image.new("RGB", (200, 160))
         ImageDraw.Draw(picture).ellipse((50, 30, 150, 130), fill="white")
         picture.save(models.parent / "input" / f"{name}.png")
+
+
+def _write_ip_adapter(models: Path) -> None:
+    """As Tencent publishes it, but with random weights that change pictures a little."""
+    import torch
+    from tiny import randomize
+    from vision_files import clip_names, vision_model
+
+    from hydit_core.model.ip_adapter import IPAdapter, IPAdapterConfig
+    from hydit_core.weights.bundle import bundle
+
+    config = bundle(ROOT / "hydit_core" / "assets" / "hydit-icons-128.safetensors").kind.config
+    net = randomize(IPAdapter(IPAdapterConfig.for_dit(config, 12, 4)), 5, 0.02)
+    torch.save(net.state_dict(), models / "ipadapter" / "ipa.pt")
+    torch.save({"state_dict": clip_names(vision_model())}, models / "clip_vision" / "clip_img_encoder.pt")
 
 
 def _write_sdxl_vae(path: Path) -> None:
@@ -239,6 +257,7 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
             np.abs(np.hstack([uniform, decay, early, late]) - strip).max() <= 1,
         ],
         "hydit_controlnet_v1.2": lambda a: [_color(a) == "red"],
+        "hydit_image_prompt": lambda a: [0.1 < (a.min(axis=-1) < 200).mean() < 0.8],  # a cat
         "hydit_lora_strengths": lambda none, half, one, more, strip: [
             _blue(none) < _blue(half) < _blue(one),
             _blue(more) > 0.9,

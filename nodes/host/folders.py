@@ -30,7 +30,7 @@ DIT = ("diffusion_models", "checkpoints", "diffusers")
 TEXT_ENCODERS = ("text_encoders", "checkpoints", "diffusers")
 CONTROLNETS = ("controlnet", "diffusers")
 LORAS = ("loras",)
-IP_ADAPTERS = ("ipadapter",)
+IP_ADAPTERS = ("ipadapter", "checkpoints", "diffusion_models")
 IMAGE_ENCODERS = ("clip_vision", "ipadapter")
 """ComfyUI's folders, in the order in which they are searched for a name."""
 
@@ -84,7 +84,8 @@ def lora_names() -> list[str]:
 
 def ip_adapter_names() -> list[str]:
     """The embedded IP-Adapters, and files of IP-Adapters of any model."""
-    return [*_embedded(IP_ADAPTERS), *_files(IP_ADAPTERS)]
+    # A checkpoint may have one inside, and is found by its name
+    return [*_embedded(IP_ADAPTERS), *_files(IP_ADAPTERS[:1])]
 
 
 def image_encoder_names() -> list[str]:

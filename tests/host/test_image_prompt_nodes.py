@@ -181,6 +181,18 @@ def test_where_the_image_encoder_is(host, files):
     assert "has no image encoder" in message and "choose it in clip_vision_name" in message
 
 
+def test_a_checkpoint_with_an_adapter_inside(host, files):
+    """It is found by its name, as pictures of `generate` have it; the list shows models/ipadapter alone."""
+    inside = load_ip_adapter(files / "ipadapter" / "alone.pt").state_dict()
+    target = host.model_path("checkpoints", "trained_with.safetensors")
+    save_file({k: v.contiguous() for k, v in (weights() | inside).items()}, target)
+    host.refresh()
+    listed = host.input_types(LOADER)["required"]["ip_adapter_name"][1]["options"]
+    own = load(host, "trained_with.safetensors", "tower.safetensors")
+    target.unlink()
+    assert own.adapter == target and "trained_with.safetensors" not in listed
+
+
 def test_the_encoder_that_is_chosen_counts(host, files, model):
     """And every layout of one encoder gives the same."""
     first, second, third = (

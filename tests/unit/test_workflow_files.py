@@ -28,11 +28,13 @@ NAMES = {
     "hydit_inpaint", "hydit_two_prompts", "hydit_custom_sampling", "hydit_controlnet_canny_embedded",
     "hydit_controlnet_image_to_image", "hydit_controlnet_layer_weights", "hydit_controlnet_v1.2",
     "hydit_two_controlnets", "hydit_lora_strengths", "hydit_lora_merge", "hydit_fast", "hydit_turbo",
-    "hydit_inpaint_controlnet", "hydit_tile_upscale",
+    "hydit_inpaint_controlnet", "hydit_tile_upscale", "hydit_image_prompt",
 }  # fmt: skip
 NOTES = ("MarkdownNote", "Note")
-# ComfyUI's folders that it offers downloads for.
-FOLDERS = ("checkpoints", "controlnet", "diffusion_models", "vae", "text_encoders")
+# ComfyUI's folders that it offers downloads for, and one that it only knows with packs for IP-Adapters.
+FOLDERS = (
+    "checkpoints", "clip_vision", "controlnet", "diffusion_models", "ipadapter", "vae", "text_encoders",
+)  # fmt: skip
 SUFFIXES = (".safetensors", ".pt")
 
 
