@@ -140,10 +140,16 @@ def read_each(texts: Sequence[str], option: str, count: int, of: str) -> list[La
 
     Raises :class:`ConfigError` for other numbers of texts and unreadable ones; ``of`` names the things.
     """
-    if len(texts) not in {0, 1, count}:
-        raise ConfigError(f"{option} is given {len(texts)} times for {count} {of}: give 1 or {count}")
+    check_count(len(texts), option, count, of)
     read = [read_weights(text, option) for text in texts]
     return read * count if len(read) == 1 else read
+
+
+def check_count(given: int, option: str, count: int, of: str) -> None:
+    """Raise :class:`ConfigError` unless an option is given never, once for all, or for each of ``count``."""
+    if given not in {0, 1, count}:
+        needed = "1" if count == 1 else f"1 or {count}"
+        raise ConfigError(f"{option} is given {given} times for {count} {of}: give {needed}")
 
 
 def read_weights(text: str, option: str) -> LayerWeights:

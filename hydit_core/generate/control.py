@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from ..facts import SamplingDefaults
 from ..images import CANNY_THRESHOLDS, Geometry, canny, load_control, load_picture
 from ..inpaint import ALPHA, Inpainting
-from ..layer_weights import CURVES, LayerWeights, read_each, split_weight
+from ..layer_weights import CURVES, LayerWeights, check_count, read_each, split_weight
 from ..new_files import write_new
 
 if TYPE_CHECKING:
@@ -87,11 +87,7 @@ def check(args: argparse.Namespace) -> None:
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} needs --controlnet")
         return
-    if len(args.control_preprocess) not in {0, 1, count}:
-        raise ConfigError(
-            f"--control-preprocess is given {len(args.control_preprocess)} times for {count} --controlnet: "
-            f"give 1 or {count}"
-        )
+    check_count(len(args.control_preprocess), "--control-preprocess", count, "--controlnet")
     kinds = _kinds(args)
     for kind, option in _MADE.items():
         if kind in kinds and getattr(args, option.removeprefix("--")) is None:

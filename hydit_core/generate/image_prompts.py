@@ -20,7 +20,7 @@ from ..image_prompts.run import (
     check_range,
 )
 from ..images import load_picture, probe
-from ..layer_weights import CURVES, LayerWeights, read_each, split_weight
+from ..layer_weights import CURVES, LayerWeights, check_count, read_each, split_weight
 from .control import write_used
 
 if TYPE_CHECKING:  # it brings transformers
@@ -114,10 +114,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--image-prompt {path}: weight {weight:g}: use -{MAX_WEIGHT} to {MAX_WEIGHT}")
     _blocks(args)
     for option, values in ((_RANGE, args.image_prompt_range), (_MASK, args.image_prompt_mask)):
-        if len(values) not in {0, 1, count}:
-            raise ConfigError(
-                f"{option} is given {len(values)} times for {count} --image-prompt: give 1 or {count}"
-            )
+        check_count(len(values), option, count, "--image-prompt")
     for text in args.image_prompt_range:
         _range(text)
 

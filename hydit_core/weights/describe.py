@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..dtypes import dtype_name
-from ..errors import printable
+from ..errors import HyditError, printable
 from ..model.config import DiTConfig
+from ..model.ip_adapter import IPAdapterConfig
 from .bundle import open_model
-from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, version_text
+from .detect import BERT_PREFIXES, MT5_PREFIXES, VAE_PREFIXES, FileKind, detect, ip_adapter_view, version_text
 from .info import model_info
 from .packed import Scheme
 from .quantised import quantised
 from .source import TensorSource
+from .vision_layout import VisionConfig, find_vision, vision_config, vision_view
 
 _TEXT_LIMIT = 600
 _PART_NAMES = {
@@ -57,6 +60,14 @@ def _model_rows(source: TensorSource, kind: FileKind) -> Iterator[tuple[str, str
     if kind.config is None:
         if kind.layout:
             yield "layout", kind.layout
+        with contextlib.suppress(HyditError):  # impossible ones are told where the file is loaded
+            if kind.kind == "ip_adapter":
+                yield (
+                    "dimensions",
+                    _of_ip_adapter(IPAdapterConfig.from_state_dict(ip_adapter_view(source).shapes())),
+                )
+            if where := find_vision(source.keys()):
+                yield "image encoder", _of_vision(vision_config(vision_view(source, where), where.layout))
         return
     info = model_info(source, kind)
     version = version_text(kind.config, source.metadata) + (f", {info.variant}" if info.variant else "")
@@ -67,6 +78,24 @@ def _model_rows(source: TensorSource, kind: FileKind) -> Iterator[tuple[str, str
     yield (
         "diffusion",
         f"{diffusion.prediction}-prediction, betas {diffusion.beta_start} to {diffusion.beta_end}",
+    )
+
+
+def _of_ip_adapter(config: IPAdapterConfig) -> str:
+    head_dim = config.hidden_size // config.num_heads
+    return (
+        f"for a DiT of hidden {config.hidden_size}, depth {config.depth}, "
+        f"heads {config.num_heads} x {head_dim}; "
+        f"{config.num_tokens} tokens x {config.token_dim} of an image encoder's {config.embed_dim} values"
+    )
+
+
+def _of_vision(config: VisionConfig) -> str:
+    head_dim = config.width // config.heads
+    return (
+        f"width {config.width}, {config.layers} layers, heads {config.heads} x {head_dim}, "
+        f"MLP {config.mlp_hidden}, {config.activation}; {config.size} x {config.size} px in patches of "
+        f"{config.patch} become {config.embed_dim} values"
     )
 
 

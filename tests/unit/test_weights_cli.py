@@ -15,6 +15,7 @@ from find_host import ROOT
 from key_lists import key_list, sparse_safetensors
 from tiny import TINY, bert_vocab, spiece_model, write_tiny_model
 from tiny_models import randomize, tiny
+from vision_files import clip_names, vision_model
 
 from hydit_core.facts import METADATA_KEY, ModelInfo
 from hydit_core.model.config import DiTConfig
@@ -411,3 +412,29 @@ def test_usage_is_an_error(dit, capsys):
             main(line)
         assert stop.value.code == 2
     assert "invalid choice" in capsys.readouterr().err
+
+
+def test_inspect_tells_what_an_ip_adapter_is_for(capsys, tmp_path) -> None:
+    """And which image encoder gives what it takes; also where both are in one file."""
+    both = {**clip_names(vision_model(embed_dim=1024)), "logit_scale": torch.zeros(())}
+    torch.save(both, tmp_path / "eyes.pt")
+    path = sparse_safetensors(tmp_path / "ipa.safetensors", key_list("ipa_extra"))
+    code, out, _ = run(capsys, "inspect", path)
+    adapter = (
+        "for a DiT of hidden 1408, depth 40, heads 16 x 88; 8 tokens x 1024 of an image encoder's 1024 values"
+    )
+    assert code == 0 and rows(out)["dimensions"] == adapter and "image encoder  " not in out
+    code, out, _ = run(capsys, "inspect", tmp_path / "eyes.pt")
+    encoder = "width 128, 2 layers, heads 2 x 64, MLP 256, quick_gelu; "
+    encoder += "28 x 28 px in patches of 7 become 1024 values"
+    assert code == 0 and rows(out)["image encoder"] == encoder
+    shapes = {name: tuple(tensor.shape) for name, tensor in both.items()}
+    path = sparse_safetensors(tmp_path / "both.safetensors", {**key_list("ipa_extra"), **shapes})
+    code, out, _ = run(capsys, "inspect", path)
+    found = rows(out)
+    assert (found["dimensions"], found["image encoder"]) == (adapter, encoder)
+    # What cannot be is told when it is to be loaded
+    key = "ip_adapter_img_norm_cond.weight"
+    path = sparse_safetensors(tmp_path / "odd.safetensors", {**key_list("ipa_extra"), key: (1000,)})
+    code, out, _ = run(capsys, "inspect", path)
+    assert code == 0 and "dimensions" not in rows(out)
