@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from ..pages.render import data_url, render
 from ..untrusted import read_json, read_text
 from .figures import Pair, Result
-from .page import data_url, render
+from .page import HERE, STYLES
 from .sheet import as_image
 from .store import pixels_of, write_text
 
@@ -42,7 +43,7 @@ def write_blind(out: Path, reference: str, result: Result, count: int, seed: int
     pairs = draw.sample(result.pairs, min(count, len(result.pairs)))
     left = [draw.choice((reference, result.name)) for _ in pairs]
     items = [_item(pair, name == reference) for pair, name in zip(pairs, left, strict=True)]
-    text = render("blind.html", "blind.js", items=items)
+    text = render(HERE, "blind.html", styles=STYLES, scripts=("blind.js",), items=items)
     key = {
         "format": _FORMAT,
         "reference": reference,

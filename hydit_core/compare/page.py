@@ -2,53 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
-from PIL import Image
-
+from ..pages.render import data_url, render
 from .figures import Pair, Result
 from .sheet import GAIN, as_image, difference
 from .store import pixels_of, write_text
 
-_HERE = Path(__file__).parent
-_LARGEST = 1024
-_LOSSLESS = 256 * 256
-
-
-def render(template: str, script: str, **shown: Any) -> str:
-    """A page of this folder's template with its script; everything that goes into it is escaped."""
-    loader = FileSystemLoader(_HERE)
-    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    style, style_hash = _own("page.css")
-    code, code_hash = _own(script)
-    policy = f"default-src 'none'; img-src data:; style-src '{style_hash}'; script-src '{code_hash}'"
-    return environment.get_template(template).render(style=style, script=code, policy=policy, **shown)
-
-
-def _own(name: str) -> tuple[Markup, str]:
-    """A style or script of this folder, and its hash as a content security policy names it."""
-    text = (_HERE / name).read_text("utf-8")
-    return Markup(text), "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def data_url(image: Image.Image) -> str:
-    """A picture as WebP, exact where it is small, and no larger than a screen needs."""
-    if max(image.size) > _LARGEST:
-        image = image.copy()
-        image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    if image.width * image.height <= _LOSSLESS:
-        image.save(file, format="WEBP", lossless=True)
-    else:
-        image.save(file, format="WEBP", quality=88)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+HERE = Path(__file__).parent
+STYLES = ("page.css",)
 
 
 def write_pages(path: Path, results: Sequence[Result], found: dict[str, Any], pages_of: int) -> list[Path]:
@@ -63,8 +27,10 @@ def write_pages(path: Path, results: Sequence[Result], found: dict[str, Any], pa
     for number, one in enumerate(paths):
         cards = [_card(name, compared) for name in order[number * pages_of : (number + 1) * pages_of]]
         text = render(
+            HERE,
             "page.html",
-            "page.js",
+            styles=STYLES,
+            scripts=("page.js",),
             found=found,
             cards=cards,
             compared=[result.name for result in compared],

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, cli_main, program
+
+if TYPE_CHECKING:
+    from http.server import ThreadingHTTPServer
 
 STOPPED = 3
 """The exit code of a run that ended before its last step and can be continued."""
@@ -134,17 +138,53 @@ def _export(arguments: list[str]) -> int:
 
 def _report(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog=program("train report"), description="A run's losses as a table and a picture."
+        prog=program("train report"),
+        description="Losses of a run as a table, and a page: curves, sample pictures, configuration.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--out", type=Path, help="the picture (default: RUN_DIR/losses.png)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="several: one page of all")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page, or, if it ends like a picture, the curves alone (default: RUN_DIR/report.html)",
+    )
+    parser.add_argument(
+        "--live",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="PORT",
+        help="serve the page on this machine while the run goes on, instead of writing it",
+    )
     options = parser.parse_args(arguments)
-    if not options.run.is_dir():
-        raise ConfigError(f"{options.run}: no such folder; give the output_dir of a run")
+    for run in options.runs:
+        if not run.is_dir():
+            raise ConfigError(f"{run}: no such folder; give the output_dir of a run")
 
-    from .report import report
+    from .page import write
+    from .report import is_picture, plot, table
 
-    print(report(options.run, options.out or options.run / "losses.png"))
+    if options.live is not None:
+        return _serve(write.server(options.runs, options.live))
+    out = options.out or options.runs[0] / "report.html"
+    for run in options.runs:
+        print(table(run))
+    if is_picture(out):
+        plot(options.runs[0], out)
+    else:
+        write.write(options.runs, out)
+    print(f"written to {out}")
+    return 0
+
+
+def _serve(server: ThreadingHTTPServer) -> int:
+    print(f"http://{server.server_address[0]!s}:{server.server_address[1]} (Ctrl+C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.server_close()
     return 0
 
 

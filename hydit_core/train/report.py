@@ -22,25 +22,44 @@ _MARGIN = (70, 30, 20, 50)  # left, top, right, bottom
 Points = list[tuple[int, float]]
 
 
-def report(run: Path, picture: Path) -> str:
-    """Write the curve to ``picture`` and return the table.
+def is_picture(path: Path) -> bool:
+    """Whether a file of that name is a picture, by how it ends."""
+    return path.suffix.lower() in Image.registered_extensions()
+
+
+def table(run: Path) -> str:
+    """Losses of a run as lines of text.
 
     Raises :class:`HyditError` if the folder holds no records.
     """
-    path = run / metrics.FILE
-    records = list(metrics.read(path)) if path.exists() else []
-    series = {name: _points(records, name) for name in _COLUMNS}
-    if not series["loss"]:
-        raise HyditError(f"{path}: no losses recorded there; give the output_dir of a run")
+    series = _series(run)
+    last = max(step for points in series.values() for step, _ in points)
+    skipped, seconds = (max((v for _, v in series[name]), default=0.0) for name in ("skipped", "seconds"))
+    shown = {name: series[name] for name in _COLUMNS}
+    footer = f"{last} steps in {seconds / 3600:.2f} h, {skipped:.0f} skipped"
+    return "\n".join([*_table(shown, last), footer])
+
+
+def plot(run: Path, picture: Path) -> None:
+    """Write the losses of a run as curves.
+
+    Raises :class:`HyditError` if the folder holds no records, or the picture cannot be written.
+    """
+    series = _series(run)
     curves = {name: series[name] for name in _CURVES if series[name]}
     try:
         _plot(curves, run.name).save(picture)
-    except (OSError, ValueError) as error:  # ValueError: a name that tells no format
+    except (OSError, ValueError) as error:
         raise HyditError(f"{picture}: cannot be written: {error}") from error
-    last = records[-1]["step"]
-    skipped, seconds = (max(v for _, v in [(0, 0.0), *_points(records, n)]) for n in ("skipped", "seconds"))
-    footer = f"{last} steps in {seconds / 3600:.2f} h, {skipped:.0f} skipped; curve in {picture}"
-    return "\n".join([*_table(series, last), footer])
+
+
+def _series(run: Path) -> dict[str, Points]:
+    path = run / metrics.FILE
+    records = list(metrics.read(path)) if path.exists() else []
+    series = {name: _points(records, name) for name in (*_COLUMNS, "skipped", "seconds")}
+    if not series["loss"]:
+        raise HyditError(f"{path}: no losses recorded there; give the output_dir of a run")
+    return series
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> Points:

@@ -22,7 +22,7 @@ from hydit_core.train.distributed import Processes
 from hydit_core.train.draws import validation_draws
 from hydit_core.train.memory import MemoryEstimate
 from hydit_core.train.metrics import LossWindow, Metrics, read
-from hydit_core.train.report import report
+from hydit_core.train.report import plot, table
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -172,18 +172,18 @@ def test_the_table_has_means_over_twelfths_of_the_run(tmp_path: Path) -> None:
         [{"step": step, "loss": float(step), "lr": 1e-3, "seconds": 30.0 * step} for step in range(1, 25)]
         + [{"step": 24, "skipped": 3}, {"step": 24, "val_loss": None}],
     )
-    *table, footer = report(tmp_path, tmp_path / "curve.png").splitlines()
-    assert table[0].split() == ["steps", "loss", "lr"] and len(table) == 13
-    assert [row.split() for row in table[1:3]] == [["1-2", "1.5", "0.001"], ["3-4", "3.5", "0.001"]]
-    assert table[12].split() == ["23-24", "23.5", "0.001"]
-    assert footer == f"24 steps in 0.20 h, 3 skipped; curve in {tmp_path / 'curve.png'}"
+    *rows, footer = table(tmp_path).splitlines()
+    assert rows[0].split() == ["steps", "loss", "lr"] and len(rows) == 13
+    assert [row.split() for row in rows[1:3]] == [["1-2", "1.5", "0.001"], ["3-4", "3.5", "0.001"]]
+    assert rows[12].split() == ["23-24", "23.5", "0.001"]
+    assert footer == "24 steps in 0.20 h, 3 skipped"
 
 
 def test_the_curve_is_logarithmic_and_spans_the_picture(tmp_path: Path) -> None:
     """Three decades over a hundred steps: the middle of the curve is at the geometric mean."""
     records = [{"step": step, "val_loss": 10 ** (1 - 3 * step / 100)} for step in range(0, 101, 10)]
     write_records(tmp_path, [*records, {"step": 100, "loss": 1.0}])
-    report(tmp_path, tmp_path / "curve.png")
+    plot(tmp_path, tmp_path / "curve.png")
     points = colored(tmp_path / "curve.png", ORANGE)
     left, right = min(points), max(points)
     assert abs(left[0] - 70) <= 2 and abs(right[0] - 940) <= 2  # the margins
@@ -195,11 +195,11 @@ def test_the_curve_is_logarithmic_and_spans_the_picture(tmp_path: Path) -> None:
 def test_the_training_loss_is_smoothed_over_a_fiftieth_of_the_records(tmp_path: Path) -> None:
     """Alternating losses: a window of two makes a straight line of them, after its first."""
     write_records(tmp_path, [{"step": step, "loss": 1.0 if step % 2 else 3.0} for step in range(1, 101)])
-    report(tmp_path, tmp_path / "curve.png")
+    plot(tmp_path, tmp_path / "curve.png")
     heights = [y for x, y in colored(tmp_path / "curve.png", BLUE) if x > 120]
     assert max(heights) - min(heights) <= 2
     write_records(tmp_path, [{"step": step, "loss": 1.0 if step % 2 else 3.0} for step in range(1, 51)])
-    report(tmp_path, tmp_path / "curve.png")
+    plot(tmp_path, tmp_path / "curve.png")
     heights = [y for x, y in colored(tmp_path / "curve.png", BLUE) if x > 120]
     assert max(heights) - min(heights) > 400  # fifty records: as they are
 
@@ -215,15 +215,15 @@ def test_the_training_loss_is_smoothed_over_a_fiftieth_of_the_records(tmp_path: 
 def test_odd_values_in_a_record_do_not_count(odd: str, tmp_path: Path) -> None:
     """Somebody edited the file, or another program wrote into it."""
     write_records(tmp_path, [{"step": 1, "loss": 2.0, "seconds": 36.0}])
-    wanted = report(tmp_path, tmp_path / "a.png")
+    wanted = table(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         fields = {"step": "1", "loss": "2.0", "seconds": "36.0"} | {odd.split('"')[1]: odd.split(": ")[1]}
         file.write("{" + ", ".join(f'"{key}": {value}' for key, value in fields.items()) + "}\n")
-    assert report(tmp_path, tmp_path / "a.png") == wanted
+    assert table(tmp_path) == wanted
 
 
 def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     write_records(tmp_path, [{"step": 1, "loss": 2.0}])
     for name in ("missing/a.png", "a.nothing"):
         with pytest.raises(HyditError, match="cannot be written"):
-            report(tmp_path, tmp_path / name)
+            plot(tmp_path, tmp_path / name)

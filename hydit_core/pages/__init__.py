@@ -1,0 +1,1 @@
+"""Reports as pages: one HTML file each, which asks no network for anything, in light and dark."""

@@ -1,0 +1,1 @@
+"""``train report``: a run, or several, as one page."""
