@@ -223,7 +223,7 @@ class IPAdapterObjective(DiffusionObjective):
 
 
 def open_encoder(config: TrainSections, **how: Any) -> ImageEncoder:
-    """The image encoder of a run; ``how`` goes to :func:`~..image_prompts.encoder.load_image_encoder`."""
+    """The image encoder of a run; ``how`` goes to :func:`~...image_prompts.encoder.load_image_encoder`."""
     from ...image_prompts.encoder import encoder_beside, load_image_encoder
 
     own = _own(config)
