@@ -16,7 +16,7 @@ from ..images import Geometry, Size, to_tensor
 from .cache.embeddings import EmbeddingCache
 from .cache.latents import LatentCache
 from .config import DataConfig
-from .manifest import gather
+from .gathering import gather
 from .order import uniform
 from .prompt_images import PromptImages
 from .rows import Rows

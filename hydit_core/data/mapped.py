@@ -14,7 +14,8 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from ..untrusted import read_json
-from .manifest import Findings, Manifest
+from .gathering import Findings
+from .manifest import Manifest
 
 VERSION = 1
 NOTE, ROWS = "prepared.json", "rows.arrow"

@@ -202,7 +202,8 @@ class _Kept:
     """
 
     def __init__(self, n: int, key: int) -> None:
-        self._values = np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(n)
+        shuffled = np.random.RandomState([key & 0xFFFFFFFF, key >> 32]).permutation(n)
+        self._values = shuffled.astype(np.uint32)  # there may be one for each of many buckets
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
         return self._values[places]

@@ -38,17 +38,9 @@ from ..new_files import abandoned, remove_folder, replacing
 from .buckets import bucket_sizes
 from .cache.latents import require_outside_sources, user_cache_folder
 from .config import DataConfig
+from .gathering import Findings, Known, gather_into, gather_source
 from .layout import Layout
-from .manifest import (
-    Findings,
-    GatheredManifest,
-    Known,
-    Look,
-    Manifest,
-    extra_text,
-    gather_into,
-    gather_source,
-)
+from .manifest import GatheredManifest, Look, Manifest, extra_text
 from .mapped import NOTE, NUMBERS, ROWS, VERSION, MappedManifest, SourceNote, arrow, newest
 from .order import hash_int
 from .sources import Entry, tables_of
@@ -66,7 +58,7 @@ Progress = Callable[[int], None]
 
 
 class SourceMarks:
-    """What tells one version of a source's rows from another; a :class:`~.manifest.RowSink`."""
+    """What tells one version of a source's rows from another; a :class:`~.gathering.RowSink`."""
 
     def __init__(self, tables: dict[Path, Stamp] | None = None) -> None:
         self.rows = self.looked = 0
@@ -75,13 +67,18 @@ class SourceMarks:
         self._digest = hashlib.sha256()
 
     def append(self, entry: Entry, key: str, look: Look, source: int) -> None:
-        self.mark(entry, key, look, source)
+        self.mark(entry, key, look, source, str(entry.path), extra_text(entry))
 
-    def mark(self, entry: Entry, key: str, look: Look, source: int) -> tuple[int, int, int]:
-        """Take a row; returns hashes of what of it decides the order, of where it is, and of all else."""
+    def mark(
+        self, entry: Entry, key: str, look: Look, source: int, path: str, extra: str
+    ) -> tuple[int, int, int]:
+        """Take a row; ``path`` and ``extra`` are what it has of these as texts.
+
+        Returns hashes of what of it decides the order, of where it is, and of all else.
+        """
         order = hash_int(key, *entry.captions, *look.size, source)
-        place = hash_int(str(entry.path), entry.row)
-        content = hash_int(order, entry.column, extra_text(entry), look.bytes, look.changed)
+        place = hash_int(path, entry.row)
+        content = hash_int(order, entry.column, extra, look.bytes, look.changed)
         self._digest.update(struct.pack("<QQ", place, content))
         self.rows += 1
         self.looked += look.bytes > 0
@@ -109,7 +106,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 class ManifestWriter:
-    """Takes the rows that :func:`~.manifest.gather_into` finds into a file at ``path``.
+    """Takes the rows that :func:`~.gathering.gather_into` finds into a file at ``path``.
 
     ``tables`` are those of each source, with their stamps from before they are read.
     """
@@ -130,11 +127,12 @@ class ManifestWriter:
         self.rows = 0
 
     def append(self, entry: Entry, key: str, look: Look, source: int) -> None:
-        order, place, content = self.marks[source].mark(entry, key, look, source)
+        path, extra = str(entry.path), extra_text(entry)
+        order, place, content = self.marks[source].mark(entry, key, look, source, path, extra)
         values = (
             _bytes(key),
-            _bytes(str(entry.path)),
-            _bytes(extra_text(entry)),
+            _bytes(path),
+            _bytes(extra),
             [_bytes(caption) for caption in entry.captions],
             entry.row,
             *look.size,
@@ -179,7 +177,7 @@ def prepare(
 ) -> MappedManifest:
     """Gather all rows into a file and map them; sizes in ``known`` spare opening unchanged pictures.
 
-    Raises :class:`DataError` as :func:`~.manifest.gather` does, or if the folder cannot be written to, and
+    Raises :class:`DataError` as :func:`~.gathering.gather` does, or if the folder cannot be written to, and
     :class:`ConfigError` if that is inside a folder of pictures.
     """
     folder = prepared_folder(config)
@@ -229,7 +227,7 @@ def _newest_build(folder: Path) -> str | None:
 
 
 class KnownSizes:
-    """Sizes of pictures that were looked at before, a :data:`~.manifest.Known`."""
+    """Sizes of pictures that were looked at before, a :data:`~.gathering.Known`."""
 
     def __init__(self, manifest: MappedManifest) -> None:
         self._manifest = manifest
@@ -368,7 +366,7 @@ def described(manifest: MappedManifest, changes: Changes | None) -> str:
 def gather_few(config: DataConfig) -> tuple[Manifest, Findings] | None:
     """The rows, gathered into memory; None if they are more than :data:`FEW`.
 
-    Pictures that are prepared are not opened again. Raises as :func:`~.manifest.gather`.
+    Pictures that are prepared are not opened again. Raises as :func:`~.gathering.gather`.
     """
     found = find_prepared(config)
     rows = _Few()

@@ -9,8 +9,9 @@ import numpy as np
 from .buckets import bucket_sizes
 from .config import DataConfig
 from .control_images import ControlImages
+from .gathering import Findings
 from .layout import Layout
-from .manifest import Findings, Manifest
+from .manifest import Manifest
 from .mapped import MappedManifest
 from .mask_images import MaskImages
 from .order import BatchOrder, hash_int

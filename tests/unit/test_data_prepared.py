@@ -24,8 +24,8 @@ from hydit_core.data import prepared as prepared_module
 from hydit_core.data.buckets import bucket_sizes
 from hydit_core.data.config import DataConfig, PriorConfig
 from hydit_core.data.dataset import TrainData, open_dataset
+from hydit_core.data.gathering import gather
 from hydit_core.data.layout import Layout
-from hydit_core.data.manifest import gather
 from hydit_core.data.mapped import MappedManifest, newest
 from hydit_core.data.prepared import (
     find_prepared,
