@@ -1,6 +1,10 @@
 """Turn a finished run's file into the one that ships: final decoder, title and licenses in its metadata.
 
-python finish.py work/run/model.safetensors ../../hydit_core/assets/hydit-icons-128.safetensors
+    python finish.py work/run/model.safetensors ../../hydit_core/assets/hydit-icons-128.safetensors
+    python finish.py work/ip_adapter/ip_adapter.safetensors work/image.safetensors \\
+        --encoder work/vision/image_encoder.safetensors
+
+An IP-Adapter gets its image encoder, and keeps the title that its configuration gave it.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ def main() -> None:
     parser.add_argument("run_file", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--vae", type=Path, help="take the autoencoder of this file, in half precision")
+    parser.add_argument("--encoder", type=Path, help="put this image encoder beside an IP-Adapter")
     args = parser.parse_args()
     source = open_tensors(args.run_file)
     tensors = {name: source[name] for name in source}
@@ -35,7 +40,12 @@ def main() -> None:
         vae = open_tensors(args.vae)
         for name in vae:
             tensors[VAE_PREFIX + name] = vae[name].half()
-    save_safetensors(args.out, tensors, {**source.metadata, **ABOUT})
+    metadata = {**source.metadata, **ABOUT}
+    if args.encoder is not None:
+        encoder = open_tensors(args.encoder)
+        tensors |= {name: encoder[name] for name in encoder}
+        metadata = {**encoder.metadata, **source.metadata}
+    save_safetensors(args.out, tensors, metadata)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
 

@@ -4,8 +4,9 @@
     python prepare.py --twemoji node_modules/@iconify-json/twemoji --out work/data
 
 Writes ``plain.jsonl`` (each concept in the middle of the canvas, and mirrored), ``varied.jsonl`` (smaller and
-elsewhere, which half of the captions say), their pictures, ``vocab.txt`` and ``spiece.model``. The same
-packages give the same files.
+elsewhere, which half of the captions say), their pictures, ``vocab.txt`` and ``spiece.model``, and for the
+IP-Adapter ``colors.jsonl``: colored things, whose captions say no color and whose prompt pictures are other
+things of that color. The same packages give the same files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from icons import Concept, IconSet, read_concepts, render
@@ -26,6 +29,7 @@ NOT_MIRRORED = {"1F50D", "1F3B1", "1F4D6", "1F39D", "1F5D3"}
 ENGLISH = ("{}", "{article} {}", "{} emoji", "a picture of {article} {}")
 CHINESE = ("{}", "一个{}", "{}图标", "一张{}的图片")
 SMALL = ("small", "小")
+CHINESE_COLOR = re.compile("^(红|橙|黄|绿|蓝|紫|粉|棕|黑)(色的|色)?")
 SIDES = {
     "left": ("on the left", "左边"),
     "right": ("on the right", "右边"),
@@ -108,6 +112,23 @@ def write_pictures(
     return every
 
 
+def write_colors(concepts: list[Concept], out: Path, others: int, seed: int) -> None:
+    """The JSONL file of things whose color is in the prompt picture alone, ``others`` of them for each."""
+    colored = [concept for concept in concepts if concept.colour and not concept.held_out]
+    rows = []
+    for concept in colored:
+        random_ = random.Random(f"{seed}-{concept.id}-color")
+        alike = [o for o in colored if o.colour == concept.colour and o.thing != concept.thing]
+        chinese = sorted({CHINESE_COLOR.sub("", words) for words in concept.chinese})
+        silent = replace(concept, english=(concept.thing,), chinese=tuple(chinese))
+        for other in random_.sample(alike, others):
+            row = {"image": f"pictures/{concept.id}.png", "captions": captions(silent)}
+            rows.append({**row, "image_prompt": f"pictures/{other.id}.png"})
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / "colors.jsonl").write_text(text, encoding="utf-8")
+    print(f"{len(rows)} colored things with a prompt picture of another thing")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,6 +143,7 @@ def main() -> None:
     args = parser.parse_args()
     concepts = read_concepts()
     said = write_pictures(concepts, IconSet(args.twemoji), args.out, args.variations, args.seed)
+    write_colors(concepts, args.out, 4, args.seed)
     if args.tokenizers:
         write_vocabulary(said, args.out / "vocab.txt")
         train_spiece(said, args.out / "spiece.model")

@@ -204,7 +204,7 @@ def main() -> None:
     )
     parser.add_argument("--icons", type=Path, required=True, help="what scenes.py icons wrote")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=850)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW: norms, biases, outer layers")
     parser.add_argument("--muon-lr", type=float, default=0.02)

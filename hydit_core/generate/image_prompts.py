@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from PIL import Image
 
+from ..embedded import embedded_ip_adapters
 from ..errors import ConfigError
 from ..image_prompts.run import (
     ImagePrompt,
@@ -58,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a picture whose content and style the result takes up; may be given several times",
     )
     group.add_argument(
-        "--ip-adapter", metavar="FILE", help="needed for it: one of this model's size, as Tencent's ipa.pt"
+        "--ip-adapter",
+        metavar="FILE",
+        help="one of this model's size, as Tencent's ipa.pt; default: that of the embedded model",
     )
     group.add_argument(
         "--image-encoder",
@@ -106,8 +109,7 @@ def check(args: argparse.Namespace) -> None:
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} needs --image-prompt FILE")
         return
-    if not args.ip_adapter:
-        raise ConfigError("--image-prompt needs --ip-adapter FILE, such as Tencent's ipa.pt")
+    args.ip_adapter = args.ip_adapter or _own_adapter(args)
     for text in args.image_prompt:
         path, weight = split_weight(text)
         if not abs(weight) <= MAX_WEIGHT:
@@ -117,6 +119,14 @@ def check(args: argparse.Namespace) -> None:
         check_count(len(values), option, count, "--image-prompt")
     for text in args.image_prompt_range:
         _range(text)
+
+
+def _own_adapter(args: argparse.Namespace) -> str:
+    """The IP-Adapter that comes with hydit, for the model that comes with it."""
+    own = [] if args.model else embedded_ip_adapters()
+    if not own:
+        raise ConfigError("--image-prompt needs --ip-adapter FILE, such as Tencent's ipa.pt")
+    return str(own[0])
 
 
 def _blocks(args: argparse.Namespace) -> list[LayerWeights]:

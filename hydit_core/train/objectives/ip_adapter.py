@@ -149,8 +149,8 @@ class IPAdapterObjective(DiffusionObjective):
         encoder = 0
         if not config.data.cache.latents:  # else it is needed for the cache and the samples alone
             encoder = sum(p.numel() for p in open_encoder(config, device="meta").parameters())
-        bits = 2 if config.run.precision == "bf16" else 4
-        return stored_bytes(dit, None, default=config.run.precision) + bits * encoder
+        width = 2 if config.run.precision == "bf16" else 4
+        return stored_bytes(dit, None, default=config.run.precision) + width * encoder
 
     @classmethod
     def rehearsal(
@@ -213,7 +213,6 @@ class IPAdapterObjective(DiffusionObjective):
         encoder = self.parts.image_encoder
         if batch.prompts is None or encoder is None:
             raise ValueError("a batch needs prompt pictures or their embeddings")
-        encoder.to(self.device)  # where samples may have taken it from
         embedding: Tensor = encoder(batch.prompts)
         return embedding
 
