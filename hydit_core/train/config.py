@@ -67,6 +67,8 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
             )
         if self.checkpoint.keep_best and not self.validation.every:
             raise ValueError("checkpoint.keep_best goes by the validation loss: set validation.every")
+        if self.validation.patience and not self.checkpoint.keep_best:
+            raise ValueError("validation.patience keeps the best of the run: set checkpoint.keep_best = true")
         self._check_objectives()
         self._check_optimizer()
         if self.schedule.warmup_steps > self.run.steps:

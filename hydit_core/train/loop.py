@@ -27,7 +27,7 @@ from .objectives.base import Objective
 from .optim import Ema, learning_rate_factor, parameter_groups
 from .optimizers import Optimizers
 from .samples import draw_samples
-from .saving import Saver, is_numbered
+from .saving import BEST, Saver, is_numbered
 from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames
 from .validation import validate
 
@@ -108,7 +108,7 @@ class Trainer:
         with self._stop.handled():
             try:
                 self._train(stop_after_micro)
-                finished = progress.step >= run.steps
+                finished = progress.step >= run.steps or self._learned_out()
                 self._end(finished)
             except Exception as error:
                 raise self._stopped(error) from error
@@ -126,7 +126,7 @@ class Trainer:
             self.saver.export_missing(progress)
         micro_batches = 0
         with contextlib.closing(self._batches()) as batches:  # closing ends the data workers
-            while progress.step < run.steps and (ready := self._ready(batches)):
+            while progress.step < run.steps and not self._learned_out() and (ready := self._ready(batches)):
                 for batch, draws in ready:
                     stepped = self._micro_step(batch, draws)
                     progress.seconds = before + time.monotonic() - begun
@@ -141,6 +141,12 @@ class Trainer:
         progress = self.progress
         if (progress.step, progress.micro) != self._saved:
             self.save()
+        if finished and progress.step < self.config.run.steps:
+            best = progress.best
+            self.metrics.note(
+                f"ended at step {progress.step}: no validation was better than {best['val_loss']:.4f} at "
+                f"step {best['step']} for {self.config.validation.patience:g} epochs; the best is in {BEST}"
+            )
         if not finished:
             self.metrics.note(
                 f"stopped ({self._stop.name}) at step {progress.step}"
@@ -364,9 +370,8 @@ class Trainer:
             if values:
                 best = self._is_best(step, values)
                 self.metrics.record(step, values)
-                self.metrics.note(
-                    f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-                )
+                told = (f"{name} {value:.4f}" for name, value in values.items() if "_t" not in name)
+                self.metrics.note(f"step {step}: " + ", ".join(told))
         every = config.samples.every
         if every and (step % every == 0 or final):
             if self.processes.is_main:
@@ -382,6 +387,15 @@ class Trainer:
                 self.metrics.note(f"step {step}: pictures in {path}")
             self.processes.barrier()
         return best
+
+    def _learned_out(self) -> bool:
+        """Whether validation, which took place just now, has not become better for ``patience`` epochs."""
+        validation, progress = self.config.validation, self.progress
+        if not validation.patience or not progress.best or progress.micro or progress.step % validation.every:
+            return False
+        epochs = self.global_batch * self.config.run.grad_accumulation / max(1, len(self.data.samples))
+        since = progress.step - progress.best["step"]
+        return since * epochs >= validation.patience and progress.step * epochs >= validation.min_epochs
 
     def _is_best(self, step: int, values: dict[str, float]) -> bool:
         """Whether what would be exported now has the lowest validation loss so far (``keep_best``)."""

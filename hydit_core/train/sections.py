@@ -183,6 +183,14 @@ class EmaSection(Section):
 
 class ValidationSection(Section):
     every: int = Field(default=0, ge=0, le=MAX_COUNT, description="how often to measure that loss; 0: never")
+    patience: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="end the run when that loss has not become lower for so long; 0: never; needs "
+        "checkpoint.keep_best",
+    )
+    min_epochs: float = Field(default=0.0, ge=0, le=1e6, description="patience: but not before")
 
 
 class SamplesSection(Section):

@@ -71,7 +71,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 loss = 0.1 + math.exp(-step / 1000) + 0.02 * math.sin(step)
                 line = {"step": step, "loss": loss, "grad_norm": 1 / step, "lr": 1e-4, "seconds": step / 2}
                 file.write(json.dumps(line) + "\n")
-            file.write(json.dumps({"step": count, "val_loss": 0.2, "val_loss_ema": 0.1}) + "\n")
+            file.write(json.dumps({"step": count, "val_loss": 0.2, "val_mse_t0_249": 0.1}) + "\n")
         for index, step in enumerate((0, 100, 200)):
             picture = Image.new("RGB", (900, 300), (80 * index, 120, 200))
             picture.save(run / f"samples/step_{step:08d}.png")
@@ -95,7 +95,7 @@ def test_the_page_of_two_runs(report: Path, scheme: str, locale: str, tmp_path: 
     found = json.loads(done.stdout)
     assert found["said"] == []
     assert found["seconds"] < 2
-    assert found["charts"] == 4
+    assert found["charts"] == 5
     titles = ["Training runs", "训练记录"]
     assert [found["title"], found["other"]] == (titles if locale == "en-US" else titles[::-1])
     assert "long" in found["run"]

@@ -72,6 +72,15 @@ def test_many_records_become_means_and_bounds(tmp_path):
     assert set(collect(tmp_path)["curves"]["speed"]["mean"]) == {2.0}
 
 
+def test_losses_by_timestep_are_in_order_and_of_the_averages(tmp_path):
+    losses = {f"val_mse_t{n}_{n + 249}{end}": 1.0 for n in (500, 0, 750, 250) for end in ("", "_ema")}
+    records = [{"step": 1, "loss": 1.0}, {"step": 2, "val_mse_t0_249": 1.0}, {"step": 3, **losses}]
+    names = [name for name in collect(written(tmp_path, records))["curves"] if "_t" in name]
+    assert names == [f"val_mse_t{n}_{n + 249}_ema" for n in (0, 250, 500, 750)]
+    names = collect(written(tmp_path, records[:2]))["curves"]
+    assert "val_mse_t0_249" in names
+
+
 def test_no_more_sheets_than_a_page_carries(tmp_path):
     written(tmp_path, [{"step": 1, "loss": 1.0}])
     (tmp_path / "samples").mkdir()

@@ -69,9 +69,40 @@ def test_keep_best_keeps_the_lowest_validation_loss(tmp_path: Path, monkeypatch:
     assert (tmp_path / "best.safetensors").read_text().startswith("step 4 of 10,")
 
 
+def test_patience_ends_a_run_that_learns_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a quarter of an epoch, looks at every other: four epochs after the best, if it is due then."""
+    losses = dict.fromkeys(range(0, 200, 2), 1.0) | {4: 0.5, 10: 0.4}
+    per_epoch = 4
+
+    def run(folder: Path, resume: Path | None = None, **validation: float) -> tuple[int, bool]:
+        trainer = line_trainer(
+            folder,
+            steps=100,
+            resume=resume,
+            checkpoint={"every": 50, "keep_last": 1, "keep_best": True},
+            validation={"every": 2, **validation},
+        )
+        samples = per_epoch * trainer.global_batch * trainer.config.run.grad_accumulation
+        monkeypatch.setattr(trainer.data, "samples", range(samples), raising=False)
+        monkeypatch.setattr(trainer, "_validate", lambda: {"val_loss": losses[trainer.progress.step]})
+        finished = trainer.run()
+        return trainer.progress.step, finished
+
+    assert run(tmp_path / "a", patience=4.0) == (10 + 4 * per_epoch, True)
+    assert (tmp_path / "a/best.safetensors").read_text().startswith("step 10 of 100,")
+    # It has ended, and says so again; with more patience it goes on.
+    assert run(tmp_path / "a", resume=tmp_path / "a", patience=4.0) == (26, True)
+    assert run(tmp_path / "a", resume=tmp_path / "a", patience=4.6) == (30, True)  # 28.4, and the next look
+    assert run(tmp_path / "b", patience=1.0) == (4 + 1 * per_epoch, True)
+    assert run(tmp_path / "c", patience=1.0, min_epochs=3.0) == (14, True)  # 12 is too early after 10
+    assert run(tmp_path / "d", patience=0.0) == (100, True)
+
+
 def test_keep_best_needs_a_validation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"keep_best goes by the validation loss: set validation\.every"):
         line_trainer(tmp_path, checkpoint={"keep_best": True})
+    with pytest.raises(ValueError, match=r"patience keeps the best of the run: set checkpoint\.keep_best"):
+        line_trainer(tmp_path, validation={"every": 2, "patience": 1.0})
 
 
 def test_a_folder_with_exports_alone_holds_a_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ _SHEET_SIDE = 1280
 _SHEETS = "step_*.png"
 _LARGEST = 1e100
 _LONGEST = 300
+_BAND = re.compile(r"val_mse_t(\d{1,9})_\d{1,9}(_ema)?")
+_MOST_BANDS = 16
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def collect(folder: Path) -> dict[str, Any]:
     step = max(record["step"] for record in records)
     total = _number(_inside(config, "run", "steps"))
     seconds = max((r["seconds"] for r in records if _number(r.get("seconds")) is not None), default=None)
-    curves = {name: _curve(records, name) for name in SERIES}
+    curves = {name: _curve(records, name) for name in (*SERIES, *_bands(records))}
     curves["speed"] = _thinned(_speeds(records))
     return {
         "name": folder.resolve().name[:_LONGEST],
@@ -79,6 +82,14 @@ def _inside(table: Any, *keys: str) -> Any:
 def _curve(records: Sequence[dict[str, Any]], name: str) -> dict[str, list[float]]:
     points = ((record["step"], _number(record.get(name))) for record in records)
     return _thinned([(step, value) for step, value in points if value is not None])
+
+
+def _bands(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the losses by timestep, of the averaged weights where there are any, from little noise on."""
+    found = {name: match for record in records for name in record if (match := _BAND.fullmatch(name))}
+    averaged = any(match[2] for match in found.values())
+    names = [name for name, match in found.items() if bool(match[2]) == averaged]
+    return sorted(names, key=lambda name: int(found[name][1]))[:_MOST_BANDS]
 
 
 def _speeds(records: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:

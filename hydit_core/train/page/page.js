@@ -77,9 +77,20 @@ function seriesOf(run, number, name) {
       { steps, values: curve.high, show: { label: "", stroke: faint(color), width: 1, points: { show: false } } },
       { steps, values: smoothed(curve.mean), show: { label: label + say("train_loss"), stroke: color, width: 2, points: { show: false } } },
     ];
+  if (name.startsWith("val_mse_t")) {
+    const [first, last] = name.match(/\d+/g), place = bands().indexOf(name);
+    const stroke = runs.length > 1 ? color : COLORS[place % COLORS.length];
+    const dash = runs.length > 1 && place ? [2 + 2 * place, 3] : [];
+    return [{ steps, values: curve.mean, show: { label: `${label}t ${first}–${last}`, stroke, width: 1.5, dash, points: { show: true, size: 5, fill: stroke } } }];
+  }
   if (name.startsWith("val_"))
     return [{ steps, values: curve.mean, show: { label: label + say(name), stroke: color, width: 1.5, dash: name === "val_loss" ? [3, 4] : [8, 4], points: { show: true, size: 6, fill: color } } }];
   return [{ steps, values: curve.mean, show: { label: runs.length > 1 ? run.name : say(name), stroke: color, width: 1.5, points: { show: false } } }];
+}
+
+function bands() {
+  const named = runs.flatMap((run) => Object.keys(run.curves)).filter((name) => name.startsWith("val_mse_t"));
+  return [...new Set(named)];
 }
 
 function joined(series) {
@@ -105,7 +116,7 @@ function bestLines(plot) {
 }
 
 function chart(title, names, height, loss) {
-  const box = made("div", "", { class: "chart", "data-chart": names[0] });
+  const box = made("div", "", { class: "chart", "data-chart": title });
   const series = runs.flatMap((run, number) => names.flatMap((name) => seriesOf(run, number, name)));
   if (!series.length) return null;
   const top = title === "speed" ? Math.max(...series.map((one) => usual(one.values))) * 1.1 : 0;
@@ -152,6 +163,7 @@ function drawCharts() {
   plots.splice(0).forEach(({ plot }) => plot.destroy());
   filled("charts", ...[
     chart("loss", ["loss", "val_loss", "val_loss_ema"], 380, true),
+    chart("bands", bands(), 260),
     chart("lr", ["lr"], 200),
     chart("grad_norm", ["grad_norm"], 200),
     chart("speed", ["speed"], 200),
