@@ -41,7 +41,7 @@ SIZES = {
     "ConditioningSetMask": (210, 110), "EmptyImage": (210, 138), "HyDiTCheckpointLoader": (251, 174),
     "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 150), "HyDiTDiTLoader": (210, 134),
     "HyDiTEmptyLatent": (213, 224), "HyDiTForecast": (210, 180),
-    "HyDiTIPAdapterApply": (239, 230), "HyDiTIPAdapterLoader": (251, 150), "HyDiTKSampler": (210, 622),
+    "HyDiTIPAdapterApply": (239, 230), "HyDiTIPAdapterLoader": (251, 168), "HyDiTKSampler": (210, 622),
     "HyDiTLayerWeights": (219, 302),
     "HyDiTLoraLoader": (211, 296), "HyDiTLoraMerge": (210, 292), "HyDiTLoraSave": (210, 208),
     "HyDiTSampler": (210, 114), "HyDiTScheduler": (210, 142), "HyDiTTextEncode": (210, 372),

@@ -13,18 +13,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.conds
+import comfy.utils
 import torch
 from torch import Tensor
 
 from ...hydit_core.image_prompts.run import latent_mask, token_mask
 from ...hydit_core.images import to_image
 from ...hydit_core.model.attention import Attended, ImageContext
+from ...hydit_core.tiles import Box
 
 KEY = "hydit_images"
 """Where in transformer_options a tuple of :class:`HostPicture` stands."""
 _CONDITIONS = "hydit_image_conditions"
 _PREFIX = "hydit_image_"
 _ROWS = f"{_PREFIX}rows"
+_FINER = 2
+"""Masks are so many times as fine as latents: TiledDiffusion cuts only what has not the latents' own size."""
 _numbers = itertools.count()
 
 
@@ -35,9 +39,24 @@ class HostMask:
     values: Tensor
     name: str = field(default_factory=lambda: f"{_PREFIX}mask_{next(_numbers)}")
 
-    def latents(self, height: int, width: int) -> Tensor:
-        """(1, 1, height, width): scaled and cropped to latents."""
-        return latent_mask(to_image(self.values.expand(3, -1, -1)), (8 * width, 8 * height))
+    def fitted(self, height: int, width: int) -> Tensor:
+        """(1, 1, 2 height, 2 width): scaled and cropped to latents of ``height`` x ``width``."""
+        size = 8 * width, 8 * height
+        return latent_mask(to_image(self.values.expand(3, -1, -1)), size, 8 // _FINER)
+
+
+class MaskCondition(comfy.conds.CONDRegular):
+    """A fitted mask as a model condition, which ComfyUI cuts to areas."""
+
+    def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> MaskCondition:
+        """As ComfyUI's own; ``area`` is (height, width, top, left) in latents, None: all."""
+        height, width, top, left = area or (*self.cond.shape[-2:], 0, 0)
+        part = self.cut(Box(top, left, height, width)).cond
+        return MaskCondition(comfy.utils.repeat_to_batch_size(part, batch_size))
+
+    def cut(self, box: Box) -> MaskCondition:
+        """The part of it for a part of the latents."""
+        return MaskCondition(box.of(self.cond, _FINER))
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +96,10 @@ class HostPicture:
     def placed(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values where ``like`` is, in its dtype. Copied once for a device and dtype."""
         place = like.device, like.dtype
-        if place not in self._placed:
-            self._placed.clear()
-            self._placed[place] = self.keys.to(*place), self.values.to(*place)
-        return self._placed[place]
+        found = self._placed.get(place)
+        if found is None:
+            found = self._placed[place] = self.keys.to(*place), self.values.to(*place)
+        return found
 
 
 def pictures_of(options: Mapping[str, Any] | None) -> tuple[HostPicture, ...]:
@@ -103,7 +122,7 @@ def image_conditions(
     seeing = torch.tensor([[int(prompt_type != "negative")]], device=device)
     out: dict[str, comfy.conds.CONDRegular] = {_ROWS: comfy.conds.CONDRegular(seeing)}
     for mask in {picture.mask for picture in pictures if picture.mask is not None}:
-        out[mask.name] = comfy.conds.CONDNoiseShape(mask.latents(*noise.shape[-2:]).to(device))
+        out[mask.name] = MaskCondition(mask.fitted(*noise.shape[-2:]).to(device))
     return out
 
 
@@ -130,7 +149,7 @@ def seen_images(
     masks: dict[HostMask, Tensor] = {}
     for picture in pictures:
         if picture.mask is not None and picture.mask not in masks:
-            masks[picture.mask] = token_mask(_mask(picture.mask, conditions, x), patch)
+            masks[picture.mask] = token_mask(_mask(picture.mask, conditions, x), _FINER * patch)
         mask = None if picture.mask is None else masks[picture.mask]
         keys, values = (part[:, rows] for part in picture.placed(x))
         for i, block in enumerate(picture.blocks):
@@ -149,8 +168,8 @@ def _rows(options: Mapping[str, Any], conditions: Mapping[str, Any], x: Tensor) 
 
 
 def _mask(mask: HostMask, conditions: Mapping[str, Any], x: Tensor) -> Tensor:
-    """(B, 1, h, w) for latents ``x`` (B, C, h, w)."""
+    """(B, 1, 2h, 2w) for latents ``x`` (B, C, h, w)."""
     given: Tensor | None = conditions.get(mask.name)
-    if given is not None and given.shape[-2:] == x.shape[-2:]:
+    if given is not None and given.shape[-2:] == tuple(_FINER * side for side in x.shape[-2:]):
         return given
-    return mask.latents(*x.shape[-2:]).to(x)
+    return mask.fitted(*x.shape[-2:]).to(x)

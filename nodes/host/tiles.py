@@ -15,6 +15,7 @@ from ...hydit_core.errors import ConfigError
 from ...hydit_core.images import Size
 from ...hydit_core.presets import check_tile
 from ...hydit_core.tiles import Box, Tiles
+from .image_prompts import MaskCondition
 from .model import model_info
 from .sampling import DOWNSCALE
 
@@ -105,7 +106,11 @@ class _Cutter:
                 one["mask"] = box.of(one["mask"])
             if one.get("control") is not None:
                 one["control"] = self._control(one["control"], box, tiles)
-            one["model_conds"] = _cut_shaped(_sized(one["model_conds"], tiles), box)
+            sized = _sized(one["model_conds"], tiles)
+            one["model_conds"] = {
+                name: given.cut(box) if isinstance(given, MaskCondition) else given
+                for name, given in sized.items()
+            }
             found.append(one)
         return found
 
@@ -146,12 +151,6 @@ def _overlap(area: Any, box: Box) -> tuple[int, ...] | None:
     if below <= above or after <= before:
         return None
     return below - above, after - before, above - box.top, before - box.left
-
-
-def _cut_shaped(conds: dict[str, Any], box: Box) -> dict[str, Any]:
-    """Those conditions that have the latents' shape, such as image prompts' masks, cut to a tile."""
-    shaped = {k: v for k, v in conds.items() if isinstance(v, comfy.conds.CONDNoiseShape)}
-    return {**conds, **{k: type(v)(box.of(v.cond)) for k, v in shaped.items()}}
 
 
 def _sized(conds: dict[str, Any], tiles: Tiles) -> dict[str, Any]:

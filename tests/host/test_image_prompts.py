@@ -18,6 +18,7 @@ from image_prompt_models import (
     save_encoder,
 )
 from model_runs import error, ksampler, network_calls, prompt
+from packs import load_pack
 from sampling_models import features, our_model
 from torch import Tensor
 
@@ -295,6 +296,22 @@ def test_tiles_get_the_picture_and_their_part_of_the_mask(host, model, adapter, 
     for call, left in zip(calls, (0, 48), strict=True):
         assert tuple(call["x"].shape[-2:]) == (8, 6)
         check(truth, call, {"image": photo(3), "mask": tokens(ROUGH[:, :, left : left + 48])})
+
+
+def test_tiled_diffusion_cuts_the_mask(host, model, adapter, truth):
+    """Another pack's tiles, several in one call."""
+    load_pack(host, "ComfyUI-TiledDiffusion", "TiledDiffusion")
+    rough = torch.rand(1, 64, 128, generator=torch.Generator().manual_seed(8)).round()
+    g = Graph()
+    cut = g.add(
+        "TiledDiffusion", model=add_apply(host, g, host.give(g, model), adapter, photo(3), mask=rough),
+        method="MultiDiffusion", tile_width=64, tile_height=64, tile_overlap=0, tile_batch_size=2,
+    )  # fmt: skip
+    (cut,) = host.values(g, cut)
+    parts = [tokens(rough[:, :, :64])] * 2 + [tokens(rough[:, :, 64:])] * 2
+    for call in calls_of(host, cut, latent_image=torch.zeros(1, 4, 8, 16)):
+        assert tuple(call["x"].shape) == (4, 4, 8, 8) and sum(negative_rows(call)) == 2
+        check(truth, call, {"image": photo(3), "mask": torch.cat(parts)})
 
 
 def test_latents_of_odd_sides(host, model, adapter, truth):
