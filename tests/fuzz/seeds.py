@@ -24,11 +24,13 @@ from PIL import Image
 from quantised_files import fp8_layer, int8_layer, rewrite
 from safetensors.torch import load_file, save_file
 from tiny import TINY, bert_vocab, randomize, spiece_model, write_tiny_model
+from vision_files import clip_names, vision_model
 
 from hydit_core.data.sources import arrow_table, table_check
 from hydit_core.errors import cli_main
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
+from hydit_core.model.ip_adapter import IPAdapter, IPAdapterConfig
 from hydit_core.pictures.png import png_info
 from hydit_core.train.config import load_config
 from hydit_core.train.launch import open_data
@@ -152,6 +154,7 @@ class Seeds:
         self._weights()
         self._folders()
         self._adapters()
+        self._image_prompts()
         self._pictures()
         self._tables()
         self._texts()
@@ -356,6 +359,34 @@ class Seeds:
         self._add(
             f"draw {name}", folder, file, "generate.__main__", *self._draw("--lora", given), knowing=knowing
         )
+
+    def _image_prompts(self) -> None:
+        """An IP-Adapter and its image encoder, as Tencent's files and as those of others."""
+        folder = self._folder("image_prompts")
+        adapter = randomize(IPAdapter(IPAdapterConfig.for_dit(TINY, 12, 4)), 3).state_dict()
+        torch.save(adapter, folder / "ipa.pt")
+        save_file(adapter, folder / "ipa.safetensors")
+        torch.save({"state_dict": clip_names(vision_model()), "epoch": 1}, folder / "clip_img_encoder.pt")
+        vision_model().save_pretrained(folder / "image_encoder")
+        for name in ("a", "mask"):
+            Image.effect_noise((64, 64), 40).save(folder / f"{name}.png")
+        draw = ("--image-prompt", "a.png", "--image-prompt-mask", "mask.png", "--ip-adapter")
+        clip, tower = ("--image-encoder", "clip_img_encoder.pt"), ("--image-encoder", "image_encoder")
+        for file, more, knowing in (
+            ("ipa.pt", ("ipa.pt", *clip), ("zip",)),
+            ("ipa.safetensors", ("ipa.safetensors", *clip), ("header",)),
+            ("clip_img_encoder.pt", ("ipa.pt",), ("zip",)),
+            ("image_encoder/model.safetensors", ("ipa.pt", *tower), ("header",)),
+            ("image_encoder/config.json", ("ipa.pt", *tower), ("json",)),
+            ("mask.png", ("ipa.pt", *clip), ()),
+        ):
+            command = self._draw(*draw, *more)
+            self._add(f"image prompt by {file}", folder, file, "generate.__main__", *command, knowing=knowing)
+            if knowing != () and not file.endswith("json"):
+                self._add(
+                    f"inspect {file}", folder, file, "weights.__main__", "inspect", file,
+                    knowing=knowing, weight=20,
+                )  # fmt: skip
 
     # -- pictures and tables -------------------------------------------------------------------------
 
