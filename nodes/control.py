@@ -15,7 +15,7 @@ from .host import folders
 from .host.control import load_control
 from .host.control_apply import apply_control
 from .host.quantised import text as quantised_text
-from .loaders import dtype_input, wrong_kind
+from .loaders import AUTO, chosen_key, dtype_input, load_key_input, sets_text, wrong_kind
 from .schema import make_schema
 
 _CATEGORY = "HunyuanDiT/controlnet"
@@ -46,6 +46,7 @@ class HyDiTControlNetLoader(io.ComfyNode):
                     "in ComfyUI/models/controlnet and models/diffusers; a name that ends in / is a folder.",
                 ),
                 dtype_input("the ControlNet"),
+                load_key_input(),
             ],
             outputs=[
                 io.ControlNet.Output("CONTROL_NET", tooltip="For HyDiTControlNetApply, or ComfyUI's own.")
@@ -61,9 +62,9 @@ class HyDiTControlNetLoader(io.ComfyNode):
         return folders.fingerprint(folders.resolve(control_net_name, *folders.CONTROLNETS))
 
     @classmethod
-    def execute(cls, control_net_name: str, weight_dtype: str) -> io.NodeOutput:
+    def execute(cls, control_net_name: str, weight_dtype: str, load_key: str = AUTO) -> io.NodeOutput:
         path = folders.resolve(control_net_name, *folders.CONTROLNETS)
-        opened = bundle(path, only=("controlnet",))
+        opened = bundle(path, only=("controlnet",), load_key=chosen_key(load_key))
         if opened.controlnet is None:
             raise wrong_kind(opened.path, opened.kind, "a HunyuanDiT ControlNet")
         control = load_control(opened, weight_dtype=weight_dtype)
@@ -76,6 +77,7 @@ def _text(opened: Bundle, weight_dtype: str) -> str:
     said = [
         opened.kind.name.removeprefix("a "),
         _picture_kind(opened.source),
+        sets_text(opened),
         quantised_text(opened.controlnet, weight_dtype) or (dtype_name(dtype) if dtype else ""),
     ]
     return ", ".join(filter(None, said))

@@ -21,6 +21,8 @@ from .host.vae import load_vae
 from .schema import make_schema
 
 _CATEGORY = "HunyuanDiT/loaders"
+AUTO = "auto"
+"""For ``load_key``: what a file with several sets of weights is known for."""
 _SAME = "same as bert_name"
 # What to do in a graph with a file of another kind.
 _ADVICE = {
@@ -57,6 +59,7 @@ class HyDiTCheckpointLoader(io.ComfyNode):
                     "ComfyUI/models/checkpoints and models/diffusers; a name that ends in / is a folder.",
                 ),
                 dtype_input("the DiT"),
+                load_key_input(),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The denoising network, for samplers and LoRA loaders."),
@@ -74,8 +77,9 @@ class HyDiTCheckpointLoader(io.ComfyNode):
         return folders.fingerprint(folders.resolve(ckpt_name, *folders.CHECKPOINTS))
 
     @classmethod
-    def execute(cls, ckpt_name: str, weight_dtype: str) -> io.NodeOutput:
-        opened = bundle(folders.resolve(ckpt_name, *folders.CHECKPOINTS))
+    def execute(cls, ckpt_name: str, weight_dtype: str, load_key: str = AUTO) -> io.NodeOutput:
+        path = folders.resolve(ckpt_name, *folders.CHECKPOINTS)
+        opened = bundle(path, load_key=chosen_key(load_key))
         # Before anything is loaded, so that a missing part costs no time.
         source, info = _vae_of_whole(opened)
         model = load_model(opened, weight_dtype=weight_dtype)
@@ -107,6 +111,7 @@ class HyDiTDiTLoader(io.ComfyNode):
                     "ends in / is a folder.",
                 ),
                 dtype_input("the DiT"),
+                load_key_input(),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="For samplers and LoRA loaders.")],
         )
@@ -120,8 +125,9 @@ class HyDiTDiTLoader(io.ComfyNode):
         return folders.fingerprint(folders.resolve(model_name, *folders.DIT))
 
     @classmethod
-    def execute(cls, model_name: str, weight_dtype: str) -> io.NodeOutput:
-        opened = bundle(folders.resolve(model_name, *folders.DIT), only=("dit",))
+    def execute(cls, model_name: str, weight_dtype: str, load_key: str = AUTO) -> io.NodeOutput:
+        path = folders.resolve(model_name, *folders.DIT)
+        opened = bundle(path, only=("dit",), load_key=chosen_key(load_key))
         if opened.dit is None:
             raise wrong_kind(opened.path, opened.kind, "a HunyuanDiT (DiT) checkpoint")
         model = load_model(opened, weight_dtype=weight_dtype)
@@ -198,6 +204,23 @@ def dtype_input(what: str) -> io.Combo.Input:
     )
 
 
+def load_key_input() -> io.String.Input:
+    """The widget ``load_key`` of a loader; older workflows lack it."""
+    return io.String.Input(
+        "load_key",
+        optional=True,
+        default=AUTO,
+        tooltip="Which weights of a .pt file that holds several: ema, module, distill ... auto: ema, if it "
+        "is there. The node shows which were taken, and what else is there.",
+    )
+
+
+def chosen_key(load_key: str) -> str | None:
+    """The ``load_key`` of the library; None lets it choose."""
+    key = load_key.strip()
+    return None if key in ("", AUTO) else key
+
+
 def _vae_of_whole(opened: Bundle) -> tuple[TensorSource, ModelInfo]:
     """The VAE of a complete model; raises if something that the checkpoint loader returns is missing."""
     if opened.dit is None:
@@ -222,9 +245,15 @@ def _model_text(opened: Bundle, weight_dtype: str) -> str:
     """For example "HunyuanDiT-g/2 v1.2, ema, fp16"."""
     name = opened.kind.name.removeprefix("a ").removesuffix(" checkpoint").removesuffix(" all-in-one")
     diffusion = opened.info.diffusion
-    said = [name, opened.info.variant, _stored(opened.dit, weight_dtype)]
+    said = [name, sets_text(opened) or opened.info.variant, _stored(opened.dit, weight_dtype)]
     said += [f"{diffusion.prediction}-prediction"] if diffusion.prediction != "v" else []
     return ", ".join(filter(None, said))
+
+
+def sets_text(opened: Bundle) -> str:
+    """Which of a file's several sets of weights was taken, and what else is there: "ema (not module)"."""
+    taken, others = opened.sets
+    return f"{taken} (not {', '.join(others)})" if others else ""
 
 
 def _stored(source: TensorSource | None, weight_dtype: str) -> str:

@@ -38,8 +38,8 @@ ROOM_OTHERS = (1895, 1128)
 
 SIZES = {
     "CFGGuider": (210, 102), "Canny": (210, 90), "ConditioningCombine": (217, 54),
-    "ConditioningSetMask": (210, 110), "EmptyImage": (210, 138), "HyDiTCheckpointLoader": (251, 174),
-    "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 150), "HyDiTDiTLoader": (210, 134),
+    "ConditioningSetMask": (210, 110), "EmptyImage": (210, 138), "HyDiTCheckpointLoader": (251, 202),
+    "HyDiTControlNetApply": (239, 278), "HyDiTControlNetLoader": (247, 178), "HyDiTDiTLoader": (210, 162),
     "HyDiTEmptyLatent": (213, 224), "HyDiTForecast": (210, 180),
     "HyDiTIPAdapterApply": (239, 230), "HyDiTIPAdapterLoader": (251, 168), "HyDiTKSampler": (210, 622),
     "HyDiTLayerWeights": (219, 302),
@@ -263,7 +263,7 @@ LAYOUTS: dict[str, Box] = {
         drawn(node(19, 330, 480)),
     ),
     "hydit_controlnet_canny_embedded": stages(
-        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=140),
+        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=136),
         group(WORDS, column(6, 7, shut(8), width=290)),
         column(
             group(FIRST, column(shut(9, 280), shut(10, 280), node(11, 280, 280))),
@@ -273,7 +273,7 @@ LAYOUTS: dict[str, Box] = {
         drawn(node(18, 480), node(19, 480, 500), node(17, 480)),
     ),
     "hydit_controlnet_image_to_image": stages(
-        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=140),
+        first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=136),
         group(WORDS, column(6, 7, shut(8), width=290)),
         column(
             group(FIRST, column(shut(9, 280), shut(10, 280), node(11, 280), node(12, 280))),
@@ -324,7 +324,7 @@ LAYOUTS: dict[str, Box] = {
             )),
             stages(*(
                 group(title, row(
-                    column(node(n), node(n + 1, height=143), width=330),
+                    column(node(n), node(n + 1, height=115), width=330),
                     column(shut(n + 2), shut(n + 3), shut(n + 4), shut(n + 5), width=236),
                 ))
                 for n, title in ((16, "Depth · 深度"), (22, "Pose · 姿态"))
@@ -339,7 +339,7 @@ LAYOUTS: dict[str, Box] = {
         drawn(node(12, 490, 720)),
     ),
     "hydit_two_controlnets": stages(
-        first(group(MODEL, column(3, 4, 5, width=260)), width=288, note=150),
+        first(group(MODEL, column(3, 4, 5, width=260)), width=288, note=136),
         column(
             group(WORDS, column(8, shut(9), width=270)),
             group("Halves · 左右两半", column(shut(20), shut(21), node(22), shut(23), width=270)),

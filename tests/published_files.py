@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 from published_loras import diffsynth, kohya, lycoris, t2itrainer, tencents_lora
 from published_parts import Kind, Tensors, Written, encoders, write_json, write_shards
-from safetensors.torch import load_file, save_file
-from tiny import TINY, TINY_V11, bert_vocab, randomize, spiece_model, write_tiny_model
-from train_setup import tiny_vae
+from safetensors.torch import save_file
+from tiny import TINY, TINY_V11, bert_vocab, randomize, spiece_model
 from vision_files import clip_names, vision_model
 
+from hydit_core.embedded import embedded_model
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
 from hydit_core.model.ip_adapter import IPAdapter, IPAdapterConfig
+from hydit_core.weights.bundle import bundle
 from hydit_core.weights.layouts import from_tencent
 
 # What DeepSpeed's training of HunyuanDiT pickles beside the weights.
@@ -70,19 +71,19 @@ def deepspeed(folder: Path) -> Written:
 def all_in_one(folder: Path) -> Written:
     """Freeway Animation: v1.1 in ComfyUI's layout, which says nothing of itself and lacks a vocabulary."""
     wide = replace(TINY_V11, text_dim=64)  # BERT's heads are 64 wide where nothing else is said
-    whole = load_file(write_tiny_model(folder / "made.safetensors", wide))
-    (folder / "made.safetensors").unlink()
-    half = {
-        key: value.half() if value.is_floating_point() else value
-        for key, value in whole.items()
-        if not key.endswith("hydit_clip.vocab")
-    }
+    own = {key: value.half() for key, value in randomize(DiT(wide), 14).state_dict().items()}
+    bert, mt5 = encoders(wide.text_dim)
+    whole = {f"model.diffusion_model.{key}": value for key, value in own.items()}
+    whole |= {f"text_encoders.hydit_clip.transformer.bert.{key}": value for key, value in bert.items()}
+    whole |= {f"text_encoders.mt5xl.transformer.{key}": value for key, value in mt5.items()}
+    whole |= {f"text_encoders.{name}.logit_scale": torch.ones(()) for name in ("hydit_clip", "mt5xl")}
+    whole |= {f"vae.{key}": value for key, value in vae().items()}
+    whole = {key: value.half() for key, value in whole.items()}
+    whole["text_encoders.mt5xl.spiece_model"] = torch.frombuffer(bytearray(spiece_model()), dtype=torch.uint8)
     path = folder / "freewayAnimation_hunyuanDit11.safetensors"
-    save_file(half, path)
+    save_file(whole, path)
     (folder / "vocab.txt").write_bytes(bert_vocab())
-    prefix = "model.diffusion_model."
-    found = {key.removeprefix(prefix): value for key, value in half.items() if key.startswith(prefix)}
-    return Written(path, found, complete=True)
+    return Written(path, own, complete=True)
 
 
 def tencents_folder(folder: Path) -> Written:
@@ -136,10 +137,24 @@ def write_encoders(root: Path, bert: str, mt5: str, *, shards: bool, tokenizers:
     (root / tokenizers[1] / "spiece.model").write_bytes(spiece_model())
 
 
+@functools.cache
+def vae() -> Tensors:
+    """That of the embedded model, under LDM's names."""
+    source = bundle(embedded_model(), only=("vae",)).vae
+    assert source is not None
+    return {key: value.clone() for key, value in dict(source).items()}
+
+
 def write_vae(folder: Path) -> None:
-    """A VAE as diffusers writes it."""
+    """A VAE as diffusers writes it; inside ComfyUI, which lacks diffusers, with other names."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tiny_vae().state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    try:
+        from train_setup import tiny_vae
+
+        tensors = tiny_vae().state_dict()
+    except ImportError:
+        tensors = vae()
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     write_json(folder / "config.json", {"_class_name": "AutoencoderKL", "scaling_factor": 0.13025})
 
 
@@ -213,10 +228,10 @@ KINDS: dict[str, Kind] = {
         diffusers_folder("HunyuanDiT-v1.1-Diffusers-Distilled", True),
     ),
     "TTPlanet's tile": Kind(
-        "controlnet", r"HunyuanDiT-64x4 v1\.2 ControlNet", ttplanet("TTPLANET_Controlnet_Tile_v12.pt")
+        "controlnet", r"HunyuanDiT-64x4 v1\.2 ControlNet", ttplanet("pytorch_model_tile_ema_module_only.pt")
     ),
     "TTPlanet's older inpainting": Kind(
-        "controlnet", r"v1\.2 ControlNet", ttplanet("TTPLANET_inpainting.pt", older=True)
+        "controlnet", r"v1\.2 ControlNet", ttplanet("pytorch_model_inpaint_ema_module_only.pt", older=True)
     ),
     "diffusers' ControlNet": Kind(
         "controlnet", r"v1\.2 ControlNet", diffusers_control("HunyuanDiT-v1.2-ControlNet-Diffusers-Canny")

@@ -47,12 +47,12 @@ class Kind(NamedTuple):
 
 
 @functools.cache
-def encoders() -> tuple[Tensors, Tensors]:
-    """BERT and mT5 under transformers' names, in TINY's dimensions."""
+def encoders(width: int = TINY.text_dim) -> tuple[Tensors, Tensors]:
+    """BERT of a width and mT5 under transformers' names, in TINY's dimensions."""
     from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
     bert = BertConfig(
-        vocab_size=bert_vocab().count(b"\n"), hidden_size=TINY.text_dim, num_hidden_layers=1,
+        vocab_size=bert_vocab().count(b"\n"), hidden_size=width, num_hidden_layers=1,
         num_attention_heads=2, intermediate_size=64, max_position_embeddings=TINY.text_len,
     )  # fmt: skip
     mt5 = MT5Config(vocab_size=100, d_model=TINY.t5_dim, d_kv=16, d_ff=64, num_layers=1, num_heads=2)

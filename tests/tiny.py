@@ -8,7 +8,6 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from diffusers import AutoencoderKL
 from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 from hydit_core.facts import DiffusionConfig, ModelInfo, SamplingDefaults
@@ -78,6 +77,8 @@ def randomize(module: torch.nn.Module, seed: int, std: float = 0.08) -> torch.nn
 
 def write_tiny_model(path: Path, config: DiTConfig = TINY, **changes: object) -> Path:
     """Write an all-in-one checkpoint; ``changes`` go over the ModelInfo in its metadata."""
+    from diffusers import AutoencoderKL  # not inside ComfyUI, where tests take the rest of this file
+
     vocab, spiece = bert_vocab(), spiece_model()
     torch.manual_seed(0)
     bert = BertModel(

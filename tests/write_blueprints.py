@@ -112,7 +112,9 @@ def begin(blueprint: Blueprint, prompt: str, clip: Output | None = None) -> Ends
     """The loader and both prompts; with another `clip`, that of a LoRA, the loader is there already."""
     loader = [Output(1, slot) for slot in range(3)]
     if clip is None:
-        loader = blueprint.add("HyDiTCheckpointLoader", ckpt_name=EMBEDDED, weight_dtype="default")
+        loader = blueprint.add(
+            "HyDiTCheckpointLoader", ckpt_name=EMBEDDED, weight_dtype="default", load_key="auto"
+        )
         clip = loader[1]
     words = {"text_mt5": "", "mode": "exact", "width": 0, "height": 0}
     positive = blueprint.add("HyDiTTextEncode", "Prompt · 提示词", clip=clip, text=prompt, **words)
@@ -255,7 +257,7 @@ def controlnet() -> Blueprint:
     )
     loader, positive, negative = begin(blueprint, "a red star")
     control = blueprint.add(
-        "HyDiTControlNetLoader", control_net_name=f"{EMBEDDED}-canny", weight_dtype="default"
+        "HyDiTControlNetLoader", control_net_name=f"{EMBEDDED}-canny", weight_dtype="default", load_key="auto"
     )
     image = scaled(blueprint)
     edges = blueprint.add("Canny", image=image[0], low_threshold=0.2, high_threshold=0.4)
@@ -295,7 +297,9 @@ def lora() -> Blueprint:
         ),
         ("lora", "style", "text to image", "hunyuan", "hydit", "混元", "风格"),
     )
-    loader = blueprint.add("HyDiTCheckpointLoader", ckpt_name=EMBEDDED, weight_dtype="default")
+    loader = blueprint.add(
+        "HyDiTCheckpointLoader", ckpt_name=EMBEDDED, weight_dtype="default", load_key="auto"
+    )
     adapted = blueprint.add(
         "HyDiTLoraLoader",
         model=loader[0],

@@ -229,6 +229,8 @@ class Drawing:
             "version": self.pipe.info.version,
             "dtype": str(self.pipe.dit.dtype).removeprefix("torch."),
         }
+        if self.args.load_key is not None:
+            facts["load_key"] = self.args.load_key
         if tolerance := tolerance_of(self.run.forecast):  # the number: what a name stands for may change
             facts["forecast"] = tolerance
         if self.run.cfg_end < 1 and settings.cfg > 1:

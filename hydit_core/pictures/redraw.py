@@ -259,7 +259,8 @@ def _steer(
     Those of kind ``tile`` follow the picture that is ``enlarged``.
     """
     for file, control in steering:
-        loader = {"control_net_name": list_name(file), "weight_dtype": _weight_dtype(parameters)}
+        dtype = _weight_dtype(parameters)
+        loader = {"control_net_name": list_name(file), "weight_dtype": dtype, "load_key": "auto"}
         (net,) = graph.add("HyDiTControlNetLoader", (left, 0), widgets=loader)
         image = enlarged
         if "picture" in control or image is None:
@@ -294,6 +295,7 @@ def _load(
 ) -> tuple[dict[str, Output], int]:
     """Add the loaders; returns MODEL, CLIP and VAE, and the top of the free space below the loaders."""
     dtype = {"weight_dtype": _weight_dtype(parameters)}
+    own = {**dtype, "load_key": parameters.get("load_key", "auto")}
     outputs: dict[str, Output] = {}
     top = 0
 
@@ -305,7 +307,7 @@ def _load(
         outputs.update({name: found[names.index(name)] for name in take})
 
     if text_encoders and vae:
-        add("HyDiTDiTLoader", ["MODEL"], model_name=list_name(model), **dtype)
+        add("HyDiTDiTLoader", ["MODEL"], model_name=list_name(model), **own)
     vae_file = _vae_file(vae) if vae else None
     if text_encoders and (text_encoders != vae or vae_file):
         name = list_name(text_encoders)
@@ -315,9 +317,9 @@ def _load(
     elif vae:
         # ComfyUI's loader opens only a VAE's own file; ours also takes one out of a whole model.
         both = {"CLIP", "VAE"} if text_encoders == vae else {"VAE"}
-        add("HyDiTCheckpointLoader", both, ckpt_name=list_name(vae), **dtype)
+        add("HyDiTCheckpointLoader", both, ckpt_name=list_name(vae), **dtype, load_key="auto")
     if rest := {"MODEL", "CLIP", "VAE"} - outputs.keys():
-        add("HyDiTCheckpointLoader", rest, ckpt_name=list_name(model), **dtype)
+        add("HyDiTCheckpointLoader", rest, ckpt_name=list_name(model), **own)
     return outputs, top
 
 

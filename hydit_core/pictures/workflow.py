@@ -40,8 +40,8 @@ _PARTS = (("MODEL", "MODEL"), ("CLIP", "CLIP"), ("VAE", "VAE"))
 _IMAGE = (("IMAGE", "IMAGE"),)
 _LATENT = (("LATENT", "LATENT"),)
 KINDS: dict[str, Kind] = {
-    "HyDiTCheckpointLoader": Kind((), _PARTS, (320, 180)),
-    "HyDiTDiTLoader": Kind((), _PARTS[:1], (320, 140)),
+    "HyDiTCheckpointLoader": Kind((), _PARTS, (320, 210)),
+    "HyDiTDiTLoader": Kind((), _PARTS[:1], (320, 170)),
     "HyDiTTextEncoderLoader": Kind((), _PARTS[1:2], (320, 170)),
     "HyDiTTextEncode": Kind(
         (("clip", "CLIP"),), (("CONDITIONING", "CONDITIONING"), ("report", "STRING")), (320, 340)
@@ -49,7 +49,7 @@ KINDS: dict[str, Kind] = {
     "HyDiTLoraLoader": Kind(
         (("model", "MODEL"), ("clip", "CLIP")), (*_PARTS[:2], ("report", "STRING")), (320, 300)
     ),
-    "HyDiTControlNetLoader": Kind((), (("CONTROL_NET", "CONTROL_NET"),), (320, 155)),
+    "HyDiTControlNetLoader": Kind((), (("CONTROL_NET", "CONTROL_NET"),), (320, 185)),
     "HyDiTControlNetApply": Kind(
         (
             ("positive", "CONDITIONING"),

@@ -44,6 +44,7 @@ class Bundle:
     Attributes:
         place: the path that was given, or that it was downloaded to.
         origin: its name on the hub, if it was given by that.
+        load_key: which of several sets of weights was asked for.
         path: of the file, or of the folder if there are parts beside the model's file.
         source: the model's file under its own names; in a folder without one, the parts in it.
         metadata, kind: of ``source``.
@@ -68,10 +69,12 @@ class Bundle:
         beside: Beside | None = None,
         place: Path | None = None,
         origin: str = "",
+        load_key: str | None = None,
     ) -> None:
         refuse_quantised(source)
         self.place = place or source.path
         self.origin = origin
+        self.load_key = load_key
         self.source = source
         self.metadata = source.metadata
         self.kind = kind or detect(source)
@@ -94,6 +97,13 @@ class Bundle:
         self.spiece_model = _bytes(places, tuple(f"{prefix}spiece_model" for prefix in (*MT5_PREFIXES, "")))
         self.bert_vocab = _bytes(places, tuple(f"{prefix}vocab" for prefix in (*BERT_PREFIXES, "")))
         self.vae = _part(places, VAE_PREFIXES)
+
+    @property
+    def sets(self) -> tuple[str, tuple[str, ...]]:
+        """Of a torch file with several sets of weights the one that was taken, and the others."""
+        taken = self.metadata.get("hydit.load_key", "")
+        listed = self.metadata.get("hydit.load_keys", "").split(", ")
+        return taken, tuple(key for key in listed if key and key != taken.partition(".")[0])
 
 
 Place = str | os.PathLike[str] | Bundle
@@ -136,7 +146,7 @@ def bundle(
         raise _no_model(path) if "controlnet" in only else _nothing(path, only)
     if source is None:
         source = MergedSource(beside.sources, path=path, metadata={})
-    return Bundle(source, kind, beside, path, origin)
+    return Bundle(source, kind, beside, path, origin, load_key)
 
 
 def _more(opened: Bundle, only: Collection[str], kinds: Collection[str]) -> Bundle:
@@ -149,7 +159,7 @@ def _more(opened: Bundle, only: Collection[str], kinds: Collection[str]) -> Bund
     if opened.origin:
         hub.local(opened.origin, more)
     beside = opened.beside.joined(look_beside(opened.place, more))
-    return Bundle(opened.source, opened.kind, beside, opened.place, opened.origin)
+    return Bundle(opened.source, opened.kind, beside, opened.place, opened.origin, opened.load_key)
 
 
 def open_model(path: str | os.PathLike[str], *, load_key: str | None = None) -> TensorSource:

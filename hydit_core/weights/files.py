@@ -107,8 +107,8 @@ def _refuse_key(path: Path, load_key: str | None) -> None:
     """What is asked for is not taken for granted where there is no choice."""
     if load_key is not None and not is_named(path, load_key):
         raise WeightsError(
-            f"{path} has no weights under {load_key!r}: it holds one set, as safetensors do; leave load_key "
-            "out"
+            f"{path} has no weights under {load_key!r}: it holds one set, as safetensors do, so that "
+            "none need be chosen"
         )
 
 

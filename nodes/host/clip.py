@@ -21,6 +21,7 @@ from ...hydit_core.text.dimensions import LOWERCASE, bert_dimensions, check_voca
 from ...hydit_core.text.tokenizer_files import spiece_of, vocabulary_of
 from ...hydit_core.text.tokenizers import Tokenizers
 from ...hydit_core.weights.bundle import Bundle, bundle
+from ...hydit_core.weights.detect import what_to_do
 from ...hydit_core.weights.source import TensorSource
 from . import quantised
 from .text_model import MT5, Bert, TextModel
@@ -163,7 +164,8 @@ def _other(opened: Bundle, wanted: str, widget: str) -> str:
         "dit": "it has no text encoders in it: load them with HyDiTTextEncoderLoader",
     }
     what = f"{opened.path} is {opened.kind.name}; expected a file or folder with {wanted}"
-    return f"{what}; {advice.get(opened.kind.kind, f'choose another {widget}')}"
+    other = f"{what_to_do(opened.source, opened.kind)}; choose another {widget}"
+    return f"{what}; {advice.get(opened.kind.kind, other)}"
 
 
 def _tokenizers(

@@ -211,13 +211,16 @@ def load_model(source: Place, *, weight_dtype: str = "default", disable_dynamic:
     patcher = patcher_class(model.to(offload), load_device=device, offload_device=offload)
     patcher.add_callback_with_key(comfy.patcher_extension.CallbacksMP.ON_LOAD, "hydit", _patch_bare)
     if opened.path.exists():
-        patcher.cached_patcher_init = (_load_again, (str(opened.path), weight_dtype))
+        patcher.cached_patcher_init = (_load_again, (str(opened.path), weight_dtype, opened.load_key))
     return patcher
 
 
-def _load_again(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
+def _load_again(
+    path: str, weight_dtype: str, load_key: str | None = None, disable_dynamic: bool = False
+) -> Any:
     """The same model again, which ComfyUI asks for on a second GPU."""
-    return load_model(path, weight_dtype=weight_dtype, disable_dynamic=disable_dynamic)
+    opened = bundle(path, only=("dit",), kinds=("dit",), load_key=load_key)
+    return load_model(opened, weight_dtype=weight_dtype, disable_dynamic=disable_dynamic)
 
 
 def _patch_bare(patcher: Any, device: Any, *_: Any) -> None:

@@ -243,7 +243,7 @@ def test_a_changed_file_in_a_folder_is_noticed(host, models):
 
 WRONG = {
     CHECKPOINT: {
-        "sdxl.safetensors": "is an SDXL checkpoint; expected a HunyuanDiT all-in-one checkpoint; it needs",
+        "sdxl.safetensors": "is an SDXL checkpoint; expected a HunyuanDiT all-in-one .*; ComfyUI has loaders",
         "controlnet.safetensors": r"HunyuanDiT-g/2 v1\.2 ControlNet; expected .*HyDiTControlNetLoader",
         "lora.safetensors": r"HunyuanDiT LoRA \(PEFT layout\); expected .*LoRA loader",
         "cut.safetensors": "is truncated: .* download or save it again",
@@ -253,7 +253,7 @@ WRONG = {
         "empty/": "holds no HunyuanDiT and no BERT .*no weights in itself, nor in transformer",
     },
     DIT: {
-        "sdxl.safetensors": r"is an SDXL checkpoint; expected a HunyuanDiT \(DiT\) checkpoint; it needs",
+        "sdxl.safetensors": r"is an SDXL checkpoint; expected a HunyuanDiT \(DiT\) .*; ComfyUI has loaders",
         "controlnet.safetensors": r"HunyuanDiT-g/2 v1\.2 ControlNet; expected .*HyDiTControlNetLoader",
         "lora.safetensors": r"HunyuanDiT LoRA \(PEFT layout\); expected .*LoRA loader",
         "cut.safetensors": "is truncated: .* download or save it again",
@@ -261,7 +261,7 @@ WRONG = {
         "empty/": "holds no HunyuanDiT: no weights in itself, nor in transformer",
     },
     TEXT: {
-        "sdxl.safetensors": "is an SDXL checkpoint; expected a file or folder with BERT; choose another",
+        "sdxl.safetensors": "is an SDXL checkpoint; expected a file or folder with BERT; .*choose another",
         "cut.safetensors": "is truncated: .* download or save it again",
         "v12.safetensors": "v1.2 checkpoint; expected a file or folder with BERT; it has no text encoders",
         "mt5.safetensors": "is an mT5 .*; expected a file or folder with BERT; give it as mt5_name",

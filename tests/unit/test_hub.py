@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Hub
+from hub_server import COMMIT, Hub
 from PIL import Image
+from published_files import ttplanet
+from published_loras import tencents_lora
 from safetensors.torch import save_file
 from tiny import TINY, randomize, write_tiny_model
 from vision_files import clip_names, vision_model
@@ -256,6 +258,52 @@ def test_an_ip_adapter_and_the_encoder_beside_it(hub: Hub, tmp_path: Path) -> No
     done = hub.run(tmp_path / "home", "-m", *DRAW, *options, "--out", tmp_path / "a.png")
     assert (done.returncode, (tmp_path / "a.png").is_file()) == (0, True), done.stderr
     assert hub.downloaded() == ["clip_img_encoder.pt", "hydit_tiny.safetensors", "ipa.pt"]
+
+
+def test_controlnets_loras_and_adapters_of_a_revision(hub: Hub, tmp_path: Path) -> None:
+    """Each through the library's own door, and the trainer's base; what the licence is, is said for each."""
+    net = hub.folder / "org/net"
+    if not net.is_dir():
+        net.mkdir()
+        torch.save(ttplanet("pytorch_model_tile_ema_module_only.pt")(net).tensors, net / "tile.pt")
+        (net / "pytorch_model_tile_ema_module_only.pt").unlink()
+        (hub.folder / "org/loras").mkdir()
+        for name in ("jade", "porcelain"):
+            tencents_lora(name)(hub.folder / "org/loras")
+    code = """
+import sys
+from pathlib import Path
+import hydit_core
+from hydit_core.train.config import load_config
+from hydit_core.train.parts import open_base
+at = sys.argv[1]
+print(type(hydit_core.load_controlnet(f"hub:org/net@{at}")[0]).__name__)
+print(hydit_core.load_lora(f"hub:org/loras@{at}/jade").ranks())
+print(type(hydit_core.load_ip_adapter(f"hub:org/eyes@{at}/ipa.pt")).__name__)
+Path("run.toml").write_text(
+    f'[model]\\ninit_from = "hub:org/whole@{at}"\\n[data]\\nsources = [{{path = "."}}]\\nresolution = 64\\n'
+    '[run]\\noutput_dir = "run"\\nsteps = 1\\nbatch_size = 1\\n'
+)
+print(open_base(load_config(Path("run.toml"))).kind.name)
+"""
+    done = hub.run(tmp_path / "home", "-c", f"import os; os.chdir({str(tmp_path)!r})\n{code}", COMMIT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        *("ControlNet", "[64]", "IPAdapter", "a HunyuanDiT-64x4 v1.2 all-in-one checkpoint")
+    ]
+    said = [line for line in done.stderr.splitlines() if "licence: " in line]
+    names = ("hub:org/net@", "hub:org/loras@", "hub:org/eyes@", "hub:org/whole@")
+    assert [line[: len(name)] for line, name in zip(said, names, strict=True)] == list(names)
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    expected = [*(f"jade/{file}" for file in files), "hydit_tiny.safetensors", "ipa.pt", "tile.pt"]
+    assert hub.downloaded() == sorted(expected)
+
+
+def test_progress_is_shown(hub: Hub, tmp_path: Path) -> None:
+    """By huggingface_hub's own bars: on a terminal, or where TQDM_POSITION asks for them."""
+    done = hub.run(tmp_path, "-m", "hydit_core.weights", "inspect", "hub:org/large", TQDM_POSITION="-1")
+    assert done.returncode == 0 and "hub:org/large: 1 files, 24.0 MB" in done.stderr
+    assert "large.safetensors: 100%" in done.stderr
 
 
 def test_what_cannot_be_had_is_one_line(hub: Hub, tmp_path: Path) -> None:

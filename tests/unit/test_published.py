@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hydit_core.generate.__main__ import main as generate
 from hydit_core.lora.reading import read
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.model.dit import DiT
+from hydit_core.pictures.png import read_parameters
 from hydit_core.weights.bundle import bundle
 from hydit_core.weights.load import load_controlnet, load_dit
 
@@ -70,6 +72,11 @@ def test_pictures_of_either_set(tiny_model_file: Path, tmp_path: Path) -> None:
         arguments = ["--model", file, *parts, *more, "--size", "64x64", "--steps", 1, "--out", out]
         assert generate([str(argument) for argument in arguments]) == 0
         drawn[key] = Image.open(out).tobytes()
+        facts = read_parameters(out)
+        assert facts.get("load_key", "default") == key
+        graph = json.loads(Image.open(out).text["prompt"])
+        loader = next(n["inputs"] for n in graph.values() if n["class_type"] == "HyDiTDiTLoader")
+        assert loader["load_key"] == ("auto" if key == "default" else key)
     assert drawn["default"] == drawn["ema"] != drawn["module"]
 
 

@@ -73,7 +73,8 @@ def test_the_picture_carries_what_comfyui_looks_for(tiny_model_file, tmp_path, m
         assert kind == "tEXt" and content.isascii()
     workflow, prompt = (json.loads(found[name][1]) for name in ("workflow", "prompt"))
     types = {node["class_type"]: node["inputs"] for node in prompt.values()}
-    assert types["HyDiTCheckpointLoader"] == {"ckpt_name": tiny_model_file.name, "weight_dtype": "fp32"}
+    own = {"ckpt_name": tiny_model_file.name, "weight_dtype": "fp32", "load_key": "auto"}
+    assert types["HyDiTCheckpointLoader"] == own
     sampler = types["HyDiTKSampler"]
     texts = [prompt[sampler[name][0]]["inputs"]["text"] for name in ("positive", "negative")]
     assert texts == [text, ""]
@@ -241,7 +242,7 @@ def sources(graph) -> list[str]:
 def test_loaders_follow_what_was_given(tiny_model_file, tmp_path):
     dtype = {"weight_dtype": "bf16"}
     assert loaders(redraw(FACTS)) == {
-        "HyDiTCheckpointLoader": {"ckpt_name": "[embedded] hydit-icons-128", **dtype}
+        "HyDiTCheckpointLoader": {"ckpt_name": "[embedded] hydit-icons-128", **dtype, "load_key": "auto"}
     }
     assert list_name(embedded_model()) == "[embedded] hydit-icons-128"
     whole = Path(shutil.copy(tiny_model_file, tmp_path / "whole.safetensors"))
@@ -260,13 +261,18 @@ def test_loaders_follow_what_was_given(tiny_model_file, tmp_path):
 
     split = redraw(FACTS, model=dit, text_encoders=pipeline, vae=vae)
     assert loaders(split) == {
-        "HyDiTDiTLoader": {"model_name": "dit.safetensors", **dtype},
+        "HyDiTDiTLoader": {"model_name": "dit.safetensors", **dtype, "load_key": "auto"},
         "HyDiTTextEncoderLoader": {"bert_name": "Pipeline/", "mt5_name": "same as bert_name", **dtype},
         "VAELoader": {"vae_name": "vae.safetensors"},
     }
     assert sources(split) == ["HyDiTDiTLoader 0", "HyDiTTextEncoderLoader 0", "VAELoader 0"]
 
-    both = redraw(FACTS, model=dit, text_encoders=pipeline, vae=pipeline)
+    chosen = {**FACTS, "load_key": "module"}
+    for graph in (redraw(chosen, model=whole), redraw(chosen, model=dit, text_encoders=pipeline, vae=vae)):
+        assert [found["load_key"] for found in loaders(graph).values() if "load_key" in found] == ["module"]
+    both = redraw(chosen, model=dit, text_encoders=pipeline, vae=pipeline)
+    assert loaders(both)["HyDiTDiTLoader"]["load_key"] == "module"
+    assert loaders(both)["HyDiTCheckpointLoader"]["load_key"] == "auto"  # it gives no DiT
     assert sources(both) == ["HyDiTDiTLoader 0", "HyDiTCheckpointLoader 1", "HyDiTCheckpointLoader 2"]
     assert loaders(both)["HyDiTCheckpointLoader"]["ckpt_name"] == "Pipeline/"
 

@@ -5,9 +5,9 @@ import { idOf } from "./nodes.js";
 import { showTold } from "./told.js";
 
 const FILES = {
-  HyDiTCheckpointLoader: ["ckpt_name"],
-  HyDiTControlNetLoader: ["control_net_name"],
-  HyDiTDiTLoader: ["model_name"],
+  HyDiTCheckpointLoader: ["ckpt_name", "load_key"],
+  HyDiTControlNetLoader: ["control_net_name", "load_key"],
+  HyDiTDiTLoader: ["model_name", "load_key"],
   HyDiTIPAdapterLoader: ["ip_adapter_name", "clip_vision_name"],
   HyDiTTextEncoderLoader: ["bert_name", "mt5_name"],
 };
