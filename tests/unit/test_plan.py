@@ -19,8 +19,9 @@ from hydit_core.generate import memory
 from hydit_core.generate.__main__ import main
 from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
+from hydit_core.model.ip_adapter import IPAdapter, IPAdapterConfig
 from hydit_core.offload.peak import peak_bytes
-from hydit_core.plan import Requirements, choose, for_pipeline, requirements, streamed_size
+from hydit_core.plan import Pictures, Requirements, choose, for_pipeline, requirements, streamed_size
 from hydit_core.vae import VAE
 
 
@@ -116,6 +117,27 @@ def test_the_published_weights_fit_where_they_are_said_to(monkeypatch):
         requirements(dit, encoders, vae, size=(1024, 1024), rows=2, controlnets=[net]).weights["ControlNet 1"]
         > 1.4e9
     )
+
+
+def test_image_prompts_need_their_networks_before_the_first_step(tiny_model_file):
+    """With "off" both stay, else one follows the other; each picture is seen in every step."""
+    pipe = loading.outline(tiny_model_file, torch.float32)
+    with torch.device("meta"):
+        adapter = IPAdapter(IPAdapterConfig.for_dit(TINY, 4096, 400))
+        encoder = nn.Linear(30_000, 1000, bias=False)
+    plain = for_pipeline(pipe)
+    one, two = (for_pipeline(pipe, pictures=Pictures(adapter, encoder, count)) for count in (1, 2))
+    sizes = {"IP-Adapter": 4 * sum(p.numel() for p in adapter.parameters()), "image encoder": 4 * 30_000_000}
+    assert one.weights == {**plain.weights, **sizes}
+    values = 4 * 2 * 400 * 2 * 64 * TINY.depth  # keys and values for each block, of both rows
+    assert two.sampling - one.sampling >= values and one.sampling - plain.sampling >= values
+    for needed in (one, two):
+        peak = max(plan._ENCODING, needed.sampling, needed.decoding)
+        assert needed.of("off") == sum(needed.weights.values()) + peak
+    largest = max(sizes.values())
+    for mode in ("encoders", "blocks"):
+        assert plain.of(mode) < largest
+        assert one.of(mode) == max(largest + plan._ENCODING, one.sampling + one.weights["DiT"])
 
 
 def test_what_streams_has_three_layers_and_no_tables():
