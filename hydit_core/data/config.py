@@ -18,11 +18,13 @@ class SourceConfig(Section):
 
     A folder holds pictures with a same-named ``.txt`` beside each. A JSONL, CSV, Parquet or Arrow file
     has one row per picture; relative picture paths start at ``root``, by default the folder of that
-    file. Parquet and Arrow may hold the pictures themselves. ``index`` is Tencent's JSON over Arrow files.
+    file. Parquet and Arrow may hold the pictures themselves. ``index`` is Tencent's JSON over Arrow files. A
+    tar file, as of webdataset, holds pictures and captions of the same names; a folder that Hugging Face's
+    ``datasets`` saved is its Arrow files.
     """
 
-    path: PlainPath = Field(description="a folder or a file")
-    kind: Literal["auto", "folder", "jsonl", "csv", "arrow", "parquet", "index"] = Field(
+    path: PlainPath = Field(description="a folder, a file, or a pattern of files such as shards/*.tar")
+    kind: Literal["auto", "folder", "jsonl", "csv", "arrow", "parquet", "tar", "index"] = Field(
         default="auto", description="what path is; auto goes by its name"
     )
     root: PlainPath | None = Field(

@@ -184,7 +184,10 @@ def _with_image_prompts(source: SourceConfig) -> SourceConfig:
 
 def source_name(source: SourceConfig) -> str:
     """What a source's keys begin with: its folder's or file's own name, not where that lies."""
-    return source.path.resolve().stem if source.path.is_file() else source.path.resolve().name
+    path = source.path.resolve()
+    if not path.exists():  # a pattern
+        path = next(folder for folder in path.parents if folder.exists())
+    return path.stem if path.is_file() else path.name
 
 
 def _chunks(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:

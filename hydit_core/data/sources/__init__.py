@@ -3,45 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from ...errors import DataError
 from ..config import SourceConfig
 from .entry import Entry, PassedOver, PictureFile, Tally
+from .files import source_kind, tables_of
 
 __all__ = ["Entry", "PassedOver", "PictureFile", "Tally", "read_source", "source_kind", "tables_of"]
-
-
-def source_kind(source: SourceConfig) -> str:
-    """The format of a source: as configured, or told from its path. Raises DataError."""
-    path = source.path
-    if not path.exists():
-        raise DataError(f"data source {path} does not exist")
-    if source.kind != "auto":
-        return source.kind
-    if path.is_dir():
-        return "folder"
-    kinds = {
-        ".jsonl": "jsonl",
-        ".ndjson": "jsonl",
-        ".csv": "csv",
-        ".tsv": "csv",
-        ".arrow": "arrow",
-        ".parquet": "parquet",
-        ".json": "index",
-    }
-    kind = kinds.get(path.suffix.lower())
-    if kind is None:
-        raise DataError(
-            f"data source {path}: expected a folder of pictures, or a file that ends in {', '.join(kinds)}; "
-            "set kind if the name is another"
-        )
-    return kind
-
-
-def tables_of(source: SourceConfig) -> list[Path]:
-    """The files that decide which rows a source has; none for a folder of pictures. Raises DataError."""
-    return [] if source_kind(source) == "folder" else [source.path]
 
 
 def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry]:
@@ -53,7 +21,26 @@ def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry
     if kind == "folder":
         from .folder import read_folder
 
-        return read_folder(source, passed_over)
+        yield from read_folder(source, passed_over)
+        return
+    files = tables_of(source)
+    if kind in ("arrow", "parquet"):
+        from .arrow_table import check_tables
+
+        check_tables(files)
+    column = ""
+    for path in files:
+        for entry in _read_file(source.model_copy(update={"path": path}), kind, passed_over):
+            if entry.column and column and entry.column != column:
+                raise DataError(
+                    f"{path}: its pictures are in {entry.column!r}, those of the files before in {column!r}; "
+                    "set image_field, or make two sources of them"
+                )
+            column = entry.column or column
+            yield entry
+
+
+def _read_file(source: SourceConfig, kind: str, passed_over: PassedOver) -> Iterator[Entry]:
     if kind == "jsonl":
         from .jsonl import read_jsonl
 
@@ -62,6 +49,10 @@ def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry
         from .columnar import read_columnar
 
         return read_columnar(source)
+    if kind == "tar":
+        from .tar import read_tar
+
+        return read_tar(source, passed_over)
     if kind == "index":
         from .columnar import read_index
 

@@ -8,23 +8,38 @@ from pathlib import Path
 
 from ...errors import DataError
 
+TAR = ":tar"
+"""The column of a picture in a tar file; its row is the byte where its header begins."""
 SHOWN = 5
 """How many files an error or a summary names."""
 
 
 @dataclass(frozen=True)
 class PictureFile:
-    """An encoded picture: a file, or with ``row`` >= 0 a cell of an Arrow or Parquet table."""
+    """An encoded picture: a file, or with ``row`` >= 0 a cell of an Arrow or Parquet table, or a part of a
+    tar file.
+    """
 
     path: Path
     row: int = -1
     column: str = ""
 
     def __str__(self) -> str:
-        return str(self.path) if self.row < 0 else f"{self.path}, row {self.row}"
+        if self.row < 0:
+            return str(self.path)
+        return f"{self.path}, {'byte' if self.in_tar else 'row'} {self.row}"
+
+    @property
+    def in_tar(self) -> bool:
+        """Whether it is a part of a tar file."""
+        return self.column == TAR
 
     def read(self) -> bytes:
         """The picture as it is stored. Raises :class:`DataError` naming it if it cannot be read."""
+        if self.row >= 0 and self.in_tar:
+            from .tar_member import read_member
+
+            return read_member(self.path, self.row)
         if self.row >= 0:
             from .arrow_table import read_cell
 

@@ -24,7 +24,7 @@ _OTHER_PICTURES = frozenset(
         *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw"),
     )
 )
-TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".parquet")
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".arrow", ".parquet", ".tar")
 _CAPTION_LIKE = (".caption", ".captions", ".txt", ".text", ".json", ".md", ".cap")
 
 
