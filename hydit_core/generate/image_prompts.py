@@ -41,6 +41,7 @@ class Opened(NamedTuple):
     """Pictures and masks, and the networks: where they are, and themselves without weights."""
 
     adapter_place: Path
+    load_key: str | None
     encoder_place: Path
     adapter: IPAdapter
     encoder: ImageEncoder
@@ -171,14 +172,17 @@ def open_files(args: argparse.Namespace) -> Opened | None:
     masks = [load_picture(path.expanduser(), "black").convert("L") for path in args.image_prompt_mask]
     given = Path(args.ip_adapter).expanduser()
     place = hub.local(given, ("ip_adapter",))
-    adapter = load_ip_adapter(place, device="meta")
+    # One that is in the model's file is taken from the same set of weights
+    shared = args.model is not None and Path(args.model).expanduser() == given
+    key = args.load_key if shared else None
+    adapter = load_ip_adapter(place, device="meta", load_key=key)
     if args.image_encoder:
         eyes = hub.local(Path(args.image_encoder).expanduser(), ("vision",))
     else:
         eyes = encoder_beside(given)
     encoder = load_image_encoder(eyes, device="meta")
     check_encoder(encoder.config.embed_dim, adapter)
-    return Opened(place, eyes, adapter, encoder, pictures, masks)
+    return Opened(place, key, eyes, adapter, encoder, pictures, masks)
 
 
 def read(
@@ -206,7 +210,9 @@ def read(
     blocks = _blocks(args) or [LayerWeights()]
     for one in blocks:
         block_weights(one, pipe.dit.config.depth)
-    adapter = load_ip_adapter(opened.adapter_place, dtype=pipe.dit.dtype, device=pipe.home)
+    adapter = load_ip_adapter(
+        opened.adapter_place, dtype=pipe.dit.dtype, device=pipe.home, load_key=opened.load_key
+    )
     encoder = load_image_encoder(opened.encoder_place, dtype=encoder_dtype(pipe.device), device=pipe.home)
     prompts, facts = [], []
     for index, text in enumerate(args.image_prompt):

@@ -87,17 +87,18 @@ def load_ip_adapter(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     operations: Any = None,
+    load_key: str | None = None,
 ) -> IPAdapter:
     """Load a HunyuanDiT IP-Adapter, in eval mode: Tencent's ``ipa.pt``, or safetensors with the same names.
 
     A checkpoint that was trained with one gives its own; an image encoder beside it is not read. It may be on
-    the hub: ``hub:ORG/NAME[@REVISION]/FILE``.
+    the hub: ``hub:ORG/NAME[@REVISION]/FILE``. ``load_key``: see :func:`load_dit`.
 
     Raises:
         WeightsError: if the file is something else, lacks tensors, or has unknown ones.
     """
     path = hub.local(path, ("ip_adapter",))
-    source = open_tensors(path)
+    source = open_tensors(path, load_key=load_key)
     view = ip_adapter_view(source)
     if not len(view):
         require_kind(source, detect(source), "ip_adapter")

@@ -25,7 +25,7 @@ from hydit_core.model.dit import DiT
 from hydit_core.model.ip_adapter import IPAdapter, IPAdapterConfig
 from hydit_core.offload.guests import Whole
 from hydit_core.pictures.png import read_parameters
-from hydit_core.weights.load import load_ip_adapter
+from hydit_core.weights.load import load_dit, load_ip_adapter
 from hydit_core.weights.quantise import quantise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*far (below|above)", "ignore:.*words")
@@ -34,8 +34,8 @@ ADAPTER = ("--ip-adapter", "@ipa.pt")
 ONE = ("--image-prompt", "@a.png", *ADAPTER)
 
 
-def write_adapter(path: Path, config: DiTConfig = TINY, embed_dim: int = 12) -> None:
-    net = randomize(IPAdapter(IPAdapterConfig.for_dit(config, embed_dim, 4)), 5, 0.5)
+def write_adapter(path: Path, config: DiTConfig = TINY, embed_dim: int = 12, seed: int = 5) -> None:
+    net = randomize(IPAdapter(IPAdapterConfig.for_dit(config, embed_dim, 4)), seed, 0.5)
     torch.save(net.state_dict(), path)
 
 
@@ -246,6 +246,26 @@ def test_with_every_other_way_to_draw(draw, options: tuple[str, ...]) -> None:
             assert all(
                 part.any() for half in np.array_split(changed, 2) for part in np.array_split(half, 2, 1)
             )
+
+
+def test_one_inside_the_models_file(draw, folder: Path, tiny_model_file: Path, tmp_path: Path) -> None:
+    """It is taken from the set of weights that the model is taken from."""
+    dit = load_dit(tiny_model_file)[0].state_dict()
+    write_adapter(tmp_path / "other.pt", seed=6)
+    inside = {
+        name: {**dit, **torch.load(path)}
+        for name, path in (("ema", tmp_path / "other.pt"), ("module", folder / "ipa.pt"))
+    }
+    torch.save(inside, tmp_path / "both.pt")
+    both = str(tmp_path / "both.pt")
+    parts = ["--text-encoders", str(tiny_model_file), "--vae", str(tiny_model_file)]
+    parts += ["--image-prompt", "@a.png", "--image-encoder", "@clip_img_encoder.pt", "--ip-adapter"]
+    for key, alone in (("module", str(folder / "ipa.pt")), ("ema", str(tmp_path / "other.pt"))):
+        (code, err, path), (_, _, expected) = (
+            draw("--model", both, "--load-key", key, *parts, adapter) for adapter in (both, alone)
+        )
+        assert code == 0, err
+        assert (pixels(path) == pixels(expected)).all()
 
 
 def test_with_a_quantised_model(tiny_model_file: Path, tmp_path: Path, draw) -> None:
