@@ -286,10 +286,10 @@ def unchanged(config: DataConfig, prepared: MappedManifest) -> bool:
         noted = {Path(path): (size, changed) for path, size, changed in note.tables}
         if any(_stamp(path) != noted.get(path) for path in {*noted, *tables_of(source)}):
             return False
-    known = KnownSizes(prepared)
+    known: KnownSizes | None = None
     for number, (note, source) in enumerate(zip(prepared.notes, config.sources, strict=True)):
         if note.looked <= FEW and (note.looked or not tables_of(source)):
-            marks = SourceMarks()
+            marks, known = SourceMarks(), known or KnownSizes(prepared)
             findings = gather_source(config, number, marks, known)
             if not marks.note(findings).same_rows(note):
                 return False
