@@ -20,6 +20,7 @@ from .detect import (
     FileKind,
     detect,
     require_kind,
+    sets,
     tencent_view,
 )
 from .files import has_weights, open_tensors, refuse_other_formats
@@ -101,9 +102,7 @@ class Bundle:
     @property
     def sets(self) -> tuple[str, tuple[str, ...]]:
         """Of a torch file with several sets of weights the one that was taken, and the others."""
-        taken = self.metadata.get("hydit.load_key", "")
-        listed = self.metadata.get("hydit.load_keys", "").split(", ")
-        return taken, tuple(key for key in listed if key and key != taken.partition(".")[0])
+        return sets(self.metadata)
 
 
 Place = str | os.PathLike[str] | Bundle

@@ -113,7 +113,17 @@ def require_kind(source: TensorSource, kind: FileKind, *wanted: str) -> None:
     advice = what_to_do(source, kind)
     if kind.kind == "other":
         advice += f"; published: {_PUBLISHED.get(wanted[0], 'Tencent-Hunyuan/HunyuanDiT-v1.2')}"
+    taken, others = sets(source.metadata)
+    if others:
+        advice += f"; that is its {taken!r}, it has {', '.join(others)} too: load_key chooses"
     raise WeightsError(f"{source.path} is {kind.name}; expected {expected}; {advice}")
+
+
+def sets(metadata: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Of a torch file with several sets of weights the one that was taken, and the others."""
+    taken = metadata.get("hydit.load_key", "")
+    listed = metadata.get("hydit.load_keys", "").split(", ")
+    return taken, tuple(key for key in listed if key and key != taken.partition(".")[0])
 
 
 def what_to_do(source: TensorSource, kind: FileKind) -> str:

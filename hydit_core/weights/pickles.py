@@ -122,7 +122,8 @@ def _find_tensors(
             return tensors, f"{load_key}.{rest}" if rest else load_key
         if is_named(path, load_key):
             return _find_tensors(loaded, path, None, depth)
-        found = f"it has {', '.join(choices)}" if choices else "it is one plain state dict"
+        one = "it is one plain state dict" if _tensors_of(loaded) else "it holds no tensors"
+        found = f"it has {', '.join(choices)}" if choices else one
         raise WeightsError(f"{path} has no weights under {load_key!r}; {found}")
     tensors = _tensors_of(loaded)
     if _IP_ADAPTER.issubset(choices):

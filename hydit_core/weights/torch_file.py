@@ -14,6 +14,11 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
 
+def _begins_as_zip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 class TorchFile:
     """What was saved, with :class:`StoredTensor` for tensors, and where each storage begins in the file.
 
@@ -30,6 +35,8 @@ class TorchFile:
         self._begins: dict[str, int]
         if zipfile.is_zipfile(path):
             self.value, self._begins = self._read_zip()
+        elif _begins_as_zip(path):
+            raise ValueError("the end of the zip file is missing: it is cut off")
         else:
             self.value, self._begins = self._read_pickles()
 

@@ -49,6 +49,19 @@ def test_a_deepspeed_checkpoint_gives_either_set(tmp_path: Path) -> None:
     assert load_dit(path)[1].diffusion.beta_end == 0.03
 
 
+def test_a_set_of_another_kind_says_what_else_is_there(tmp_path: Path) -> None:
+    model = DiT(tiny())
+    randomize(model, seed=6)
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": model.state_dict(), "ema": controlnet()}, path)
+    with pytest.raises(
+        WeightsError, match=r"v1.2 ControlNet; .*that is its 'ema', it has module too: load_key"
+    ):
+        load_dit(path)
+    assert same(load_dit(path, load_key="module")[0], model.state_dict())
+    assert same(load_controlnet(path)[0], controlnet())
+
+
 def test_pictures_of_either_set(tiny_model_file: Path, tmp_path: Path) -> None:
     tensors = {key: value.clone() for key, value in dict(bundle(tiny_model_file).dit).items()}
     file = tmp_path / "mp_rank_00_model_states.pt"

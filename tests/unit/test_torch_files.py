@@ -190,6 +190,22 @@ def test_what_is_asked_for_is_refused_where_there_is_one_set(form, tmp_path):
         open_tensors(path, load_key="module")
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_torch_file_that_is_cut_off_says_so(share, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save(WEIGHTS, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(WeightsError, match=r"the end of the zip file is missing.*Download or save it again"):
+        open_tensors(path)
+
+
+def test_of_a_file_without_tensors_none_can_be_chosen(tmp_path):
+    torch.save({"module": {}, "ema": {}}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="no weights under 'module'; it holds no tensors"):
+        open_tensors(tmp_path / "w.pt", load_key="module")
+
+
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_a_file_that_is_named_after_its_one_set(suffix, tmp_path):
     path = tmp_path / f"pytorch_model_module.{suffix}"
