@@ -15,6 +15,7 @@ from ...hydit_core.errors import ConfigError
 from ...hydit_core.images import Size
 from ...hydit_core.presets import check_tile
 from ...hydit_core.tiles import Box, Tiles
+from .advanced_control import cut_masks
 from .image_prompts import MaskCondition
 from .model import model_info
 from .sampling import DOWNSCALE
@@ -115,7 +116,7 @@ class _Cutter:
         return found
 
     def _control(self, control: Any, box: Box, tiles: Tiles) -> Any:
-        """A copy of a CONTROL_NET, begun as it is, whose picture is its part for a tile."""
+        """A copy of a CONTROL_NET, begun as it is, whose picture and masks are their part for a tile."""
         known = self._controls.get((id(control), box))
         if known is not None:
             return known
@@ -128,6 +129,7 @@ class _Cutter:
         part.extra_concat_orig = [
             box.of(_scaled(control, extra, width, height), DOWNSCALE) for extra in control.extra_concat_orig
         ]
+        cut_masks(part, width, height, lambda mask: box.of(mask, DOWNSCALE))
         part.timestep_range = control.timestep_range
         if hasattr(control, "model_sampling_current"):
             part.model_sampling_current = control.model_sampling_current

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,16 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[in_process.Host]:
     print(f"ComfyUI {started.version} at {started.comfy}, base {started.base}")
     yield started
     started.close()
+
+
+@pytest.fixture(scope="module", params=["ours", "ComfyUI's own"])
+def either_model(request: pytest.FixtureRequest, host: Any, tmp_path_factory: Any) -> Any:
+    """A tiny MODEL of either kind, on the same random weights."""
+    from sampling_models import native_model, our_model
+
+    if request.param == "ours":
+        return our_model(host, tmp_path_factory.mktemp("dit"))
+    return native_model(host)
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,13 @@ def ksampler(host: Any, model: Any, **settings: Any) -> Tensor:
     return host.values(g, node)[0]["samples"]
 
 
+def load_state(host: Any, state: dict[str, Tensor], **options: Any) -> Any:
+    """Our MODEL on a state dict."""
+    source = host.module("hydit_core.weights.source").MemorySource(state)
+    parts = host.module("hydit_core.weights.bundle").Bundle(source)
+    return host.module("nodes.host.model").load_model(parts, **options)
+
+
 @contextmanager
 def network_calls(host: Any) -> Iterator[list[dict[str, Any]]]:
     """Collects each forward of our network: its keyword arguments, and what it returned as "out"."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import lora_nodes
 import pytest
 import torch
 from graphs import Graph
 from lora_files import POOLER, QKV, forms
+from lora_nodes import LOADER, loader, written
 from model_runs import error, ksampler
 from safetensors.torch import save_file
 from sampling_models import native_model, our_model, weights
 from torch import Tensor
 
-LOADER = "HyDiTLoraLoader"
 FORMS = forms()
 ADDED = [name for name in FORMS if not name.startswith("dora")]
 
@@ -24,21 +25,13 @@ def lora_name(name: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def loras(host):
-    folder = host.models_dir / "loras"
-    for name, form in FORMS.items():
-        form.write(folder / lora_name(name))
-    host.refresh()
-    yield folder
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    host.refresh()
+    with written(host, {lora_name(name): form for name, form in FORMS.items()}) as folder:
+        yield folder
 
 
-@pytest.fixture(scope="module", params=["ours", "ComfyUI's own"])
-def model(request, host, tmp_path_factory):
-    if request.param == "ours":
-        return our_model(host, tmp_path_factory.mktemp("dit"))
-    return native_model(host)
+@pytest.fixture(scope="module")
+def model(either_model):
+    return either_model
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +39,9 @@ def ours(host, tmp_path_factory):
     return our_model(host, tmp_path_factory.mktemp("dit"))
 
 
-def loader(host: Any, model: Any, name: str, **widgets: Any) -> Graph:
-    g = Graph()
-    node = g.add(LOADER, _defaults=True, model=host.give(g, model), lora_name=name, **widgets)
-    g.add("HyDiTTestCapture", value=node.out(0))
-    return g
-
-
 def load(host: Any, model: Any, name: str, **widgets: Any) -> Any:
     """The MODEL with the LoRA."""
-    return host.values(loader(host, model, name, **widgets), ("2", 0))[0]
+    return lora_nodes.load(host, model, name, **widgets)[0]
 
 
 def refused(host: Any, model: Any, name: str, **widgets: Any) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from graphs import Graph, Link, Node, text_to_image
 from lora_files import OUT, forms
+from lora_nodes import load, written
 from model_runs import error, ksampler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,12 +25,9 @@ T5_LAYER = "encoder.block.0.layer.0.SelfAttention.q"
 
 @pytest.fixture(scope="module", autouse=True)
 def loras(host):
-    folder = host.models_dir / "loras"
-    for name in ("peft", "kohya", "comfy", "diffusers", "loha", "diff", "dora-0"):
-        FORMS[name].write(folder / lora_name(name))
-    host.refresh()
-    yield folder
-    shutil.rmtree(folder)
+    names = ("peft", "kohya", "comfy", "diffusers", "loha", "diff", "dora-0")
+    with written(host, {lora_name(name): FORMS[name] for name in names}) as folder:
+        yield folder
     shutil.rmtree(host.output_dir / "loras", ignore_errors=True)
     host.refresh()
 
@@ -66,12 +64,6 @@ def total(*files: tuple[str, float]) -> dict[str, torch.Tensor]:
     for name, strength in files:
         found |= FORMS[name].expected(found, strength)
     return found
-
-
-def loaded(host: Any, model: Any, name: str, **widgets: Any) -> Any:
-    g = Graph()
-    node = g.add("HyDiTLoraLoader", _defaults=True, model=host.give(g, model), lora_name=name, **widgets)
-    return host.values(g, node)[0]
 
 
 def test_a_chain_is_the_sum(host, ours):
@@ -132,7 +124,7 @@ def test_what_is_written_says_the_same(host, ours, format):
     path, notes = saved(host, g, merged(g, *files).out(0), format=format)
     assert notes == [] and path.name.startswith("hydit_0000") and path.is_dir() == (format == "peft")
     name = path.name + ("/" if format == "peft" else "")
-    found = loaded(host, ours, name)
+    found = load(host, ours, name)[0]
     assert off(patched(found), total(*files)) <= 1e-6
     if format == "peft":
         config = json.loads((path / "adapter_config.json").read_text())
@@ -158,7 +150,7 @@ def test_a_smaller_rank_and_what_it_keeps(host, ours):
     path, notes = saved(host, g, merged(g, *files).out(0), rank=4)
     assert notes == ["rank 4: 100.00% of the change is kept"]
     assert {v.shape[0] for k, v in load_file(path).items() if "lora_down" in k} == {4}
-    assert off(patched(loaded(host, ours, path.name)), total(*files)) <= 1e-5
+    assert off(patched(load(host, ours, path.name)[0]), total(*files)) <= 1e-5
     g = Graph()
     path, (note,) = saved(host, g, merged(g, *files).out(0), rank=2)
     whole = total(*files)
@@ -177,11 +169,11 @@ def test_comfyuis_own_save_node_and_foreign_values(host, ours):
     host.run(g).check()
     (path,) = (host.output_dir / "loras").glob("stock*.safetensors")
     host.refresh()
-    assert off(patched(loaded(host, ours, path.name)), total(("peft", 0.5))) <= 1e-6
+    assert off(patched(load(host, ours, path.name)[0]), total(("peft", 0.5))) <= 1e-6
     g = Graph()
     trained = host.give(g, dict(FORMS["comfy"].tensors))  # a plain dictionary, as ComfyUI's training gives
     found, _ = saved(host, g, trained.out(0))
-    assert off(patched(loaded(host, ours, found.name)), total(("comfy", 1.0))) <= 1e-6
+    assert off(patched(load(host, ours, found.name)[0]), total(("comfy", 1.0))) <= 1e-6
     g = Graph()
     bad = host.give(g, {"lora_unet_input_blocks_1.lora_up.weight": torch.ones(4, 4)})
     g.add("HyDiTLoraSave", _defaults=True, lora=bad)

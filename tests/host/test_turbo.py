@@ -9,9 +9,10 @@ import pytest
 import torch
 from graphs import Graph
 from lora_files import forms
+from lora_nodes import load, written
 from model_runs import add_ksampler
 from sampling_graphs import custom, error, ksampler, latent, run
-from sampling_models import INFO, native_model, our_model
+from sampling_models import INFO
 from torch import Tensor
 
 NAME = "turbo.safetensors"
@@ -24,30 +25,15 @@ OWN = {"sampler": "preset's", "spacing": "preset's", "steps": 0, "cfg": 0.0}
 def turbo(host):
     defaults = dataclasses.replace(INFO.defaults, **SETTINGS)
     info = dataclasses.replace(INFO, defaults=defaults, folded_cfg=4.5)
-    form = dataclasses.replace(forms()["comfy"], metadata={"hydit.config": info.to_json()})
-    path = form.write(host.models_dir / "loras" / NAME)
-    forms()["comfy"].write(host.models_dir / "loras" / "plain.safetensors")
-    host.refresh()
-    yield path
-    path.unlink()
-    (path.parent / "plain.safetensors").unlink()
-    host.refresh()
+    plain = forms()["comfy"]
+    form = dataclasses.replace(plain, metadata={"hydit.config": info.to_json()})
+    with written(host, {NAME: form, "plain.safetensors": plain}) as folder:
+        yield folder / NAME
 
 
-@pytest.fixture(scope="module", params=["ours", "ComfyUI's own"])
-def model(request, host, tmp_path_factory):
-    if request.param == "ours":
-        return our_model(host, tmp_path_factory.mktemp("dit"))
-    return native_model(host)
-
-
-def loaded(host: Any, model: Any, name: str = NAME, **widgets: Any) -> tuple[Any, str]:
-    """The MODEL with the LoRA, and the node's report."""
-    g = Graph()
-    node = g.add("HyDiTLoraLoader", _defaults=True, model=host.give(g, model), lora_name=name, **widgets)
-    g.add("HyDiTTestCapture", value=node.out(0))
-    g.add("HyDiTTestCapture", value=node.out(2))
-    return host.values(g, ("2", 0))[0], host.values(g, ("2", 2))[0]
+@pytest.fixture(scope="module")
+def model(either_model):
+    return either_model
 
 
 def drawn(host: Any, model: Any, **settings: Any) -> Tensor:
@@ -55,9 +41,9 @@ def drawn(host: Any, model: Any, **settings: Any) -> Tensor:
 
 
 def test_turbo_is_the_models_own(host, model):
-    turbo, said = loaded(host, model)
+    turbo, said = load(host, model, NAME)
     assert "distilled: 3 steps of lcm, trailing spacing, cfg 1" in said
-    plain, silent = loaded(host, model, "plain.safetensors")
+    plain, silent = load(host, model, "plain.safetensors")
     assert "distilled" not in silent
     expected = drawn(host, plain, **SETTINGS)
     assert torch.equal(drawn(host, turbo, **OWN), expected)
@@ -71,7 +57,7 @@ def test_turbo_is_the_models_own(host, model):
 
 
 def test_turbo_refuses_ddpm(host, model):
-    turbo, _ = loaded(host, model)
+    turbo, _ = load(host, model, NAME)
     made = [
         ksampler(host, turbo, latent(), **{**OWN, "sampler": "ddpm"}),
         custom(
@@ -82,13 +68,13 @@ def test_turbo_refuses_ddpm(host, model):
         graph.add("HyDiTTestCapture", value=node.out(0))
         result = host.run(graph)
         assert not result.ok and "distilled to few steps" in str(result.error)
-    none, _ = loaded(host, model, strength_model=0.0)
+    none, _ = load(host, model, NAME, strength_model=0.0)
     assert torch.isfinite(drawn(host, none, sampler="ddpm", steps=2)).all()
 
 
 def test_turbo_with_the_stock_sampler(host, model):
     """ComfyUI's KSampler knows lcm by the same name; its sgm_uniform is our trailing to one timestep."""
-    turbo, _ = loaded(host, model)
+    turbo, _ = load(host, model, NAME)
     g = Graph()
     node = add_ksampler(
         host, g, host.give(g, turbo), steps=4, cfg=1.0, sampler_name="lcm", scheduler="sgm_uniform"
@@ -104,8 +90,8 @@ def test_turbo_with_the_stock_sampler(host, model):
 
 
 def test_turbo_of_another_kind_is_told(host, model):
-    turbo, _ = loaded(host, model)
-    _, said = loaded(host, turbo)
+    turbo, _ = load(host, model, NAME)
+    _, said = load(host, turbo, NAME)
     assert "warning: the model was distilled before" in said
 
 
