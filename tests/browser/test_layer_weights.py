@@ -6,13 +6,25 @@ import json
 from typing import Any
 
 import pytest
+from weight_bars import (
+    LAYERS,
+    NODE,
+    bar,
+    drag,
+    drawn,
+    point,
+    received,
+    said,
+    shows_rows,
+    text,
+    typed,
+    undo,
+    workflow,
+    written,
+)
 
 from hydit_core.errors import ConfigError
 from hydit_core.layer_weights import CURVES, LayerWeights
-
-NODE = "HyDiTLayerWeights"
-LAYERS = 19
-TOP = 2.0
 
 #: As ComfyUI's page has it, next to ours: the addresses of a pack's files begin with its folder's name.
 READ = """async (cases) => {
@@ -32,101 +44,10 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def workflow(weights: str = "uniform(1)", layers: int = LAYERS, **more: Any) -> dict:
-    """Weights -> PreviewAny."""
-    out = [{"name": "LAYER_WEIGHTS", "type": "STRING", "links": [1]}]
-    into = [{"name": "source", "type": "*", "link": 1}]
-    same = {"properties": {}, "flags": {}, "mode": 0}
-    return {
-        "last_node_id": 2, "last_link_id": 1, "version": 0.4, "config": {}, "extra": {}, "groups": [],
-        "links": [[1, 1, 0, 2, 0, "STRING"]],
-        "nodes": [
-            {"id": 1, "type": NODE, "pos": [0, 0], "size": [380, 310], "order": 0, "inputs": [],
-             "outputs": out, "widgets_values": [weights, layers], **same, **more},
-            {"id": 2, "type": "PreviewAny", "pos": [480, 0], "size": [300, 200], "order": 1, "inputs": into,
-             "outputs": [], **same},
-        ],
-    }  # fmt: skip
-
-
-def typed(page: Any, text: str, layers: int | None = None) -> None:
-    page.set_widget(NODE, "weights", text)
-    if layers is not None:
-        page.set_widget(NODE, "layers", layers)
-    page.settle()
-
-
-def text(page: Any) -> str:
-    return page.widgets(NODE)["weights"]
-
-
-def written(page: Any) -> list[float]:
-    return [float(part) for part in text(page).split(", ")]
-
-
-def drawn(page: Any, which: int = 0) -> list[float]:
-    """The bars' numbers, and that they are as high."""
-    bars = page.page.locator(".hydit-bars").nth(which).get_by_role("slider")
-    found = bars.evaluate_all(
-        """(bars) => bars.map((bar) =>
-          [Number(bar.ariaValueNow), parseFloat(bar.firstElementChild.style.height)])"""
-    )
-    for number, height in found:
-        assert height == pytest.approx(min(max(number, 0), TOP) * 100 / TOP, abs=0.01)
-    return [number for number, _ in found]
-
-
-def said(page: Any) -> str:
-    return page.page.locator(".hydit-weights-said").first.inner_text()
-
-
-def bar(page: Any, layer: int) -> Any:
-    return page.page.get_by_role("slider", name=f"Layer {layer}", exact=True).first
-
-
-def point(page: Any, layer: float, weight: float, which: int = 0) -> tuple[float, float]:
-    """Where on the page the middle of a bar (1 is the first) is as high as a weight."""
-    box = page.page.locator(".hydit-bars-plot").nth(which).bounding_box()
-    count = page.page.locator(".hydit-bars").nth(which).get_by_role("slider").count()
-    return (
-        box["x"] + box["width"] * (layer - 0.5) / count,
-        box["y"] + box["height"] * (1 - weight / TOP),
-    )
-
-
-def drag(page: Any, *points: tuple[float, float], drop: bool = True, steps: int = 4) -> None:
-    """With the mouse, over (layer, weight)s."""
-    mouse = page.page.mouse
-    mouse.move(*point(page, *points[0]))
-    mouse.down()
-    for at in points[1:]:
-        mouse.move(*point(page, *at), steps=steps)
-    if drop:
-        mouse.up()
-
-
-def undo(page: Any, keys: str = "Control+z") -> None:
-    page.press(keys)
-    page.page.mouse.move(*point(page, 1, 1))  # the page places its HTML when it draws
-
-
-def received(page: Any) -> list[float]:
-    """What Python has."""
-    (said,) = page.queue().check().outputs["2"]["text"]
-    return LayerWeights.parse(json.loads(said) if said.startswith('"') else said).resolve(
-        page.widgets(NODE)["layers"]
-    )
-
-
 @pytest.fixture
 def bars_page(either_page):
     shows_rows(either_page)
     return either_page
-
-
-def shows_rows(page: Any) -> None:
-    if page.nodes2 and page.server.version.startswith("0.3."):
-        pytest.skip("Nodes 2.0 of this frontend, an experiment, shows no widgets of HTML")
 
 
 @pytest.fixture
@@ -367,13 +288,13 @@ def canvas_point(page: Any, x: float, y: float) -> list[float]:
 
 
 def test_the_page_reads_as_python_reads(page):
-    cases = [(text, count) for text in TEXTS for count in (1, 2, 3, LAYERS, 64)]
-    for (text, count), found in zip(cases, page.evaluate(READ, cases), strict=True):
+    cases = [(given, count) for given in TEXTS for count in (1, 2, 3, LAYERS, 64)]
+    for (given, count), found in zip(cases, page.evaluate(READ, cases), strict=True):
         try:
-            wanted = LayerWeights.parse(text).resolve(count)
+            wanted = LayerWeights.parse(given).resolve(count)
         except ConfigError:
             wanted = None
-        assert found == (wanted if wanted is None else pytest.approx(wanted, rel=1e-12)), (text, count)
+        assert found == (wanted if wanted is None else pytest.approx(wanted, rel=1e-12)), (given, count)
 
 
 def test_copies_have_bars_of_their_own(ready):
@@ -425,90 +346,3 @@ def test_linked_weights_cannot_be_dragged(bars_page):
     assert said(bars_page).startswith("Drag")
     drag(bars_page, (4, 0.5), (4, 1.5))
     assert written(bars_page)[3] == pytest.approx(1.5, abs=0.05)
-
-
-CONTRASTS = """() => {
-  const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-  // What lies behind, then the color over it.
-  const mixed = (...colors) => {
-    for (const color of colors) { canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1); }
-    const light = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => part / 255)
-      .map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2];
-  };
-  const style = (selector) => getComputedStyle(document.querySelector(selector));
-  const behind = (() => {
-    const node = document.querySelector("[data-node-id='1']");
-    for (let at = document.querySelector(".hydit-weights"); at && node?.contains(at); at = at.parentElement) {
-      const color = getComputedStyle(at).backgroundColor;
-      if (color !== "rgba(0, 0, 0, 0)") return color;
-    }
-    return node ? getComputedStyle(node).backgroundColor : LiteGraph.NODE_DEFAULT_BGCOLOR;
-  })();
-  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  const on = mixed(behind);
-  return {
-    bars: ratio(on, mixed(behind, style(".hydit-bars-bar i").backgroundColor)),
-    words: ratio(on, mixed(behind, style(".hydit-weights-said").color)),
-    scale: ratio(on, mixed(behind, style(".hydit-bars-scale").color)),
-    buttons: ratio(mixed(style(".hydit-weights-presets button:last-child").backgroundColor),
-      mixed(style(".hydit-weights-presets button:last-child").color)),
-    pressed: ratio(mixed(style(".hydit-weights-presets button[aria-pressed=true]").backgroundColor),
-      mixed(style(".hydit-weights-presets button[aria-pressed=true]").color)),
-    tip: ratio(mixed(style(".hydit-bars-tip").backgroundColor), mixed(style(".hydit-bars-tip").color)),
-  };
-}"""
-
-
-@pytest.mark.parametrize("theme", ["dark", "light"])
-def test_readable_in_light_and_dark(bars_page, theme):
-    bars_page.reload(**{"Comfy.ColorPalette": theme})
-    bars_page.load(workflow("ease(1.5)"))
-    bars_page.fit()
-    bars_page.page.mouse.move(1400, 800)
-    bars_page.page.locator(".hydit-bars-plot").wait_for()
-    bars_page.page.mouse.move(*point(bars_page, 12, 0.5))
-    bars_page.screenshot(f"weights-{theme}")
-    contrasts = bars_page.evaluate(CONTRASTS)
-    bars_page.reload()
-    wanted = {"bars": 3, "words": 4.5, "scale": 4, "buttons": 4.5, "pressed": 3, "tip": 4.5}
-    assert not {name: found for name, found in contrasts.items() if found < wanted[name]}
-
-
-@pytest.mark.parametrize("nodes2", [False, True], ids=["classic", "nodes2"])
-def test_in_chinese(open_page, nodes2):
-    page = open_page(nodes2=nodes2, locale="zh")
-    shows_rows(page)
-    page.load(workflow("decay(0.825)"))
-    page.fit()
-    page.page.mouse.move(1400, 800)
-    page.page.get_by_role("group", name="各层权重").wait_for()
-    assert page.page.get_by_role("slider", name="第 19 层").count() == 1
-    page.page.mouse.move(*point(page, 19, 0.5))
-    assert page.page.locator(".hydit-bars-tip").inner_text() == "第 19 层：0.825"
-    buttons = page.page.get_by_role("group", name="曲线").get_by_role("button")
-    assert buttons.all_inner_texts() == ["均匀", "衰减", "线性", "平滑", "仅前半", "仅后半", "重置"]
-    assert buttons.evaluate_all("(all) => all.every((one) => one.scrollWidth <= one.clientWidth + 1)")
-    page.screenshot("weights")
-
-
-def test_the_control_loader_shows_what_it_found(either_page):
-    loader = {"id": 1, "type": "HyDiTControlNetLoader", "pos": [0, 0], "size": [380, 130], "order": 0,
-              "mode": 0, "inputs": [],
-              "outputs": [{"name": "CONTROL_NET", "type": "CONTROL_NET", "links": [1]}],
-              "properties": {}, "flags": {},
-              "widgets_values": ["[embedded] hydit-icons-128-canny", "default"]}  # fmt: skip
-    graph = workflow()
-    graph["nodes"][0] = loader
-    graph["links"][0][5] = "CONTROL_NET"
-    either_page.load(graph)
-    either_page.fit()
-    either_page.server.free()
-    either_page.page.wait_for_timeout(500)
-    either_page.queue().check()
-    told = either_page.evaluate("() => app.graph.getNodeById(1).properties.hydit_version")
-    assert "ControlNet" in told and "canny" in told and "fp16" in told
-    shows_rows(either_page)
-    row = either_page.page.locator(".hydit_version").first
-    row.get_by_text(told).wait_for(timeout=10_000)
-    either_page.screenshot("control-loader")

@@ -30,7 +30,8 @@ import child  # noqa: E402
 import mutations  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import seed as with_seed  # noqa: E402
-from seeds import Seed, Seeds  # noqa: E402
+from seed import Seed  # noqa: E402
+from seeds import Seeds  # noqa: E402
 
 from hydit_core.lora.adapter import Adapter  # noqa: E402
 from hydit_core.lora.summary import fitting  # noqa: E402

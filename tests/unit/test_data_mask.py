@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_setup import paint
 from PIL import Image
 from pydantic import ValidationError
-from test_data_sources import paint
 
 from hydit_core.data.config import DataConfig
 from hydit_core.data.dataset import TrainData, open_dataset

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import pytest
 import torch
+from data_setup import paint
 from PIL import Image
 from safetensors.torch import load_file
-from test_data_sources import paint
 from train_setup import run_training, write_run
 
 from hydit_core.data import prepared as prepared_module

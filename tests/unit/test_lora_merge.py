@@ -6,27 +6,23 @@ import copy
 import json
 from pathlib import Path
 
-import numpy as np
 import peft
 import pytest
 import torch
+from adapters import whole_adapter
 from key_lists import key_list
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import TINY, randomize
-from workflow_files import backward, linked, overlaps
 
 from hydit_core.errors import ConfigError, LoraError, WeightsError
 from hydit_core.facts import ModelInfo
-from hydit_core.generate import __main__ as generate
-from hydit_core.lora import reading, writing
+from hydit_core.lora import reading
 from hydit_core.lora.adapter import Adapter
 from hydit_core.lora.blocks import BlockWeights
-from hydit_core.lora.kinds import BiasOnly, LoRA
+from hydit_core.lora.kinds import BiasOnly
 from hydit_core.lora.merge import apply, merge_files
 from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
-from hydit_core.pictures.png import read_parameters
 from hydit_core.weights.bundle import bundle
 from hydit_core.weights.convert import convert
 from hydit_core.weights.save import save_checkpoint
@@ -176,20 +172,6 @@ def test_several_are_rounded_once(full_names, tmp_path: Path) -> None:
     merge_files(half, [(lora, 1.0)], out, dtype=torch.float32, overwrite=True)
     exact = loop({key: value.float() for key, value in before.items()}, load_file(lora), 1.0)
     assert all((exact[key] - value).abs().max() < 1e-6 for key, value in load_file(out).items())
-
-
-def whole_adapter(path: Path) -> Adapter:
-    """A random LoRA of DiT, BERT and mT5 of an all-in-one file."""
-    found, generator, modules = bundle(path), torch.Generator().manual_seed(5), {}
-    for part, source in (("dit", found.dit), ("bert", found.bert), ("t5", found.mt5)):
-        assert source is not None
-        for key in source:
-            if any(name in key for name in ("Wqkv.weight", "query.weight", "Attention.q.weight")):
-                out, columns = source.shape(key)
-                down = torch.randn(2, columns, generator=generator) / 8
-                up = torch.randn(out, 2, generator=generator) / 8
-                modules[f"{part}.{key[:-7]}"] = [LoRA({"down": down, "up": up})]
-    return Adapter(modules, "whole", metadata={"hydit.trigger": "icn"})
 
 
 def test_text_encoders_of_an_all_in_one_file(tiny_model_file: Path, tmp_path: Path) -> None:
@@ -367,82 +349,6 @@ def test_merge_on_the_command_line(full_names, tmp_path: Path, capsys: pytest.Ca
     assert "given 2 times for 3 LoRAs" in capsys.readouterr().err
     assert lora_cli("merge", base, tmp_path / "none.safetensors", "-o", out, "--overwrite") == 2
     assert "none.safetensors does not exist" in capsys.readouterr().err
-
-
-@pytest.fixture
-def draw(tiny_model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    def draw(*options: object, model: Path = tiny_model_file) -> tuple[int, str, Path]:
-        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
-        base = ["--model", model, "--prompt", "cat", "--steps", "2", "--device", "cpu", "--out", out]
-        code = generate.main([str(option) for option in (*base, *options)])
-        return code, capsys.readouterr().err, out
-
-    return draw
-
-
-def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path)).astype(int)
-
-
-def test_generate_with_a_lora(draw, tiny_model_file: Path, tmp_path: Path) -> None:
-    adapter, file = whole_adapter(tiny_model_file), tmp_path / "style.safetensors"
-    writing.write(adapter, file)
-    code, said, path = draw("--lora", f"{file}:0.5", "--lora-block-weights", "decay(0.9)")
-    assert code == 0 and f"LoRA style.safetensors: {len(adapter.modules)} of" in said
-    assert "trigger words: icn" in said
-    fact = {"lora": "style.safetensors", "strength": 0.5, "block_weights": "decay(0.9)"}
-    assert read_parameters(path)["loras"] == [fact]
-    # As the merged file draws it.
-    merged = tmp_path / "merged.safetensors"
-    merge_files(tiny_model_file, [(adapter, 0.5)], merged, block_weights="decay(0.9)")
-    plain = draw()[2]
-    assert (pixels(path) == pixels(draw(model=merged)[2])).all()
-    assert (pixels(path) != pixels(plain)).any()
-    assert (pixels(draw("--lora", f"{file}:0")[2]) == pixels(plain)).all()
-    assert "loras" not in read_parameters(plain)
-    # The graph in the picture has a node for each, MODEL and CLIP through both.
-    two = draw("--lora", f"{file}:0.5", "--lora", f"{file}:-2")[2]
-    prompt = json.loads(Image.open(two).text["prompt"])  # type: ignore[attr-defined]
-    nodes = {n: node for n, node in prompt.items() if node["class_type"] == "HyDiTLoraLoader"}
-    (first, one), (second, other) = nodes.items()
-    assert one["inputs"]["strength_model"] == one["inputs"]["strength_clip"] == 0.5
-    assert other["inputs"] == {
-        "model": [first, 0], "clip": [first, 1], "lora_name": "style.safetensors",
-        "strength_model": -2.0, "strength_clip": -2.0, "block_weights": "uniform(1)",
-    }  # fmt: skip
-    users = [
-        node["inputs"]
-        for node in prompt.values()
-        if node["class_type"] in ("HyDiTTextEncode", "HyDiTKSampler")
-    ]
-    assert {tuple(u.get("clip") or u.get("model")) for u in users} == {(second, 0), (second, 1)}
-    # And on ComfyUI's page: the same links, nothing covered.
-    workflow = json.loads(Image.open(two).text["workflow"])  # type: ignore[attr-defined]
-    for number, node in linked(workflow).items():
-        given = prompt[number]["inputs"]
-        assert node["inputs"] == {name: link for name, link in given.items() if isinstance(link, list)}
-    assert overlaps(workflow) == [] == backward(workflow)
-
-
-def test_generate_says_what_is_wrong_with_a_lora(draw, tiny_model_file: Path, tmp_path: Path) -> None:
-    file = tmp_path / "style.safetensors"
-    writing.write(whole_adapter(tiny_model_file), file)
-    for options, message in (
-        (["--lora-block-weights", "1"], "--lora-block-weights needs --lora"),
-        (["--lora", f"{file}:11"], "strength 11: use -10 to 10"),
-        (["--lora", f"{file}:nan"], "strength nan: use -10 to 10"),
-        (["--lora", file, "--lora-block-weights", "1, 2"], "2 block weights for a model with 4 blocks"),
-        (["--lora", tmp_path / "none.safetensors"], "none.safetensors does not exist"),
-    ):
-        code, said, path = draw(*options)
-        assert code == 2 and message in said and not path.exists()
-    odd = whole_adapter(tiny_model_file)
-    patch = odd.modules["dit.blocks.0.attn1.Wqkv"]
-    odd.modules |= {"dit.blocks.7.attn1.Wqkv": patch, "dit.other": patch}
-    writing.write(odd, tmp_path / "odd.safetensors")
-    code, said, path = draw("--lora", tmp_path / "odd.safetensors")
-    assert code == 2 and "2 of its 6 modules for the DiT are not in" in said and not path.exists()
-    assert draw("--lora", tmp_path / "odd.safetensors", "--partial")[0] == 0
 
 
 @pytest.fixture(scope="module")
