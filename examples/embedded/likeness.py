@@ -42,11 +42,9 @@ class Case:
 
     def right(self, drawn: Concept, references: References) -> tuple[bool, bool]:
         """Whether the picture, and the text, are in what was drawn."""
-        if self.group == "color":
-            return (
-                drawn.colour == self.shown.colour,
-                self.asked is not None and drawn.thing == self.asked.thing,
-            )
+        if self.group == "color" and self.asked is not None:
+            named = any(self.asked.thing in name.split() for name in drawn.english)
+            return drawn.colour == self.shown.colour, named
         by_text = self.asked is not None and references.alike(drawn, self.asked)
         return references.alike(drawn, self.shown), by_text
 
@@ -80,6 +78,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the model that comes with hydit")
     parser.add_argument("--data", type=Path, default=DATA, help="what prepare.py wrote")
     parser.add_argument("--count", type=int, default=12, help="how many things")
+    parser.add_argument("--groups", nargs="+", default=["own", "none", "another", "color"])
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5])
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1)
@@ -88,7 +87,7 @@ def main() -> None:
 
     concepts = read_concepts()
     references = References(concepts)
-    asked = list(cases(concepts, args.count, args.data / "colors.jsonl"))
+    asked = [c for c in cases(concepts, args.count, args.data / "colors.jsonl") if c.group in args.groups]
     pipe = hydit_core.load(args.model, device="cpu")
     adapter = load_ip_adapter(args.adapter, dtype=pipe.dit.dtype)
     encoder = load_image_encoder(args.encoder or encoder_beside(args.adapter))
