@@ -15,7 +15,7 @@ from ..errors import DataError
 from ..images import Size, check_shape, probe_size
 from .config import DataConfig, SourceConfig
 from .manifest import GatheredManifest, Look, Manifest
-from .sources import Entry, PassedOver, PictureFile, Tally, read_source, source_kind
+from .sources import Entry, PassedOver, PictureFile, Tally, base_of, read_source, source_kind
 
 BESIDE = {"control": "control picture", "mask": "mask"}
 """What errors call the pictures that lie beside a picture and have its shape."""
@@ -184,10 +184,10 @@ def _with_image_prompts(source: SourceConfig) -> SourceConfig:
 
 def source_name(source: SourceConfig) -> str:
     """What a source's keys begin with: its folder's or file's own name, not where that lies."""
-    path = source.path.resolve()
+    path = source.path
     if not path.exists():  # a pattern
-        path = next(folder for folder in path.parents if folder.exists())
-    return path.stem if path.is_file() else path.name
+        path = base_of(source)
+    return path.resolve().stem if path.is_file() else path.resolve().name
 
 
 def _chunks(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:

@@ -140,6 +140,15 @@ def test_a_pattern_is_all_of_its_files_in_order(tmp_path: Path) -> None:
         gather(config(tmp_path / "none*.tar"))
 
 
+@pytest.mark.parametrize("pattern", ["*/0.tar", "**/*.tar", "[pq]*/0.tar"])
+def test_shards_of_one_name_in_several_folders(tmp_path: Path, pattern: str) -> None:
+    """Their pictures have names of their own, by which validation chooses."""
+    for part in ("p1", "q2"):
+        write_tar(tmp_path / "shards" / part / "0.tar", samples(0, 2))
+    keys = [record.key for record in gather(config(tmp_path / "shards" / pattern))[0]]
+    assert keys == [f"shards/{part}/0.tar/{name}.png" for part in ("p1", "q2") for name in ("0000", "0001")]
+
+
 def test_parquet_shards_are_one_source(tmp_path: Path) -> None:
     for shard in range(3):
         cells = [{"bytes": picture(10 * shard + i), "path": None} for i in range(2)]

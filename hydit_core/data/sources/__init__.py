@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ...errors import DataError
 from ..config import SourceConfig
 from .entry import Entry, PassedOver, PictureFile, Tally
-from .files import source_kind, tables_of
+from .files import base_of, source_kind, tables_of
 
-__all__ = ["Entry", "PassedOver", "PictureFile", "Tally", "read_source", "source_kind", "tables_of"]
+__all__ = [
+    "Entry",
+    "PassedOver",
+    "PictureFile",
+    "Tally",
+    "base_of",
+    "read_source",
+    "source_kind",
+    "tables_of",
+]
 
 
 def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry]:
@@ -28,8 +38,9 @@ def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry
         from .arrow_table import check_tables
 
         check_tables(files)
-    column = ""
+    column, base = "", base_of(source)
     for path in files:
+        inside = path.parent.relative_to(base).as_posix() if path.is_relative_to(base) else "."
         for entry in _read_file(source.model_copy(update={"path": path}), kind, passed_over):
             if entry.column and column and entry.column != column:
                 raise DataError(
@@ -37,7 +48,8 @@ def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry
                     "set image_field, or make two sources of them"
                 )
             column = entry.column or column
-            yield entry
+            # Shards of several folders may have one name.
+            yield entry if inside == "." else replace(entry, key=f"{inside}/{entry.key}")
 
 
 def _read_file(source: SourceConfig, kind: str, passed_over: PassedOver) -> Iterator[Entry]:

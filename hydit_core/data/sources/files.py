@@ -41,6 +41,16 @@ def source_kind(source: SourceConfig) -> str:
     )
 
 
+def base_of(source: SourceConfig) -> Path:
+    """The folder in which all files of a source lie: of a pattern, the part without wildcards."""
+    path = source.path
+    if path.is_dir():
+        return path
+    if path.exists():
+        return path.parent
+    return next(folder for folder in path.parents if folder.exists() or not glob.has_magic(str(folder)))
+
+
 def tables_of(source: SourceConfig) -> list[Path]:
     """The files that decide which rows a source has, in their order; none for a folder of pictures.
 
