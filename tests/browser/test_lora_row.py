@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from extension_rows import nothing_overlaps, rows_are_shown
 from find_host import ROOT
 from safetensors.torch import load_file, save_file
-from test_extension import MODEL, link_in, link_out, node, nothing_overlaps, rows_are_shown, wait_told
+from test_extension import MODEL, link_in, link_out, node, wait_told
 
 LORA = ROOT / "hydit_core" / "assets" / "lora" / "hydit-icons-128-delft.safetensors"
 NAME = f"[embedded] {LORA.stem}"

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from data_setup import paint
 from PIL import Image
-from test_data_sources import paint
 
 from hydit_core.data.config import DataConfig
 from hydit_core.data.dataset import TrainData, open_dataset
