@@ -39,7 +39,8 @@ class HyDiTIPAdapterLoader(io.ComfyNode):
                 io.Combo.Input(
                     "ip_adapter_name",
                     options=folders.ip_adapter_names(),
-                    tooltip="From ComfyUI/models/ipadapter. It must be for a model of the same size.",
+                    tooltip="[embedded] comes with these nodes and fits the embedded model. The others are "
+                    "in ComfyUI/models/ipadapter. It must be for a model of the same size.",
                 ),
                 io.Combo.Input(
                     "clip_vision_name",

@@ -332,6 +332,16 @@ LAYOUTS: dict[str, Box] = {
         ),
     ),
     "hydit_image_prompt": stages(
+        first(group(MODEL, column(3, 4, shut(5, 290), width=290)), width=318, note=190),
+        group(WORDS, column(6, 7, shut(8), width=290)),
+        column(
+            group(FIRST, column(shut(9, 280), shut(10, 280), node(11, 280, 280))),
+            group("Picture prompt · 图像提示", column(node(12, 280))),
+        ),
+        group(SAMPLING, column(node(13, 290), shut(14, 290))),
+        drawn(node(16, 480), node(17, 480, 500), node(15, 480)),
+    ),
+    "hydit_image_prompt_v1.2": stages(
         first(group(MODEL, column(3, 4, width=300)), width=328, note=200),
         group("Picture prompt · 图像提示", column(5, node(6, height=340), 9, width=300)),
         group(WORDS, column(7, 8, width=310)),

@@ -257,7 +257,10 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
             np.abs(np.hstack([uniform, decay, early, late]) - strip).max() <= 1,
         ],
         "hydit_controlnet_v1.2": lambda a: [_color(a) == "red"],
-        "hydit_image_prompt": lambda a: [0.1 < (a.min(axis=-1) < 200).mean() < 0.8],  # a cat
+        "hydit_image_prompt": lambda fish, star: [
+            _color(fish) == _color(star) == "blue", _same_outline(fish, star) < 0.8
+        ],
+        "hydit_image_prompt_v1.2": lambda a: [0.1 < (a.min(axis=-1) < 200).mean() < 0.8],  # a cat
         "hydit_lora_strengths": lambda none, half, one, more, strip: [
             _blue(none) < _blue(half) < _blue(one),
             _blue(more) > 0.9,

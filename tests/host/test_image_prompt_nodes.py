@@ -36,7 +36,7 @@ from torch import Tensor
 from vision_files import vision_model
 
 import hydit_core
-from hydit_core.embedded import embedded_model
+from hydit_core.embedded import embedded_ip_adapters, embedded_model
 from hydit_core.image_prompts.encoder import load_image_encoder
 from hydit_core.image_prompts.run import ImagePrompt
 from hydit_core.layer_weights import LayerWeights
@@ -144,6 +144,8 @@ def failed_apply(host: Any, model: Any, adapter: Any, image: Tensor | None = Non
 def test_what_is_listed(host, files):
     inputs = host.input_types(LOADER)["required"]
     adapters, encoders = (inputs[n][1]["options"] for n in ("ip_adapter_name", "clip_vision_name"))
+    own = [f"[embedded] {path.stem}" for path in embedded_ip_adapters()]
+    assert own and adapters[: len(own)] == own
     assert {"hydit/ipa.pt", "alone.pt", "both.safetensors"} <= set(adapters)
     assert encoders[0] == "automatic" == inputs["clip_vision_name"][1]["default"]
     listed = [name.replace("\\", "/") for name in encoders]
