@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from image_prompt_models import save_adapter, save_encoder
+from loader_files import stored
 from PIL import Image, ImageDraw
 from workflow_files import MODEL_FOLDERS, WORKFLOWS, api, check_pictures, read, shrink, unmuted, write_models
 
@@ -133,6 +135,23 @@ def test_generates_pictures_redraw_themselves(host, models, tmp_path, case):
     ]
     assert main([*options, "--device", "cpu", "--out", str(tmp_path / "a.png")]) == 0
     assert redrawn(host, tmp_path / "a.png").max() <= 2
+
+
+def test_the_set_of_weights_that_was_chosen_redraws_itself(host, models, tmp_path):
+    path = models / "diffusion_models" / "mp_rank_00_model_states.pt"
+    sets = {"module": stored(), "ema": {key: 0.9 * value for key, value in stored().items()}}
+    torch.save(sets, path)
+    host.refresh()
+    files = ["--model", path, "--text-encoders", embedded_model(), "--vae", embedded_model()]
+    options = ["--prompt", "a cat", "--size", "128x128", "--steps", "6", "--sampler", "dpmpp_2m"]
+    for key in ("module", "ema"):
+        out = tmp_path / f"{key}.png"
+        chosen = [*files, *options, "--load-key", key, "--device", "cpu", "--out", out]
+        assert main([str(option) for option in chosen]) == 0
+        assert redrawn(host, out).max() <= 2
+    a, b = (Image.open(tmp_path / f"{key}.png") for key in ("module", "ema"))
+    assert apart(a, b).max() > 2
+    path.unlink()
 
 
 def test_the_third_of_a_batch_redraws_itself(host, tmp_path):
