@@ -10,7 +10,7 @@ import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,10 @@ class BatchOrder:
         )
         self._plan: tuple[int, _EpochPlan | None] = (-1, None)
         self._permutations: OrderedDict[tuple[int, int], _Shuffled] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Worker processes that are started afresh compute their own permutations."""
+        return {**self.__dict__, "_plan": (-1, None), "_permutations": OrderedDict()}
 
     def __len__(self) -> int:
         """Samples in an epoch."""

@@ -425,3 +425,37 @@ def test_a_training_of_mapped_rows_is_one_of_rows_that_are_kept(
     assert "changed since the checkpoint: data: other pictures, captions or batches" in said
     assert main([str(settings), "--set", common[0], "--dry-run"]) == 0
     assert "pictures: 8 (6 to train, 2 for validation)" in capfd.readouterr().out
+
+
+def test_a_million_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a file of 1000, a thousand times: each is found, and nothing is kept of them."""
+    monkeypatch.setattr(prepared_module, "_BATCH", 1000)
+    lines = [
+        {"image": f"{i}.png", "caption": [f"a{i}", "b", f"c{i}"][: 1 + i % 3], "width": 64 + i, "height": 64}
+        for i in range(1000)
+    ]
+    table = tmp_path / "t.jsonl"
+    table.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = DataConfig(sources=[{"path": table}], resolution=32, cache={"dir": tmp_path / "p"})
+    small = prepare(asked)
+    (batch,) = pa.ipc.open_file(pa.memory_map(str(small.folder / "rows.arrow"))).read_all().to_batches()
+    with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        for _ in range(1000):
+            writer.write_batch(batch)
+    (tmp_path / "rows.arrow").replace(small.folder / "rows.arrow")
+    note = small.folder.parent / "prepared.json"
+    size = (small.folder / "rows.arrow").stat().st_size
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"rows": 10**6, "bytes": size, "digest": "x"}))
+
+    manifest = open_many(asked)
+    assert len(manifest) == 10**6 and len(manifest.captions) == 1000 * len(small.captions)
+    for row in (0, 999, 1000, 1999, 500_003, 999_999):
+        line = lines[row % 1000]
+        assert manifest[row].captions == tuple(line["caption"])
+        assert (manifest[row].key, manifest.size(row)) == (f"t/{line['image']}", (line["width"], 64))
+    data = TrainData(
+        asked, manifest, manifest.findings, seed=1, batch_size=500, layout=prepared_layout(asked, manifest)
+    )
+    seen = np.concatenate([data.order.samples(step) for step in range(2000)])
+    assert (np.bincount(seen) == 1).all() and len(seen) == 10**6
+    assert len(pickle.dumps(data)) < 100_000
