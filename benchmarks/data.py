@@ -21,6 +21,7 @@ import gc
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,7 @@ def measure_ours(way: str, folder: Path) -> dict[str, float]:
     start, processor = time.perf_counter(), time.process_time()
     data = opened(way, folder)
     data.fingerprint()
+    assert len(data.manifest) == len(data.samples), "every row is shown once"
     found = {"open": time.perf_counter() - start, "processor": time.process_time() - processor}
     steps = np.random.default_rng(1).integers(0, data.steps_per_epoch, LOOKUPS).tolist()
     seconds = []
@@ -186,6 +188,8 @@ def repeat(folder: Path, times: int) -> None:
     }
     del rows
     target.replace(source)
+    for layout in source.parent.glob("layout-*"):
+        shutil.rmtree(layout)
     note_path.write_text(json.dumps(note), encoding="utf-8")
     prepared_layout(settings, open_many(settings))
 

@@ -401,7 +401,9 @@ def prepared_layout(config: DataConfig, manifest: MappedManifest) -> Layout:
     told = (str(sizes), str(shown), repr(config.validation))
     folder = manifest.folder / f"layout-{hash_int(VERSION, *told):016x}"
     with contextlib.suppress(OSError, EOFError, ValueError):
-        return Layout.mapped(folder)
+        mapped = Layout.mapped(folder)
+        if len(mapped.bucket_of_row) == len(manifest):
+            return mapped
     layout = Layout.of(config, manifest, sizes)
     try:
         layout.save(folder)
