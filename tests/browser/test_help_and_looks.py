@@ -43,9 +43,12 @@ def test_help_pages(open_page, locale):
     panel = page.page.locator(".node-help-content")
     title = re.search("^# (.+)$", served["HyDiTKSampler"], re.M)
     panel.get_by_role("heading", name=title[1]).wait_for(timeout=10_000)
-    page.page.wait_for_timeout(500)
+    page.page.wait_for_function(
+        """() => [...document.querySelectorAll(".node-help-content img")]
+            .some((picture) => picture.complete && picture.naturalWidth > 0)""",
+        timeout=10_000,
+    )
     page.screenshot("help")
-    assert panel.locator("img").evaluate("(picture) => picture.complete && picture.naturalWidth > 0")
     close = page.page.locator("[data-testid=properties-panel] button[aria-pressed=true]")
     (close.first if close.count() else page.page.get_by_test_id("info-button")).click()
 
