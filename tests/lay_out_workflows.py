@@ -349,7 +349,7 @@ LAYOUTS: dict[str, Box] = {
         drawn(node(12, 490, 720)),
     ),
     "hydit_two_controlnets": stages(
-        first(group(MODEL, column(3, 4, 5, width=260)), width=288, note=136),
+        first(group(MODEL, column(3, 4, 5, width=280)), width=308, note=136),
         column(
             group(WORDS, column(8, shut(9), width=270)),
             group("Halves · 左右两半", column(shut(20), shut(21), node(22), shut(23), width=270)),
