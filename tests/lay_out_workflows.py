@@ -259,8 +259,8 @@ LAYOUTS: dict[str, Box] = {
             group("Larger · 放大", column(node(10, 260), shut(11, 260), shut(12, 260), shut(13, 260))),
         ),
         column(group(FOLLOW, column(14, 15, width=260)), group("Tiles · 分块", node(16, 260))),
-        group(SAMPLING, column(node(17, 260), shut(18, 260))),
-        drawn(node(19, 330, 480)),
+        group(SAMPLING, column(node(17, 260))),
+        drawn(shut(18, 330), node(19, 330, 480)),
     ),
     "hydit_controlnet_canny_embedded": stages(
         first(group(MODEL, column(3, 4, 5, width=290)), width=318, note=136),

@@ -154,6 +154,7 @@ def test_the_graph_that_draws_it_again(draw, folder: Path, scale, weights, stren
     assert nodes["HyDiTControlNetLoader"] == {
         "control_net_name": "net.safetensors",
         "weight_dtype": "fp32",
+        "load_key": "auto",
     }
     apply = nodes["HyDiTControlNetApply"]
     written = {name: value for name, value in apply.items() if not isinstance(value, list)}

@@ -67,7 +67,7 @@ def test_one_who_knows_would_be_found() -> None:
 
 def test_objectives_have_their_own_tables() -> None:
     own = {name for name, objective in OBJECTIVES.items() if objective.section is not None}
-    assert own == {"lora", "distill"}
+    assert own == {"lora", "distill", "ip_adapter"}
     assert set(TrainConfig.model_fields) == {*TrainSections.model_fields, *own}
 
 
@@ -161,7 +161,7 @@ def test_a_toy_is_checked(toy: tuple[Path, list[str]]) -> None:
         load_config(config, ["objective.snr_gamma=7"])
     with pytest.raises(ConfigError, match=r"the table lora needs objective\.kind = 'lora'"):
         load_config(config, [*changes, "lora.rank=4"])
-    with pytest.raises(ConfigError, match="use one of full, controlnet, lora, distill, toy"):
+    with pytest.raises(ConfigError, match="use one of full, controlnet, lora, distill, ip_adapter, toy"):
         load_config(config, ["objective.kind=toi"])
 
 
