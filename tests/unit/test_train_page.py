@@ -62,14 +62,14 @@ def test_a_real_run_with_its_pictures_configuration_and_way_on(tmp_path, capsys)
 
 def test_many_records_become_means_and_bounds(tmp_path):
     values = np.random.default_rng(0).random(10_000)
-    records = [{"step": i + 1, "loss": v, "seconds": 2.0 * i} for i, v in enumerate(values.tolist())]
+    records = [{"step": 5 * i, "loss": v, "seconds": 20.0 * i} for i, v in enumerate(values.tolist(), 1)]
     curve = collect(written(tmp_path, records))["curves"]["loss"]
     size = -(-len(values) // MOST_POINTS)
     parts = [values[i : i + size] for i in range(0, len(values), size)]
-    assert len(curve["step"]) == len(parts) <= MOST_POINTS and curve["step"][-1] == 10_000
+    assert len(curve["step"]) == len(parts) <= MOST_POINTS and curve["step"][-1] == 50_000
     for name, made in (("mean", np.mean), ("low", np.min), ("high", np.max)):
         np.testing.assert_allclose(curve[name], [made(part) for part in parts], rtol=1e-12)
-    assert set(collect(tmp_path)["curves"]["speed"]["mean"]) == {2.0}
+    assert set(collect(tmp_path)["curves"]["speed"]["mean"]) == {4.0}
 
 
 def test_losses_by_timestep_are_in_order_and_of_the_averages(tmp_path):

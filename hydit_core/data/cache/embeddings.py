@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,15 +14,16 @@ from ...errors import DataError
 from ...images import load_picture
 from ..prompt_images import PromptImages
 from ..rows import Rows
+from .entries import PictureEntries
 from .fingerprints import PictureHashes, Progress, file_hash, module_hash
 from .latents import cache_folder
-from .store import KEY_LENGTH, TensorStore, content_key
+from .store import content_key
 
 if TYPE_CHECKING:  # it brings transformers
     from ...image_prompts.encoder import ImageEncoder
 
 
-class EmbeddingCache:
+class EmbeddingCache(PictureEntries):
     """The cached embeddings of a dataset's prompt pictures, in all their views, under one encoder.
 
     Opening it hashes the pictures that changed since the last time and encodes nothing;
@@ -41,11 +42,9 @@ class EmbeddingCache:
     ) -> None:
         config = data.config
         own = content_key(module_hash(encoder), str(encoder.config))
-        self.dtype: torch.dtype = dtype_of(config.cache.dtype)
-        self.store = TensorStore(folder / f"images-{own[:16]}")
+        kept = folder / f"images-{own[:16]}"
+        super().__init__(kept, dtype_of(config.cache.dtype), len(data.manifest), config.image_prompt.views)
         self._recipe = (own, prompts.recipe, str(self.dtype))
-        self._memory: dict[str, torch.Tensor] = {}
-        self._keys = np.zeros((len(data.manifest), config.image_prompt.views), dtype=f"S{KEY_LENGTH}")
         hashes = PictureHashes(folder, rank=data.rank)
         held_out = set(data.layout.validation.tolist())
         for row in range(len(data.manifest)) if rows is None else rows:
@@ -59,45 +58,17 @@ class EmbeddingCache:
                 self._keys[row, view] = self.key(digest, view)
         hashes.save()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Worker processes that are started afresh read from disk; forked ones share the memory."""
-        return {**self.__dict__, "_memory": {}}
-
     def key(self, digest: str, view: int) -> str:
         """The store key of a view of a file with SHA-256 ``digest``."""
         return content_key(*self._recipe, digest, str(view))
-
-    def missing(self) -> np.ndarray:
-        """Which entries are wanted and not on disk: (rows, views) booleans."""
-        stored = self.store.contains(self._keys)
-        return (self._keys != b"") & ~stored
-
-    def verify(self) -> int:
-        """Compare stored entries with their checksums; returns how many differ, and so count as missing."""
-        return self.store.verify(key.decode() for key in self._keys[self._keys != b""])
 
     def matches(self, row: int, digest: str) -> bool:
         """Whether ``digest`` is still the picture that ``row`` was opened with."""
         return bool(self._keys[row, 0] == self.key(digest, 0).encode())
 
-    def put(self, row: int, view: int, embedding: torch.Tensor) -> None:
-        self.store.put(self._keys[row, view].decode(), embedding.to(self.dtype))
-
     def get(self, row: int, view: int) -> torch.Tensor:
         """(embed_dim,) float32. Raises DataError if it is not there."""
-        key = self._keys[row, view].decode()
-        try:
-            return (self._memory[key] if key in self._memory else self.store.get(key)).float()
-        except KeyError:
-            raise DataError(f"the cache {self.store.folder} has no entry for picture {row}") from None
-
-    def load(self, limit_bytes: int) -> bool:
-        """Read everything that is stored into memory if it fits into ``limit_bytes``; say whether it did."""
-        keys = [k.decode() for k in np.unique(self._keys[(self._keys != b"") & ~self.missing()])]
-        if self.store.nbytes(keys) > limit_bytes:
-            return False
-        self._memory = self.store.read(keys)
-        return True
+        return self._entry(row, view)
 
 
 def build_embedding_cache(

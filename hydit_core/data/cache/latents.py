@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ from ...images import Geometry, Size, to_tensor
 from ..config import DataConfig
 from ..rows import Rows
 from ..sources import source_kind
+from .entries import PictureEntries
 from .fingerprints import PictureHashes, Progress, file_hash, module_hash
-from .store import KEY_LENGTH, TensorStore, content_key
+from .store import content_key
 
 if TYPE_CHECKING:
     from ...vae import VAE
@@ -70,7 +71,7 @@ def require_outside_sources(folder: Path, config: DataConfig, what: str) -> None
             )
 
 
-class LatentCache:
+class LatentCache(PictureEntries):
     """The cached moments of a dataset's pictures under one VAE.
 
     Opening it hashes the pictures that changed since the last time and encodes nothing;
@@ -81,14 +82,12 @@ class LatentCache:
     def __init__(self, data: Rows, vae: VAE, folder: Path, *, rows: Iterable[int] | None = None) -> None:
         config = data.config
         vae_hash = module_hash(vae)
-        self.dtype: torch.dtype = dtype_of(config.cache.dtype)
-        self.store = TensorStore(folder / f"latents-{vae_hash[:16]}")
+        kept = folder / f"latents-{vae_hash[:16]}"
+        super().__init__(kept, dtype_of(config.cache.dtype), len(data.manifest), 4)
         self._recipe = (_RECIPE, vae_hash, config.alpha_color, str(self.dtype).removeprefix("torch."))
-        self._memory: dict[str, torch.Tensor] = {}
         self._control_recipe = "" if data.control is None else data.control.recipe
         flips = np.full(len(data.manifest), config.flip > 0)
         flips[data.layout.validation] = False
-        self._keys = np.zeros((len(flips), 4), dtype=f"S{KEY_LENGTH}")
         hashes = PictureHashes(folder, rank=data.rank)
         for row in range(len(flips)) if rows is None else rows:
             try:
@@ -112,46 +111,18 @@ class LatentCache:
                 keys[_entry(bool(flipped), bool(control))] = key
         return keys
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Worker processes that are started afresh read from disk; forked ones share the memory."""
-        return {**self.__dict__, "_memory": {}}
-
     def key(self, digest: str, size: Size, flip: bool, *, control: bool = False) -> str:
         """The store key of what a file with SHA-256 ``digest`` becomes, cropped to ``size``."""
         made = (self._control_recipe,) if control else ()
         return content_key(*self._recipe, digest, f"{size[0]}x{size[1]}", "flip" if flip else "", *made)
 
-    def missing(self) -> np.ndarray:
-        """Which entries are wanted and not on disk: (rows, 4) booleans, by :func:`_entry`."""
-        stored = self.store.contains(self._keys)
-        return (self._keys != b"") & ~stored
-
-    def verify(self) -> int:
-        """Compare stored entries with their checksums; returns how many differ, and so count as missing."""
-        return self.store.verify(key.decode() for key in self._keys[self._keys != b""])
-
     def matches(self, row: int, digest: str, size: Size) -> bool:
         """Whether ``digest`` is still the picture that ``row`` was opened with."""
         return self._keys[row, 0] == self.key(digest, size, False).encode()
 
-    def put(self, row: int, entry: int, moments: torch.Tensor) -> None:
-        self.store.put(self._keys[row, entry].decode(), moments.to(self.dtype))
-
     def get(self, row: int, flip: bool, *, control: bool = False) -> torch.Tensor:
         """(2 C, h, w) float32, of the picture or its control. Raises DataError if it is not there."""
-        key = self._keys[row, _entry(flip, control)].decode()
-        try:
-            return (self._memory[key] if key in self._memory else self.store.get(key)).float()
-        except KeyError:
-            raise DataError(f"the latent cache {self.store.folder} has no entry for picture {row}") from None
-
-    def load(self, limit_bytes: int) -> bool:
-        """Read everything that is stored into memory if it fits into ``limit_bytes``; say whether it did."""
-        keys = [k.decode() for k in np.unique(self._keys[(self._keys != b"") & ~self.missing()])]
-        if self.store.nbytes(keys) > limit_bytes:
-            return False
-        self._memory = self.store.read(keys)
-        return True
+        return self._entry(row, _entry(flip, control))
 
 
 def _entry(flip: bool, control: bool) -> int:
