@@ -22,11 +22,11 @@ from .config import TrainConfig
 from .distributed import Processes, Unanswered
 from .draws import Draws, TrainingDraws
 from .health import Health
+from .looks import Looks
 from .metrics import LossWindow, Metrics
 from .objectives.base import Objective
 from .optim import Ema, learning_rate_factor, parameter_groups
 from .optimizers import Optimizers
-from .samples import draw_samples
 from .saving import BEST, Saver, is_numbered
 from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames
 from .validation import validate
@@ -105,10 +105,20 @@ class Trainer:
             active=self.processes.is_main,
             tensorboard=self.config.metrics.tensorboard,
         )
+        self.looks = Looks(
+            self.config,
+            self.objective,
+            self.data,
+            self.processes,
+            self.metrics,
+            measure=self._validate,
+            averaged=self._averaged,
+            averages=self.ema is not None or self.optimizer.averages,
+        )
         with self._stop.handled():
             try:
                 self._train(stop_after_micro)
-                finished = progress.step >= run.steps or self._learned_out()
+                finished = self._finished()
                 self._end(finished)
             except Exception as error:
                 raise self._stopped(error) from error
@@ -117,16 +127,16 @@ class Trainer:
         return finished
 
     def _train(self, stop_after_micro: int | None) -> None:
-        run, progress = self.config.run, self.progress
+        progress = self.progress
         begun, before = time.monotonic(), progress.seconds
         if progress.step == 0 and progress.micro == 0:
-            self._look(0)
+            self.looks.at(progress)
         elif self.processes.is_main:
             self.saver.continued(progress)
             self.saver.export_missing(progress)
         micro_batches = 0
         with contextlib.closing(self._batches()) as batches:  # closing ends the data workers
-            while progress.step < run.steps and not self._learned_out() and (ready := self._ready(batches)):
+            while not self._finished() and (ready := self._ready(batches)):
                 for batch, draws in ready:
                     stepped = self._micro_step(batch, draws)
                     progress.seconds = before + time.monotonic() - begun
@@ -135,6 +145,9 @@ class Trainer:
                         self._stop.ask(f"{stop_after_micro} micro-batches done")
                     if stepped:
                         self._after_step()
+
+    def _finished(self) -> bool:
+        return self.progress.step >= self.config.run.steps or self.looks.learned_out(self.progress)
 
     def _end(self, finished: bool) -> None:
         """The last checkpoint and export, of a finished run or of an interrupted one."""
@@ -326,7 +339,7 @@ class Trainer:
         self.metrics.advance()
         if step % config.metrics.every == 0 or final or step == 1:
             self._log(step)
-        best = self._look(step)
+        best = self.looks.at(self.progress)
         kept = is_numbered(self.progress, config.checkpoint.keep_every)
         if step % config.checkpoint.every == 0 or kept or best or final:
             self.save(best=best)
@@ -355,57 +368,6 @@ class Trainer:
                 f"step {step}: {len(known)} pictures cannot be read so far, others are shown in their place; "
                 f"new: {', '.join(new[:5])}{more}"
             )
-
-    def _look(self, step: int) -> bool:
-        """Validation and sample pictures, where they are due; True if it is the best validation so far."""
-        config, final = self.config, step == self.config.run.steps
-        best = False
-        every = config.validation.every
-        if every and (step % every == 0 or final):
-            values = self._validate()
-            if (self.ema is not None or self.optimizer.averages) and step > 0:
-                with self._averaged():
-                    averaged = self._validate()
-                values.update({f"{name}_ema": value for name, value in averaged.items()})
-            if values:
-                best = self._is_best(step, values)
-                self.metrics.record(step, values)
-                told = (f"{name} {value:.4f}" for name, value in values.items() if "_t" not in name)
-                self.metrics.note(f"step {step}: " + ", ".join(told))
-        every = config.samples.every
-        if every and (step % every == 0 or final):
-            if self.processes.is_main:
-                with self._averaged():
-                    path = draw_samples(
-                        self.objective.parts,
-                        config.samples,
-                        self.folder / "samples",
-                        step,
-                        self.processes.device,
-                        self.data.control,
-                    )
-                self.metrics.note(f"step {step}: pictures in {path}")
-            self.processes.barrier()
-        return best
-
-    def _learned_out(self) -> bool:
-        """Whether validation, which took place just now, has not become better for ``patience`` epochs."""
-        validation, progress = self.config.validation, self.progress
-        if not validation.patience or not progress.best or progress.micro or progress.step % validation.every:
-            return False
-        epochs = self.global_batch * self.config.run.grad_accumulation / max(1, len(self.data.samples))
-        since = progress.step - progress.best["step"]
-        return since * epochs >= validation.patience and progress.step * epochs >= validation.min_epochs
-
-    def _is_best(self, step: int, values: dict[str, float]) -> bool:
-        """Whether what would be exported now has the lowest validation loss so far (``keep_best``)."""
-        loss = values.get("val_loss_ema", values["val_loss"])
-        if not self.config.checkpoint.keep_best or step == 0 or not math.isfinite(loss):
-            return False
-        if self.progress.best and loss >= self.progress.best["val_loss"]:
-            return False
-        self.progress.best = {"step": step, "val_loss": loss}
-        return True
 
     def _validate(self) -> dict[str, float]:
         drawn = self.draws.sample_posterior

@@ -1,0 +1,105 @@
+"""What a run shows of itself between steps: validation losses, sample pictures, whether it still learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from ..data.dataset import TrainData
+from .checkpoint import Progress
+from .config import TrainConfig
+from .distributed import Processes
+from .metrics import Metrics
+from .objectives.base import Objective
+from .samples import draw_samples
+
+
+class Looks:
+    """Looks at one run's model when they are due.
+
+    ``measure`` gives the validation losses of the weights as they are; within ``averaged()`` the model holds
+    what is exported, which are other weights only if the run ``averages``.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        data: TrainData,
+        processes: Processes,
+        metrics: Metrics,
+        *,
+        measure: Callable[[], dict[str, float]],
+        averaged: Callable[[], AbstractContextManager[None]],
+        averages: bool,
+    ) -> None:
+        self.config = config
+        self.objective = objective
+        self.data = data
+        self.processes = processes
+        self.metrics = metrics
+        self.measure = measure
+        self.averaged = averaged
+        self.averages = averages
+
+    def at(self, progress: Progress) -> bool:
+        """Validation and sample pictures, where they are due; True if it is the best validation so far."""
+        config, step = self.config, progress.step
+        final = step == config.run.steps
+        best = False
+        every = config.validation.every
+        if every and (step % every == 0 or final):
+            best = self._validation(progress)
+        every = config.samples.every
+        if every and (step % every == 0 or final):
+            if self.processes.is_main:
+                self._samples(step)
+            self.processes.barrier()
+        return best
+
+    def _validation(self, progress: Progress) -> bool:
+        step = progress.step
+        values = self.measure()
+        if self.averages and step > 0:
+            with self.averaged():
+                averaged = self.measure()
+            values.update({f"{name}_ema": value for name, value in averaged.items()})
+        if not values:
+            return False
+        self.metrics.record(step, values)
+        told = (f"{name} {value:.4f}" for name, value in values.items() if "_t" not in name)
+        self.metrics.note(f"step {step}: " + ", ".join(told))
+        return self._is_best(progress, values)
+
+    def _is_best(self, progress: Progress, values: dict[str, float]) -> bool:
+        """Whether what would be exported now has the lowest validation loss so far (``keep_best``)."""
+        loss = values.get("val_loss_ema", values["val_loss"])
+        if not self.config.checkpoint.keep_best or progress.step == 0 or not math.isfinite(loss):
+            return False
+        if progress.best and loss >= progress.best["val_loss"]:
+            return False
+        progress.best = {"step": progress.step, "val_loss": loss}
+        return True
+
+    def _samples(self, step: int) -> None:
+        with self.averaged():
+            path = draw_samples(
+                self.objective.parts,
+                self.config.samples,
+                self.config.run.output_dir / "samples",
+                step,
+                self.processes.device,
+                self.data.control,
+            )
+        self.metrics.note(f"step {step}: pictures in {path}")
+
+    def learned_out(self, progress: Progress) -> bool:
+        """Whether validation, which took place just now, has not become better for ``patience`` epochs."""
+        validation, run = self.config.validation, self.config.run
+        if not validation.patience or not progress.best or progress.micro or progress.step % validation.every:
+            return False
+        samples = run.batch_size * self.processes.world * run.grad_accumulation
+        epochs = samples / max(1, len(self.data.samples))
+        since = progress.step - progress.best["step"]
+        return since * epochs >= validation.patience and progress.step * epochs >= validation.min_epochs
