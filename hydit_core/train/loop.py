@@ -29,6 +29,7 @@ from .optim import Ema, learning_rate_factor, parameter_groups
 from .optimizers import Optimizers
 from .saving import BEST, Saver, is_numbered
 from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames
+from .usage import NOTABLE_WAIT, Usage
 from .validation import validate
 
 ERROR_FILE = "error.txt"
@@ -80,6 +81,7 @@ class Trainer:
         self.pictures: dict[str, Tensor] = {}
         """What the checkpoints remember of the picture files, see :func:`.restoring.picture_stamps`."""
         self.window = LossWindow(processes)
+        self.usage = Usage(processes)
         self._stop = StopSignals()
         self._replaced: set[str] = set()
         self._saved: tuple[int, int] | None = None
@@ -136,9 +138,10 @@ class Trainer:
             self.saver.export_missing(progress)
         micro_batches = 0
         with contextlib.closing(self._batches()) as batches:  # closing ends the data workers
-            while not self._finished() and (ready := self._ready(batches)):
+            while not self._finished() and (ready := self._next(batches)):
                 for batch, draws in ready:
-                    stepped = self._micro_step(batch, draws)
+                    with self.usage.working():
+                        stepped = self._micro_step(batch, draws)
                     progress.seconds = before + time.monotonic() - begun
                     micro_batches += 1
                     if stop_after_micro is not None and micro_batches >= stop_after_micro:
@@ -177,6 +180,10 @@ class Trainer:
             return self.draws(step, places, self.objective.latent_shape(batch))
 
         return with_draws(self.data.loader(start, end), range(start, end), draw)
+
+    def _next(self, batches: Iterator[Pair]) -> list[Pair]:
+        with self.usage.waiting():
+            return self._ready(batches)
 
     def _ready(self, batches: Iterator[Pair]) -> list[Pair]:
         """What comes next: a micro-batch, of several processes all those of a step; nothing to stop.
@@ -337,6 +344,7 @@ class Trainer:
         if self.processes.is_main and not self.health.trouble:
             self.saver.went_well(self.progress)
         self.metrics.advance()
+        self.usage.step_done()
         if step % config.metrics.every == 0 or final or step == 1:
             self._log(step)
         best = self.looks.at(self.progress)
@@ -350,7 +358,10 @@ class Trainer:
             values["skipped"] = self.progress.skipped
         seconds = self.progress.seconds
         values["seconds"] = round(seconds, 2)
+        values |= self.usage.flush()
         shown = {"loss": f"{values['loss']:.4f}", "lr": f"{values['lr']:.2e}"}
+        if values["data_share"] >= NOTABLE_WAIT:
+            shown["waits for data"] = f"{values['data_share']:.0%}"
         self.metrics.record(step, values, show=shown)
         if self.config.data.on_unreadable == "skip":
             self._tell_unreadable(step)

@@ -131,7 +131,11 @@ def run_training(config: Path, *overrides: str, **options: Any) -> bool:
     return train(load_config(config, list(overrides)), **options)
 
 
-def records(folder: Path, *, without: tuple[str, ...] = ("seconds",)) -> list[dict[str, Any]]:
+MEASURED = ("seconds", "data_wait", "data_share", "rss_mib", "device_peak_mib")
+"""What no two runs have in common."""
+
+
+def records(folder: Path, *, without: tuple[str, ...] = MEASURED) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]

@@ -21,8 +21,12 @@ from .. import checkpoint as checkpoints
 from .. import metrics
 from ..config import TrainConfig
 from ..saving import CHECKPOINTS
+from ..usage import NOTABLE_WAIT
 
-SERIES = ("loss", "val_loss", "val_loss_ema", "lr", "grad_norm")
+SERIES = (
+    *("loss", "val_loss", "val_loss_ema", "lr", "grad_norm"),
+    *("data_share", "rss_mib", "device_peak_mib"),
+)
 MOST_POINTS = 1500
 """A curve is shown by so many points; a point stands for the records of equally many steps."""
 MOST_SHEETS = 24
@@ -201,6 +205,9 @@ def _warnings(state: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[
     unreadable = max((_number(r.get("unreadable")) or 0 for r in records), default=0)
     if unreadable:
         found.append({"say": "unreadable", "what": f"{unreadable:g}"})
+    shares = [share for r in records if (share := _number(r.get("data_share"))) is not None]
+    if shares and shares[-1] >= NOTABLE_WAIT:
+        found.append({"say": "waits", "what": f"{min(shares[-1], 1):.0%}"})
     return found
 
 
