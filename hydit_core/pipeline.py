@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -252,11 +253,13 @@ class Pipeline:
         controls: Sequence[ControlInput] = (),
         images: Sequence[ImagePrompt] = (),
         callback: Progress | None = None,
+        each: Sequence[tuple[int, str]] | None = None,
         **given: Unpack[RunChoices],
     ) -> Iterator[Picture]:
         """As :meth:`__call__`, one picture at a time, so that each can be shown before the next is drawn.
 
-        ``given`` are fields of :class:`~.presets.RunSettings` that replace those of ``settings``.
+        ``given`` are fields of :class:`~.presets.RunSettings` that replace those of ``settings``. With
+        ``each``, a seed and a negative prompt for each prompt, all are one batch of a picture each.
         """
         run = settings if isinstance(settings, RunSettings) else RunSettings(settings)
         run = replace(run, **given)
@@ -278,28 +281,35 @@ class Pipeline:
             check_fit(control.net.config, self.dit.config)
         hints = [self._hints(control.image, sampling, tiles) for control in controls]
         nets = [control.net for control in controls]
-        pictured = self._images(images, sampling, run.batch)
+        repeats = run.batch if each is None else 1
+        seeds = run.seeds if each is None else [seed for seed, _ in each]
+        together = 1 if each is None else max(1, len(prompts))
+        negatives = [sampling.negative] * together if each is None else [text for _, text in each]
+        pictured = self._images(images, sampling, len(seeds))
         if self.compiled:
             for net in (self.dit, *nets):
                 compile_blocks(net)
-        negative = [sampling.negative] if sampling.cfg > 1 else []
+        negative = list(dict.fromkeys(negatives)) if sampling.cfg > 1 else []
         encoded = self._encoded([*negative, *prompts])
+        known = {text: next(encoded) for text in negative}
         # In the order of the guided batch: unconditional rows first
-        first = [next(encoded) for _ in negative]
-        for index, (prompt, last) in enumerate(zip(prompts, encoded, strict=True)):
-            features = TextFeatures.cat([*first, last]).to(self.device)
+        first = [known[text] for text in negatives] if known else []
+        for start in range(0, len(prompts), together):
+            features = TextFeatures.cat([*first, *islice(encoded, together)]).to(self.device)
             with self.placement.sampling(self.dit, nets):
                 seen = self._seen(sampling, tiles)
-                context = self._context(self.dit, features, seen, run.batch)
-                steering = self._controls(controls, hints, features, seen, run.batch)
+                context = self._context(self.dit, features, seen, repeats)
+                steering = self._controls(controls, hints, features, seen, repeats)
                 network = {"context": context, "tiles": tiles, "controls": steering, "images": pictured}
                 model = self._denoiser(run, sigmas)
-                latents = self._sample(model, network, run, sigmas, init, part, callback)
-            for latent, seed in zip(latents, run.seeds, strict=True):
+                latents = self._sample(model, network, run, seeds, sigmas, init, part, callback)
+            for number, (latent, seed) in enumerate(zip(latents, seeds, strict=True)):
                 pixels = self._decode(latent, vae_tile)
                 if part is not None:
                     pixels = part.composed(pixels)
-                yield Picture(to_image(pixels), prompt, index, seed, pixels, model.calls, model.real)
+                index = start + number // repeats
+                image, prompt = to_image(pixels), prompts[index]
+                yield Picture(image, prompt, index, seed, pixels, model.calls, model.real)
 
     @torch.no_grad()
     def context(self, prompts: Sequence[str], settings: SamplingDefaults) -> Context:
@@ -384,13 +394,14 @@ class Pipeline:
         denoiser: Forecaster,
         network: dict[str, Any],
         run: RunSettings,
+        seeds: Sequence[int],
         sigmas: Tensor,
         init: Tensor | None,
         part: Inpainting | None,
         callback: Progress | None,
     ) -> Tensor:
         """Latents (B, C, h, w), float32, one for each seed."""
-        settings, seeds = run.sampling, run.seeds
+        settings = run.sampling
         scale = self.vae.downscale
         shape = (self.dit.config.in_channels, settings.height // scale, settings.width // scale)
         generators = [torch.Generator("cpu").manual_seed(one) for one in seeds]

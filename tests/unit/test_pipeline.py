@@ -68,6 +68,29 @@ def test_several_prompts_in_order_each_from_the_same_seed(pipe):
         assert np.abs(pixels(both[2 * index]) - pixels(alone)).max() <= 1
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp_2m"])
+def test_different_prompts_in_one_batch_are_what_each_is_alone(pipe, sampler, monkeypatch):
+    rows = [("a red apple", 5, ""), ("a green car", 2**63, "blue"), ("a red apple", 5, "blue")]
+    settings = pipe.settings(sampler=sampler, cfg=4.0)
+    alone = [
+        next(pipe.pictures([text], dataclasses.replace(settings, negative=negative), seed=seed))
+        for text, seed, negative in rows
+    ]
+    predicted, shapes = type(pipe)._predict, []
+    monkeypatch.setattr(
+        type(pipe), "_predict", lambda *a, **k: shapes.append(len(a[1])) or predicted(*a, **k)
+    )
+    together = [
+        *pipe.pictures([row[0] for row in rows], settings, each=[(seed, text) for _, seed, text in rows])
+    ]
+    assert set(shapes) == {6}  # guided
+    for number, (one, other) in enumerate(zip(alone, together, strict=True)):
+        assert (other.prompt_index, other.prompt, other.seed) == (number, one.prompt, one.seed)
+        torch.testing.assert_close(other.pixels, one.pixels, atol=2e-3, rtol=0)
+    assert not torch.allclose(together[0].pixels, together[2].pixels, atol=2e-3)
+    assert not list(pipe.pictures([], settings, each=[]))
+
+
 def test_text_is_encoded_once_a_prompt(pipe, monkeypatch):
     calls = []
     encode = pipe.text.encode

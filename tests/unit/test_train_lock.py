@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from train_setup import environment, run_training, write_run
 
+from hydit_core import locks
 from hydit_core.errors import ConfigError, HyditError
 from hydit_core.train import lock
 from hydit_core.train.loop import Trainer
@@ -108,6 +109,6 @@ def test_a_training_that_is_refused_takes_back_the_folders_it_made(tmp_path: Pat
 
 def test_a_lock_that_was_taken_back_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run opened the file just before the one that made it removed it."""
-    monkeypatch.setattr(lock, "_lock_patiently", lambda _: (tmp_path / lock.FILE).unlink())
+    monkeypatch.setattr(locks, "_lock_patiently", lambda _: (tmp_path / lock.FILE).unlink())
     with pytest.raises(ConfigError, match="another training writes there"), lock.hold(tmp_path):
         pass
