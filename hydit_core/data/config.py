@@ -75,6 +75,10 @@ class SourceConfig(Section):
     prior: bool = Field(
         default=False, description="these pictures show what the base already knows and should not forget"
     )
+    validation: bool = Field(
+        default=False,
+        description="hold all of these pictures out; with prior, they show how much is forgotten",
+    )
 
 
 class BucketConfig(Section):
@@ -316,10 +320,12 @@ class DataConfig(Section):
                     "image_prompt_dir and image_prompt_field belong to a table data.image_prompt with kind = "
                     "'files'"
                 )
-        priors = [source.prior for source in self.sources]
-        if all(priors):
-            raise ValueError("every source has prior = true: one must show what is to be learned")
-        if self.prior != PriorConfig() and not any(priors):
+        if all(source.prior or source.validation for source in self.sources):
+            raise ValueError(
+                "every source has prior = true or validation = true: one must show what is to be learned"
+            )
+        mixed = any(source.prior and not source.validation for source in self.sources)
+        if self.prior != PriorConfig() and not mixed:
             raise ValueError("the table data.prior needs a source with prior = true")
         return self
 

@@ -243,15 +243,17 @@ class TrainData(Rows):
                 "killed for lack of memory; continue with fewer data.workers"
             ) from error
 
-    def validation_batches(self) -> Iterator[Batch]:
+    def validation_batches(self, *, prior: bool = False) -> Iterator[Batch]:
         """This rank's share of the held-out pictures: no randomness, first caption, center crop.
 
         Every rank gets the same number of batches, all of ``batch_size``; what only fills them up
-        has weight 0. ``positions`` count through the whole validation set, and ``step`` is -1.
+        has weight 0. ``positions`` count through the whole validation set, and ``step`` is -1. ``prior`` asks
+        for the pictures that show what is forgotten instead.
         """
+        held_out = self.layout.prior_validation if prior else self.layout.validation
         batch_size, world = self.order.batch_size, self.order.world_size
         batches: list[tuple[np.ndarray, list[float]]] = []
-        buckets = self.layout.bucket_of_row[self.layout.validation]
+        buckets = self.layout.bucket_of_row[held_out]
         for bucket in np.unique(buckets):
             places = np.flatnonzero(buckets == bucket)
             for start in range(0, len(places), batch_size):
@@ -261,10 +263,10 @@ class TrainData(Rows):
         while len(batches) % world:
             batches.append((batches[0][0], [0.0] * batch_size))
         for places, weights in batches[self.rank :: world]:
-            rows = self.layout.validation[places]
+            rows = held_out[places]
             wanted = self.bucket(rows[0])
             bucket, samples = self._readable(
-                wanted, partial(self._validation_rows, rows), [_Draw()] * len(rows)
+                wanted, partial(self._validation_rows, held_out, rows), [_Draw()] * len(rows)
             )
             counts = [bucket == wanted and not sample.skipped for sample in samples]
             weights = [weight * count for weight, count in zip(weights, counts, strict=True)]
@@ -297,10 +299,11 @@ class TrainData(Rows):
             if not (own and prior and kind):
                 yield from (self.samples.row(i, epoch) for i in after() if self.samples.is_prior(i) == kind)
 
-    def _validation_rows(self, rows: np.ndarray, number: int, bucket: int) -> Iterator[int]:
+    def _validation_rows(
+        self, held_out: np.ndarray, rows: np.ndarray, number: int, bucket: int
+    ) -> Iterator[int]:
         row = int(rows[number])
-        validation = self.layout.validation
-        alike = validation[self.layout.bucket_of_row[validation] == bucket]
+        alike = held_out[self.layout.bucket_of_row[held_out] == bucket]
         if row in alike:
             yield row
         yield from (int(other) for other in alike if other != row)

@@ -27,6 +27,7 @@ class Layout:
         own_ends: (sizes,) where each bucket ends in ``own``.
         prior, prior_ends: the same of rows that show what is known already.
         validation: rows that are held out, ascending.
+        prior_validation: rows that are held out to see what is forgotten, ascending.
     """
 
     bucket_of_row: np.ndarray
@@ -35,6 +36,7 @@ class Layout:
     prior: np.ndarray
     prior_ends: np.ndarray
     validation: np.ndarray
+    prior_validation: np.ndarray
     folder: Path | None = None
     """Where the arrays are mapped from, if they are."""
 
@@ -43,10 +45,15 @@ class Layout:
         """Arrange all rows. Raises :class:`DataError` if nothing is left to be learned."""
         buckets = assign_buckets(manifest.widths, manifest.heights, sizes).astype(np.int16)
         sources = manifest.sources
-        prior = np.array([source.prior for source in config.sources])[sources]
-        if prior.all():
-            raise DataError("all pictures that are left are prior ones: none shows what is to be learned")
-        held_out = validation_rows(manifest, config.validation, ~prior)
+        prior, apart = (
+            np.array([getattr(source, name) for source in config.sources])[sources]
+            for name in ("prior", "validation")
+        )
+        if (prior | apart).all():
+            raise DataError(
+                "all pictures that are left are prior ones or held out: none shows what is to be learned"
+            )
+        held_out = apart | validation_rows(manifest, config.validation, ~prior & ~apart)
         repeats = np.array([source.repeats for source in config.sources])[sources]
 
         def arranged(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -55,13 +62,19 @@ class Layout:
             return shown, np.cumsum(np.bincount(buckets[shown], minlength=len(sizes)))
 
         own, own_ends = arranged(np.flatnonzero(~held_out & ~prior))
-        others, other_ends = arranged(np.flatnonzero(prior))
-        return Layout(buckets, own, own_ends, others, other_ends, np.flatnonzero(held_out))
+        others, other_ends = arranged(np.flatnonzero(~held_out & prior))
+        own_held_out, prior_held_out = (np.flatnonzero(held_out & kind) for kind in (~prior, prior))
+        return Layout(buckets, own, own_ends, others, other_ends, own_held_out, prior_held_out)
 
     @property
     def train_rows(self) -> np.ndarray:
         """Rows that are trained, each once: those to be learned in ascending order, then prior ones."""
         return np.concatenate([np.unique(self.own), np.unique(self.prior)])
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """Rows that are not trained, whatever they are to show."""
+        return np.concatenate([self.validation, self.prior_validation])
 
     def save(self, folder: Path) -> None:
         """Write the arrays into a new folder."""
@@ -82,4 +95,4 @@ class Layout:
         return Layout.mapped, (self.folder,)  # a worker process maps it again
 
 
-_ARRAYS = ("bucket_of_row", "own", "own_ends", "prior", "prior_ends", "validation")
+_ARRAYS = ("bucket_of_row", "own", "own_ends", "prior", "prior_ends", "validation", "prior_validation")

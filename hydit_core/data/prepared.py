@@ -397,7 +397,7 @@ def prepared_layout(config: DataConfig, manifest: MappedManifest) -> Layout:
     Raises :class:`DataError` if nothing is left to be learned.
     """
     sizes = bucket_sizes(config)
-    shown = [(source.repeats, source.prior) for source in config.sources]
+    shown = [(source.repeats, source.prior, source.validation) for source in config.sources]
     told = (str(sizes), str(shown), repr(config.validation))
     folder = manifest.folder / f"layout-{hash_int(VERSION, *told):016x}"
     with contextlib.suppress(OSError, EOFError, ValueError):

@@ -74,7 +74,7 @@ class Rows:
         if self.prompts is not None:
             total = hash_int(total, self.prompts.recipe)
         if isinstance(self.manifest, MappedManifest):
-            shown = [(source.repeats, source.prior) for source in self.config.sources]
+            shown = [(source.repeats, source.prior, source.validation) for source in self.config.sources]
             told = (str(shown), str(self.config.prior.share), str(self.config.validation))
             return f"{hash_int(total, self.manifest.digest, *told):016x}"
         for record, bucket in zip(self.manifest, self.layout.bucket_of_row, strict=True):

@@ -26,6 +26,8 @@ class DataSummary:
     image_prompts: int
     """Pictures with a prompt picture of their own, in a file."""
     validation: int
+    prior_validation: int
+    """Pictures held out to see what is forgotten."""
     sources: dict[str, int]
     buckets: dict[str, int]
     steps_per_epoch: int
@@ -48,8 +50,9 @@ class DataSummary:
     def lines(self) -> list[str]:
         """The summary as text, one fact per line."""
         short, middle, long = self.caption_bytes
+        forgotten = f", {self.prior_validation} to see what is forgotten" if self.prior_validation else ""
         lines = [
-            f"pictures: {self.pictures} ({self.train} to train, {self.validation} for validation)",
+            f"pictures: {self.pictures} ({self.train} to train, {self.validation} for validation{forgotten})",
             *(f"  from {name}: {count}" for name, count in self.sources.items()),
             f"samples per epoch: {self.samples_per_epoch}, in {self.steps_per_epoch} batches",
             *([f"  of prior pictures: {self.prior}"] if self.prior else []),
@@ -95,6 +98,7 @@ def summarize(data: Rows) -> DataSummary:
         masks=sum("mask" in manifest.extra(row) for row in range(len(manifest))),
         image_prompts=sum("image_prompt" in manifest.extra(row) for row in range(len(manifest))),
         validation=len(layout.validation),
+        prior_validation=len(layout.prior_validation),
         sources={str(s.path): int(n) for s, n in zip(config.sources, per_source, strict=True)},
         buckets={f"{w}x{h}": int(n) for (w, h), n in zip(data.sizes, counts, strict=True) if n},
         steps_per_epoch=data.steps_per_epoch,

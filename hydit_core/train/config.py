@@ -55,7 +55,8 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
     def _consistent(self) -> TrainConfig:
         if self.samples.every and not self.samples.prompts:
             raise ValueError("samples.every is set but samples.prompts is empty")
-        if self.validation.every and not self.data.validation:
+        apart = [source for source in self.data.sources if source.validation]
+        if self.validation.every and not (self.data.validation or apart):
             raise ValueError(
                 "validation.every is set but data.validation holds out no pictures: say how many, "
                 "for example data.validation = 16"
@@ -67,6 +68,11 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
             )
         if self.checkpoint.keep_best and not self.validation.every:
             raise ValueError("checkpoint.keep_best goes by the validation loss: set validation.every")
+        if self.checkpoint.keep_best and not (self.data.validation or any(not s.prior for s in apart)):
+            raise ValueError(
+                "checkpoint.keep_best goes by pictures of what is learned, and only prior ones are held out: "
+                "set data.validation"
+            )
         if self.validation.patience and not self.checkpoint.keep_best:
             raise ValueError("validation.patience keeps the best of the run: set checkpoint.keep_best = true")
         self._check_objectives()

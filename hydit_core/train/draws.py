@@ -93,26 +93,30 @@ def validation_draws(
     shape: Sequence[int],
     num_timesteps: int = 1000,
     *,
+    number: int = 0,
+    count: int = 1,
     sample_posterior: bool = False,
 ) -> Draws:
     """The same noise and timestep for a sample at every validation, whatever the training seed.
 
-    ``indices`` number the samples among all ``total`` validation samples, over which the timesteps
-    are an even grid.
+    ``indices`` number the samples among all ``total`` validation samples. The timesteps are an even grid
+    over all samples and the ``count`` times that each is measured, of which this is ``number``; those of one
+    sample are spread evenly too.
     """
     noise = torch.empty(len(keys), *shape)
     posterior_noise = torch.zeros_like(noise)
     for row, key in enumerate(keys):
-        generator = torch.Generator().manual_seed(hash_int("validation", key))
+        generator = torch.Generator().manual_seed(hash_int("validation", key, *([number] if number else [])))
         noise[row].normal_(generator=generator)
         if sample_posterior:
             posterior_noise[row].normal_(generator=generator)
     # A stride coprime to the total mixes pictures and timesteps: neighbors in the list are often alike,
     # and should not all be measured at one noise level.
-    stride = max(1, round(total * 0.618))
-    while math.gcd(stride, total) != 1:
+    places = total * count
+    stride = max(1, round(places * 0.618))
+    while math.gcd(stride, places) != 1:
         stride += 1
-    slots = torch.tensor([index * stride % total for index in indices])
-    t = ((slots + 0.5) * num_timesteps / total).long()
+    slots = torch.tensor([(index + number * total) * stride % places for index in indices])
+    t = ((slots + 0.5) * num_timesteps / places).long()
     never = [False] * len(keys)
     return Draws(t, noise, posterior_noise, never, never, never, never)

@@ -381,8 +381,14 @@ class Trainer:
             )
 
     def _validate(self) -> dict[str, float]:
-        drawn = self.draws.sample_posterior
-        return validate(self.objective, self.data, self.processes, self._autocast, sample_posterior=drawn)
+        return validate(
+            self.objective,
+            self.data,
+            self.processes,
+            self._autocast,
+            count=self.config.validation.draws,
+            sample_posterior=self.draws.sample_posterior,
+        )
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model holds what is exported: averages, if the run keeps any."""

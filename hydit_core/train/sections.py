@@ -191,6 +191,12 @@ class ValidationSection(Section):
         "checkpoint.keep_best",
     )
     min_epochs: float = Field(default=0.0, ge=0, le=1e6, description="patience: but not before")
+    draws: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="at how many timesteps each held-out picture is measured; more where they are few",
+    )
 
 
 class SamplesSection(Section):

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.dataset import TrainData
 from .distributed import Processes
@@ -16,58 +17,86 @@ from .objectives.base import Objective
 BANDS = 4
 """Into so many equal parts timesteps are divided."""
 
+Autocast = Callable[[], AbstractContextManager[Any]]
+
 
 @torch.no_grad()
 def validate(
     objective: Objective,
     data: TrainData,
     processes: Processes,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Autocast,
     *,
+    count: int = 1,
     sample_posterior: bool = False,
 ) -> dict[str, float]:
-    """Mean losses over the held-out pictures, each at its own fixed noise and timestep.
+    """Mean losses over the held-out pictures, each at ``count`` fixed timesteps, with fixed noise for each.
 
-    ``val_mse_t0_249`` and so on are those of the pictures whose timesteps lie there: what is learned late or
-    forgotten first, composition or detail, shows in one of them.
+    ``val_mse_t0_249`` and so on are those of the timesteps there: what is learned late or forgotten first,
+    composition or detail, shows in one of them. ``val_prior_loss`` and ``val_prior_mse`` are those of
+    pictures that show what the base knows: as far as they grow, it is forgotten.
 
     ``sample_posterior`` as in training: losses on other latents mean nothing for it. Every process works on
     its share. Empty when no picture is held out.
     """
-    total = len(data.layout.validation)
-    if total == 0:
-        return {}
     module = objective.module
-    num_timesteps = len(objective.schedule)
     training = module.training
-    sums = torch.zeros(4 + 2 * BANDS, dtype=torch.float64, device=processes.device)
+    found: dict[str, float] = {}
     module.eval()
     try:
-        for batch in data.validation_batches():
-            shape = objective.latent_shape(batch)
+        for prior, held_out in ((False, data.layout.validation), (True, data.layout.prior_validation)):
+            if len(held_out):
+                sums = _sums(objective, data, processes, autocast, prior, count, sample_posterior)
+                found |= _means(processes.sum(sums).tolist(), prior, len(objective.schedule))
+    finally:
+        module.train(training)
+    return {name: round(value, 6) for name, value in found.items()}
+
+
+def _sums(
+    objective: Objective,
+    data: TrainData,
+    processes: Processes,
+    autocast: Autocast,
+    prior: bool,
+    count: int,
+    sample_posterior: bool,
+) -> Tensor:
+    """(4 + 2 BANDS,) sums of loss, mse, vlb and weights, then of mse and of weights by band."""
+    total = len(data.layout.prior_validation if prior else data.layout.validation)
+    num_timesteps = len(objective.schedule)
+    sums = torch.zeros(4 + 2 * BANDS, dtype=torch.float64, device=processes.device)
+    for batch in data.validation_batches(prior=prior):
+        weights = batch.weights.to(processes.device, torch.float64)
+        for number in range(count):
             draws = validation_draws(
                 batch.keys,
                 batch.positions.tolist(),
                 total,
-                shape,
+                objective.latent_shape(batch),
                 num_timesteps,
+                number=number,
+                count=count,
                 sample_posterior=sample_posterior,
             )
             with autocast():
-                terms = module(**objective.inputs(batch, draws))
-            weights = batch.weights.to(processes.device, torch.float64)
+                terms = objective.module(**objective.inputs(batch, draws))
             for row, losses in enumerate((terms.loss, terms.mse, terms.vlb)):
                 sums[row] += (losses.double() * weights).sum()
             sums[3] += weights.sum()
             band = (draws.t * BANDS // num_timesteps).to(processes.device)
             sums[4 : 4 + BANDS].index_add_(0, band, terms.mse.double() * weights)
             sums[4 + BANDS :].index_add_(0, band, weights)
-    finally:
-        module.train(training)
-    loss, mse, vlb, count, *bands = processes.sum(sums).tolist()
-    means = {"val_loss": loss / count, "val_mse": mse / count, "val_vlb": vlb / count}
-    for number, (total_mse, weight) in enumerate(zip(bands[:BANDS], bands[BANDS:], strict=True)):
-        if weight:
+    return sums
+
+
+def _means(sums: list[float], prior: bool, num_timesteps: int) -> dict[str, float]:
+    loss, mse, vlb, weight, *bands = sums
+    if prior:
+        return {"val_prior_loss": loss / weight, "val_prior_mse": mse / weight}
+    means = {"val_loss": loss / weight, "val_mse": mse / weight, "val_vlb": vlb / weight}
+    for number, (total_mse, counted) in enumerate(zip(bands[:BANDS], bands[BANDS:], strict=True)):
+        if counted:
             first, last = (edge * num_timesteps // BANDS for edge in (number, number + 1))
-            means[f"val_mse_t{first}_{last - 1}"] = total_mse / weight
-    return {name: round(value, 6) for name, value in means.items()}
+            means[f"val_mse_t{first}_{last - 1}"] = total_mse / counted
+    return means

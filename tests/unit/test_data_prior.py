@@ -169,6 +169,32 @@ def test_a_caption_for_all_of_a_source(tmp_path: Path) -> None:
         open_dataset(DataConfig(sources=[{"path": path}], resolution=32), seed=1, batch_size=1)
 
 
+def test_a_source_can_be_held_out_whole(tmp_path: Path) -> None:
+    """In addition to what data.validation holds out of the others."""
+    mine, apart, known = (folder(tmp_path / name, *[(32, 32)] * 3) for name in ("mine", "apart", "known"))
+    sources = [
+        {"path": mine, "caption": "a sks dog", "repeats": 2},
+        {"path": apart, "caption": "a sks dog", "validation": True},
+        {"path": known, "caption": "a cat", "validation": True, "prior": True},
+    ]
+    data = open_dataset(DataConfig(sources=sources, resolution=32, validation=1), seed=1, batch_size=2)
+
+    def held_out(prior: bool) -> list[str]:
+        batches = list(data.validation_batches(prior=prior))
+        weighted = [pair for batch in batches for pair in zip(batch.keys, batch.weights, strict=True)]
+        return [key for key, weight in weighted if weight]
+
+    own = held_out(False)
+    assert own[-3:] == [f"apart/{i:02}.png" for i in range(3)] and len(own) == 4 and own[0][:5] == "mine/"
+    assert held_out(True) == [f"known/{i:02}.png" for i in range(3)]
+    assert set(shown(data, 3)) == {f"mine/{i:02}.png" for i in range(3)} - {own[0]}
+    assert "pictures: 9 (2 to train, 4 for validation, 3 to see what is forgotten)" in data.summary().lines()
+    with pytest.raises(ValidationError, match="one must show what is to be learned"):
+        DataConfig(sources=sources[1:], resolution=32)
+    with pytest.raises(ValidationError, match=r"data\.prior needs a source with prior = true"):
+        DataConfig(sources=sources, resolution=32, prior={"share": 0.3})
+
+
 def test_apportioned_places_add_up() -> None:
     from hydit_core.data.layout import Layout
     from hydit_core.data.prior import Samples
@@ -176,7 +202,9 @@ def test_apportioned_places_add_up() -> None:
     buckets = np.array([0] * 3 + [1] * 5 + [2] * 2)
     for n in range(1, 40):
         own_ends = np.array([0, n // 3, n])
-        layout = Layout(buckets, np.zeros(n), own_ends, np.arange(10), np.array([3, 8, 10]), np.arange(0))
+        layout = Layout(
+            buckets, np.zeros(n), own_ends, np.arange(10), np.array([3, 8, 10]), np.arange(0), np.arange(0)
+        )
         samples = Samples(layout, 0.3)
         assert len(samples) - n == samples.prior == max(1, round(n * 3 / 7))
         places = [i for i in range(len(samples)) if samples.is_prior(i)]

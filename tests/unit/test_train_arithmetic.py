@@ -95,7 +95,7 @@ def batch_of(number: int, weights: np.ndarray = WEIGHTS) -> Batch:
 class LineData:
     """Micro-batches by number; two validation batches, the second filled up with rows that count nothing."""
 
-    layout = SimpleNamespace(validation=(0, 1, 2, 3))
+    layout = SimpleNamespace(validation=(0, 1, 2, 3), prior_validation=())
 
     def fingerprint(self) -> str:
         return ""
@@ -103,7 +103,10 @@ class LineData:
     def loader(self, start: int, end: int) -> Iterator[Batch]:
         return iter([batch_of(number) for number in range(start, end)])
 
-    def validation_batches(self) -> Iterator[Batch]:
+    def validation_batches(self, *, prior: bool = False) -> Iterator[Batch]:
+        if prior:
+            yield batch_of(22, np.array([1.0, 1.0, 0.0]))
+            return
         yield batch_of(20, np.ones(ROWS))
         yield batch_of(21, np.array([1.0, 0.0, 0.0]))
 
@@ -226,6 +229,19 @@ def test_validation_counts_each_row_by_its_weight(tmp_path: Path) -> None:
     bands = {"t0_249": (losses[0] + losses[3]) / 2, "t500_749": losses[2], "t750_999": losses[1]}
     expected = {"val_loss": mean, "val_mse": mean, "val_vlb": 0.0}
     assert found == pytest.approx(expected | {f"val_mse_{name}": loss for name, loss in bands.items()})
+
+
+def test_prior_pictures_are_measured_by_themselves() -> None:
+    """They change nothing of what decides."""
+    w, b = numbers(1, shape=(4, 3)), numbers(2, shape=(4,))
+    x, target = example(22)
+    mean = sum(float(((w @ x[row] + b - target[row]) ** 2).sum()) for row in range(2)) / 2
+    data = LineData()
+    plain = validate(LineObjective(), data, PROCESSES, contextlib.nullcontext)
+    data.layout = SimpleNamespace(validation=(0, 1, 2, 3), prior_validation=(4, 5))
+    found = validate(LineObjective(), data, PROCESSES, contextlib.nullcontext)
+    prior = {name: found.pop(name) for name in ("val_prior_loss", "val_prior_mse")}
+    assert prior == pytest.approx(dict.fromkeys(prior, mean)) and found == plain
 
 
 def exact_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:

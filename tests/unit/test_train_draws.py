@@ -61,3 +61,17 @@ def test_validation_noise_belongs_to_the_picture_and_timesteps_to_a_grid() -> No
     assert torch.equal(part.noise, whole.noise[4:6]) and torch.equal(part.t, whole.t[4:6])
     assert sorted(whole.t.tolist()) == list(range(50, 1000, 100))
     assert not any(whole.drop_bert + whole.drop_t5) and not whole.posterior_noise.any()
+
+
+def test_few_pictures_are_measured_at_many_timesteps() -> None:
+    """All together an even grid, and that of each picture is one too; each time with another noise."""
+    keys = ["one", "two", "three"]
+    times = [validation_draws(keys, range(3), 3, SHAPE, number=n, count=8) for n in range(8)]
+    together = torch.stack([draws.t for draws in times])
+    assert sorted(together.flatten().tolist()) == [int((slot + 0.5) * 1000 / 24) for slot in range(24)]
+    for one in together.T:
+        gaps = one.sort().values.diff()
+        assert gaps.min() >= 124 and gaps.max() <= 126
+    noises = torch.stack([draws.noise for draws in times]).flatten(0, 1)
+    assert len(torch.unique(noises.flatten(1), dim=0)) == 24
+    assert torch.equal(times[0].noise, validation_draws(keys, range(3), 3, SHAPE).noise)

@@ -103,6 +103,12 @@ def test_keep_best_needs_a_validation(tmp_path: Path) -> None:
         line_trainer(tmp_path, checkpoint={"keep_best": True})
     with pytest.raises(ValueError, match=r"patience keeps the best of the run: set checkpoint\.keep_best"):
         line_trainer(tmp_path, validation={"every": 2, "patience": 1.0})
+    known = {
+        "validation": 0,
+        "sources": [{"path": tmp_path}, {"path": tmp_path, "prior": True, "validation": True}],
+    }
+    with pytest.raises(ValueError, match="only prior ones are held out"):
+        line_trainer(tmp_path, data=known, checkpoint={"keep_best": True}, validation={"every": 2})
 
 
 def test_a_folder_with_exports_alone_holds_a_run(tmp_path: Path) -> None:

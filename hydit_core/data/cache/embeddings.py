@@ -46,7 +46,7 @@ class EmbeddingCache(PictureEntries):
         super().__init__(kept, dtype_of(config.cache.dtype), len(data.manifest), config.image_prompt.views)
         self._recipe = (own, prompts.recipe, str(self.dtype))
         hashes = PictureHashes(folder, rank=data.rank)
-        held_out = set(data.layout.validation.tolist())
+        held_out = set(data.layout.held_out.tolist())
         for row in range(len(data.manifest)) if rows is None else rows:
             try:
                 digest = hashes.of(prompts.file(data.manifest, row))

@@ -87,7 +87,7 @@ class LatentCache(PictureEntries):
         self._recipe = (_RECIPE, vae_hash, config.alpha_color, str(self.dtype).removeprefix("torch."))
         self._control_recipe = "" if data.control is None else data.control.recipe
         flips = np.full(len(data.manifest), config.flip > 0)
-        flips[data.layout.validation] = False
+        flips[data.layout.held_out] = False
         hashes = PictureHashes(folder, rank=data.rank)
         for row in range(len(flips)) if rows is None else rows:
             try:
