@@ -26,6 +26,10 @@ MIN_SIDE = 16
 """Pixels: a VAE cannot normalize a single latent."""
 MAX_SIDE = 16384
 """Pixels: more than any VAE or attention can take."""
+PICTURE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+)
+"""How the names of pictures in folders end; :func:`load_picture` goes by the content."""
 
 
 _ORIENTATION_TAG = 0x0112

@@ -15,6 +15,7 @@ from .sampling import HyDiTKSampler, HyDiTSampler, HyDiTScheduler
 from .save import HyDiTModelSave
 from .text import HyDiTTextEncode
 from .tiles import HyDiTTiles
+from .train import HyDiTDatasetCheck, HyDiTTrainLoRA, HyDiTTrainMonitor
 
 NODES: list[type[io.ComfyNode]] = [
     HyDiTCheckpointLoader,
@@ -36,6 +37,9 @@ NODES: list[type[io.ComfyNode]] = [
     HyDiTLoraMerge,
     HyDiTLoraSave,
     HyDiTModelSave,
+    HyDiTDatasetCheck,
+    HyDiTTrainLoRA,
+    HyDiTTrainMonitor,
 ]
 
 

@@ -42,6 +42,10 @@ NEEDED = {
     "zipp": "zipp",
     "regex": "regex",
     "filelock": "filelock",
+    # What training takes.
+    "peft": "peft",
+    "accelerate": "accelerate",
+    "psutil": "psutil",
 }
 
 ASK = """

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import WeightsError
 from ..quiet import quiet_imports
-from ..weights.bundle import Place, bundle
+from ..weights.bundle import Bundle, Place, bundle
 from ..weights.detect import what_to_do
 from ..weights.load import assign_weights, compute_dtype
 from ..weights.single import check_rest
@@ -68,24 +68,37 @@ def load_text_encoders(
             "Tencent's t2i folder"
         )
     given = () if tokenizers is None else (Path(tokenizers),)
-    vocabulary, spiece_model = vocabulary_of(opened, *given), spiece_of(opened, *given)
-    lowercase = True if vocabulary.lowercase is None else vocabulary.lowercase
-    lowercase = bool(info.bert.get(LOWERCASE, lowercase))  # lower-case by default, as Tencent's is
+    tokenizer = load_tokenizers(opened, *given, text_len=text_len, t5_len=t5_len, t5_pad_id=t5_pad_id)
     try:
-        tokenizer = Tokenizers(
-            vocabulary.content,
-            spiece_model,
-            text_len=text_len,
-            t5_len=t5_len,
-            lowercase=lowercase,
-            t5_pad_id=t5_pad_id,
-        )
         bert = _load_bert(opened.bert, info.bert, dtype, device, keep_quantised)
         t5 = _load_t5(opened.mt5, info.t5, t5_dtype or dtype, device, keep_quantised)
         encoders = TextEncoders(bert, t5, tokenizer)
     except WeightsError as error:
         raise WeightsError(f"{opened.path}: {error}") from None
     return encoders.requires_grad_(False).eval()
+
+
+def load_tokenizers(
+    opened: Bundle, *given: Path, text_len: int, t5_len: int, t5_pad_id: int = 0
+) -> Tokenizers:
+    """The tokenizers of an opened model, without its text encoders.
+
+    Args:
+        given: where to look for their files first; as ``tokenizers`` of :func:`load_text_encoders`.
+
+    Raises:
+        WeightsError: one is missing or damaged.
+    """
+    vocabulary, spiece_model = vocabulary_of(opened, *given), spiece_of(opened, *given)
+    lowercase = True if vocabulary.lowercase is None else vocabulary.lowercase
+    lowercase = bool(opened.info.bert.get(LOWERCASE, lowercase))  # lower-case by default, as Tencent's is
+    lengths = {"text_len": text_len, "t5_len": t5_len}
+    try:
+        return Tokenizers(
+            vocabulary.content, spiece_model, **lengths, lowercase=lowercase, t5_pad_id=t5_pad_id
+        )
+    except WeightsError as error:
+        raise WeightsError(f"{opened.path}: {error}") from None
 
 
 def bert_config(source: TensorSource, options: Mapping[str, Any]) -> BertConfig:

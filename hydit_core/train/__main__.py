@@ -54,7 +54,16 @@ def _train(arguments: list[str]) -> int:
         metavar="N",
         help="save everything and stop after N micro-batches, as an interruption would",
     )
+    parser.add_argument(
+        "--attended",
+        action="store_true",
+        help="save everything and stop when standard input ends: for programs that start trainings",
+    )
     options = parser.parse_args(arguments)
+    if options.attended:
+        from .stopping import stop_with_input
+
+        stop_with_input()
 
     from .config import load_config
 

@@ -18,10 +18,10 @@ from ..data.dataset import Batch
 from ..errors import DataError, HyditError
 from ..new_files import replacing
 from ..untrusted import parse_json
+from . import RECORDS
 from .distributed import Processes
 from .stopping import silence_stderr
 
-FILE = "metrics.jsonl"
 _STEPS = 1 << 53
 """More than any run has; what tensorboard and floating-point numbers hold."""
 
@@ -47,7 +47,7 @@ class Metrics:
         self._board: Any = None
         if not active:
             return
-        path = self._path = folder / FILE
+        path = self._path = folder / RECORDS
         last = start if resumed else -1
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import HyditError
-from . import metrics
+from . import RECORDS, metrics
 
 _COLUMNS = ("loss", "mse", "vlb", "val_loss", "val_loss_ema", "grad_norm", "lr")
 _CURVES = {"loss": (66, 120, 190), "val_loss": (214, 110, 50), "val_loss_ema": (60, 150, 90)}
@@ -45,16 +45,24 @@ def plot(run: Path, picture: Path) -> None:
 
     Raises :class:`HyditError` if the folder holds no records, or the picture cannot be written.
     """
-    series = _series(run)
-    curves = {name: series[name] for name in _CURVES if series[name]}
+    drawn = curves(run)
     try:
-        _plot(curves, run.name).save(picture)
+        drawn.save(picture)
     except (OSError, ValueError) as error:
         raise HyditError(f"{picture}: cannot be written: {error}") from error
 
 
+def curves(run: Path) -> Image.Image:
+    """The losses of a run as curves.
+
+    Raises :class:`HyditError` if the folder holds no records.
+    """
+    series = _series(run)
+    return _plot({name: series[name] for name in _CURVES if series[name]}, run.name)
+
+
 def _series(run: Path) -> dict[str, Points]:
-    path = run / metrics.FILE
+    path = run / RECORDS
     records = list(metrics.read(path)) if path.exists() else []
     series = {name: _points(records, name) for name in (*_COLUMNS, "skipped", "seconds")}
     if not series["loss"]:

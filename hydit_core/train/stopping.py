@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import os
@@ -75,6 +76,21 @@ def ignore_signals() -> None:
     """For a process that is about to end with its own exit code: a closing terminal tells it twice."""
     for number in _ASKING:
         signal.signal(number, signal.SIG_IGN)
+
+
+def stop_with_input() -> None:
+    """Be asked to stop, as by Ctrl-C, when standard input ends: whoever started this process is gone.
+
+    It works where programs cannot send each other signals, as on Windows without a console.
+    """
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1024):
+                pass
+        _thread.interrupt_main()
+
+    threading.Thread(target=wait, name="end of input", daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ NODES = (
     "HyDiTCheckpointLoader",
     "HyDiTControlNetApply",
     "HyDiTControlNetLoader",
+    "HyDiTDatasetCheck",
     "HyDiTDiTLoader",
     "HyDiTEmptyLatent",
     "HyDiTForecast",
@@ -52,6 +53,8 @@ NODES = (
     "HyDiTTextEncode",
     "HyDiTTextEncoderLoader",
     "HyDiTTiles",
+    "HyDiTTrainLoRA",
+    "HyDiTTrainMonitor",
 )
 PACK = "hydit_pack_without_comfyui"
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -262,7 +265,7 @@ def test_no_text_is_taken_for_syntax(language, name):
 
 def test_both_languages_have_the_same_words():
     words = {language: load(language, "main") for language in LANGUAGES}
-    for name in ("report", "lora", "notes", "forecast"):
+    for name in ("report", "lora", "notes", "forecast", "training"):
         words["zh"]["hydit"][name].pop("rules")
     paths = {language: {path for path, _ in texts(value)} for language, value in words.items()}
     assert paths["en"] == paths["zh"]

@@ -8,14 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import DataError
+from ...images import PICTURE_SUFFIXES
 from ...untrusted import read_text
 from ..config import SourceConfig
 from .entry import Entry, PassedOver, PictureFile
 
-PICTURE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-)
-"""What is read; :func:`~...images.load_picture` goes by the content."""
 _OTHER_PICTURES = frozenset(
     (
         *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpf", ".jpe", ".jif", ".jfi", ".apng"),

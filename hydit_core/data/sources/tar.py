@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...errors import DataError
+from ...images import PICTURE_SUFFIXES
 from ...untrusted import decode, parse_json
 from ..config import SourceConfig
 from .entry import TAR, Entry, PassedOver, PictureFile
-from .folder import PICTURE_SUFFIXES
 from .table import CAPTION_FIELDS, IMAGE_FIELDS, row_entry
 from .tar_member import BLOCK
 

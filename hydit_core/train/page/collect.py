@@ -17,8 +17,8 @@ from ...errors import HyditError
 from ...images import MAX_SIDE
 from ...pages.render import data_url
 from ...untrusted import read_json
+from .. import RECORDS, metrics
 from .. import checkpoint as checkpoints
-from .. import metrics
 from ..config import TrainConfig
 from ..saving import CHECKPOINTS
 from ..usage import NOTABLE_WAIT
@@ -43,7 +43,7 @@ def collect(folder: Path) -> dict[str, Any]:
 
     Raises :class:`HyditError` if the folder holds no records.
     """
-    path = folder / metrics.FILE
+    path = folder / RECORDS
     records = list(metrics.read(path)) if path.is_file() else []
     if not any("loss" in record for record in records):
         raise HyditError(f"{path}: no losses recorded there; give the output_dir of a run")

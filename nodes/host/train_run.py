@@ -1,0 +1,284 @@
+"""A training from a graph: where it is kept, going on with it, watching it, and the LoRA that comes out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from server import PromptServer
+
+from ...hydit_core.errors import ConfigError, HyditError
+from ...hydit_core.images import to_tensor
+from ...hydit_core.new_files import replacing, write_new
+from ...hydit_core.train import lock
+from ...hydit_core.train.config import TrainConfig, load_config
+from ...hydit_core.train.launch import held_run
+from ...hydit_core.train.saving import BEST
+from ...hydit_core.train.watch import RunView, blank, duration, planned_steps
+from ...hydit_core.untrusted import is_plain_name, read_json
+from .train_child import Child, TrainingFailed, require_trainer
+from .train_paths import lora_folder, new_run
+from .train_settings import Wish, chosen, toml
+
+log = logging.getLogger(__name__)
+
+CONFIG, LOG = "config.toml", "log.txt"
+_NOTE = "graph.json"
+"""What a run's folder remembers of the graph that it is from, and of the LoRA that came out."""
+_EXPORT = "lora.safetensors"
+_POLL = 0.25
+_TOLD_LINES = 12
+
+
+class Trained(NamedTuple):
+    """What a training gave."""
+
+    lora: Path
+    text: str
+    folder: Path
+
+
+def train(wish: Wish, name: str, key: str, *, minutes: float = 0, node_id: str = "") -> Trained:
+    """Train a LoRA, or go on with a training, or take what it gave if it is done.
+
+    Args:
+        name: of the file in ComfyUI's folder for LoRAs, and of the run's folder; what is there stays, and the
+            new one gets a number.
+        key: of all that the training depends on. A run of another key is another run.
+        minutes: end it after so much training; 0: only ``wish.steps`` count.
+        node_id: of the node that shows how far it is.
+
+    Raises:
+        HyditError: the trainer's error, in one line.
+        InterruptProcessingException: interrupted; what was done is saved, and the next call goes on.
+    """
+    folder, note = _own_run(name, key)
+    if not (note.get("done") and _export(folder).is_file()):
+        require_trainer()
+        _run(wish, folder, key, minutes, node_id)
+        note = {"key": key, "done": True}
+    lora = _published(folder, name, note)
+    return Trained(lora, "\n".join(_told(folder, lora)), folder)
+
+
+def fingerprint(parts: Any) -> str:
+    """A key of everything in ``parts``, which JSON can hold."""
+    return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def watch(folder: Path, *, follow: bool, node_id: str = "") -> tuple[str, Any, Any]:
+    """A run as it is now: text, losses, newest samples, the last two as pictures.
+
+    Args:
+        follow: wait until it ends, and show how it goes.
+    """
+    view = RunView(folder)
+    view.refresh()
+    bar = comfy.utils.ProgressBar(1000, node_id=node_id or None)
+    told = ""
+    while follow and lock.holder(folder) is not None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        view.refresh()
+        told = _advance(bar, view, planned_steps(folder), 0, told, node_id)
+        time.sleep(_POLL)
+    view.refresh()
+    steps, holder = planned_steps(folder), lock.holder(folder)
+    state = "running" if holder is not None else "ended" if steps and view.step >= steps else "stopped"
+    lines = [f"{state}: {view.progress(steps if holder is not None else None)}"]
+    lines.append(f"trained for {duration(view.seconds)}")
+    lines += [f"newest samples: {path.name}" for path in view.sheets()[-1:]]
+    return "\n".join(lines), view.curve() or blank(), view.sheet() or blank()
+
+
+def as_image(picture: Any) -> torch.Tensor:
+    """A picture as ComfyUI's IMAGE, (1, H, W, 3) in [0, 1]."""
+    return ((to_tensor(picture) + 1) / 2).movedim(0, -1)[None]
+
+
+# -- the run's folder ----------------------------------------------------------------------------------------
+
+
+def _own_run(name: str, key: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of the run with this key, or of a new one, and what it remembers."""
+    for number in count(1):
+        folder = new_run(name, number)
+        note = _note(folder)
+        if note.get("key") == key or _is_free(folder, note):
+            return folder, note if note.get("key") == key else {}
+    raise AssertionError("unreachable")
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    try:
+        note: dict[str, Any] = read_json(folder / _NOTE, max_bytes=100_000)
+    except HyditError:
+        return {}
+    return note
+
+
+def _is_free(folder: Path, note: dict[str, Any]) -> bool:
+    """Whether there is nothing, or only a run from a graph that failed before it had anything to keep."""
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    return held_run(folder) is None if note else not any(folder.iterdir())
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _configuration(wish: Wish, folder: Path, key: str) -> TrainConfig:
+    """What is trained by: written once; a run that goes on keeps what was chosen for it then."""
+    path = folder / CONFIG
+    if _note(folder).get("key") != key or not path.is_file() or held_run(folder) is None:
+        _write(path, "\n".join(toml(chosen(wish, folder))) + "\n")
+        _write(folder / _NOTE, json.dumps({"key": key}))
+    config = load_config(path)
+    for place in _paths(config.model_dump()):
+        if place not in (wish.base.resolve(), wish.dataset) and not place.resolve().is_relative_to(folder):
+            raise ConfigError(f"{path} names {place}, which a graph does not give: delete this run's folder")
+    return config
+
+
+def _paths(value: Any) -> Iterator[Path]:
+    """All paths in a configuration."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _paths(part)
+
+
+# -- the training --------------------------------------------------------------------------------------------
+
+
+def _run(wish: Wish, folder: Path, key: str, minutes: float, node_id: str) -> None:
+    config = _configuration(wish, folder, key)
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
+    child = Child(folder / CONFIG, folder / LOG)
+    try:
+        _watch(child, RunView(folder), config.run.steps, minutes, node_id)
+        child.check()
+    except TrainingFailed as failed:
+        for line in failed.lines:
+            log.error("hydit: %s", line)
+        raise
+    finally:
+        _end(child, node_id)
+    if not _export(folder).is_file():
+        raise HyditError(f"{folder}: stopped before there was a LoRA; run it again to go on")
+    _write(folder / _NOTE, json.dumps({"key": key, "done": True}))
+
+
+def _watch(child: Child, view: RunView, steps: int, minutes: float, node_id: str) -> None:
+    """Show how far it is until it ends, or until its time is over."""
+    bar = comfy.utils.ProgressBar(1000, node_id=node_id or None)
+    limit = 60 * minutes
+    told = ""
+    while child.running():
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        view.refresh()
+        if limit and view.seconds >= limit:
+            child.ask_to_stop()
+        told = _advance(bar, view, steps, limit, told, node_id, "" if view.points else _last(child))
+        time.sleep(_POLL)
+
+
+def _advance(
+    bar: Any, view: RunView, steps: int | None, limit: float, told: str, node_id: str, instead: str = ""
+) -> str:
+    """Show how far a run is, of so many steps or seconds; returns the line that is on the node then.
+
+    Args:
+        told: the line that is there.
+        instead: what to say while there are no numbers.
+    """
+    done = max(view.step / steps if steps else 0, view.seconds / limit if limit else 0)
+    picture = view.preview()
+    bar.update_absolute(round(1000 * min(1.0, done)), preview=picture and ("JPEG", picture, None))
+    text = instead or view.progress(None if limit else steps, limit)
+    if text != told:
+        _show(text, node_id)
+    return text
+
+
+def _end(child: Child, node_id: str) -> None:
+    """Have it save and end; whoever interrupts once more does not want to wait for that."""
+    child.ask_to_stop()
+    if child.running():
+        _show("saving ...", node_id)
+    while child.running():
+        if comfy.model_management.processing_interrupted():
+            child.kill()
+        time.sleep(_POLL)
+
+
+def _last(child: Child) -> str:
+    lines = child.lines()
+    return lines[-1][:200] if lines else "starting the trainer ..."
+
+
+def _show(text: str, node_id: str) -> None:
+    """A line on the node while it runs."""
+    server = PromptServer.instance
+    if node_id and server.client_id is not None:
+        server.send_progress_text(text, node_id, server.client_id)
+
+
+# -- the LoRA ------------------------------------------------------------------------------------------------
+
+
+def _export(folder: Path) -> Path:
+    """What a run gives: the best it had, if it looked for it, else the last."""
+    best = folder / BEST
+    return best if best.is_file() else folder / _EXPORT
+
+
+def _published(folder: Path, name: str, note: dict[str, Any]) -> Path:
+    """The run's LoRA in ComfyUI's folder for them: where it is already, or under a name that is free."""
+    content = _export(folder).read_bytes()
+    known = note.get("lora")
+    if is_plain_name(known) and _holds(lora_folder() / str(known), content):
+        return lora_folder() / str(known)
+    path = write_new(lora_folder() / f"{name}.safetensors", content, keep_same=True)
+    _write(folder / _NOTE, json.dumps({**note, "lora": path.name}))
+    return path
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        return False
+
+
+def _told(folder: Path, lora: Path) -> Iterator[str]:
+    """What the node shows of a finished training."""
+    view = RunView(folder)
+    view.refresh()
+    loss = "" if view.loss is None else f", loss {view.loss:.4f}"
+    yield f"trained: {view.step} steps in {duration(view.seconds)}{loss}"
+    yield f"LoRA: {lora.name}"
+    yield f"run: {folder.relative_to(folder_paths.get_output_directory()).as_posix()}"
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    yield from list(dict.fromkeys(line for line in lines if line.startswith("warning: ")))[:_TOLD_LINES]
