@@ -69,6 +69,9 @@ class SourceConfig(Section):
     caption: str | None = Field(
         default=None, description="the caption of pictures that have none of their own"
     )
+    trigger: str = Field(
+        default="", description="words that are put before each caption in which they do not occur"
+    )
     repeats: int = Field(
         default=1, ge=1, le=100_000, description="how often an epoch shows each of these pictures"
     )

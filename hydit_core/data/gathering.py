@@ -234,9 +234,11 @@ def _add(
     look: Look | DataError,
     source: int,
 ) -> None:
-    own = config.sources[source].caption
+    own, trigger = config.sources[source].caption, config.sources[source].trigger
     if not entry.captions and own is not None:
         entry = replace(entry, captions=(own,))
+    if trigger:
+        entry = replace(entry, captions=tuple(_with(trigger, caption) for caption in entry.captions))
     if not entry.captions:
         findings.missing_captions.add(f"{entry.picture}" + (f" ({entry.hint})" if entry.hint else ""))
         entry = replace(entry, captions=(config.empty_caption,))
@@ -248,6 +250,10 @@ def _add(
         findings.too_small += 1
     else:
         rows.append(entry, key, look, source)
+
+
+def _with(trigger: str, caption: str) -> str:
+    return caption if trigger.casefold() in caption.casefold() else f"{trigger}, {caption}"
 
 
 def _raise_findings(config: DataConfig, findings: Findings) -> None:

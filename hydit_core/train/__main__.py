@@ -1,9 +1,10 @@
-"""``python -m hydit_core.train CONFIG``, ``... prepare | cache CONFIG``, ``... export | report RUN``."""
+"""``python -m hydit_core.train CONFIG``, ``... quick PICTURES``, ``... prepare | cache CONFIG``, and more."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ STOPPED = 3
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"prepare": _prepare, "cache": _cache, "export": _export, "report": _report}
+    commands = {"quick": _quick, "prepare": _prepare, "cache": _cache, "export": _export, "report": _report}
     command = commands[arguments.pop(0)] if arguments and arguments[0] in commands else _train
     return cli_main(lambda: command(arguments))
 
@@ -40,7 +41,8 @@ def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
 def _train(arguments: list[str]) -> int:
     parser = _config_parser(
         "",
-        "Train HunyuanDiT. Further commands: prepare CONFIG.toml, cache CONFIG.toml, export RUN, report RUN.",
+        "Train HunyuanDiT. Further commands: quick PICTURES, prepare CONFIG.toml, cache CONFIG.toml, "
+        "export RUN, report RUN.",
     )
     parser.add_argument(
         "--resume",
@@ -75,14 +77,25 @@ def _train(arguments: list[str]) -> int:
         return 0
 
     from .launch import train
+
+    return _exit_code(lambda: train(config, resume=options.resume, stop_after_micro=options.stop_after_micro))
+
+
+def _exit_code(run: Callable[[], bool]) -> int:
+    """That of a training; ``run`` says whether it came to its end."""
     from .stopping import TrainingStopped, tell
 
     try:
-        finished = train(config, resume=options.resume, stop_after_micro=options.stop_after_micro)
+        return 0 if run() else STOPPED
     except TrainingStopped as error:
         tell(f"error: {error}")
         return STOPPED
-    return 0 if finished else STOPPED
+
+
+def _quick(arguments: list[str]) -> int:
+    from .quick.command import main
+
+    return _exit_code(lambda: main(arguments))
 
 
 def _prepare(arguments: list[str]) -> int:

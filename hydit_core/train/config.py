@@ -121,6 +121,14 @@ def load_config(path: Path, overrides: list[str] | None = None) -> TrainConfig:
     raw = read_toml(path)
     for override in overrides or []:
         _apply(raw, override)
+    return checked(raw, path)
+
+
+def checked(raw: dict[str, Any], path: Path) -> TrainConfig:
+    """What the content of the TOML file ``path`` means, whether or not it is written yet.
+
+    Raises :class:`ConfigError` as :func:`load_config`.
+    """
     base = path.resolve().parent
     try:
         config = TrainConfig.model_validate(raw, context={"base": base})

@@ -85,6 +85,7 @@ class Trainer:
         self._stop = StopSignals()
         self._replaced: set[str] = set()
         self._saved: tuple[int, int] | None = None
+        self._time_is_up = False
         self._weights_whole = self._gradients_whole = True
 
     # -- the run ---------------------------------------------------------------------------------
@@ -136,6 +137,7 @@ class Trainer:
         elif self.processes.is_main:
             self.saver.continued(progress)
             self.saver.export_missing(progress)
+        self._look_at_the_clock()
         micro_batches = 0
         with contextlib.closing(self._batches()) as batches:  # closing ends the data workers
             while not self._finished() and (ready := self._next(batches)):
@@ -148,16 +150,25 @@ class Trainer:
                         self._stop.ask(f"{stop_after_micro} micro-batches done")
                     if stepped:
                         self._after_step()
+                        self._look_at_the_clock()
 
     def _finished(self) -> bool:
-        return self.progress.step >= self.config.run.steps or self.looks.learned_out(self.progress)
+        progress = self.progress
+        return progress.step >= self.config.run.steps or self._time_is_up or self.looks.learned_out(progress)
+
+    def _look_at_the_clock(self) -> None:
+        """All processes at the same step: their clocks differ."""
+        if minutes := self.config.run.minutes:
+            self._time_is_up = self.processes.any(self.progress.seconds >= 60 * minutes)
 
     def _end(self, finished: bool) -> None:
         """The last checkpoint and export, of a finished run or of an interrupted one."""
         progress = self.progress
         if (progress.step, progress.micro) != self._saved:
             self.save()
-        if finished and progress.step < self.config.run.steps:
+        if finished and self._time_is_up:
+            self.metrics.note(f"ended at step {progress.step}: run.minutes = {self.config.run.minutes:g}")
+        elif finished and progress.step < self.config.run.steps:
             best = progress.best
             self.metrics.note(
                 f"ended at step {progress.step}: no validation was better than {best['val_loss']:.4f} at "

@@ -138,6 +138,9 @@ class ScheduleSection(Section):
 class RunSection(Section):
     output_dir: ConfigPath = Field(description="the run's folder, for all that training writes")
     steps: int = Field(gt=0, le=MAX_COUNT, description="optimizer steps in all")
+    minutes: float = Field(
+        default=0.0, ge=0, le=1e7, description="end the run when it has trained for so long; 0: no limit"
+    )
     batch_size: int = Field(gt=0, le=65536, description="samples per micro-batch and per process")
     grad_accumulation: int = Field(default=1, gt=0, le=65536, description="micro-batches per optimizer step")
     clip_norm: float = Field(

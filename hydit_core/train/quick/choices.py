@@ -1,0 +1,221 @@
+"""The rules: what each key of the configuration is set to, and why.
+
+They were tuned on the data sets of examples/quick, see docs/training.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...facts import ModelInfo
+from ...model.config import DiTConfig
+from .survey import Survey, common_caption, mixed_shapes
+from .wish import Wish
+
+FILE = "quick.toml"
+_BATCH = 4
+_MEASURES = 48
+"""So many noisy pictures a validation looks at, at least."""
+_FEW = 5
+_EPOCHS = {"subject": 100, "style": 60, "concept": 60}
+"""How often each picture is shown at most; the steps of a run that no validation can end are half of it."""
+_STEPS = (120, 3000)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One key of a configuration, and why it has this value; without a reason, it follows from another."""
+
+    table: str
+    key: str
+    value: Any
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a LoRA is for."""
+
+    path: Path
+    dit: DiTConfig
+    info: ModelInfo
+
+    @property
+    def side(self) -> int:
+        """That of a square with as many pixels as it draws by default, in steps of 16."""
+        defaults = self.info.defaults
+        return max(16, round(math.sqrt(defaults.width * defaults.height) / 16) * 16)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a step fits into memory."""
+
+    batch: int
+    accumulation: int
+    precision: str
+    checkpointing: bool
+    base_precision: str | None
+    reason: str
+
+
+def held_out(pictures: int) -> int:
+    """How many pictures are kept from training: none of few, else a tenth, at least one, at most 16."""
+    return 0 if pictures < _FEW else min(16, max(1, pictures // 10))
+
+
+def batch_size(pictures: int) -> int:
+    return max(1, min(_BATCH, pictures - held_out(pictures)))
+
+
+def steps_of(wish: Wish, pictures: int) -> tuple[int, str]:
+    """The most steps of a run, with the reason."""
+    trained, batch = pictures - held_out(pictures), batch_size(pictures)
+    if wish.steps is not None:
+        return wish.steps, "as asked for"
+    epochs = _EPOCHS[wish.kind]
+    if not held_out(pictures):
+        steps = min(_STEPS[1], max(_STEPS[0], math.ceil(epochs / 2 * trained / batch)))
+        return steps, (
+            f"a fixed rule, since of fewer than {_FEW} pictures none is kept to say when it is enough: "
+            f"each is shown {epochs // 2} times, in at least {_STEPS[0]} steps"
+        )
+    steps = min(_STEPS[1], max(_STEPS[0], math.ceil(epochs * trained / batch)))
+    return steps, f"at most; each picture would be shown {round(steps * batch / trained)} times"
+
+
+def validation_every(steps: int) -> int:
+    return max(10, round(steps / 20 / 5) * 5)
+
+
+def model_choices(base: Base) -> Iterator[Choice]:
+    yield Choice("model", "init_from", str(base.path), "stays as it is")
+
+
+def data_choices(wish: Wish, found: Survey, base: Base) -> Iterator[Choice]:
+    """Of the tables data, data.sources, data.buckets and data.cache."""
+    side = base.side
+    yield Choice("data", "resolution", side, "as the model draws by default")
+    if mixed_shapes(found.sizes):
+        step = max(16, side // 16 // 16 * 16)
+        yield Choice("data.buckets", "enabled", True, "the pictures have several shapes, or none is square")
+        yield Choice("data.buckets", "step", step)
+    if kept := held_out(len(found)):
+        yield Choice("data", "validation", kept, "not trained: they say when it is enough")
+    if found.unreadable:
+        yield Choice("data", "on_unreadable", "skip", f"{found.unreadable} pictures cannot be read")
+    yield Choice("[data.sources]", "path", str(wish.pictures.resolve()))
+    yield Choice("[data.sources]", "kind", "folder")
+    if found.uncaptioned:
+        whose = "no picture has" if not found.captions else f"for the {found.uncaptioned} pictures without"
+        reason = f"{whose} a caption of its own (a .txt of the same name)"
+        yield Choice("[data.sources]", "caption", common_caption(wish), reason)
+    if wish.trigger:
+        reason = "put before captions without it" if found.without_trigger else "in all captions"
+        yield Choice("[data.sources]", "trigger", wish.trigger, reason)
+    yield Choice("data.cache", "latents", True, "each picture is encoded once")
+    yield Choice("data.cache", "text", True, "so the text encoders take no memory while training")
+    yield Choice("data.cache", "dir", "cache", "can be deleted afterwards")
+
+
+def training_choices(wish: Wish, found: Survey, base: Base) -> Iterator[Choice]:
+    """Of the tables objective, lora, optimizer, ema."""
+    yield Choice("objective", "kind", "lora")
+    yield Choice("objective", "timesteps", "stratified", "all noise levels in each step, so fewer are needed")
+    yield Choice("objective", "dropout_joint", 0.1, "so that guidance goes on working")
+    rank = rank_of(wish, base)
+    yield Choice("lora", "rank", rank, _RANKS[wish.kind][1])
+    yield Choice("lora", "targets", "attention+mlp", "learns more than attention alone, for little memory")
+    if wish.trigger:
+        yield Choice("lora", "trigger", wish.trigger, "for the exported file")
+    yield from optimizer_choices(base)
+
+
+_RANKS = {
+    "subject": (16, "enough for one subject; a larger one learns the backgrounds too"),
+    "style": (32, "a style changes everything, and needs more room than a subject"),
+    "concept": (16, "enough for one concept"),
+}
+
+
+def rank_of(wish: Wish, base: Base) -> int:
+    """As the kind wants it; of a narrow model at most a tenth of its width, rounded to a power of two."""
+    return min(_RANKS[wish.kind][0], 2 ** round(math.log2(max(4, base.dit.hidden_size / 10))))
+
+
+def optimizer_choices(base: Base) -> Iterator[Choice]:
+    if importlib.util.find_spec("pytorch_optimizer") is not None:
+        yield Choice("optimizer", "name", "prodigy", "finds the learning rate by itself")
+        yield Choice("optimizer", "args", {"d0": 1e-4}, "where it begins to look; LoRAs are never below")
+        yield Choice("schedule", "kind", "constant")
+        yield Choice("ema", "decay", 0.98, "averages take the place of a falling learning rate")
+        return
+    lr = float(f"{1e-4 * 1408 / base.dit.hidden_size:.1g}")
+    yield Choice(
+        "optimizer",
+        "lr",
+        lr,
+        f"AdamW with a fixed rate, for a model of width {base.dit.hidden_size}: pip install "
+        "pytorch-optimizer for one that finds the rate by itself",
+    )
+    yield Choice("schedule", "warmup_steps", 10)
+    yield Choice("ema", "decay", 0.98, "averages take the place of a falling learning rate")
+
+
+def run_choices(wish: Wish, found: Survey, fit: Fit) -> Iterator[Choice]:
+    """Of the tables run, validation and checkpoint."""
+    steps, why = steps_of(wish, len(found))
+    yield Choice("run", "output_dir", ".", "this file's folder")
+    yield Choice("run", "steps", steps, why)
+    if wish.minutes is not None:
+        yield Choice("run", "minutes", wish.minutes, "as asked for")
+    yield Choice("run", "batch_size", fit.batch, fit.reason)
+    if fit.accumulation > 1:
+        yield Choice(
+            "run", "grad_accumulation", fit.accumulation, "so a step sees as many as with more memory"
+        )
+    yield Choice("run", "precision", fit.precision)
+    if fit.checkpointing:
+        yield Choice("run", "gradient_checkpointing", True, "slower by a third, for a fraction of the memory")
+    if fit.base_precision is not None:
+        yield Choice("lora", "base_precision", fit.base_precision, "the only way to fit")
+    yield Choice("run", "device", wish.device)
+    kept, every = held_out(len(found)), validation_every(steps)
+    if kept:
+        draws = math.ceil(_MEASURES / kept)
+        yield Choice("validation", "every", every)
+        yield Choice(
+            "validation", "draws", draws, f"{kept} pictures at one noise level each would say little"
+        )
+        epochs = batch_size(len(found)) / (len(found) - kept)
+        yield Choice(
+            "validation",
+            "patience",
+            round(5 * every * epochs, 2),
+            "epochs, which are five validations: then it only learns the pictures by heart",
+        )
+        yield Choice("validation", "min_epochs", round(steps / 4 * epochs, 2))
+        yield Choice("checkpoint", "keep_best", True, "best.safetensors is the one to use")
+    yield Choice("checkpoint", "every", max(every, 10))
+    yield Choice("checkpoint", "keep_last", 1)
+
+
+def sample_choices(wish: Wish, found: Survey, base: Base) -> Iterator[Choice]:
+    steps, _ = steps_of(wish, len(found))
+    yield Choice("samples", "every", max(1, math.ceil(steps / 4)))
+    yield Choice("samples", "prompts", sample_prompts(wish, found), "see RUN/samples")
+    yield Choice("samples", "seed", 1)
+
+
+def sample_prompts(wish: Wish, found: Survey) -> list[str]:
+    """Two captions as they are trained."""
+    texts = list(found.captions[: 1 if found.uncaptioned else 2])
+    if found.uncaptioned:
+        texts.append(common_caption(wish))
+    lacks = wish.trigger and (lambda text: wish.trigger.casefold() not in text.casefold())
+    return [f"{wish.trigger}, {text}" if lacks and lacks(text) else text for text in texts]
