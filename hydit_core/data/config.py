@@ -276,11 +276,12 @@ class DataConfig(Section):
         description="draw latents from the VAE's posterior, or take its mean; auto: as the base was trained",
     )
     cache: CacheConfig = CacheConfig()
-    workers: int = Field(
-        default=0,
+    workers: int | None = Field(
+        default=None,
         ge=0,
         le=1024,
-        description="processes that prepare batches ahead; the batches are the same with any number",
+        description="processes that prepare batches ahead; the batches are the same with any number; unset: "
+        "by the machine",
     )
 
     @field_validator("resolution")

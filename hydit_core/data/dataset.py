@@ -21,6 +21,7 @@ from .order import uniform
 from .prompt_images import PromptImages
 from .rows import Rows
 from .summary import DataSummary, summarize
+from .workers import chosen_workers
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ class TrainData(Rows):
         ``workers`` processes (default: as configured) prepare them ahead; the batches are the same
         for any number. Draws nothing from torch's global generator.
         """
-        workers = self.config.workers if workers is None else workers
+        workers = chosen_workers(self.config) if workers is None else workers
         if workers == 0:
             yield from (self.batch(step) for step in range(start_step, end_step))
             return

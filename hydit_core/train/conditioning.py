@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # they bring transformers, which a configuration is checked w
     from ..text.tokenizers import Tokenizers
 
 CACHE_BYTES = 2 << 30
+TOGETHER = 8
+"""Texts that encoders on a GPU take at once."""
 
 
 @dataclass
@@ -58,8 +60,9 @@ def caption_fits(captions: Iterable[str], tokenizers: Tokenizers) -> list[Captio
 class TextSource:
     """Tokens or features of a batch, each caption's computed once and remembered.
 
-    Every caption is encoded alone, so what it becomes depends neither on its batch nor on what was
-    remembered before an interruption.
+    What a caption becomes depends neither on its batch nor on what was remembered before an interruption: on
+    a CPU, which gains nothing from company, each is encoded alone; on a GPU always in groups of one size,
+    filled up with empty captions.
     """
 
     def __init__(
@@ -69,48 +72,77 @@ class TextSource:
         *,
         trained: bool,
         stored: Callable[[str], TextFeatures] | None = None,
+        together: int | None = None,
     ) -> None:
-        """``stored`` gives one text's features from disk; without it frozen encoders compute them."""
+        """``stored`` gives one text's features from disk; without it frozen encoders compute them.
+
+        ``together`` is how many texts they take at once; default: by the device.
+        """
         self.encoders = encoders
         self.device = device
         self.trained = trained
-        features = stored or encoders.encode
-        self._memory = _Memory(self._tokens if trained else lambda text: features(text).to("cpu"))
+        self.stored = stored
+        self.together = together or (1 if device.type == "cpu" else TOGETHER)
+        self._memory = _Memory()
 
     def __call__(self, texts: Sequence[str], texts_t5: Sequence[str]) -> Tokens | TextFeatures:
         """Texts for the two encoders -> the batch's tensors on the device.
 
         Tokens, for the encoders' forward, if they are trained; their features if not.
         """
-        rows = [(*self._memory(b)[:2], *self._memory(t)[2:]) for b, t in zip(texts, texts_t5, strict=True)]
+        found = self._found({*texts, *texts_t5})
+        rows = [(*found[b][:2], *found[t][2:]) for b, t in zip(texts, texts_t5, strict=True)]
         columns = (torch.cat(column) for column in zip(*rows, strict=True))
-        bert, bert_mask, t5, t5_mask = (c.to(self.device, non_blocking=True) for c in columns)
+        bert, bert_mask, t5, t5_mask = (self._sent(column) for column in columns)
         if self.trained:
             return Tokens(bert, bert_mask, t5, t5_mask, reports=())
         return TextFeatures(bert, bert_mask, t5, t5_mask)
 
-    def _tokens(self, text: str) -> tuple[Tensor, ...]:
-        return self.encoders.tokenize(text)[:4]
+    def _sent(self, column: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            column = column.pin_memory()
+        return column.to(self.device, non_blocking=True)
+
+    def _found(self, texts: set[str]) -> dict[str, tuple[Tensor, ...]]:
+        """Every text's tensors on the CPU, batch dimension 1; what is not remembered is made now."""
+        found = {text: kept for text in texts if (kept := self._memory.get(text)) is not None}
+        missing = sorted(texts - found.keys())
+        size = 1 if self.trained or self.stored is not None else self.together
+        for start in range(0, len(missing), size):
+            group = missing[start : start + size]
+            for text, made in zip(group, self._made(group, size), strict=False):
+                found[text] = made
+                self._memory.put(text, made)
+        return found
+
+    def _made(self, group: list[str], size: int) -> list[tuple[Tensor, ...]]:
+        if self.trained:
+            return [self.encoders.tokenize(group)[:4]]
+        if self.stored is not None:
+            return [self.stored(group[0]).to("cpu")]
+        filled = group + [""] * (size - len(group))
+        features = self.encoders.encode(filled).to("cpu")
+        # Copies: a view would keep the whole group in memory for as long as one of it is remembered.
+        return [tuple(part[row : row + 1].clone() for part in features) for row in range(len(group))]
 
 
 class _Memory:
     """Results by text, the most recently used up to a size."""
 
-    def __init__(self, make: Callable[[str], tuple[Tensor, ...]]) -> None:
-        self.make = make
+    def __init__(self) -> None:
         self.used = 0
         self.kept: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
 
-    def __call__(self, text: str) -> tuple[Tensor, ...]:
+    def get(self, text: str) -> tuple[Tensor, ...] | None:
         if text in self.kept:
             self.kept.move_to_end(text)
-            return self.kept[text]
-        made = self.make(text)
+        return self.kept.get(text)
+
+    def put(self, text: str, made: tuple[Tensor, ...]) -> None:
         self.kept[text] = made
         self.used += _bytes(made)
         while self.used > CACHE_BYTES and len(self.kept) > 1:
             self.used -= _bytes(self.kept.popitem(last=False)[1])
-        return made
 
 
 def _bytes(tensors: Sequence[Any]) -> int:

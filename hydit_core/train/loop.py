@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..data.dataset import Batch, TrainData
 from ..data.order import hash_int
 from ..errors import HyditError
-from .batches import Pair, with_draws
+from .batches import made_ahead
 from .checkpoint import Checkpoint, NotWritten, Progress
 from .config import TrainConfig
 from .distributed import Processes, Unanswered
-from .draws import Draws, TrainingDraws
+from .draws import TrainingDraws
+from .encoding import Encoding, Prepared
 from .health import Health
 from .looks import Looks
 from .metrics import LossWindow, Metrics
@@ -33,6 +34,8 @@ from .usage import NOTABLE_WAIT, Usage
 from .validation import validate
 
 ERROR_FILE = "error.txt"
+AHEAD = 2
+"""Micro-batches that are prepared while one is in training."""
 
 
 class Diverged(HyditError):
@@ -82,6 +85,7 @@ class Trainer:
         """What the checkpoints remember of the picture files, see :func:`.restoring.picture_stamps`."""
         self.window = LossWindow(processes)
         self.usage = Usage(processes)
+        self.encoding = Encoding(objective, processes.device)
         self._stop = StopSignals()
         self._replaced: set[str] = set()
         self._saved: tuple[int, int] | None = None
@@ -141,9 +145,9 @@ class Trainer:
         micro_batches = 0
         with contextlib.closing(self._batches()) as batches:  # closing ends the data workers
             while not self._finished() and (ready := self._next(batches)):
-                for batch, draws in ready:
+                for prepared in ready:
                     with self.usage.working():
-                        stepped = self._micro_step(batch, draws)
+                        stepped = self._micro_step(prepared)
                     progress.seconds = before + time.monotonic() - begun
                     micro_batches += 1
                     if stop_after_micro is not None and micro_batches >= stop_after_micro:
@@ -181,29 +185,32 @@ class Trainer:
                 + f"; everything is saved. Continue with --resume {self.folder}"
             )
 
-    def _batches(self) -> Generator[Pair, None, None]:
+    def _batches(self) -> Generator[Prepared, None, None]:
         run, progress = self.config.run, self.progress
         start, end = progress.step * run.grad_accumulation + progress.micro, run.steps * run.grad_accumulation
 
-        def draw(number: int, batch: Batch) -> Draws:
+        def prepare(number: int, batch: Batch) -> Prepared:
             step, micro = divmod(number, run.grad_accumulation)
             places = (batch.positions + micro * self.global_batch).tolist()
-            return self.draws(step, places, self.objective.latent_shape(batch))
+            draws = self.draws(step, places, self.objective.latent_shape(batch))
+            return self.encoding.prepared(batch, draws)
 
-        return with_draws(self.data.loader(start, end), range(start, end), draw)
+        # Several processes take all micro-batches of a step at once, see _ready.
+        depth = AHEAD if self.processes.world == 1 else max(AHEAD, run.grad_accumulation)
+        return made_ahead(self.data.loader(start, end), range(start, end), prepare, depth)
 
-    def _next(self, batches: Iterator[Pair]) -> list[Pair]:
+    def _next(self, batches: Iterator[Prepared]) -> list[Prepared]:
         with self.usage.waiting():
             return self._ready(batches)
 
-    def _ready(self, batches: Iterator[Pair]) -> list[Pair]:
+    def _ready(self, batches: Iterator[Prepared]) -> list[Prepared]:
         """What comes next: a micro-batch, of several processes all those of a step; nothing to stop.
 
         Processes must agree, and must not wait for each other inside an accumulation.
         """
         if self.processes.world == 1:
             return [] if self._stop.name else [next(batches)]
-        ahead: list[Pair] = []
+        ahead: list[Prepared] = []
         cause = ""
         try:
             ahead = list(islice(batches, self.config.run.grad_accumulation - self.progress.micro))
@@ -282,13 +289,13 @@ class Trainer:
 
     # -- one step --------------------------------------------------------------------------------
 
-    def _micro_step(self, batch: Batch, draws: Draws) -> bool:
+    def _micro_step(self, prepared: Prepared) -> bool:
         """Forward and backward of one micro-batch; True when it completed an optimizer step."""
         run, progress = self.config.run, self.progress
         step, micro = progress.step, progress.micro
         self._gradients_whole = False
         last = micro + 1 == run.grad_accumulation
-        inputs = self.objective.inputs(batch, draws)
+        batch, inputs = prepared.batch, self.encoding.inputs(prepared)
         # Whatever draws from the global generator (a layer with dropout, say) is a function of the place too.
         torch.manual_seed(hash_int(run.seed, step, micro, self.processes.rank, "global") >> 1)
         with self.processes.accumulating(self.model, last):
@@ -358,7 +365,8 @@ class Trainer:
         self.usage.step_done()
         if step % config.metrics.every == 0 or final or step == 1:
             self._log(step)
-        best = self.looks.at(self.progress)
+        with self.encoding.paused():
+            best = self.looks.at(self.progress)
         kept = is_numbered(self.progress, config.checkpoint.keep_every)
         if step % config.checkpoint.every == 0 or kept or best or final:
             self.save(best=best)

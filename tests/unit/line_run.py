@@ -28,15 +28,19 @@ class Objective(LineObjective):
     def __init__(self, during: During, factors: Callable[[int], float]) -> None:
         super().__init__()
         self.during, self.factors = during, factors
+        self.module.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.during(inputs.pop("number"))
+        return args, inputs
 
     def check_resumable(self, before: dict[str, Any]) -> None:
         pass
 
-    def inputs(self, batch: Batch, draws: Any) -> dict[str, torch.Tensor]:
-        self.during(batch.step)
+    def inputs(self, batch: Batch, draws: Any) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(batch.step)
         x = torch.randn(3, 3, generator=generator)
-        return {"x": x, "target": torch.ones(3, 4) * self.factors(batch.step)}
+        return {"x": x, "target": torch.ones(3, 4) * self.factors(batch.step), "number": batch.step}
 
     def export(self, path: Path, *, extra: dict[str, str], **how: Any) -> None:
         path.write_text(extra["hydit.training"])

@@ -23,6 +23,7 @@ from ...images import Geometry, Size, to_tensor
 from ..config import DataConfig
 from ..rows import Rows
 from ..sources import source_kind
+from ..workers import chosen_workers
 from .entries import PictureEntries
 from .fingerprints import PictureHashes, Progress, file_hash, module_hash
 from .store import content_key
@@ -197,7 +198,7 @@ def _decoded(
     for bucket in np.unique(buckets):
         members = rows[buckets == bucket]
         batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-    with ThreadPoolExecutor(max_workers=max(1, data.config.workers)) as pool:
+    with ThreadPoolExecutor(max_workers=max(1, chosen_workers(data.config))) as pool:
         ahead: deque[list[Future[Entries | None]]] = deque()
         for number in range(len(batches) + 1):
             if number < len(batches):
