@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
@@ -232,9 +232,17 @@ def adapter_parameters(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
     return found
 
 
-def to_adapter(parts: Mapping[str, nn.Module], config: LoraSection, metadata: Mapping[str, str]) -> Adapter:
-    """The adapters as they are now; tensors are shared, not copied."""
-    parameters, scale = adapter_parameters(parts), scale_of(config)
+def to_adapter(
+    parts: Mapping[str, nn.Module],
+    config: LoraSection,
+    metadata: Mapping[str, str],
+    whole: Callable[[Tensor], Tensor] | None = None,
+) -> Adapter:
+    """The adapters as they are now; tensors are shared, not copied, unless ``whole`` has to gather them."""
+    parameters: Mapping[str, Tensor] = adapter_parameters(parts)
+    if whole is not None:
+        parameters = {name: whole(parameter) for name, parameter in parameters.items()}
+    scale = scale_of(config)
     modules = {name: [_patch(name, parameters, scale)] for name, _ in adapted_layers(parts)}
     return Adapter(modules, format="peft", metadata=dict(metadata))
 

@@ -7,6 +7,8 @@ A checkpoint is a folder ``checkpoints/step_00001000`` of safetensors and JSON f
 * ``optimizer``  ``name|key`` -> moments and step counts
 * ``gradients``  only when training stopped inside an accumulation
 * ``pictures``   hashes of the training pictures' names, sizes and times
+* ``shards``     in place of the first three where processes hold parts of the model: a folder, see
+  :mod:`.parallel.shards`
 * ``state.json`` the progress record: step, micro-batch, counters, configuration
 * ``manifest.json`` size and SHA-256 of each of the above
 
@@ -16,7 +18,6 @@ complete. On loading, a checkpoint that does not match its manifest is passed ov
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -32,11 +33,14 @@ from torch import Tensor
 from ..errors import HyditError
 from ..new_files import remove_folder, replacing, unfinished
 from ..untrusted import read_json
+from .parallel import shards
 
 FORMAT = 1
+SHARDED = 2
+"""The format of a checkpoint whose tensors are parts."""
 _WRITING = ".writing-"
 _TENSORS = ".safetensors"
-_REQUIRED = ("state.json", f"weights{_TENSORS}")
+_SHARD = re.compile(rf"{shards.FOLDER}/[\w-]+\.safetensors")
 _NAME = re.compile(r"step_(\d{8,})(?:_micro_(\d+))?")
 
 
@@ -79,6 +83,8 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
     """File stem (weights, ema, optimizer, gradients) -> tensors."""
     path: Path | None = None
+    write_shards: Callable[[Path], dict[str, Any]] | None = None
+    """Where processes hold parts of the model: writes those into a folder; returns its manifest."""
 
 
 class NotWritten(HyditError):
@@ -111,7 +117,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         with replacing(target, folder=True) as temporary:
             remove(_unfinished(folder))
             _write(temporary, checkpoint)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, shards.NotSaved) as error:
         raise NotWritten(f"{target}: the checkpoint could not be written: {error}") from error
     return target
 
@@ -135,15 +141,21 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         if tensors:
             plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
             save_file(plain, folder / f"{stem}{_TENSORS}")
+    manifest = {}
+    if checkpoint.write_shards is not None:
+        found = checkpoint.write_shards(folder / shards.FOLDER)
+        manifest = {f"{shards.FOLDER}/{name}": entry for name, entry in found.items()}
     record = {
-        "format": FORMAT,
+        "format": SHARDED if manifest else FORMAT,
         "progress": asdict(checkpoint.progress),
         "config": checkpoint.config,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
     (folder / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    manifest = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in folder.iterdir()}
+    for path in folder.iterdir():
+        if path.is_file():
+            manifest[path.name] = {"size": path.stat().st_size, "sha256": shards.sha256(path)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -178,15 +190,17 @@ def set_aside_newer(path: Path) -> list[Path]:
     return moved
 
 
-def load_latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def load_latest(folder: Path, warn: Callable[[str], None], *, parts: bool = False) -> Checkpoint | None:
     """The newest valid checkpoint; damaged ones are reported through ``warn`` and passed over.
+
+    ``parts``: see :func:`load`.
 
     None when there are no checkpoints. Raises :class:`HyditError` when all of them are damaged.
     """
     found = listing(folder)
     for number, path in enumerate(found, 1):
         try:
-            return load(path)
+            return load(path, parts=parts)
         except HyditError as error:
             if number == len(found):
                 raise HyditError(
@@ -196,18 +210,23 @@ def load_latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises :class:`HyditError` when it is incomplete or damaged."""
+def load(path: Path, *, parts: bool = False) -> Checkpoint:
+    """Read and verify one checkpoint; with ``parts``, without what :func:`.parallel.shards.read` reads.
+
+    Raises :class:`HyditError` when it is incomplete or damaged.
+    """
     try:
         names = _verified(path)
         record = read_json(path / "state.json", error=HyditError)
-        if record["format"] != FORMAT:
+        if record["format"] not in (FORMAT, SHARDED):
             raise HyditError(
-                f"{path}: checkpoint format {record['format']}, this version reads {FORMAT}; update hydit"
+                f"{path}: checkpoint format {record['format']}, this version reads {FORMAT} and {SHARDED}; "
+                "update hydit"
             )
-        tensors = {
-            name.removesuffix(_TENSORS): load_file(path / name) for name in names if name.endswith(_TENSORS)
-        }
+        stems = [name.removesuffix(_TENSORS) for name in names if name.endswith(_TENSORS) and "/" not in name]
+        tensors = {stem: load_file(path / f"{stem}{_TENSORS}") for stem in stems}
+        if record["format"] == SHARDED and not parts:
+            tensors |= shards.read(path / shards.FOLDER)
         progress = Progress(**record["progress"])
         _check_types(progress)
         config = record["config"]
@@ -221,15 +240,16 @@ def load(path: Path) -> Checkpoint:
 def _verified(path: Path) -> list[str]:
     """The names in a checkpoint's manifest, whose files match it. Raises :class:`HyditError`."""
     manifest = read_json(path / "manifest.json", error=HyditError)
-    if lacking := [name for name in _REQUIRED if name not in manifest]:
-        raise ValueError(f"manifest.json does not name {', '.join(lacking)}")
+    weights = [name for name in manifest if name == f"weights{_TENSORS}" or _SHARD.fullmatch(name)]
+    if "state.json" not in manifest or not weights:
+        raise ValueError("manifest.json does not name state.json and weights")
     for name, entry in manifest.items():
-        if Path(name).name != name:
+        if Path(name).name != name and name not in weights:
             raise ValueError(f"manifest.json names {name!r}, which is no file in this folder")
         size = (path / name).stat().st_size
         if size != entry["size"]:
             raise HyditError(f"{path}: {name} is damaged ({size} bytes, {entry['size']} were written)")
-        if _sha256(path / name) != entry["sha256"]:
+        if shards.sha256(path / name) != entry["sha256"]:
             raise HyditError(f"{path}: {name} is damaged (its content is not what was written)")
     return list(manifest)
 
@@ -243,11 +263,3 @@ def _check_types(progress: Progress) -> None:
             raise TypeError(f"state.json: {name} is a {type(value).__name__}")
     if min(progress.step, progress.micro) < 0:
         raise ValueError("state.json: step and micro cannot be negative")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

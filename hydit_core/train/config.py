@@ -94,6 +94,14 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
 
     def _check_optimizer(self) -> None:
         name, kind = self.optimizer.name, KINDS[self.optimizer.name]
+        if self.run.parallel in ("fsdp", "hsdp") and not kind.splits:
+            able = ", ".join(other for other, entry in KINDS.items() if entry.splits)
+            raise ValueError(
+                f"optimizer.name = {name!r} looks at whole tensors, run.parallel = {self.run.parallel!r} "
+                f"splits them: use one of {able}, or run.parallel = 'ddp'"
+            )
+        if self.run.parallel_replicas is not None and self.run.parallel != "hsdp":
+            raise ValueError("run.parallel_replicas needs run.parallel = 'hsdp'")
         if self.optimizer.args and not kind.library:
             raise ValueError(f"optimizer.args is for optimizers of libraries; {name} has keys of its own")
         if kind.averages and self.ema.enabled:

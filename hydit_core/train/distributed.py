@@ -10,15 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from ..devices import choose_device, named_device
 from ..errors import ConfigError, HyditError
@@ -132,26 +130,6 @@ class Processes:
                 dist.broadcast(sent.view(-1).view(torch.uint8), 0)
             found[name] = sent.cpu()
         return found
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """``module`` with gradients averaged over the processes.
-
-        What is frozen is the same in all of them, from one file or one seed, and is not exchanged: what is
-        stored in 8 bits or fewer could not be.
-        """
-        if self.world == 1:
-            return module
-        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
-        devices = [self.device] if self.device.type == "cuda" else None
-        self.barrier()  # some load their weights faster than others
-        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
-
-    def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Context of a backward pass; gradients are exchanged in the last one of a step only."""
-        if not isinstance(module, DistributedDataParallel):
-            return nullcontext()
-        return answered(self.limit) if last else module.no_sync()
 
     def close(self) -> None:
         if self.signs is not None:

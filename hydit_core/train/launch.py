@@ -40,6 +40,8 @@ from .distributed import Processes
 from .loop import Trainer
 from .networks import ModelParts
 from .objectives.table import export_names, make_objective, objective_of
+from .parallel.choice import Kind
+from .parallel.choice import make as make_parallel
 from .parts import build
 from .posterior import Choice, choose
 from .restoring import picture_stamps, require_same_data, restore, shared_checkpoint
@@ -81,7 +83,8 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         objective.use_checkpointing(float(run.gradient_checkpointing))
         if run.compile:
             compile_networks(objective.module)
-        trainer = Trainer(config, objective, data, processes)
+        kind: Kind = "ddp" if run.parallel == "auto" else run.parallel
+        trainer = Trainer(config, objective, data, processes, make_parallel(run, kind, processes))
         if processes.is_main:
             trainer.pictures = picture_stamps(data)
         if resume is not None:
@@ -322,7 +325,8 @@ def _require_own(folder: Path, resume: str | None) -> None:
 
 
 def _resume(trainer: Trainer, where: Path, may_be_new: bool, say: Callable[[str], None]) -> None:
-    found = shared_checkpoint(where, trainer.processes, say)
+    parameters = trainer.objective.parameters()
+    found = shared_checkpoint(where, trainer.processes, say, parameters, trainer.parallel)
     if found is None:
         if not may_be_new:
             raise ConfigError(

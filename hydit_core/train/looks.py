@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager
 from ..data.dataset import TrainData
 from .checkpoint import Progress
 from .config import TrainConfig
-from .distributed import Processes
 from .metrics import Metrics
 from .objectives.base import Objective
-from .samples import draw_samples
+from .parallel.copies import Copies
+from .samples import draw_samples, write_sheet
 
 
 class Looks:
@@ -27,7 +27,7 @@ class Looks:
         config: TrainConfig,
         objective: Objective,
         data: TrainData,
-        processes: Processes,
+        parallel: Copies,
         metrics: Metrics,
         *,
         measure: Callable[[], dict[str, float]],
@@ -37,7 +37,8 @@ class Looks:
         self.config = config
         self.objective = objective
         self.data = data
-        self.processes = processes
+        self.parallel = parallel
+        self.processes = parallel.processes
         self.metrics = metrics
         self.measure = measure
         self.averaged = averaged
@@ -53,7 +54,7 @@ class Looks:
             best = self._validation(progress)
         every = config.samples.every
         if every and (step % every == 0 or final):
-            if self.processes.is_main:
+            if self.processes.is_main or self.parallel.sharded:
                 self._samples(step)
             self.processes.barrier()
         return best
@@ -84,15 +85,14 @@ class Looks:
 
     def _samples(self, step: int) -> None:
         with self.averaged():
-            path = draw_samples(
-                self.objective.parts,
-                self.config.samples,
-                self.config.run.output_dir / "samples",
-                step,
-                self.processes.device,
-                self.data.control,
-            )
-        self.metrics.note(f"step {step}: pictures in {path}")
+            sheet = self.parallel.drawing(self._sheet)
+        if self.processes.is_main:
+            path = write_sheet(sheet, self.config.run.output_dir / "samples", step)
+            self.metrics.note(f"step {step}: pictures in {path}")
+
+    def _sheet(self) -> bytes:
+        parts, device = self.objective.parts, self.processes.device
+        return draw_samples(parts, self.config.samples, device, self.data.control)
 
     def learned_out(self, progress: Progress) -> bool:
         """Whether validation, which took place just now, has not become better for ``patience`` epochs."""

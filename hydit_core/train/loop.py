@@ -28,6 +28,7 @@ from .metrics import LossWindow, Metrics
 from .objectives.base import Objective
 from .optim import Ema, learning_rate_factor, parameter_groups
 from .optimizers import Optimizers
+from .parallel.copies import Copies, Tensors
 from .saving import BEST, Saver, is_numbered
 from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames
 from .usage import NOTABLE_WAIT, Usage
@@ -50,7 +51,12 @@ class Trainer:
     """One run. ``data`` must have been opened with the run's batch size, rank and world size."""
 
     def __init__(
-        self, config: TrainConfig, objective: Objective, data: TrainData, processes: Processes
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        data: TrainData,
+        processes: Processes,
+        parallel: Copies | None = None,
     ) -> None:
         run = config.run
         self.config = config
@@ -66,11 +72,16 @@ class Trainer:
         trained = {name for group in groups for name in group.names}
         for name, parameter in everything.items():
             parameter.requires_grad_(name in trained)
-        self.trained = {name: p for name, p in everything.items() if name in trained}
-        self.model: nn.Module = processes.wrap(objective.module)
+        self.parallel = parallel or Copies(processes)
+        self.model: nn.Module = self.parallel.wrap(objective.module)
+        # Anew: where they are split, parts have taken their places.
+        self.trained = {name: p for name, p in objective.parameters().items() if name in trained}
         self.optimizer = Optimizers(groups, self.trained, config.optimizer)
         self.ema = Ema(self.trained, config.ema) if config.ema.enabled else None
-        self.saver = Saver(config, objective, self._averaged)
+        self.parallel.share(self._tensors, self._averaged)
+        if self.parallel.sharded:
+            objective.parts.whole = self.parallel.whole
+        self.saver = Saver(config, objective, self.parallel.averaged)
 
         self.global_batch = run.batch_size * processes.world
         self.draws = TrainingDraws(
@@ -116,7 +127,7 @@ class Trainer:
             self.config,
             self.objective,
             self.data,
-            self.processes,
+            self.parallel,
             self.metrics,
             measure=self._validate,
             averaged=self._averaged,
@@ -138,9 +149,8 @@ class Trainer:
         begun, before = time.monotonic(), progress.seconds
         if progress.step == 0 and progress.micro == 0:
             self.looks.at(progress)
-        elif self.processes.is_main:
-            self.saver.continued(progress)
-            self.saver.export_missing(progress)
+        else:
+            self.parallel.write(self._continued)
         self._look_at_the_clock()
         micro_batches = 0
         with contextlib.closing(self._batches()) as batches:  # closing ends the data workers
@@ -164,6 +174,10 @@ class Trainer:
         """All processes at the same step: their clocks differ."""
         if minutes := self.config.run.minutes:
             self._time_is_up = self.processes.any(self.progress.seconds >= 60 * minutes)
+
+    def _continued(self) -> None:
+        self.saver.continued(self.progress)
+        self.saver.export_missing(self.progress)
 
     def _end(self, finished: bool) -> None:
         """The last checkpoint and export, of a finished run or of an interrupted one."""
@@ -237,11 +251,22 @@ class Trainer:
             self.processes.fail(cause)
         if not self._gradients_whole or self.processes.world > 1:
             self._begin_step_again()
-        told = self._save_after(error, cause) if self.processes.is_main else "Process 0 tells what is saved"
+        told = self._told(error, cause)
         if isinstance(error, SeenByAll):
             with contextlib.suppress(HyditError):
                 self.processes.barrier()  # a launcher ends them all when the first one ends
         return TrainingStopped(f"{cause.rstrip('.')}. {told}")
+
+    def _told(self, error: Exception, cause: str) -> str:
+        """What is saved, in words, after saving it; parts are saved by all processes together or by none."""
+        told = ["Process 0 tells what is saved"]
+        if self.parallel.sharded and isinstance(error, SeenByAll):
+            self.parallel.write(lambda: told.append(self._save_after(error, cause)))
+        elif self.parallel.sharded and not isinstance(error, Diverged):
+            return f"What came after the last checkpoint is lost. Continue with --resume {self.folder}"
+        elif self.processes.is_main:
+            told.append(self._save_after(error, cause))
+        return told[-1]
 
     def _save_after(self, error: Exception, cause: str) -> str:
         """What is saved, in words, after saving it."""
@@ -298,7 +323,7 @@ class Trainer:
         batch, inputs = prepared.batch, self.encoding.inputs(prepared)
         # Whatever draws from the global generator (a layer with dropout, say) is a function of the place too.
         torch.manual_seed(hash_int(run.seed, step, micro, self.processes.rank, "global") >> 1)
-        with self.processes.accumulating(self.model, last):
+        with self.parallel.accumulating(last):
             with self._autocast():
                 terms = self.model(**inputs)
             weights = batch.weights.to(terms.loss, non_blocking=True)
@@ -321,8 +346,7 @@ class Trainer:
         run, progress = self.config.run, self.progress
         self._gradients_whole = False
         factor = learning_rate_factor(progress.step, run.steps, self.config.schedule)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), run.clip_norm or math.inf)
-        value = float(norm)
+        value = self.parallel.clip(self.trained.values(), run.clip_norm or math.inf)
         loss = self.window.step_loss(run.grad_accumulation)
         if math.isfinite(value):
             self._weights_whole = False
@@ -419,9 +443,7 @@ class Trainer:
 
     def save(self, *, best: bool = False) -> None:
         """A checkpoint and the exported model, written by the first process while the others wait."""
-        if self.processes.is_main:
-            self._write(best=best)
-        self.processes.barrier()
+        self.parallel.write(lambda: self._write(best=best))
         self._saved = (self.progress.step, self.progress.micro)
 
     def _write(self, *, best: bool = False) -> None:
@@ -452,13 +474,19 @@ class Trainer:
         progress.batch = [self.global_batch, self.config.run.grad_accumulation]
         progress.data = self.fingerprint
         progress.health = asdict(self.health)
-        tensors: dict[str, dict[str, Tensor]] = {
+        progress.ema_updates = self.ema.updates if self.ema is not None else progress.ema_updates
+        beside = {"gradients": gradients, "pictures": self.pictures}
+        config, shards = self.config.model_dump(mode="json"), self.parallel.shard_writer
+        if shards is not None:
+            return Checkpoint(progress, config, beside, write_shards=shards)
+        return Checkpoint(progress, config, {**self._tensors(), **beside})
+
+    def _tensors(self) -> Tensors:
+        """What of a checkpoint is as large as the model."""
+        tensors: Tensors = {
             "weights": {name: p.detach() for name, p in self.objective.parameters().items()},
             "optimizer": self.optimizer.state(),
-            "gradients": gradients,
-            "pictures": self.pictures,
         }
         if self.ema is not None:
             tensors["ema"] = self.ema.average
-            progress.ema_updates = self.ema.updates
-        return Checkpoint(progress, self.config.model_dump(mode="json"), tensors)
+        return tensors

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from ..facts import ModelInfo
 from ..model.controlnet import ControlNet
@@ -15,6 +16,7 @@ from ..model.dit import DiT
 from ..model.ip_adapter import IPAdapter
 from ..text.features import TextFeatures
 from ..weights.save import save_checkpoint
+from ..weights.source import MemorySource, TensorSource, cast
 
 if TYPE_CHECKING:  # they bring transformers, which a configuration is checked without
     from ..image_prompts.encoder import ImageEncoder
@@ -37,18 +39,38 @@ class ModelParts:
     ip_adapter: IPAdapter | None = None
     image_encoder: ImageEncoder | None = None
     stored_text: Callable[[str], TextFeatures] | None = None
+    whole: Callable[[Tensor], Tensor] | None = None
+    """Where processes hold parts of what is exported: gathers one tensor."""
+
+    def content(self, network: nn.Module) -> TensorSource:
+        """The tensors of a network, for a file; where they are parts, each is gathered when it is read."""
+        if self.whole is None:
+            return MemorySource(network.state_dict())
+        return _Gathered(network.state_dict(keep_vars=True), self.whole)
 
     def save(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
         """Write the DiT, or everything in one file."""
         if not all_in_one:
-            save_checkpoint(path, dit=self.dit.state_dict(), info=self.info, dtype=dtype, metadata=extra)
+            save_checkpoint(path, dit=self.content(self.dit), info=self.info, dtype=dtype, metadata=extra)
             return
         save_checkpoint(
             path,
-            dit=self.dit.state_dict(),
-            **self.text.state_parts(),
+            dit=self.content(self.dit),
+            **self.text.state_parts()
+            | {"bert": self.content(self.text.bert), "t5": self.content(self.text.t5)},
             vae=self.vae.checkpoint_tensors(),
             info=self.info,
             dtype=dtype,
             metadata=extra,
         )
+
+
+class _Gathered(MemorySource):
+    """Tensors of which this process holds a part."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(tensors)
+        self._whole = whole
+
+    def get(self, key: str, dtype: torch.dtype | None = None) -> Tensor:
+        return cast(self._whole(self._tensors[key]).detach(), dtype)

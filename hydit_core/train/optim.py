@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .parallel.copies import own
 from .sections import EmaSection, GroupSection, OptimizerSection, ScheduleSection
 
 
@@ -105,16 +106,17 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
-        live = [p.detach().float() for p in self.live.values()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - self.decay(self.updates))
+        live = [own(p).float() for p in self.live.values()]
+        torch._foreach_lerp_([own(a) for a in self.average.values()], live, 1 - self.decay(self.updates))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within this context the model holds the averaged weights; afterwards, exactly those from before."""
         with torch.no_grad():
-            kept = [p.detach().clone() for p in self.live.values()]
-            torch._foreach_copy_([p.detach() for p in self.live.values()], list(self.average.values()))
+            live = [own(p) for p in self.live.values()]
+            kept = [p.clone() for p in live]
+            torch._foreach_copy_(live, [own(a) for a in self.average.values()])
             try:
                 yield
             finally:
-                torch._foreach_copy_([p.detach() for p in self.live.values()], kept)
+                torch._foreach_copy_(live, kept)

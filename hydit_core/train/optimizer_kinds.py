@@ -27,6 +27,7 @@ class Kind:
         state_bytes: of its state for each value of a matrix, for the estimate of memory.
         averages: it keeps averaged weights of its own, which are what is validated, drawn with and exported.
         one_rate: all parameters share one learning rate.
+        splits: it trains parts of parameters that are split over processes (``run.parallel = "fsdp"``).
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -36,13 +37,14 @@ class Kind:
     state_bytes: float = 8
     averages: bool = False
     one_rate: bool = False
+    splits: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
-    "adamw": Kind(),
-    "muon": Kind(),
+    "adamw": Kind(splits=True),
+    "muon": Kind(splits=True),
     "adamw_8bit": Kind(library="torchao.optim", called="AdamW8bit", state_bytes=2 + 2 * 4 / 256),
-    "lion": Kind({"betas": (0.9, 0.99)}, _PYTORCH_OPTIMIZER, "Lion", state_bytes=4),
+    "lion": Kind({"betas": (0.9, 0.99)}, _PYTORCH_OPTIMIZER, "Lion", state_bytes=4, splits=True),
     "adafactor": Kind(
         {},
         _PYTORCH_OPTIMIZER,
@@ -61,7 +63,7 @@ KINDS: Mapping[str, Kind] = {
         one_rate=True,
     ),
     "schedule_free": Kind(
-        {"lr": 2.5e-3}, _PYTORCH_OPTIMIZER, "ScheduleFreeAdamW", state_bytes=8, averages=True
+        {"lr": 2.5e-3}, _PYTORCH_OPTIMIZER, "ScheduleFreeAdamW", state_bytes=8, averages=True, splits=True
     ),
 }
 

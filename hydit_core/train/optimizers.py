@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..quiet import quiet_imports
 from .optim import Group
 from .optimizer_kinds import KINDS, Kind, require_library
+from .parallel.copies import is_part, own
 from .sections import OptimizerSection
 
 _PER_GROUP = "group:"
@@ -134,15 +135,15 @@ class Optimizers:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within this context the model holds the averaged weights; afterwards, exactly those from before."""
-        trained = [p for o in self._optimizers for g in o.param_groups for p in g["params"]]
-        kept = [p.detach().clone() for p in trained]
+        trained = [own(p) for o in self._optimizers for g in o.param_groups for p in g["params"]]
+        kept = [p.clone() for p in trained]
         for optimizer in self._optimizers:
             optimizer.eval()  # type: ignore[attr-defined]
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_([p.detach() for p in trained], kept)
+                torch._foreach_copy_(trained, kept)
             for optimizer in self._optimizers:  # its own way back would round
                 for group in optimizer.param_groups:
                     group["train_mode"] = True
@@ -205,7 +206,7 @@ class Optimizers:
 
 def _stored(name: str, value: Any) -> dict[str, Tensor]:
     """One value of a state as tensors: a number says of which type it is, a quantised tensor is its parts."""
-    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__") and not is_part(value):
         parts, (signed, *_) = value.__tensor_flatten__()
         return {f"{name}.{part}": getattr(value, part) for part in parts} | {
             f"{name}.signed": torch.tensor(signed)

@@ -20,6 +20,8 @@ from .config import differences, up_to_date
 from .distributed import Processes
 from .health import Health
 from .optim import Ema
+from .parallel import shards
+from .parallel.copies import Copies
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -27,24 +29,36 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 
 
-def find_checkpoint(where: Path, warn: Note) -> Checkpoint | None:
+def find_checkpoint(where: Path, warn: Note, *, parts: bool = False) -> Checkpoint | None:
     """The newest valid checkpoint of a run's folder, or the one in ``where`` itself.
 
-    None if there is none. Raises :class:`HyditError` if there are only damaged ones.
+    None if there is none; ``parts``: see :func:`.checkpoint.load`. Raises :class:`HyditError` if there are
+    only damaged ones.
     """
     if (where / "manifest.json").exists():
-        return checkpoints.load(where)
-    return checkpoints.load_latest(where / "checkpoints", warn)
+        return checkpoints.load(where, parts=parts)
+    return checkpoints.load_latest(where / "checkpoints", warn, parts=parts)
 
 
-def shared_checkpoint(where: Path, processes: Processes, warn: Note) -> Checkpoint | None:
-    """The first process's checkpoint, sent to all: the others may not see its disk."""
+def shared_checkpoint(
+    where: Path,
+    processes: Processes,
+    warn: Note,
+    into: Mapping[str, Tensor] | None = None,
+    parallel: Copies | None = None,
+) -> Checkpoint | None:
+    """The first process's checkpoint, sent to all: the others may not see its disk.
+
+    Where ``parallel`` splits the model, tensors that belong to one of ``into`` are split as that is; a
+    checkpoint of parts is then read by each process, and only its parts.
+    """
+    parallel = parallel or Copies(processes)
     if processes.world == 1:
         return find_checkpoint(where, warn)
     own: list[Checkpoint] = []
 
     def look() -> dict[str, Any] | None:
-        found = find_checkpoint(where, warn)
+        found = find_checkpoint(where, warn, parts=parallel.sharded)
         if found is None:
             return None
         own.append(found)
@@ -58,16 +72,42 @@ def shared_checkpoint(where: Path, processes: Processes, warn: Note) -> Checkpoi
     told = processes.from_main(look)
     if told is None:
         return None
+    path = None if told["path"] is None else Path(told["path"])
+    targets = into if parallel.sharded and into is not None else {}
     tensors: dict[str, dict[str, Tensor]] = {}
     for stem, shapes in told["shapes"].items():
-        part = (
-            own[0].tensors[stem]
-            if own
-            else {name: torch.empty(shape, dtype=getattr(torch, t)) for name, (shape, t) in shapes.items()}
-        )
-        tensors[stem] = processes.broadcast(part)
-    path = None if told["path"] is None else Path(told["path"])
+        tensors[stem] = {}
+        for name, (shape, dtype) in shapes.items():
+            made = own[0].tensors[stem][name] if own else torch.empty(shape, dtype=getattr(torch, dtype))
+            target = target_of(targets, name, tuple(shape))
+            tensors[stem][name] = (
+                processes.broadcast({name: made})[name] if target is None else parallel.split(made, target)
+            )
+    if path is not None and "weights" not in tensors:
+        tensors |= _own_parts(path, targets)
     return Checkpoint(Progress(**told["progress"]), told["config"], tensors, path)
+
+
+def _own_parts(path: Path, targets: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Of a checkpoint of parts, those of this process."""
+
+    def target(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        found = target_of(targets, name, shape)
+        return torch.empty(shape, dtype=dtype) if found is None else torch.empty_like(found, dtype=dtype)
+
+    try:
+        return shards.read(path / shards.FOLDER, target)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read here ({error}): where processes hold parts of the model, the run's "
+            "folder has to be on a disk that all machines share"
+        ) from error
+
+
+def target_of(targets: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """The parameter that a tensor of a checkpoint belongs to: as its weight, its average or a moment."""
+    found = targets.get(name) if name in targets else targets.get(name.rpartition("|")[0])
+    return None if found is None or tuple(found.shape) != shape else found
 
 
 def restore(trainer: Trainer, found: Checkpoint) -> list[str]:

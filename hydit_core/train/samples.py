@@ -46,12 +46,10 @@ def sample_texts(settings: SamplesSection, parts: ModelParts) -> set[str]:
 def draw_samples(
     parts: ModelParts,
     settings: SamplesSection,
-    folder: Path,
-    step: int,
     device: torch.device,
     control: ControlImages | None = None,
-) -> Path:
-    """Draw every prompt with the weights as they are now; returns the sheet ``step_00001000.png``.
+) -> bytes:
+    """Draw every prompt with the weights as they are now; returns the sheet, a PNG file.
 
     With ``control``, each picture has its control picture to its left; with an IP-Adapter, its prompt
     picture. The VAE, the text encoders and the image encoder, which cached data do without, are on ``device``
@@ -93,8 +91,13 @@ def draw_samples(
             net.to(home)
     file = io.BytesIO()
     contact_sheet(images).save(file, format="PNG")
+    return file.getvalue()
+
+
+def write_sheet(sheet: bytes, folder: Path, step: int) -> Path:
+    """The file ``step_00001000.png`` of a sheet."""
     # A run that goes on from an earlier checkpoint comes to the same step again.
-    return write_new(folder / f"step_{step:08d}.png", file.getvalue(), keep_same=True)
+    return write_new(folder / f"step_{step:08d}.png", sheet, keep_same=True)
 
 
 def _paired(prompts: Sequence[str], paths: Sequence[Path]) -> Iterator[tuple[str, Path]]:

@@ -166,6 +166,14 @@ class RunSection(Section):
     answer_within: float = Field(
         default=240.0, gt=0, le=1e6, description="several processes: how long one may be silent"
     )
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
+        default="auto",
+        description="several processes: each holds the whole model (ddp), or a part of it (fsdp), or groups "
+        "of them hold a copy and split it (hsdp); auto: ddp where it fits, else fsdp",
+    )
+    parallel_replicas: int | None = Field(
+        default=None, gt=0, le=65536, description="hsdp: how many copies; unset: one on each machine"
+    )
 
     @field_validator("gradient_checkpointing")
     @classmethod

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # it brings transformers, which a configuration is checked wi
     from ...text.encoders import TextEncoders
 
 AnyConfig = TypeVar("AnyConfig", bound=TrainSections)
+T = TypeVar("T")
 
 
 class Objective(Protocol):
@@ -128,6 +129,13 @@ class DiffusionModule(nn.Module):
         return self.dit.encode_context(
             text.bert, text.bert_mask, text.t5, text.t5_mask, image_meta_size=image_meta_size
         )
+
+    def drawing(self, draw: Callable[[], T]) -> T:
+        """What ``draw`` returns, which calls networks of this module by themselves.
+
+        Where their weights are split over processes, this is a forward of the module like any other.
+        """
+        return draw()
 
     def predict(self, x_t: Tensor, t: Tensor, contexts: Any, **conditions: Tensor) -> Tensor:
         """(B, 2 C, h, w) of noisy latents (B, C, h, w), with what :meth:`contexts` gave."""

@@ -187,9 +187,8 @@ class ControlNetObjective(DiffusionObjective):
     def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
         """The ControlNet in Tencent's layout; nothing else could go into one file with it."""
         metadata = {**extra, CONTROL_KEY: json.dumps(self.control)}
-        save_checkpoint(
-            path, dit=self.controlnet.state_dict(), info=self.parts.info, dtype=dtype, metadata=metadata
-        )
+        own = self.parts.content(self.controlnet)
+        save_checkpoint(path, dit=own, info=self.parts.info, dtype=dtype, metadata=metadata)
 
 
 _BELONG_TOGETHER = (

@@ -218,7 +218,8 @@ class IPAdapterObjective(DiffusionObjective):
 
     def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
         """The adapter under Tencent's names; its image encoder stays a file of its own."""
-        save_ip_adapter(path, self.ip_adapter.state_dict(), self.parts.info, dtype=dtype, metadata=extra)
+        own = self.parts.content(self.ip_adapter)
+        save_ip_adapter(path, own, self.parts.info, dtype=dtype, metadata=extra)
 
 
 def open_encoder(config: TrainSections, **how: Any) -> ImageEncoder:

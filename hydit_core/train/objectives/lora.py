@@ -193,7 +193,7 @@ class LoraObjective(DiffusionObjective):
         if lora.trigger:
             metadata |= dict.fromkeys(TRIGGER_KEYS, lora.trigger)
         metadata = file_metadata(self.parts.dit.config, info, role="lora", extra={**metadata, **extra})
-        adapter = to_adapter(self.networks, lora, metadata)
+        adapter = to_adapter(self.networks, lora, metadata, self.parts.whole)
         writing.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata, overwrite=True)
         folder = path.with_suffix("")
         for left in unfinished(folder.parent, folder.name):  # of a crash

@@ -1,0 +1,162 @@
+"""Several processes that hold parts of one model (FSDP2: Zhao et al. 2023, per parameter)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..distributed import Processes, answered
+from . import shards
+from .copies import Averaged, Copies, Tensors
+from .together import Together
+
+T = TypeVar("T")
+
+
+class Sharded(Copies):
+    """Weights, gradients, optimizer states and averages are split over the processes, tensor by tensor.
+
+    A block's weights are gathered when it computes, forward and backward, and given up afterwards; so a
+    process holds its share of the model and one or two whole blocks. The micro-batches of a step add their
+    gradients up in parts: whole ones would need as much memory as the weights.
+
+    Args:
+        replicas: so many groups of processes hold a copy of the model each, and split it among them (HSDP).
+        half: blocks that are trained are gathered, and compute, in bfloat16; their parts stay in float32.
+    """
+
+    sharded = True
+
+    def __init__(self, processes: Processes, *, replicas: int = 1, half: bool = False) -> None:
+        super().__init__(processes)
+        self._replicas = replicas
+        self._half = half
+        self._parts: dict[str, DTensor] = {}
+        self._entered = ExitStack()
+
+    def wrap(self, module: nn.Module, *, static: bool = False) -> nn.Module:
+        """Split ``module`` in place: its parameters are other objects afterwards, parts of what they were."""
+        mesh = self._mesh()
+        whole = {p for p in module.parameters() if not _can_be_split(p)}
+        self.processes.barrier()
+        for unit in [*units(module), module]:
+            half = self._half and _is_trained(unit)
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if half else None,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,  # autocast decides, as in one process
+            )
+            # The root too: without a backward pass it would keep weights from before the next update.
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=whole)
+        if hasattr(module, "drawing"):
+            register_fsdp_forward_method(module, "drawing")
+        self._model = module
+        self._parts = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
+        self._names = {id(part): name for name, part in self._parts.items()}
+        return module
+
+    def _mesh(self) -> DeviceMesh:
+        kind, world = self.processes.device.type, self.processes.world
+        if self._replicas == 1:
+            return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+        shape = (self._replicas, world // self._replicas)
+        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        assert isinstance(self._model, FSDPModule)
+        self._model.set_requires_all_reduce(last)  # between replicas
+        return answered(self.processes.limit)
+
+    def clip(self, parameters: Iterable[Tensor], limit: float) -> float:
+        with answered(self.processes.limit):
+            norm: Any = torch.nn.utils.clip_grad_norm_(parameters, limit)
+            return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def drawing(self, draw: Callable[[], T]) -> T:
+        """All processes have to draw: none of them holds the whole model."""
+        model: Any = self._model
+        with answered(self.processes.limit):
+            drawn: T = model.drawing(draw)
+        return drawn
+
+    def split(self, tensor: Tensor, as_is: Tensor) -> Tensor:
+        assert isinstance(as_is, DTensor)
+        with answered(self.processes.limit):
+            return distribute_tensor(tensor.to(self.processes.device), as_is.device_mesh, as_is.placements)
+
+    # -- saving ------------------------------------------------------------------------------------
+
+    def share(self, state: Callable[[], Tensors], averaged: Averaged) -> None:
+        self._state, self._averaged = state, averaged
+        self._together = Together(
+            self.processes,
+            {
+                "average": lambda _: self._entered.enter_context(self._averaged()),
+                "as trained": lambda _: self._entered.close(),
+                "whole": self._gathered,
+                "shards": lambda folder: shards.write(Path(folder), self._state(), self.processes),
+            },
+        )
+        self.averaged = self._averaged_together
+
+    def write(self, write: Callable[[], None]) -> None:
+        """Run ``write`` in the first process, with the help of the others."""
+        self._together.run(write)
+        self.processes.barrier()
+
+    @contextlib.contextmanager
+    def _averaged_together(self) -> Iterator[None]:
+        self._together.ask("average")
+        try:
+            yield
+        finally:
+            self._together.ask("as trained")
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        name = self._names.get(id(tensor))
+        return tensor if name is None else self._together.ask("whole", name)
+
+    def _gathered(self, name: str) -> Tensor:
+        with answered(self.processes.limit):
+            return self._parts[name].full_tensor().detach()
+
+    def shard_writer(self, folder: Path) -> dict[str, Any]:
+        entries: dict[str, Any] = self._together.ask("shards", str(folder))
+        return entries
+
+
+def units(module: nn.Module) -> list[nn.Module]:
+    """What is gathered at once: the blocks of each network, which stand in lists.
+
+    A list of plain layers, such as a ControlNet's projections, is left to the module around it: to gather
+    each by itself would take too long.
+    """
+    found: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and all(any(True for _ in one.children()) for one in child):
+            found += child
+        else:
+            found += units(child)
+    return found
+
+
+def _can_be_split(parameter: Tensor) -> bool:
+    """What is quantised is of classes that know no parts, and stays whole in every process."""
+    return type(parameter) in (Tensor, nn.Parameter) and parameter.dtype.itemsize >= 2
+
+
+def _is_trained(unit: nn.Module) -> bool:
+    """Whether most of a unit is trained: a frozen base has the dtypes that it is stored in."""
+    sizes = {True: 0, False: 0}
+    for parameter in unit.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    return sizes[True] > sizes[False]
