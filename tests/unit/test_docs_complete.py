@@ -19,7 +19,8 @@ PAGES = [
     *sorted((ROOT / "examples").glob("*/README.md")),
 ]
 COMMAND = re.compile(
-    r"-m (hydit_core\.\w+)(?: (cache|export|report|inspect|convert|quantize|merge|combine|extract)\b)?(.*)"
+    r"-m (hydit_core\.\w+)"
+    r"(?: (quick|cache|export|report|inspect|convert|quantize|merge|combine|extract)\b)?(.*)"
 )
 """A command of ours in a code block: module, subcommand, the rest. Chinese pages have the same ones."""
 

@@ -109,6 +109,16 @@ def test_captions_get_the_trigger_that_they_lack(tmp_path: Path) -> None:
     assert not findings.missing_captions.count
 
 
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_lines_are_captions_where_every_file_has_several(tmp_path: Path, all_of_them: bool) -> None:
+    path = folder(tmp_path / "dog", 3)
+    for i in range(3 if all_of_them else 2):
+        (path / f"{i:02}.txt").write_text(f"dog {i}\n狗 {i}\n", encoding="utf-8")
+    found = survey(Wish(path))
+    assert found.caption_lines is all_of_them
+    assert len(found.captions) == (6 if all_of_them else 3) and found.captions[0][:5] == "dog 0"
+
+
 def test_what_is_missing_is_told(tmp_path: Path, model: Path) -> None:
     path = folder(tmp_path / "dog", 6)
     (path / "03.txt").unlink()
@@ -207,7 +217,7 @@ def test_published_weights_fit_as_memory_allows(
     """DiT-g/2 without content."""
     with torch.device("meta"):
         dit = DiT(DiTConfig())
-    found = Survey(np.full((20, 2), 1024), [], 20, ["0.png"], 0, 0, [], Findings())
+    found = Survey(np.full((20, 2), 1024), [], False, 20, ["0.png"], 0, 0, [], Findings())
     monkeypatch.setattr(planning, "bundle", lambda *_, **__: None)
     monkeypatch.setattr(planning, "survey", lambda wish: found)
     monkeypatch.setattr(planning, "load_dit", lambda *_, **__: (dit, ModelInfo.published("v1.2")))

@@ -84,7 +84,7 @@ function seriesOf(run, number, name) {
     return [{ steps, values: curve.mean, show: { label: `${label}t ${first}–${last}`, stroke, width: 1.5, dash, points: { show: true, size: 5, fill: stroke } } }];
   }
   if (name.startsWith("val_"))
-    return [{ steps, values: curve.mean, show: { label: label + say(name), stroke: color, width: 1.5, dash: name === "val_loss" ? [3, 4] : [8, 4], points: { show: true, size: 6, fill: color } } }];
+    return [{ steps, values: curve.mean, show: { label: label + say(name), stroke: color, width: 1.5, dash: name.endsWith("_ema") ? [8, 4] : [3, 4], points: { show: true, size: 6, fill: color } } }];
   return [{ steps, values: curve.mean, show: { label: runs.length > 1 ? run.name : say(name), stroke: color, width: 1.5, points: { show: false } } }];
 }
 
@@ -164,6 +164,7 @@ function drawCharts() {
   filled("charts", ...[
     chart("loss", ["loss", "val_loss", "val_loss_ema"], 380, true),
     chart("bands", bands(), 260),
+    chart("forgotten", ["val_prior_loss", "val_prior_loss_ema"], 200),
     chart("lr", ["lr"], 200),
     chart("grad_norm", ["grad_norm"], 200),
     chart("speed", ["speed"], 200),

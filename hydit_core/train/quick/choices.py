@@ -111,6 +111,8 @@ def data_choices(wish: Wish, found: Survey, base: Base) -> Iterator[Choice]:
         yield Choice("data", "on_unreadable", "skip", f"{found.unreadable} pictures cannot be read")
     yield Choice("[data.sources]", "path", str(wish.pictures.resolve()))
     yield Choice("[data.sources]", "kind", "folder")
+    if found.caption_lines:
+        yield Choice("[data.sources]", "caption_lines", True, "every .txt has several: each is a caption")
     if found.uncaptioned:
         whose = "no picture has" if not found.captions else f"for the {found.uncaptioned} pictures without"
         reason = f"{whose} a caption of its own (a .txt of the same name)"

@@ -33,6 +33,7 @@ class Survey:
     Attributes:
         sizes: (n, 2) width and height of each that can be read.
         captions: their captions, each once.
+        caption_lines: whether every line of a caption's file is a caption of its own.
         uncaptioned: how many have no caption of their own.
         uncaptioned_shown: the first of those, by name.
         without_trigger: how many captions do not hold the trigger.
@@ -41,6 +42,7 @@ class Survey:
 
     sizes: np.ndarray
     captions: Sequence[str]
+    caption_lines: bool
     uncaptioned: int
     uncaptioned_shown: Sequence[str]
     without_trigger: int
@@ -63,7 +65,7 @@ def survey(wish: Wish) -> Survey:
         raise DataError(f"{folder} {what}: give the folder that the pictures are in")
     config = DataConfig.model_validate(
         {
-            "sources": [{"path": folder.resolve(), "kind": "folder"}],
+            "sources": [{"path": folder.resolve(), "kind": "folder", "caption_lines": True}],
             "allow_missing_captions": True,
             "on_unreadable": "skip",
         }
@@ -80,12 +82,17 @@ def survey(wish: Wish) -> Survey:
             "(docs/training.md, Large data)"
         )
     manifest, findings = found
-    captions = list(dict.fromkeys(text for record in manifest for text in record.captions if text))
+    texts = [record.captions for record in manifest if any(record.captions)]
+    # One text of several paragraphs is no list of captions; where every file has several lines, they are.
+    lines = bool(texts) and all(len(captions) > 1 for captions in texts)
+    each = (text for captions in texts for text in (captions if lines else [" ".join(captions)]))
+    captions = list(dict.fromkeys(each))
     trigger = wish.trigger.casefold()
     missing, unreadable = findings.missing_captions, findings.unreadable
     return Survey(
         np.stack([manifest.widths, manifest.heights], 1),
         captions,
+        lines,
         missing.count,
         missing.shown,
         sum(trigger not in text.casefold() for text in captions),
