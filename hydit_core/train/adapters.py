@@ -1,30 +1,25 @@
-"""LoRA layers in a DiT and its text encoders: where they go, what is trained, reading and writing.
+"""Adapters in a DiT and its text encoders: where they go, what is trained, reading and writing.
 
-peft provides the layers. Names here are those of the files: ``dit.blocks.0.attn1.Wqkv``,
-``bert.encoder.layer.0.attention.self.query``, ``t5.encoder.block.0.layer.0.SelfAttention.q``.
+Names here are those of the files: ``dit.blocks.0.attn1.Wqkv``, ``bert.encoder.layer.0.attention.self.query``,
+``t5.encoder.block.0.layer.0.SelfAttention.q``. What is trained in a layer is in :mod:`.adapter_kinds`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..data.order import hash_int
-from ..data.section import AnyDtypeName, Section
 from ..errors import ConfigError, LoraError
 from ..lora.adapter import Adapter
 from ..lora.fuse import fused
-from ..lora.kinds import DoRA, LoRA
 from ..lora.patch import Patch
-from ..quiet import quiet_imports
-from ..weights.frozen import dense
-from .model_section import ConfigPath
+from .adapter_kinds import KINDS, Plan, TrainedKind
+from .lora_section import LoraSection
 from .optim import matches
 
 if TYPE_CHECKING:
@@ -32,49 +27,6 @@ if TYPE_CHECKING:
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
-TARGETS = ("attention", "attention+mlp", "all-linear")
-
-
-class LoraSection(Section):
-    """The table ``lora`` of the configuration."""
-
-    rank: int = Field(default=16, gt=0, le=8192, description="rank of the two matrices of each layer")
-    alpha: float | None = Field(
-        default=None, gt=0, le=1e6, description="the strength is alpha / rank; unset: the rank, so strength 1"
-    )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the adapters' inputs")
-    rslora: bool = Field(default=False, description="take alpha / sqrt(rank) as the strength instead")
-    dora: bool = Field(default=False, description="DoRA: train the norm of each output's weights separately")
-    targets: str | tuple[str, ...] = Field(
-        default="attention", description="which linear layers get adapters"
-    )
-    train_bert: bool = Field(default=False, description="adapters in BERT too")
-    train_t5: bool = Field(default=False, description="adapters in mT5 too")
-    init_from: ConfigPath | None = Field(
-        default=None, description="a LoRA or DoRA to continue from, in any format, of at most this rank"
-    )
-    base_precision: Annotated[Literal["fp32", "bf16", "fp16", "fp8", "int8", "nf4"] | None, AnyDtypeName] = (
-        Field(default=None, description="how the frozen DiT's matrices are stored; unset: run.precision")
-    )
-    trigger: str = Field(
-        default="", description="words in the captions that call up the LoRA, for the exported files"
-    )
-
-    @field_validator("targets")
-    @classmethod
-    def _known_targets(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if isinstance(targets, str) and targets not in TARGETS:
-            raise ValueError(f"use one of {', '.join(TARGETS)}, or a list of patterns such as ['Wqkv']")
-        if not targets:
-            raise ValueError("an empty list: nothing would be trained")
-        return targets
-
-    @property
-    def trains_text(self) -> bool:
-        return self.train_bert or self.train_t5
-
-
-_NAME = "default"  # of the one adapter, inside peft's layers
 
 # Suffixes, those of the DiT as in the published runs (Tencent/HunyuanDiT): pooler.q_proj is one of them.
 _ATTENTION = {
@@ -96,8 +48,12 @@ def adapted_parts(config: LoraSection, dit: nn.Module, text: TextEncoders) -> di
     return {part: networks[part] for part, use in wanted.items() if use}
 
 
-def find_targets(parts: Mapping[str, nn.Module], config: LoraSection) -> dict[str, nn.Linear]:
+def find_targets(
+    parts: Mapping[str, nn.Module], config: LoraSection, *, partial: bool = False
+) -> dict[str, nn.Linear]:
     """The linear layers that get adapters, by full name.
+
+    ``partial``: not all parts are there, so that a pattern may fit none of their layers.
 
     A pattern is a suffix of whole words (``Wqkv``, ``mlp.fc1``), a glob over the full name
     (``dit.blocks.3.*``) or, after ``re:``, a regular expression.
@@ -121,19 +77,10 @@ def find_targets(parts: Mapping[str, nn.Module], config: LoraSection) -> dict[st
             for name, layer in linear.items()
             if any(name.endswith(f".{suffix}") for suffix in suffixes[name.partition(".")[0]])
         }
-    found: dict[str, list[str]] = {
-        pattern: [name for name in linear if name.endswith(f".{pattern}") or matches(pattern, name)]
-        for pattern in config.targets
-    }
-    idle = [pattern for pattern, names in found.items() if not names]
-    if idle:
-        some = ", ".join(list(linear)[:: max(1, len(linear) // 4)][:4])
-        raise ConfigError(
-            f"lora.targets: no linear layer fits {', '.join(map(repr, idle))}; names look like: {some}"
-        )
+    found = _fitting("targets", config.targets, linear, partial=partial)
     chosen = {name for names in found.values() for name in names}
     for part in parts:
-        if not any(name.startswith(f"{part}.") for name in chosen):
+        if not any(name.startswith(f"{part}.") for name in chosen) and not partial:
             raise ConfigError(
                 f"lora.targets: none of the patterns fits a layer of {part}; add one, or set "
                 f"lora.train_{part} = false"
@@ -141,69 +88,83 @@ def find_targets(parts: Mapping[str, nn.Module], config: LoraSection) -> dict[st
     return {name: layer for name, layer in linear.items() if name in chosen}
 
 
+def _fitting(
+    key: str, patterns: Iterable[str], layers: Iterable[str], *, partial: bool
+) -> dict[str, list[str]]:
+    """The layers that each pattern fits. Raises :class:`ConfigError` if one fits none, unless ``partial``."""
+    layers = list(layers)
+    found = {
+        pattern: [name for name in layers if name.endswith(f".{pattern}") or matches(pattern, name)]
+        for pattern in patterns
+    }
+    idle = [pattern for pattern, names in found.items() if not names]
+    if idle and not partial:
+        some = ", ".join(layers[:: max(1, len(layers) // 4)][:4])
+        raise ConfigError(
+            f"lora.{key}: no linear layer fits {', '.join(map(repr, idle))}; names look like: {some}"
+        )
+    return found
+
+
+def _by_pattern(
+    key: str, values: Mapping[str, float], layers: Iterable[str], *, partial: bool
+) -> dict[str, Any]:
+    """The value of each layer that a pattern fits; the first counts."""
+    found = _fitting(key, values, layers, partial=partial)
+    return {name: values[pattern] for pattern in reversed(found) for name in found[pattern]}
+
+
+def make_plans(targets: Mapping[str, Any], config: LoraSection, *, partial: bool = False) -> dict[str, Plan]:
+    """What each of the layers gets, by full name; ``partial`` as in :func:`find_targets`.
+
+    Raises:
+        ConfigError: a pattern of ``rank_pattern`` or ``alpha_pattern`` that fits no layer.
+    """
+    ranks = _by_pattern("rank_pattern", config.rank_pattern, targets, partial=partial)
+    alphas = _by_pattern("alpha_pattern", config.alpha_pattern, targets, partial=partial)
+    plans = {}
+    for name, layer in targets.items():
+        rank = ranks.get(name, config.rank)
+        strength = config.strength(rank, alphas.get(name, config.alpha))
+        plans[name] = Plan(layer.out_features, layer.in_features, rank, strength)
+    return plans
+
+
+def kind_of(config: LoraSection) -> TrainedKind:
+    """The kind of adapters that a configuration asks for."""
+    return KINDS[config.kind](config)
+
+
 def parameter_shapes(targets: Mapping[str, nn.Linear], config: LoraSection) -> dict[str, Tensor]:
     """What would be trained, by name, as tensors without content."""
-    shapes = {}
-    for name, layer in targets.items():
-        shapes[f"{name}.lora_A"] = torch.empty(config.rank, layer.in_features, device="meta")
-        shapes[f"{name}.lora_B"] = torch.empty(layer.out_features, config.rank, device="meta")
-        if config.dora:
-            shapes[f"{name}.magnitude"] = torch.empty(layer.out_features, device="meta")
-    return shapes
+    kind = kind_of(config)
+    return {
+        f"{name}.{key}": torch.empty(shape, device="meta")
+        for name, plan in make_plans(targets, config).items()
+        for key, shape in kind.shapes(plan).items()
+    }
 
 
-def scale_of(config: LoraSection) -> float:
-    """The factor on the product of the two matrices."""
-    return (config.alpha or config.rank) / (math.sqrt(config.rank) if config.rslora else config.rank)
-
-
-def inject(parts: Mapping[str, nn.Module], config: LoraSection, *, seed: int) -> None:
+def inject(parts: Mapping[str, nn.Module], config: LoraSection, *, seed: int, partial: bool = False) -> None:
     """Put adapters, in float32, over the target layers of ``parts``; they change nothing yet.
 
-    A layer's first values are a function of ``seed`` and of its name.
+    A layer's first values are a function of ``seed`` and of its name. ``partial`` as in :func:`find_targets`.
     """
-    with quiet_imports():
-        from peft import LoraConfig, inject_adapter_in_model
-
-    targets = find_targets(parts, config)
+    kind = kind_of(config)
+    plans = make_plans(find_targets(parts, config, partial=partial), config, partial=partial)
     for part, network in parts.items():
-        names = [name.partition(".")[2] for name in targets if name.startswith(f"{part}.")]
-        settings = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha or config.rank,  # type: ignore[arg-type]
-            lora_dropout=config.dropout,
-            use_rslora=config.rslora,
-            use_dora=config.dora,
-            target_modules=names,
-        )
-        with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(settings, network, adapter_name=_NAME)
+        own = {name.partition(".")[2]: p for name, p in plans.items() if name.startswith(f"{part}.")}
+        kind.inject(network, own)
     for name, layer in adapted_layers(parts):
         generator = torch.Generator().manual_seed(hash_int(seed, "lora", name) >> 1)
-        _start(layer, generator)
-
-
-@torch.no_grad()
-def _start(layer: Any, generator: torch.Generator) -> None:
-    """As in Hu et al. 2021: A random, B zero; DoRA starts at the lengths of the base's weights."""
-    base, down, up = layer.base_layer, layer.lora_A[_NAME], layer.lora_B[_NAME]
-    device = base.weight.device
-    bound = 1 / math.sqrt(down.in_features)
-    if device.type != "meta":
-        start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator)
-        down.weight = nn.Parameter(start.to(device))
-    up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
-    if _NAME in layer.lora_magnitude_vector:
-        weight = dense(base.weight, torch.float32)
-        magnitude = layer.lora_magnitude_vector[_NAME]
-        magnitude.weight = nn.Parameter(torch.linalg.norm(weight, dim=1))
+        kind.start(layer, generator)
 
 
 def adapted_layers(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:
-    """Full name and peft's layer of everything that has an adapter."""
+    """Full name and layer of everything that has an adapter."""
     for part, network in parts.items():
         for name, module in network.named_modules():
-            if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            if hasattr(module, "base_layer") and hasattr(module, "_disable_adapters"):
                 yield f"{part}.{name}", module
 
 
@@ -221,15 +182,21 @@ def without_adapters(network: AnyModule) -> Iterator[AnyModule]:
             layer._disable_adapters = False
 
 
-def adapter_parameters(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+def adapter_parameters(parts: Mapping[str, nn.Module], config: LoraSection) -> dict[str, nn.Parameter]:
     """What is trained, by name."""
-    found: dict[str, nn.Parameter] = {}
-    for name, layer in adapted_layers(parts):
-        found[f"{name}.lora_A"] = layer.lora_A[_NAME].weight
-        found[f"{name}.lora_B"] = layer.lora_B[_NAME].weight
-        if _NAME in layer.lora_magnitude_vector:
-            found[f"{name}.magnitude"] = layer.lora_magnitude_vector[_NAME].weight
-    return found
+    kind = kind_of(config)
+    return {
+        f"{name}.{key}": parameter
+        for name, layer in adapted_layers(parts)
+        for key, parameter in kind.parameters(layer).items()
+    }
+
+
+def adapter_scales(parts: Mapping[str, nn.Module], config: LoraSection) -> dict[str, float]:
+    """The factor on the change of each layer that has an adapter, if ``config`` were its configuration."""
+    kind, targets = kind_of(config), {name: layer.base_layer for name, layer in adapted_layers(parts)}
+    plans = make_plans(targets, config, partial=True)
+    return {name: kind.scale(plan) for name, plan in plans.items()}
 
 
 def to_adapter(
@@ -239,19 +206,16 @@ def to_adapter(
     whole: Callable[[Tensor], Tensor] | None = None,
 ) -> Adapter:
     """The adapters as they are now; tensors are shared, not copied, unless ``whole`` has to gather them."""
-    parameters: Mapping[str, Tensor] = adapter_parameters(parts)
-    if whole is not None:
-        parameters = {name: whole(parameter) for name, parameter in parameters.items()}
-    scale = scale_of(config)
-    modules = {name: [_patch(name, parameters, scale)] for name, _ in adapted_layers(parts)}
+    kind, layers = kind_of(config), dict(adapted_layers(parts))
+    plans = make_plans({name: layer.base_layer for name, layer in layers.items()}, config)
+    modules: dict[str, list[Patch]] = {}
+    for name, layer in layers.items():
+        values = {
+            key: (parameter if whole is None else whole(parameter)).detach()
+            for key, parameter in kind.parameters(layer).items()
+        }
+        modules[name] = [kind.to_patch(values, plans[name])]
     return Adapter(modules, format="peft", metadata=dict(metadata))
-
-
-def _patch(name: str, parameters: Mapping[str, Tensor], scale: float) -> Patch:
-    down, up = parameters[f"{name}.lora_A"].detach(), parameters[f"{name}.lora_B"].detach()
-    patch = LoRA({"down": down, "up": up}, scale)
-    magnitude = parameters.get(f"{name}.magnitude")
-    return patch if magnitude is None else DoRA.over(patch, magnitude.detach())
 
 
 @torch.no_grad()
@@ -261,74 +225,75 @@ def load_adapter(parts: Mapping[str, nn.Module], config: LoraSection, adapter: A
     Raises:
         ConfigError: as :func:`starting_values` does.
     """
-    parameters = adapter_parameters(parts)
-    for name, value in starting_values(parameters, config, adapter, where).items():
+    parameters = adapter_parameters(parts, config)
+    targets = {name: layer.base_layer for name, layer in adapted_layers(parts)}
+    for name, value in starting_values(targets, config, adapter, where).items():
         parameters[name][tuple(slice(size) for size in value.shape)] = value.to(parameters[name].device)
 
 
 def starting_values(
-    parameters: Mapping[str, Tensor], config: LoraSection, adapter: Adapter, where: str
+    targets: Mapping[str, nn.Linear], config: LoraSection, adapter: Adapter, where: str
 ) -> dict[str, Tensor]:
-    """The values, by name, that ``parameters`` (see :func:`adapter_parameters`) take to continue ``adapter``.
+    """The values, by name, that adapters on the layers ``targets`` take to continue ``adapter``.
 
     Its slices of a fused projection become one LoRA of all of it, whose rank is the sum of theirs. A smaller
-    rank than the run's gives the first of its rows (``lora_A``) and columns (``lora_B``).
+    rank than the run's gives the first of its rows and columns.
 
     Raises:
         ConfigError: it changes layers that this run does not train, or is of another kind or a higher rank.
     """
-    foreign = [name for name in adapter.modules if f"{name}.lora_A" not in parameters]
+    foreign = [name for name in adapter.modules if name not in targets]
     if foreign:
         raise ConfigError(
             f"lora.init_from: {where} changes {len(foreign)} layers that this run does not train "
             f"({', '.join(foreign[:3])}): widen lora.targets, lora.train_bert or lora.train_t5"
         )
+    kind, plans = kind_of(config), make_plans(targets, config)
     values: dict[str, Tensor] = {}
     for name, patches in adapter.modules.items():
-        patch = _continued(patches, parameters[f"{name}.lora_B"].shape[0], name, where)
-        dora = isinstance(patch, DoRA)
-        if dora != config.dora:
-            raise ConfigError(
-                f"lora.init_from: {where} is {'a' if dora else 'no'} DoRA: "
-                f"set lora.dora = {str(not config.dora).lower()}"
-            )
-        values[f"{name}.lora_A"] = patch.tensors["down"]
-        values[f"{name}.lora_B"] = patch.tensors["up"].float() * (patch.scale / scale_of(config))
-        if isinstance(patch, DoRA):
-            values[f"{name}.magnitude"] = patch.magnitude.flatten()
-    _check_fit(values, parameters, config, where)
+        plan = plans[name]
+        patch = _continued(patches, plan, config, f"lora.init_from: {where}", name)
+        try:
+            given = kind.continued(patch, plan)
+        except ConfigError as error:
+            raise ConfigError(f"lora.init_from: {where} {error}") from None
+        _check_rank(given, kind.shapes(plan), f"lora.init_from: {where}")
+        values |= {f"{name}.{key}": value for key, value in given.items()}
     return values
 
 
-def _check_fit(
-    values: Mapping[str, Tensor], parameters: Mapping[str, Tensor], config: LoraSection, where: str
-) -> None:
-    rank = max(value.shape[0] for name, value in values.items() if name.endswith(".lora_A"))
-    if rank > config.rank:
-        raise ConfigError(
-            f"lora.init_from: {where} has modules of rank {rank}, this run trains {config.rank}: "
-            f"set lora.rank = {rank} or more"
-        )
-    for name, value in values.items():
-        size, ours = list(value.shape), list(parameters[name].shape)
-        if len(size) == 2:  # the factors' own dimension is the rank
-            del size[name.endswith(".lora_B")], ours[name.endswith(".lora_B")]
-        if size != ours:
+_RANK_AXES = {"A": 0, "B": 1, "a": 1, "b": 0}
+"""The dimension that is the rank, by the last letter of what is trained: ``lora_A``, ``hada_w1_a``."""
+
+
+def _check_rank(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    for key, value in given.items():
+        axis = _RANK_AXES.get(key[-1])
+        if axis is not None and value.shape[axis] > shapes[key][axis]:
             raise ConfigError(
-                f"lora.init_from: {where} is for a model of other dimensions: {name} is "
-                f"{tuple(value.shape)}, this run trains {tuple(parameters[name].shape)}"
+                f"{what} has modules of rank {value.shape[axis]}, this run trains {shapes[key][axis]}: set "
+                f"lora.rank = {value.shape[axis]} or more"
             )
 
 
-def _continued(patches: Sequence[Patch], rows: int, name: str, where: str) -> Patch:
-    """Changes of a layer of ``rows`` rows as one LoRA or DoRA. Raises :class:`ConfigError` for others."""
+def _continued(patches: Sequence[Patch], plan: Plan, config: LoraSection, what: str, name: str) -> Patch:
+    """Changes of a layer as one of the run's kind, or a DoRA. Raises :class:`ConfigError` for others."""
     try:
-        patch = fused(patches, rows, where=name)
+        patch = fused(patches, plan.rows, where=name)
     except LoraError as error:
-        raise ConfigError(f"lora.init_from: {where}: {error}") from None
-    if patch.bias is not None or patch.peft_tensors() is None:
+        raise ConfigError(f"{what}: {error}") from None
+    known = {kind.patch: key for key, kind in KINDS.items()}
+    own = known.get(type(patch.plain))
+    if patch.bias is not None or own is None or (patch is not patch.plain and patch.peft_tensors() is None):
         raise ConfigError(
-            f"lora.init_from: {where} is not a plain LoRA at {name}; merge it into the base instead "
+            f"{what} is not a plain LoRA, LoHa or LoKr at {name}; merge it into the base instead "
             "(python -m hydit_core.lora merge)"
+        )
+    if own != config.kind:
+        raise ConfigError(f"{what} is a {patch.plain.label}: set lora.kind = {own!r}")
+    if patch.shape != (plan.rows, plan.columns):
+        raise ConfigError(
+            f"{what} is for a model of other dimensions: {name} is {patch.shape}, this run trains "
+            f"{(plan.rows, plan.columns)}"
         )
     return patch

@@ -313,6 +313,8 @@ CONTINUED = {
     "T2ITrainer's DoRA": "rank = 9\ndora = true",
     "DiffSynth-Studio's LoRA": 'rank = 9\nalpha = 3\ntargets = "all-linear"',
     "kohya's": 'rank = 4\ntargets = "all-linear"\ntrain_bert = true\ntrain_t5 = true',
+    "LoHa": 'kind = "loha"\nrank = 4\ntargets = "all-linear"',
+    "LoKr": 'kind = "lokr"\nfactor = 4\nrank = 4\ntargets = "all-linear"',
 }
 
 
@@ -330,13 +332,24 @@ def test_the_training_of_a_lora_goes_on(
     near({key: value for key, value in whole(pipe).items() if key in one.changes}, before, one, within=1e-4)
 
 
-@pytest.mark.parametrize("name", ["LoHa", "LoKr", "full and norms"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("LoHa", r"is a LoHa: set lora\.kind = 'loha'"),
+        ("LoKr", r"is a LoKr: set lora\.kind = 'lokr'"),
+        ("full and norms", "norm"),
+    ],
+)
 def test_what_the_trainer_does_not_train_is_refused(
-    name: str, written: dict[str, Written], tiny_model_file: Path, pictures: Path, tmp_path: Path
+    name: str,
+    message: str,
+    written: dict[str, Written],
+    tiny_model_file: Path,
+    pictures: Path,
+    tmp_path: Path,
 ) -> None:
     more = f'[lora]\ninit_from = "{written[name].place.as_posix()}"\ntargets = "all-linear"'
-    expected = "norm" if "norms" in name else "is not a plain LoRA at .*merge it into the base instead"
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(ConfigError, match=message):
         train(tmp_path, pictures, "lora", more, init_from=tiny_model_file)
 
 

@@ -22,11 +22,12 @@ from hydit_core.lora import reading
 from hydit_core.lora.adapter import changed
 from hydit_core.model.dit import DiT
 from hydit_core.train import distributed
-from hydit_core.train.adapters import LoraSection, adapter_parameters, find_targets
+from hydit_core.train.adapters import adapter_parameters, find_targets
 from hydit_core.train.config import load_config
 from hydit_core.train.dryrun import describe
 from hydit_core.train.launch import open_data, prepare_data
 from hydit_core.train.loop import Trainer
+from hydit_core.train.lora_section import LoraSection
 from hydit_core.train.parts import build
 from hydit_core.weights import kitchen
 from hydit_core.weights.frozen import OPERATIONS, FrozenLinear, dense, store, stored_bytes
@@ -453,4 +454,5 @@ def test_peft_names_the_same_layers(config: Path) -> None:
     """peft's own matching of the published target list finds the layers that ours finds."""
     dit = build(load_config(config)).dit
     inject_adapter_in_model(LoraConfig(target_modules=["Wqkv", "q_proj", "kv_proj", "out_proj"]), dit)
-    assert set(adapter_parameters({"dit": dit})) == set(objective_of(config).parameters())
+    found = adapter_parameters({"dit": dit}, LoraSection())
+    assert set(found) == set(objective_of(config).parameters())

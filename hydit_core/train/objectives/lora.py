@@ -22,25 +22,31 @@ from ...weights import kitchen
 from ...weights.bundle import bundle
 from ...weights.frozen import OPERATIONS, quantizer, store, stored_bytes
 from ...weights.modelspec import file_metadata
+from ..adapter_kinds import KINDS
 from ..adapters import (
-    LoraSection,
     adapted_layers,
     adapted_parts,
     adapter_parameters,
+    adapter_scales,
     find_targets,
     inject,
     load_adapter,
     parameter_shapes,
-    scale_of,
     starting_values,
     to_adapter,
 )
+from ..lora_section import LoraSection
 from ..networks import ModelParts
 from ..sections import ObjectiveSection, TrainSections
 from .base import AnyConfig, DiffusionModule, DiffusionObjective, Rehearsal, rehearse_dit
 
 if TYPE_CHECKING:
     from ...text.encoders import TextEncoders
+
+
+_LOKR = ("factor", "decompose_both", "full_matrix")
+_STRENGTH = {"kind", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", *_LOKR}
+"""The keys that say how strong a layer's change is."""
 
 
 class LoraModule(DiffusionModule):
@@ -97,10 +103,10 @@ class LoraObjective(DiffusionObjective):
     @classmethod
     def shapes(cls, config: TrainSections, dit: DiT, text: TextEncoders) -> dict[str, Tensor]:
         lora = _own(config)
-        found = parameter_shapes(find_targets(adapted_parts(lora, dit, text), lora), lora)
+        targets = find_targets(adapted_parts(lora, dit, text), lora)
         if lora.init_from is not None:
-            starting_values(found, lora, reading.read(lora.init_from), str(lora.init_from))
-        return found
+            starting_values(targets, lora, reading.read(lora.init_from), str(lora.init_from))
+        return parameter_shapes(targets, lora)
 
     @classmethod
     def text_state(cls, config: TrainSections) -> str:
@@ -108,9 +114,14 @@ class LoraObjective(DiffusionObjective):
 
     @classmethod
     def lines(cls, config: TrainSections, shapes: dict[str, Tensor]) -> Iterator[str]:
-        lora, layers = _own(config), sum(name.endswith(".lora_A") for name in shapes)
+        lora, layers = _own(config), len({name.rpartition(".")[0] for name in shapes})
+        what = KINDS[lora.kind].patch.label
+        what += " of whole matrices" if lora.full_matrix else f" of rank {lora.rank}"
+        strength = f"strength {1.0 if lora.full_matrix else lora.strength(lora.rank, lora.alpha):g}"
+        if lora.rank_pattern or lora.alpha_pattern:
+            strength += ", but where rank_pattern and alpha_pattern say otherwise"
         yield (
-            f"LoRA of rank {lora.rank} on {layers} layers, strength {scale_of(lora):g}; "
+            f"{what} on {layers} layers, {strength}; "
             f"the DiT's matrices are stored in {_base_precision(config)}{_as_in_file(config)}"
         )
         if lora.init_from is not None:
@@ -126,9 +137,9 @@ class LoraObjective(DiffusionObjective):
     ) -> Rehearsal:
         found = rehearse_dit(dit, attention=attention, dtype=dtype, operations=OPERATIONS, module=LoraModule)
         networks = {"dit": found.module.dit}
-        inject(networks, _own(config), seed=0)
+        inject(networks, _own(config), seed=0, partial=True)
         found.module.requires_grad_(False)
-        for parameter in adapter_parameters(networks).values():
+        for parameter in adapter_parameters(networks, _own(config)).values():
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
         return found
@@ -155,7 +166,7 @@ class LoraObjective(DiffusionObjective):
         parts.text.requires_grad_(False)
         parts.dit.requires_grad_(False)
         store(parts.dit, self.lora.base_precision, default=config.run.precision)
-        parts.dit.random_blocks = self.lora.dropout > 0
+        parts.dit.random_blocks = self.lora.dropout > 0 or self.lora.rank_dropout > 0
         super().__init__(parts, config.objective, device, trains_text=self.lora.trains_text)
         for parameter in self.parameters().values():
             parameter.requires_grad_(True)
@@ -165,23 +176,33 @@ class LoraObjective(DiffusionObjective):
         return LoraModule(self.parts.dit, text, self.schedule, config)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return adapter_parameters(self.networks)
+        return adapter_parameters(self.networks, self.lora)
 
     def check_resumable(self, before: dict[str, Any]) -> None:
         if before["objective"]["kind"] not in ("lora", "distill"):
             return  # the weights will not fit
-        strength = {key: before["lora"][key] for key in ("rank", "alpha", "rslora")}
-        was, now = scale_of(LoraSection.model_validate(strength)), scale_of(self.lora)
-        if was != now:
+        # Of an earlier release some are not there: they had today's defaults.
+        then = LoraSection.model_validate({key: before["lora"][key] for key in _STRENGTH & {*before["lora"]}})
+        if then.kind != self.lora.kind:
             raise ConfigError(
-                f"was trained with a strength (alpha / rank) {was:g}, the configuration says {now:g}; keep "
-                f"rank, alpha and rslora, or start a new run from the LoRA by {self.start_key}"
+                f"was trained with lora.kind = {then.kind!r}, the configuration says "
+                f"{self.lora.kind!r}: keep it, or start a new run"
+            )
+        was, now = (adapter_scales(self.networks, lora) for lora in (then, self.lora))
+        other = next((name for name in now if was[name] != now[name]), None)
+        if other is not None:
+            where = f" at {other}" if max(len({*s.values()}) for s in (was, now)) > 1 else ""
+            raise ConfigError(
+                f"was trained with a strength (alpha / rank) {was[other]:g}{where}, the configuration "
+                f"says {now[other]:g}; keep rank, alpha, the patterns and rslora, or start a new run from "
+                f"the LoRA by {self.start_key}"
             )
 
     def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
-        """``lora.safetensors`` as ComfyUI reads it, and beside it ``lora/`` as peft reads it."""
+        """``lora.safetensors`` as ComfyUI reads it and, of a LoRA, beside it ``lora/`` as peft reads it."""
         lora, info = self.lora, self.parts.info
         recipe = {
+            "kind": lora.kind,
             "rank": lora.rank,
             "alpha": lora.alpha or lora.rank,
             "rslora": lora.rslora,
@@ -189,12 +210,17 @@ class LoraObjective(DiffusionObjective):
             "targets": lora.targets,
             "base": info.base,
         }
+        for key in ("rank_pattern", "alpha_pattern", *(_LOKR if lora.kind == "lokr" else ())):
+            if value := getattr(lora, key):
+                recipe[key] = value
         metadata = {"hydit.lora": json.dumps(recipe)}
         if lora.trigger:
             metadata |= dict.fromkeys(TRIGGER_KEYS, lora.trigger)
         metadata = file_metadata(self.parts.dit.config, info, role="lora", extra={**metadata, **extra})
         adapter = to_adapter(self.networks, lora, metadata, self.parts.whole)
         writing.write(adapter, path, format="comfy", dtype=dtype, metadata=metadata, overwrite=True)
+        if lora.kind != "lora":
+            return
         folder = path.with_suffix("")
         for left in unfinished(folder.parent, folder.name):  # of a crash
             remove_folder(left)
