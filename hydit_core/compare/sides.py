@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 from ..dtypes import COMPUTE
 from ..embedded import embedded_model
 from ..errors import ConfigError
+from ..generate.bulk.options import NAMES as BULK
 from ..generate.options import parser as generate_parser
 
 _FLAG = re.compile(r"--([a-z])(?:=(.*))?", re.DOTALL)
 # Said once for all sides, or not at all.
 _SHARED = ("prompt", "prompts", "seed", "size")
-_FOREIGN = ("batch", "out", "overwrite", "captions", "plan")
+_FOREIGN = ("batch", "out", "overwrite", "captions", "plan", *BULK)
 FLOORS = (*(name for name in COMPUTE if name != "auto"), "batch")
 _WEIGHTS = ("model", "text_encoders", "vae", "lora", "ip_adapter", "image_encoder")
 _MODEL = "the embedded model"

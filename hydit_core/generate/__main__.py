@@ -22,6 +22,7 @@ from ..weights.output import check_free
 from . import drawing
 from . import image_prompts as image_cli
 from . import memory as memory_cli
+from .bulk import options as bulk_cli
 from .options import parser, read_prompts
 
 _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -29,22 +30,31 @@ _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code: 0, or 2 after an ``error: ...`` line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    return cli_main(lambda: _run(args))
+    return cli_main(lambda: _run(args, argv))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: use 1 or more")
     check_seed(args.seed, args.batch)
     drawing.check(args)
+    bulk_cli.check(args)
     if args.plan:
+        args.batch = args.together or args.batch
         files = drawing.open_files(args)
         print("\n".join(memory_cli.plan(args, files.memory)))
         return
+    rank, world = _rank()
+    if args.shard_size is not None:
+        from .bulk.run import run
+
+        run(args, argv, rank, world)
+        return
     prompts = read_prompts(args)
     names = _output_names(args, len(prompts) * args.batch)
-    rank, mine = _share(len(prompts))
+    mine = range(rank, len(prompts), world)  # of all prompts, what this process draws
     if not mine:
         return
     files = drawing.open_files(args)
@@ -72,10 +82,9 @@ def _run(args: argparse.Namespace) -> None:
         print(f"forecast: {real} of {calls} calls of the network were real", file=sys.stderr)
 
 
-def _share(count: int) -> tuple[int, list[int]]:
-    """This process's rank, and which of ``count`` prompts it draws under torchrun."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    return rank, list(range(rank, count, world))
+def _rank() -> tuple[int, int]:
+    """This process's number under torchrun, and how many there are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class _Names:

@@ -158,7 +158,12 @@ class Drawing:
             notes.append(f"preset {preset} is meant for another release than this model ({version})")
         return notes
 
-    def pictures(self, prompts: Sequence[str], callback: Progress | None = None) -> Iterator[Picture]:
+    def pictures(
+        self,
+        prompts: Sequence[str],
+        callback: Progress | None = None,
+        each: Sequence[tuple[int, str]] | None = None,
+    ) -> Iterator[Picture]:
         """See :meth:`Pipeline.pictures`."""
         controls = self._controls
         if self._second is not None:
@@ -172,6 +177,7 @@ class Drawing:
             controls=controls,
             images=self._images,
             callback=callback,
+            each=each,
         )
         return first if self._second is None else self._enlarged(first, self._second, callback)
 
@@ -203,7 +209,7 @@ class Drawing:
 
     def png(self, picture: Picture) -> bytes:
         """The picture as a PNG file that remembers how it was made."""
-        facts = self.facts(picture)
+        facts = self.facts(picture.prompt, picture.seed)
         args = self.args
         graph = redraw(
             facts,
@@ -217,14 +223,14 @@ class Drawing:
         picture.image.save(file, format="PNG", pnginfo=info)
         return file.getvalue()
 
-    def facts(self, picture: Picture) -> dict[str, Any]:
-        """What is written into the picture."""
+    def facts(self, prompt: str, seed: int) -> dict[str, Any]:
+        """What is written into a picture."""
         settings = self.run.sampling
         facts: dict[str, Any] = {
-            "prompt": picture.prompt,
+            "prompt": prompt,
             **vars(settings),
             "negative": settings.negative if settings.cfg > 1 else "",
-            "seed": picture.seed,
+            "seed": seed,
             "model": self.pipe.name,
             "version": self.pipe.info.version,
             "dtype": str(self.pipe.dit.dtype).removeprefix("torch."),

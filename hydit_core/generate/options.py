@@ -17,6 +17,7 @@ from . import drawing, retouch
 from . import image_prompts as image_cli
 from . import lora as lora_cli
 from . import memory as memory_cli
+from .bulk import options as bulk_cli
 
 
 def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -97,6 +98,7 @@ def parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> arg
     how.add_argument(
         "--batch", type=int, default=1, help="pictures per prompt, with consecutive seeds (default: 1)"
     )
+    bulk_cli.add_arguments(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("outputs"), help="folder, or a .png (default: outputs)"
     )
