@@ -114,6 +114,12 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
                 f"optimizer.name = {name!r} takes the place of a schedule: leave schedule.kind out, or set "
                 "it to 'constant' (a warm-up is fine)"
             )
+        if self.optimizer.loraplus_lr_ratio != 1 and (kind.one_rate or name == "muon"):
+            why = "finds one learning rate" if kind.one_rate else "makes all steps of one size"
+            raise ValueError(
+                f"optimizer.loraplus_lr_ratio: {name} {why} for all matrices: leave the ratio out, or use "
+                "another optimizer"
+            )
         if kind.one_rate and any(g.lr_scale != 1 and not g.freeze for g in self.optimizer.groups):
             raise ValueError(
                 f"optimizer.name = {name!r} finds one learning rate for all parameters: leave lr_scale out "

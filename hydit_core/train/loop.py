@@ -358,7 +358,8 @@ class Trainer:
             self._skip(value)
         for parameter in self.trained.values():
             parameter.grad = None
-        self.window.close_step(value, factor * self.config.optimizer.lr)
+        optimizer = self.config.optimizer
+        self.window.close_step(value, factor * optimizer.lr, ratio=optimizer.loraplus_lr_ratio)
         progress.step += 1
         progress.micro = 0
         self._weights_whole = self._gradients_whole = True

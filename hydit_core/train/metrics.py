@@ -154,7 +154,7 @@ class LossWindow:
         self.processes = processes
         self._terms: list[Tensor] = []
         self._norms: list[float] = []
-        self._lr = 0.0
+        self._lr, self._ratio = 0.0, 1.0
         self._step: list[tuple[Tensor, list[str]]] = []
 
     def add(self, terms: Any, batch: Batch) -> None:
@@ -162,9 +162,10 @@ class LossWindow:
         self._terms.append(per_sample.mean(1))
         self._step.append((per_sample[0], batch.keys))
 
-    def close_step(self, norm: float, lr: float) -> None:
+    def close_step(self, norm: float, lr: float, *, ratio: float = 1.0) -> None:
+        """``ratio`` is LoRA+'s, between the learning rate of a LoRA's B and that of its A."""
         self._norms.append(norm)
-        self._lr = lr
+        self._lr, self._ratio = lr, ratio
         self._step.clear()
 
     def step_loss(self, micro_batches: int) -> float:
@@ -205,7 +206,8 @@ class LossWindow:
         self._norms.clear()
         names = ("loss", "mse", "vlb")
         values: dict[str, Any] = {name: round(v, 6) for name, v in zip(names, means.tolist(), strict=True)}
-        return {**values, "grad_norm": round(norm, 4), "lr": self._lr}
+        values |= {"grad_norm": round(norm, 4), "lr": self._lr}
+        return values if self._ratio == 1 else {**values, "lr_b": self._lr * self._ratio}
 
 
 def _plain(value: float) -> float | str:

@@ -39,8 +39,13 @@ def parameter_groups(parameters: Mapping[str, Tensor], config: OptimizerSection)
 
     Frozen parameters are left out. Weight decay spares biases, norms and other one-dimensional
     parameters unless a group sets it for them. Raises :class:`ConfigError` for a pattern that
-    matches nothing (a typing error would otherwise train what should be frozen).
+    matches nothing (a typing error would otherwise train what should be frozen), and for a ratio of
+    LoRA+ where no LoRA is trained.
     """
+    if config.loraplus_lr_ratio != 1 and not any(_is_up(name) for name in parameters):
+        raise ConfigError(
+            "optimizer.loraplus_lr_ratio is for LoRAs (lora.kind = 'lora'), and none is trained: leave it out"
+        )
     unused = set(range(len(config.groups)))
     sorted_in: dict[tuple[float, float, bool], list[str]] = {}
     for name, parameter in parameters.items():
@@ -52,6 +57,8 @@ def parameter_groups(parameters: Mapping[str, Tensor], config: OptimizerSection)
         if entry is not None and entry.freeze:
             continue
         lr_scale = 1.0 if entry is None else entry.lr_scale
+        if _is_up(name):  # Hayou et al. 2024: with one rate for both, A moves too much or B too little
+            lr_scale *= config.loraplus_lr_ratio
         if entry is not None and entry.weight_decay is not None:
             decay = entry.weight_decay
         else:
@@ -67,6 +74,11 @@ def parameter_groups(parameters: Mapping[str, Tensor], config: OptimizerSection)
     if not sorted_in:
         raise ConfigError("optimizer.groups: every parameter is frozen, there is nothing to train")
     return [Group(tuple(names), *key) for key, names in sorted_in.items()]
+
+
+def _is_up(name: str) -> bool:
+    """Whether a parameter is the matrix B of a LoRA."""
+    return name.endswith(".lora_B")
 
 
 def learning_rate_factor(step: int, steps: int, config: ScheduleSection) -> float:

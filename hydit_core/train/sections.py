@@ -114,6 +114,12 @@ class OptimizerSection(Section):
     args: dict[Name, bool | int | float | str | tuple[float, ...]] = Field(
         default={}, description="more for an optimizer of a library, by the names of its own arguments"
     )
+    loraplus_lr_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        description="LoRA+: the learning rate of the matrices B, which begin as zeros, is so many times lr",
+    )
     muon_lr: float = Field(default=0.02, gt=0, le=1, description="learning rate of Muon")
     muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="momentum of Muon")
     groups: tuple[GroupSection, ...] = Field(default=(), description="exceptions for some parameters")

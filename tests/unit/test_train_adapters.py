@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import TINY
 from torch import Tensor, nn
-from train_setup import run_training
+from train_setup import records, run_training
 
 from hydit_core.errors import ConfigError
 from hydit_core.lora import reading, writing
@@ -337,3 +337,26 @@ def test_a_change_is_no_larger_than_its_layers_input(config: Path) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         layer(x)
     assert max(sizes) < math.prod(layer.base_layer.weight.shape) / 4
+
+
+def test_lora_plus(config: Path, tmp_path: Path) -> None:
+    """B's first AdamW step is so many times that of A, whatever the gradients are; both rates are told."""
+    steps = {}
+    for ratio in (1, 16):
+        folder = tmp_path / str(ratio)
+        options = [f"optimizer.loraplus_lr_ratio={ratio}.0", "optimizer.lr=1e-4", "lora.alpha=3"]
+        assert run_training(config, f"run.output_dir={folder}", "run.steps=1", *options)
+        steps[ratio] = load_file(folder / "lora" / "adapter_model.safetensors")
+        (told,) = [record for record in records(folder) if "lr" in record]
+        assert told["lr"] == 1e-4 and told.get("lr_b") == (None if ratio == 1 else 16e-4)
+    for name, value in steps[1].items():
+        factor = 16 if name.endswith("lora_B.weight") else 1
+        torch.testing.assert_close(steps[16][name], factor * value, rtol=1e-4, atol=1e-9)
+    for options, message in {
+        ("optimizer.name=prodigy",): "prodigy finds one learning rate for all matrices",
+        ("optimizer.name=muon",): "muon makes all steps of one size for all matrices",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            load_config(config, ["optimizer.loraplus_lr_ratio=2.0", *options])
+    with pytest.raises(ConfigError, match=r"is for LoRAs .*, and none is trained"):
+        list(describe(load_config(config, ["optimizer.loraplus_lr_ratio=2.0", *LOKR])))

@@ -24,7 +24,7 @@ from ..saving import CHECKPOINTS
 from ..usage import NOTABLE_WAIT
 
 SERIES = (
-    *("loss", "val_loss", "val_loss_ema", "val_prior_loss", "val_prior_loss_ema", "lr", "grad_norm"),
+    *("loss", "val_loss", "val_loss_ema", "val_prior_loss", "val_prior_loss_ema", "lr", "lr_b", "grad_norm"),
     *("data_share", "rss_mib", "device_peak_mib"),
 )
 MOST_POINTS = 1500

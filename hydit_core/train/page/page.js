@@ -165,7 +165,7 @@ function drawCharts() {
     chart("loss", ["loss", "val_loss", "val_loss_ema"], 380, true),
     chart("bands", bands(), 260),
     chart("forgotten", ["val_prior_loss", "val_prior_loss_ema"], 200),
-    chart("lr", ["lr"], 200),
+    chart("lr", ["lr", "lr_b"], 200),
     chart("grad_norm", ["grad_norm"], 200),
     chart("speed", ["speed"], 200),
     chart("data_share", ["data_share"], 200),
