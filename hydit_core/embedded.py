@@ -30,6 +30,11 @@ def embedded_loras() -> list[Path]:
     return sorted((ASSETS / "lora").glob("*.safetensors"))
 
 
+def embedded_pictures() -> list[Path]:
+    """Folders of pictures and captions to train :func:`embedded_model` with; sorted by name."""
+    return sorted(path for path in (ASSETS / "pictures").iterdir() if path.is_dir())
+
+
 def embedded_ip_adapters() -> list[Path]:
     """The IP-Adapters that come with hydit, for :func:`embedded_model`; sorted by name.
 

@@ -23,7 +23,8 @@ def _dataset_input() -> io.Combo.Input:
         "dataset_name",
         options=train_paths.dataset_names(),
         tooltip="A folder in ComfyUI/input with pictures, and beside each its caption in a .txt of the same "
-        "name; its subfolders count. Press R after you have put it there.",
+        "name; its subfolders count. Press R after you have put it there. [embedded] hexagon comes with "
+        "these nodes.",
     )
 
 
@@ -140,6 +141,11 @@ class HyDiTTrainLoRA(io.ComfyNode):
                     tooltip="How long to train at most, in steps or minutes. 0: as long as it seems right.",
                 ),
                 io.Combo.Input("budget_unit", options=[_STEPS, _MINUTES], tooltip="What budget counts."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="base_name loaded, to be drawn with: it comes out with the LoRA on it.",
+                ),
                 io.String.Input(
                     "settings",
                     default="",
@@ -153,6 +159,7 @@ class HyDiTTrainLoRA(io.ComfyNode):
             outputs=[
                 io.LoraModel.Output("LORA_MODEL", tooltip="The LoRA, for Load LoRA Model or HyDiTLoraMerge."),
                 io.String.Output("lora_name", tooltip="The name of its file in ComfyUI/models/loras."),
+                io.Model.Output("MODEL", tooltip="model with the LoRA at strength 1; nothing without model."),
             ],
         )
 
@@ -191,6 +198,7 @@ class HyDiTTrainLoRA(io.ComfyNode):
         kind: str,
         budget: int,
         budget_unit: str,
+        model: Any = None,
         settings: str = "",
     ) -> io.NodeOutput:
         from .host.lora import open_lora
@@ -206,8 +214,8 @@ class HyDiTTrainLoRA(io.ComfyNode):
         content = cls.fingerprint_inputs(dataset_name, base_name)
         key = fingerprint([content, dataset_name, base_name, *wish[2:], minutes])
         done = train(wish, output_name, key, minutes=minutes, node_id=str(cls.hidden.unique_id or ""))
-        lora, *_ = merge_lora(open_lora(done.lora), 1.0, "uniform(1)")
-        return io.NodeOutput(lora, done.lora.name, ui={"hydit_train": [done.text]})
+        lora, model, *_ = merge_lora(open_lora(done.lora), 1.0, "uniform(1)", model=model)
+        return io.NodeOutput(lora, done.lora.name, model, ui={"hydit_train": [done.text]})
 
 
 class HyDiTTrainMonitor(io.ComfyNode):

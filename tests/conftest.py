@@ -34,8 +34,9 @@ def tiny_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server() -> Iterator[Any]:
     """A ComfyUI of its own process (comfy_server.ComfyServer), for tests/host and tests/browser."""
     from comfy_server import ComfyServer
+    from training_graphs import ENVIRONMENT
 
-    started = ComfyServer()
+    started = ComfyServer(environment=ENVIRONMENT)
     yield started
     started.close()
 

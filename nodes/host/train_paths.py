@@ -14,12 +14,14 @@ from typing import Any
 
 import folder_paths
 
+from ...hydit_core.embedded import embedded_pictures
 from ...hydit_core.errors import ConfigError, printable
 from ...hydit_core.images import PICTURE_SUFFIXES
 from ...hydit_core.train import RECORDS
 
 RUNS = "hydit_train"
 """The folder in ComfyUI's output that holds the runs of HyDiTTrainLoRA."""
+_EMBEDDED = "[embedded] "
 _DEEPEST = 4
 _MOST = 500
 _SHOWN = 10
@@ -30,7 +32,15 @@ _LONGEST = 80
 
 
 def dataset_names() -> list[str]:
-    """The folders in ComfyUI's input that hold pictures, with ``/`` between their parts."""
+    """The embedded pictures, and the folders in ComfyUI's input that hold some, ``/`` between their parts."""
+    return [*_embedded(), *_own_names()]
+
+
+def _embedded() -> dict[str, Path]:
+    return {f"{_EMBEDDED}{path.name}": path for path in embedded_pictures()}
+
+
+def _own_names() -> list[str]:
     return _folders_with(Path(folder_paths.get_input_directory()), _is_picture)
 
 
@@ -42,11 +52,13 @@ def run_names() -> list[str]:
 
 
 def dataset(name: Any) -> Path:
-    """The folder in ComfyUI's input that ``name`` means, which holds nothing that lies elsewhere.
+    """The folder that ``name`` means, in ComfyUI's input or embedded; it holds nothing that lies elsewhere.
 
     Raises:
         ConfigError: it is not there, leads out of the input folder, or holds a link that does.
     """
+    if isinstance(name, str) and name in (own := _embedded()):
+        return own[name]
     root = Path(folder_paths.get_input_directory())
     path = _inside(root, name, "dataset", "input", dataset_names)
     for file in _walk(path):

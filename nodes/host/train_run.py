@@ -37,6 +37,8 @@ _NOTE = "graph.json"
 """What a run's folder remembers of the graph that it is from, and of the LoRA that came out."""
 _EXPORT = "lora.safetensors"
 _POLL = 0.25
+_PATIENCE = 120
+"""Seconds."""
 _TOLD_LINES = 12
 
 
@@ -149,7 +151,11 @@ def _configuration(wish: Wish, folder: Path, key: str) -> TrainConfig:
     if _note(folder).get("key") != key or not path.is_file() or held_run(folder) is None:
         _write(path, "\n".join(toml(chosen(wish, folder))) + "\n")
         _write(folder / _NOTE, json.dumps({"key": key}))
-    config = load_config(path)
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        first, *faults = str(error).splitlines()
+        raise ConfigError("settings: " + "; ".join(fault.strip() for fault in faults or [first])) from None
     for place in _paths(config.model_dump()):
         if place not in (wish.base.resolve(), wish.dataset) and not place.resolve().is_relative_to(folder):
             raise ConfigError(f"{path} names {place}, which a graph does not give: delete this run's folder")
@@ -169,6 +175,7 @@ def _paths(value: Any) -> Iterator[Path]:
 
 
 def _run(wish: Wish, folder: Path, key: str, minutes: float, node_id: str) -> None:
+    _wait_for_another(folder, node_id)
     config = _configuration(wish, folder, key)
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
@@ -185,6 +192,15 @@ def _run(wish: Wish, folder: Path, key: str, minutes: float, node_id: str) -> No
     if not _export(folder).is_file():
         raise HyditError(f"{folder}: stopped before there was a LoRA; run it again to go on")
     _write(folder / _NOTE, json.dumps({"key": key, "done": True}))
+
+
+def _wait_for_another(folder: Path, node_id: str) -> None:
+    """Let a trainer that is still saving end, such as that of a ComfyUI that was killed."""
+    end = time.monotonic() + _PATIENCE
+    while lock.holder(folder) is not None and time.monotonic() < end:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        _show("waiting for the training that still writes there ...", node_id)
+        time.sleep(_POLL)
 
 
 def _watch(child: Child, view: RunView, steps: int, minutes: float, node_id: str) -> None:

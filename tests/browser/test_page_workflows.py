@@ -43,6 +43,7 @@ def pictures(page: Any, result: Any) -> list[Image.Image]:
     named = [
         image
         for number in sorted(result.outputs, key=int)
+        if "hydit_train" not in result.outputs[number]  # what a node shows of a data set
         for image in result.outputs[number].get("images", [])
     ]
     return [Image.open(io.BytesIO(page.server.view(image))).convert("RGB") for image in named]

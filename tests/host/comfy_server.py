@@ -42,11 +42,12 @@ class ComfyServer:
         flags: tuple[str, ...] = (),
         files: tuple[str, ...] = (),
         nodes: str = "",
+        environment: dict[str, str] | None = None,
     ) -> None:
         """Start it.
 
         `pack` is the folder's name in custom_nodes, `nodes` the source of one more pack there; `files` in
-        the base directory are made, empty.
+        the base directory are made, empty. `environment` is added to the user's.
         """
         found = find_host()
         assert found is not None
@@ -67,13 +68,18 @@ class ComfyServer:
         self.log_path = artifacts() / f"{name}-{self.version}.log"
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self._flags, self._environment = flags, {**server_environment(), **(environment or {})}
+        self._start("wb")
+
+    def _start(self, mode: str) -> None:
         self._info: dict[str, Any] = {}
-        with self.log_path.open("wb") as log:
+        with self.log_path.open(mode) as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
                  "--base-directory", str(self.base), "--database-url", f"sqlite:///{self.base}/user/comfyui.db",
-                 "--preview-method", "auto", "--use-pytorch-cross-attention", "--disable-api-nodes", *flags],
-                cwd=self.comfy, stdout=log, stderr=subprocess.STDOUT, env=server_environment(),
+                 "--preview-method", "auto", "--use-pytorch-cross-attention", "--disable-api-nodes",
+                 *self._flags],
+                cwd=self.comfy, stdout=log, stderr=subprocess.STDOUT, env=self._environment,
                 start_new_session=os.name != "nt",
             )  # fmt: skip
         self._wait()
@@ -89,6 +95,15 @@ class ComfyServer:
             time.sleep(0.3)
         self.close()
         raise RuntimeError(f"ComfyUI did not start; the end of {self.log_path}:\n{self.log()[-3000:]}")
+
+    def kill(self) -> None:
+        """End it as a crash does: with no word to anything that it started."""
+        self.process.kill()
+        self.process.wait(15)
+
+    def start_again(self) -> None:
+        """After :meth:`kill`: with the same base directory and address."""
+        self._start("ab")
 
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")

@@ -38,6 +38,8 @@ def pictures(host: Any, result: Any) -> list[Image.Image]:
     """What SaveImage and PreviewImage wrote, by node number."""
     found = []
     for number in sorted(result.outputs, key=int):
+        if "hydit_train" in result.outputs[number]:  # what a node shows of a data set
+            continue
         for image in result.outputs[number].get("images", []):
             path = host.base / image["type"] / image["subfolder"] / image["filename"]
             found.append(Image.open(path).convert("RGB"))

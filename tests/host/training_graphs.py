@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from find_host import ROOT, side_folder
 from graphs import Graph, Node
 
-PICTURES = ROOT / "examples" / "first" / "pictures"
+PICTURES = ROOT / "hydit_core" / "assets" / "pictures" / "hexagon"
 BASE = "[embedded] hydit-icons-128"
 FAST = "[run]\nsteps = {steps}\nbatch_size = 2\nthreads = 1\n[lora]\nrank = 4\n[samples]\nsteps = 3\n"
 
@@ -26,9 +25,8 @@ def write_dataset(folder: Path, count: int = 6, *, captions: bool = True) -> Pat
     return folder
 
 
-def trainer_here(patch: pytest.MonkeyPatch) -> None:
-    """What the trainer needs and this Python lacks comes from the tests' side folder."""
-    patch.setenv("PYTHONPATH", os.pathsep.join([str(side_folder()), os.environ.get("PYTHONPATH", "")]))
+#: What the trainer needs and this Python lacks is in the tests' side folder.
+ENVIRONMENT = {"PYTHONPATH": str(side_folder()), "OMP_NUM_THREADS": "1"}
 
 
 def train(graph: Graph, **inputs: Any) -> Node:
@@ -48,3 +46,16 @@ def train(graph: Graph, **inputs: Any) -> Node:
             **inputs,
         },
     )
+
+
+def training_folders(host: Any, patch: Any) -> Iterator[None]:
+    """For a fixture: a data set `shapes`, a folder for LoRAs, and a trainer that runs; gone afterwards."""
+    for name, value in ENVIRONMENT.items():
+        patch.setenv(name, value)
+    write_dataset(host.input_dir / "shapes")
+    (host.models_dir / "loras").mkdir(exist_ok=True)
+    yield
+    places = (host.input_dir / "shapes", host.output_dir / "hydit_train", host.models_dir / "loras")
+    for folder in places:
+        shutil.rmtree(folder, ignore_errors=True)
+    host.refresh()

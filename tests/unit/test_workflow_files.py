@@ -29,7 +29,7 @@ NAMES = {
     "hydit_controlnet_image_to_image", "hydit_controlnet_layer_weights", "hydit_controlnet_v1.2",
     "hydit_two_controlnets", "hydit_lora_strengths", "hydit_lora_merge", "hydit_fast", "hydit_turbo",
     "hydit_inpaint_controlnet", "hydit_tile_upscale", "hydit_image_prompt",
-    "hydit_image_prompt_v1.2",
+    "hydit_image_prompt_v1.2", "hydit_train_lora",
 }  # fmt: skip
 NOTES = ("MarkdownNote", "Note")
 # ComfyUI's folders that it offers downloads for, and one that it only knows with packs for IP-Adapters.
