@@ -126,7 +126,7 @@ class HyDiTTrainLoRA(io.ComfyNode):
                     "trigger",
                     default="",
                     tooltip="A word that the model does not know, such as ohwx, to call the LoRA up by in a "
-                    "prompt. It is the caption of pictures that have none.",
+                    "prompt. Captions that lack it get it.",
                 ),
                 io.Combo.Input(
                     "kind",
@@ -201,19 +201,20 @@ class HyDiTTrainLoRA(io.ComfyNode):
         model: Any = None,
         settings: str = "",
     ) -> io.NodeOutput:
+        from ..hydit_core.train.quick.wish import Wish
         from .host.lora import open_lora
         from .host.lora_file import merge_lora
         from .host.train_run import fingerprint, train
-        from .host.train_settings import Wish, user_settings
+        from .host.train_settings import user_settings
 
         base = folders.resolve(base_name, *folders.CHECKPOINTS)
         dataset = train_paths.dataset(dataset_name)
         own = user_settings(settings)
-        minutes = budget if budget_unit == _MINUTES else 0
-        wish = Wish(base, dataset, trigger.strip(), kind, 0 if minutes else budget, own)
+        steps, minutes = (None, budget) if budget_unit == _MINUTES else (budget, None)
+        wish = Wish(dataset, trigger, base, kind, steps=steps or None, minutes=minutes or None)
         content = cls.fingerprint_inputs(dataset_name, base_name)
-        key = fingerprint([content, dataset_name, base_name, *wish[2:], minutes])
-        done = train(wish, output_name, key, minutes=minutes, node_id=str(cls.hidden.unique_id or ""))
+        key = fingerprint([content, dataset_name, base_name, wish.to_json(), own])
+        done = train(wish, own, output_name, key, node_id=str(cls.hidden.unique_id or ""))
         lora, model, *_ = merge_lora(open_lora(done.lora), 1.0, "uniform(1)", model=model)
         return io.NodeOutput(lora, done.lora.name, model, ui={"hydit_train": [done.text]})
 

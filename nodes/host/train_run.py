@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -17,25 +18,25 @@ import folder_paths
 import torch
 from server import PromptServer
 
-from ...hydit_core.errors import ConfigError, HyditError
+from ...hydit_core.errors import ConfigError, HyditError, printable
 from ...hydit_core.images import to_tensor
 from ...hydit_core.new_files import replacing, write_new
 from ...hydit_core.train import lock
 from ...hydit_core.train.config import TrainConfig, load_config
 from ...hydit_core.train.launch import held_run
-from ...hydit_core.train.saving import BEST
+from ...hydit_core.train.quick.command import result
+from ...hydit_core.train.quick.wish import Wish
 from ...hydit_core.train.watch import RunView, blank, duration, planned_steps
 from ...hydit_core.untrusted import is_plain_name, read_json
 from .train_child import Child, TrainingFailed, require_trainer
 from .train_paths import lora_folder, new_run
-from .train_settings import Wish, chosen, toml
+from .train_settings import Tables, configuration
 
 log = logging.getLogger(__name__)
 
 CONFIG, LOG = "config.toml", "log.txt"
 _NOTE = "graph.json"
 """What a run's folder remembers of the graph that it is from, and of the LoRA that came out."""
-_EXPORT = "lora.safetensors"
 _POLL = 0.25
 _PATIENCE = 120
 """Seconds."""
@@ -50,14 +51,14 @@ class Trained(NamedTuple):
     folder: Path
 
 
-def train(wish: Wish, name: str, key: str, *, minutes: float = 0, node_id: str = "") -> Trained:
+def train(wish: Wish, settings: Tables, name: str, key: str, *, node_id: str = "") -> Trained:
     """Train a LoRA, or go on with a training, or take what it gave if it is done.
 
     Args:
+        settings: of :func:`.train_settings.user_settings`.
         name: of the file in ComfyUI's folder for LoRAs, and of the run's folder; what is there stays, and the
             new one gets a number.
         key: of all that the training depends on. A run of another key is another run.
-        minutes: end it after so much training; 0: only ``wish.steps`` count.
         node_id: of the node that shows how far it is.
 
     Raises:
@@ -65,10 +66,10 @@ def train(wish: Wish, name: str, key: str, *, minutes: float = 0, node_id: str =
         InterruptProcessingException: interrupted; what was done is saved, and the next call goes on.
     """
     folder, note = _own_run(name, key)
-    if not (note.get("done") and _export(folder).is_file()):
+    if not (note.get("done") and _has_lora(folder)):
         require_trainer()
-        _run(wish, folder, key, minutes, node_id)
-        note = {"key": key, "done": True}
+        _run(replace(wish, out=folder), settings, key, node_id)
+        note = _note(folder)
     lora = _published(folder, name, note)
     return Trained(lora, "\n".join(_told(folder, lora)), folder)
 
@@ -145,19 +146,22 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _configuration(wish: Wish, folder: Path, key: str) -> TrainConfig:
+def _configured(wish: Wish, settings: Tables, key: str) -> TrainConfig:
     """What is trained by: written once; a run that goes on keeps what was chosen for it then."""
+    folder = wish.folder
     path = folder / CONFIG
     if _note(folder).get("key") != key or not path.is_file() or held_run(folder) is None:
-        _write(path, "\n".join(toml(chosen(wish, folder))) + "\n")
-        _write(folder / _NOTE, json.dumps({"key": key}))
+        text, notes = configuration(wish, settings)
+        _write(path, text)
+        _write(folder / _NOTE, json.dumps({"key": key, "notes": notes}))
     try:
         config = load_config(path)
     except ConfigError as error:
         first, *faults = str(error).splitlines()
-        raise ConfigError("settings: " + "; ".join(fault.strip() for fault in faults or [first])) from None
+        raise ConfigError(*(f"settings: {fault.strip()}" for fault in faults or [first])) from None
+    given = [wish.pictures.resolve(), folder, *([wish.model.resolve()] if wish.model else [])]
     for place in _paths(config.model_dump()):
-        if place not in (wish.base.resolve(), wish.dataset) and not place.resolve().is_relative_to(folder):
+        if place.resolve() not in given and not place.resolve().is_relative_to(folder):
             raise ConfigError(f"{path} names {place}, which a graph does not give: delete this run's folder")
     return config
 
@@ -174,14 +178,18 @@ def _paths(value: Any) -> Iterator[Path]:
 # -- the training --------------------------------------------------------------------------------------------
 
 
-def _run(wish: Wish, folder: Path, key: str, minutes: float, node_id: str) -> None:
+def _run(wish: Wish, settings: Tables, key: str, node_id: str) -> None:
+    folder = wish.folder
     _wait_for_another(folder, node_id)
-    config = _configuration(wish, folder, key)
-    comfy.model_management.unload_all_models()
+    comfy.model_management.unload_all_models()  # before the memory is asked for what fits into it
     comfy.model_management.soft_empty_cache()
+    try:
+        config = _configured(wish, settings, key)
+    except HyditError as error:
+        raise HyditError("; ".join(line.strip() for line in str(error).splitlines())) from None
     child = Child(folder / CONFIG, folder / LOG)
     try:
-        _watch(child, RunView(folder), config.run.steps, minutes, node_id)
+        _watch(child, RunView(folder), config, node_id)
         child.check()
     except TrainingFailed as failed:
         for line in failed.lines:
@@ -189,9 +197,9 @@ def _run(wish: Wish, folder: Path, key: str, minutes: float, node_id: str) -> No
         raise
     finally:
         _end(child, node_id)
-    if not _export(folder).is_file():
+    if not _has_lora(folder):
         raise HyditError(f"{folder}: stopped before there was a LoRA; run it again to go on")
-    _write(folder / _NOTE, json.dumps({"key": key, "done": True}))
+    _write(folder / _NOTE, json.dumps({**_note(folder), "done": True}))
 
 
 def _wait_for_another(folder: Path, node_id: str) -> None:
@@ -203,17 +211,15 @@ def _wait_for_another(folder: Path, node_id: str) -> None:
         time.sleep(_POLL)
 
 
-def _watch(child: Child, view: RunView, steps: int, minutes: float, node_id: str) -> None:
-    """Show how far it is until it ends, or until its time is over."""
+def _watch(child: Child, view: RunView, config: TrainConfig, node_id: str) -> None:
+    """Show how far it is until it ends."""
     bar = comfy.utils.ProgressBar(1000, node_id=node_id or None)
-    limit = 60 * minutes
+    steps, seconds = config.run.steps, 60 * config.run.minutes
     told = ""
     while child.running():
         comfy.model_management.throw_exception_if_processing_interrupted()
         view.refresh()
-        if limit and view.seconds >= limit:
-            child.ask_to_stop()
-        told = _advance(bar, view, steps, limit, told, node_id, "" if view.points else _last(child))
+        told = _advance(bar, view, steps, seconds, told, node_id, "" if view.points else _last(child))
         time.sleep(_POLL)
 
 
@@ -261,15 +267,16 @@ def _show(text: str, node_id: str) -> None:
 # -- the LoRA ------------------------------------------------------------------------------------------------
 
 
-def _export(folder: Path) -> Path:
-    """What a run gives: the best it had, if it looked for it, else the last."""
-    best = folder / BEST
-    return best if best.is_file() else folder / _EXPORT
+def _has_lora(folder: Path) -> bool:
+    try:
+        return bool(result(folder))
+    except HyditError:
+        return False
 
 
 def _published(folder: Path, name: str, note: dict[str, Any]) -> Path:
     """The run's LoRA in ComfyUI's folder for them: where it is already, or under a name that is free."""
-    content = _export(folder).read_bytes()
+    content = result(folder).read_bytes()
     known = note.get("lora")
     if is_plain_name(known) and _holds(lora_folder() / str(known), content):
         return lora_folder() / str(known)
@@ -293,6 +300,9 @@ def _told(folder: Path, lora: Path) -> Iterator[str]:
     yield f"trained: {view.step} steps in {duration(view.seconds)}{loss}"
     yield f"LoRA: {lora.name}"
     yield f"run: {folder.relative_to(folder_paths.get_output_directory()).as_posix()}"
+    notes = _note(folder).get("notes")
+    if isinstance(notes, list):
+        yield from (printable(str(note))[:300] for note in notes[:_TOLD_LINES])
     try:
         lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from ...hydit_core.errors import ConfigError
 from ...hydit_core.untrusted import parse_toml
+
+if TYPE_CHECKING:  # it brings the trainer
+    from ...hydit_core.train.quick.wish import Wish
 
 # What a graph may set of a configuration. Nothing here names a place, a device, a program or a pattern.
 _ALLOWED = {
@@ -30,21 +33,9 @@ _ALLOWED = {
     }.items()
 }
 _LONGEST = 20_000
-_STEPS = {"subject": 600, "style": 1000, "concept": 1000}
+_RECORDS = 200
+"""So many points has the curve of a run."""
 Tables = dict[str, Any]
-
-
-class Wish(NamedTuple):
-    """What the widgets of HyDiTTrainLoRA say."""
-
-    base: Path
-    dataset: Path
-    trigger: str
-    kind: str
-    steps: int
-    """0: as many as seem right."""
-    settings: Tables
-    """Of :func:`user_settings`."""
 
 
 def user_settings(text: str) -> Tables:
@@ -76,33 +67,25 @@ def user_settings(text: str) -> Tables:
     return settings
 
 
-def chosen(wish: Wish, folder: Path) -> Tables:
-    """The configuration of a training, with what the user typed."""
-    from ...hydit_core.weights.bundle import bundle
+def configuration(wish: Wish, settings: Tables) -> tuple[str, list[str]]:
+    """A training's TOML, and what there is to know of the pictures.
 
-    defaults = bundle(wish.base, only=("dit",), kinds=("dit",)).info.defaults
-    captions = [wish.trigger] if wish.trigger else []
-    source = {"path": str(wish.dataset), "kind": "folder", **({"caption": wish.trigger} if captions else {})}
-    steps = wish.settings.get("run", {}).get("steps") or wish.steps or _STEPS[wish.kind]
-    often = max(1, steps // 5) if isinstance(steps, int) else 1
-    mine = {
-        "model": {"init_from": str(wish.base)},
-        "data": {
-            "sources": [source],
-            "resolution": max(64, min(defaults.width, defaults.height)),
-            "on_unreadable": "skip",
-            "cache": {"latents": True, "text": True, "dir": str(folder / "cache")},
-        },
-        "objective": {"kind": "lora", "timesteps": "stratified", "dropout_joint": 0.1},
-        "lora": {"rank": 16, "targets": "attention+mlp", "trigger": wish.trigger},
-        "optimizer": {"lr": 1e-3},
-        "run": {"output_dir": str(folder), "steps": steps, "batch_size": 4},
-        "ema": {"decay": 0.98},
-        "samples": {"every": often if captions else 0, "prompts": captions},
-        "checkpoint": {"every": often},
-        "metrics": {"every": max(1, often // 40)},
-    }
-    return over(mine, wish.settings)
+    Args:
+        settings: of :func:`user_settings`; they go before what is chosen.
+
+    Raises:
+        HyditError: nothing can be learned from the pictures, or for the model.
+    """
+    from ...hydit_core.train.quick.plan import plan
+
+    steps = settings.get("run", {}).get("steps")
+    if type(steps) is int and steps > 0:
+        wish = replace(wish, steps=steps)  # samples, validation and more are spread over the steps
+    made = plan(wish)
+    more = over({"metrics": {"every": max(1, made.config.run.steps // _RECORDS)}}, settings)
+    if not settings:
+        return made.toml + "\n".join(toml(more)) + "\n", list(made.notes)
+    return "\n".join(toml(over(parse_toml(made.toml, "the plan"), more))) + "\n", list(made.notes)
 
 
 def toml(tables: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

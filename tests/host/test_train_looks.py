@@ -40,7 +40,7 @@ def write_run(folder: Path, steps: int) -> Path:
 
 def test_a_folder_is_told_and_shown(host):
     (host.input_dir / "shapes" / "more").mkdir()
-    Image.new("RGB", (300, 100), "red").save(host.input_dir / "shapes" / "more" / "wide.png")
+    Image.new("RGB", (300, 100), "blue").save(host.input_dir / "shapes" / "more" / "wide.png")
     graph = Graph()
     checked = check(graph)
     result = host.run(graph).check()

@@ -12,6 +12,8 @@ import pytest
 from graphs import Graph, Node
 from training_graphs import BASE, FAST, train, training_folders
 
+from hydit_core.embedded import embedded_model
+
 
 @pytest.fixture(autouse=True)
 def folders(host: Any, monkeypatch: Any) -> Any:
@@ -104,41 +106,67 @@ def test_a_trainer_that_is_killed_is_one_line_and_the_next_run_goes_on(host, cap
     assert steps(host)[-1] == 40
 
 
-def test_missing_captions_are_one_line(host, caplog):
-    for caption in (host.input_dir / "shapes").glob("*.txt"):
+def test_missing_captions_are_told_and_trained_with_another(host):
+    for caption in sorted((host.input_dir / "shapes").glob("*.txt"))[:2]:
         caption.unlink()
     graph = Graph()
-    trained = train(graph, trigger="", steps=2)
-    result = host.run(graph)
+    trained = train(graph, steps=2)
+    said = told(host.run(graph).check(), trained)
+    assert any(line.startswith("2 of 6 pictures have no caption, while others have one: ") for line in said)
+    config = (host.output_dir / "hydit_train" / "shapes" / "config.toml").read_text()
+    assert '"caption" = "hexagon' in config or 'caption = "hexagon' in config
+
+
+def test_pictures_that_go_while_it_trains_are_one_line(host, caplog):
+    """The trainer's own error: its first line on the node, what it said last in ComfyUI's log."""
+    graph = Graph()
+    train(graph, steps=4)
+    child = host.module("nodes.host.train_child")
+    start = child.Child.__init__
+
+    def removing(self: Any, *arguments: Any) -> None:
+        for picture in (host.input_dir / "shapes").glob("*.png"):
+            picture.unlink()
+        start(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child.Child, "__init__", removing)
+        result = host.run(graph)
     message = result.error.exception_message
-    assert message.startswith("the training ended: pictures without a caption: 6; ")
+    assert message.startswith("the training ended: data source ") and "no pictures found" in message
     assert "\n" not in message
-    assert any("pictures without a caption: 6" in record.message for record in caplog.records)
+    assert any("no pictures found" in record.message for record in caplog.records)
     assert not (host.models_dir / "loras" / "shapes.safetensors").exists()
-    # With a trigger, that is their caption.
-    graph.set(trained, trigger="hexagon")
-    assert told(host.run(graph).check(), trained)[2] == "run: hydit_train/shapes"
+
+
+def test_a_folder_without_anything_to_learn_is_one_line(host):
+    for picture in (host.input_dir / "shapes").glob("*.png"):
+        picture.write_bytes(b"no picture")
+    graph = Graph()
+    train(graph, steps=2)
+    message = host.run(graph).error.exception_message
+    assert "shapes" in message and "\n" not in message
+    assert not (host.output_dir / "hydit_train" / "shapes" / "config.toml").exists()
 
 
 def test_a_setting_that_the_trainer_refuses_is_one_line(host):
     graph = Graph()
     train(graph, settings="[lora]\nrank = -1")
     message = host.run(graph).error.exception_message
-    assert "lora.rank" in message and "\n" not in message
+    assert message.startswith("settings: lora.rank") and "\n" not in message
 
 
 def test_minutes(host):
     """A budget of time ends it with what there is, and it is done."""
     run = host.module("nodes.host.train_run")
-    settings = host.module("nodes.host.train_settings")
-    base = host.module("nodes.host.folders").resolve(BASE, "checkpoints", "diffusers")
-    own = settings.user_settings(FAST.format(steps=100_000))
-    wish = settings.Wish(base, host.input_dir / "shapes", "hexagon", "style", 0, own)
-    done = run.train(wish, "timed", "a key", minutes=0.02)
+    wishes = host.module("hydit_core.train.quick.wish")
+    settings = host.module("nodes.host.train_settings").user_settings(FAST.format(steps=100_000))
+    wish = wishes.Wish(host.input_dir / "shapes", "hexagon", embedded_model(), "style", minutes=0.02)
+    done = run.train(wish, settings, "timed", "a key")
     trained = steps(host, "timed")[-1]
     assert 0 < trained < 100_000 and done.lora == host.models_dir / "loras" / "timed.safetensors"
     before = time.monotonic()
-    assert run.train(wish, "timed", "a key", minutes=0.02).lora == done.lora
+    assert run.train(wish, settings, "timed", "a key").lora == done.lora
     assert steps(host, "timed")[-1] == trained and time.monotonic() - before < 5
 
 

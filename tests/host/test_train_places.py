@@ -11,6 +11,8 @@ import pytest
 from graphs import Graph
 from training_graphs import BASE, FAST, PICTURES, train, training_folders
 
+from hydit_core.embedded import embedded_model
+
 
 @pytest.fixture(autouse=True)
 def folders(host: Any, monkeypatch: Any, tmp_path: Path) -> Any:
@@ -102,7 +104,7 @@ def test_only_runs_of_output_are_shown(host, name):
 
 NAMES = [
     "../x", "a/b", "a\\b", "/tmp/x", "", " ", ".", "..", ".hidden", "x.", "C:x", "a\x00b", "a\nb", "con",
-    "NUL.txt", "x" * 81, "é" * 41, "a*b", "a?b", 'a"b', "a<b", "a|b", " x", 5,
+    "NUL.txt", "x" * 81, "é" * 41, "a*b", "a?b", 'a"b', "a<b", "a|b", " x",
 ]  # fmt: skip
 
 
@@ -162,12 +164,11 @@ def test_settings_say_no_place_and_start_nothing(host, text):
 def test_a_value_that_is_a_path_elsewhere_is_not_used(host, tmp_path):
     """Whatever the list of keys says: the configuration that is read back may only name what was given."""
     run = host.module("nodes.host.train_run")
-    settings = host.module("nodes.host.train_settings")
-    base = host.module("nodes.host.folders").resolve(BASE, "checkpoints", "diffusers")
+    wishes = host.module("hydit_core.train.quick.wish")
     for table, key in (("lora", "init_from"), ("objective", "controlnet")):
-        wish = settings.Wish(base, host.input_dir / "shapes", "x", "style", 2, {table: {key: "/etc/passwd"}})
+        wish = wishes.Wish(host.input_dir / "shapes", "x", embedded_model(), "style", steps=2)
         with pytest.raises(Exception, match=r"passwd|controlnet"):
-            run.train(wish, "other", "key")
+            run.train(wish, {table: {key: "/etc/passwd"}}, "other", "key")
 
 
 def test_what_lies_in_a_runs_folder_is_not_believed(host):

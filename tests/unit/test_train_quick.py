@@ -249,7 +249,7 @@ def test_a_smaller_way_is_taken_only_where_it_must() -> None:
 def test_without_the_library_a_fixed_rate_of_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     base = choices.Base(Path("x"), DiTConfig(), ModelInfo.published("v1.2"))
     monkeypatch.setattr(choices.importlib.util, "find_spec", lambda name: None)
-    found = {choice.key: choice for choice in choices.optimizer_choices(base)}
+    found = {choice.key: choice for choice in choices.optimizer_choices(base, 100)}
     assert found["lr"].value == 1e-4 and "pip install pytorch-optimizer" in found["lr"].reason
 
 

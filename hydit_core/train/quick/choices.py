@@ -135,7 +135,7 @@ def training_choices(wish: Wish, found: Survey, base: Base) -> Iterator[Choice]:
     yield Choice("lora", "targets", "attention+mlp", "learns more than attention alone, for little memory")
     if wish.trigger:
         yield Choice("lora", "trigger", wish.trigger, "for the exported file")
-    yield from optimizer_choices(base)
+    yield from optimizer_choices(base, steps_of(wish, len(found))[0])
 
 
 _RANKS = {
@@ -150,7 +150,7 @@ def rank_of(wish: Wish, base: Base) -> int:
     return min(_RANKS[wish.kind][0], 2 ** round(math.log2(max(4, base.dit.hidden_size / 10))))
 
 
-def optimizer_choices(base: Base) -> Iterator[Choice]:
+def optimizer_choices(base: Base, steps: int) -> Iterator[Choice]:
     if importlib.util.find_spec("pytorch_optimizer") is not None:
         yield Choice("optimizer", "name", "prodigy", "finds the learning rate by itself")
         yield Choice("optimizer", "args", {"d0": 1e-4}, "where it begins to look; LoRAs are never below")
@@ -165,7 +165,7 @@ def optimizer_choices(base: Base) -> Iterator[Choice]:
         f"AdamW with a fixed rate, for a model of width {base.dit.hidden_size}: pip install "
         "pytorch-optimizer for one that finds the rate by itself",
     )
-    yield Choice("schedule", "warmup_steps", 10)
+    yield Choice("schedule", "warmup_steps", min(10, steps // 4))
     yield Choice("ema", "decay", 0.98, "averages take the place of a falling learning rate")
 
 
