@@ -19,6 +19,8 @@ from ..text.loading import load_tokenizers
 from ..weights.bundle import Bundle, bundle
 from ..weights.load import model_config
 from .conditioning import caption_fits
+from .quick.survey import survey
+from .quick.wish import Wish
 
 _EXAMPLE = 80
 
@@ -44,7 +46,8 @@ def look_at(folder: Path, base: Path, resolution: int = 0) -> DatasetReport:
     """
     opened = bundle(base, only=("dit", "bert", "t5"), kinds=("dit",))
     side = resolution or _side(opened)
-    data = open_dataset(_config(folder, side), seed=0, batch_size=1)
+    several = survey(Wish(folder, model=base)).caption_lines
+    data = open_dataset(_config(folder, side, several), seed=0, batch_size=1)
     lines = [
         *_counts(data.summary(), side, str(folder)),
         *_captions(data, opened),
@@ -59,10 +62,10 @@ def _side(opened: Bundle) -> int:
     return max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE
 
 
-def _config(folder: Path, side: int) -> DataConfig:
+def _config(folder: Path, side: int, several: bool) -> DataConfig:
     try:
         return DataConfig(
-            sources=(SourceConfig(path=folder, kind="folder"),),
+            sources=(SourceConfig(path=folder, kind="folder", caption_lines=several),),
             resolution=side,
             buckets=BucketConfig(enabled=True, step=min(64, max(SIZE_MULTIPLE, side // 16 // 8 * 8))),
             on_unreadable="skip",

@@ -117,6 +117,18 @@ def test_missing_captions_are_told_and_trained_with_another(host):
     assert '"caption" = "hexagon' in config or 'caption = "hexagon' in config
 
 
+def test_missing_captions_that_nothing_can_take_the_place_of_are_one_line(host):
+    (host.input_dir / "shapes").rename(host.input_dir / "images")
+    for caption in (host.input_dir / "images").glob("*.txt"):
+        caption.unlink()
+    graph = Graph()
+    train(graph, dataset_name="images", trigger="", steps=2)
+    message = host.run(graph).error.exception_message
+    (host.input_dir / "images").rename(host.input_dir / "shapes")
+    assert "caption" in message and "\n" not in message
+    assert not (host.output_dir / "hydit_train" / "shapes" / "config.toml").exists()
+
+
 def test_pictures_that_go_while_it_trains_are_one_line(host, caplog):
     """The trainer's own error: its first line on the node, what it said last in ComfyUI's log."""
     graph = Graph()
