@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,15 @@ def _train(arguments: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained; write nothing")
     parser.add_argument(
+        "--ranks", type=_count, metavar="N", help="--dry-run: plan for so many processes (default: as now)"
+    )
+    parser.add_argument(
+        "--device-memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="--dry-run: plan for devices with so much memory, such as 80GiB (default: the one here)",
+    )
+    parser.add_argument(
         "--stop-after-micro",
         type=int,
         metavar="N",
@@ -73,12 +83,39 @@ def _train(arguments: list[str]) -> int:
     if options.dry_run:
         from .dryrun import describe
 
-        print("\n".join(describe(config)))
+        lines = describe(config, ranks=options.ranks, device_memory=options.device_memory)
+        print("\n".join(lines))
         return 0
+    if options.ranks is not None or options.device_memory is not None:
+        raise ConfigError("--ranks and --device-memory plan a run: use --dry-run (torchrun starts processes)")
 
     from .launch import train
 
     return _exit_code(lambda: train(config, resume=options.resume, stop_after_micro=options.stop_after_micro))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 1 << 20:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of processes, such as 8")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    """80GiB, 80GB, 24.5G or a number of bytes."""
+    units = {
+        "": 1,
+        "M": 2**20,
+        "MIB": 2**20,
+        "MB": 10**6,
+        "G": 2**30,
+        "GIB": 2**30,
+        "GB": 10**9,
+        "TIB": 2**40,
+    }
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]*)", text)
+    if match is None or match[2].upper() not in units or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a size, such as 80GiB or 80GB")
+    return int(float(match[1]) * units[match[2].upper()])
 
 
 def _exit_code(run: Callable[[], bool]) -> int:

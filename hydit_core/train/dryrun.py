@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
@@ -14,17 +16,23 @@ from ..weights.load import load_dit
 from .checks import check_machine, check_parts
 from .conditioning import caption_fits
 from .config import TrainConfig
+from .distributed import find_device
 from .launch import held_run, open_data
-from .memory import estimate, largest
-from .objectives.base import parameter_bytes
+from .memory import largest, of_run
 from .objectives.table import objective_of
 from .optim import parameter_groups
+from .parallel.fit import memory_of, plan
 from .parts import described, load_text, open_base, open_vae
 from .posterior import choose
 
 
-def describe(config: TrainConfig) -> Iterator[str]:
+def describe(
+    config: TrainConfig, *, ranks: int | None = None, device_memory: int | None = None
+) -> Iterator[str]:
     """Lines for the terminal: data, captions, model, schedule, memory.
+
+    ``ranks`` processes on devices with ``device_memory`` bytes are planned for; by default those that run
+    now, and the device that is there.
 
     Raises :class:`HyditError` for anything that training itself would refuse at its start.
     """
@@ -58,23 +66,22 @@ def describe(config: TrainConfig) -> Iterator[str]:
     yield f"  {choose(config, info, data, vae).line}"
     yield f"  trained: {_count(trained.values()):,} parameters in {len(groups)} groups"
     yield "Run"
-    samples = run.steps * run.batch_size * run.grad_accumulation
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
+    samples = run.steps * run.batch_size * run.grad_accumulation * ranks
     epochs = samples / max(1, len(data.samples))
     yield (
         f"  {run.steps} steps of {run.batch_size} x {run.grad_accumulation} samples: {epochs:.1f} epochs "
-        "in one process"
+        f"in {'one process' if ranks == 1 else f'{ranks} processes'}"
     )
     yield f"  precision {run.precision}, output to {run.output_dir} (nothing has been written)"
     if held := held_run(run.output_dir):
         yield f"  that folder holds a run already ({held}): it can be continued, not begun anew"
-    frozen = objective.frozen_bytes(config, dit)
-    dropped = config.data.cache.text and not objective.exports_text(config)
-    if not (config.objective.train_text_encoders or dropped):
-        frozen += parameter_bytes(text, config.run.precision)
-    muon = {name for group in groups if group.muon for name in group.names}
     size = largest([data.sizes[i] for i in np.unique(data.layout.bucket_of_row)])
-    yield f"Memory of one process, estimated for batches of {size[0]}x{size[1]}"
-    yield from estimate(config, trained, muon, frozen, shape, size).lines()
+    of_all = "" if ranks == 1 else f" of {ranks}"
+    yield f"Memory of one process{of_all}, estimated for batches of {size[0]}x{size[1]}"
+    if device_memory is None:
+        device_memory = memory_of(find_device(run.device))
+    yield from plan(config, ranks, device_memory, partial(of_run, config, dit, text, size)).lines()
 
 
 def _shapes(config: TrainConfig, base: Bundle | None) -> tuple[DiT, ModelInfo]:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,10 +39,13 @@ from .conditioning import caption_fits
 from .config import TrainConfig
 from .distributed import Processes
 from .loop import Trainer
+from .memory import largest, of_run
 from .networks import ModelParts
 from .objectives.table import export_names, make_objective, objective_of
 from .parallel.choice import Kind
 from .parallel.choice import make as make_parallel
+from .parallel.copies import Copies
+from .parallel.fit import memory_of, plan
 from .parts import build
 from .posterior import Choice, choose
 from .restoring import picture_stamps, require_same_data, restore, shared_checkpoint
@@ -79,17 +83,40 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
                 tell(f"warning: {line}")
         prepare_data(config, data, parts, processes)
         config = with_posterior(config, data, parts, processes, say)
+        parallel = _parallel(config, data, parts, processes, say)
+        parts.split = parallel.sharded
         objective = make_objective(config, parts, processes.device)
         objective.use_checkpointing(float(run.gradient_checkpointing))
         if run.compile:
             compile_networks(objective.module)
-        kind: Kind = "ddp" if run.parallel == "auto" else run.parallel
-        trainer = Trainer(config, objective, data, processes, make_parallel(run, kind, processes))
+        trainer = Trainer(config, objective, data, processes, parallel)
         if processes.is_main:
             trainer.pictures = picture_stamps(data)
         if resume is not None:
             _resume(trainer, run.output_dir if resume == "auto" else Path(resume), resume == "auto", say)
         return trainer.run(stop_after_micro=stop_after_micro)
+
+
+def _parallel(
+    config: TrainConfig,
+    data: TrainData,
+    parts: ModelParts,
+    processes: Processes,
+    say: Callable[[str], None],
+) -> Copies:
+    """How the processes share the model; where ``run.parallel`` leaves that open, the first one decides."""
+    kind: Kind = "ddp" if config.run.parallel == "auto" else config.run.parallel
+    if config.run.parallel == "auto" and processes.world > 1:
+
+        def decide() -> tuple[Kind, str]:
+            need = partial(of_run, config, parts.dit, parts.text, largest(data.sizes))
+            chosen = plan(config, processes.world, memory_of(processes.device), need)
+            return chosen.kind, "" if chosen.kind == "ddp" and chosen.fits else chosen.line()
+
+        kind, line = processes.from_main(decide)
+        if line:
+            say(line)
+    return make_parallel(config.run, kind, processes)
 
 
 @contextmanager

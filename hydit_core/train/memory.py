@@ -15,15 +15,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..model.attention import Options
 from ..model.config import DiTConfig
+from ..model.dit import DiT
 from ..text.features import TextFeatures
 from .config import TrainConfig
-from .objectives.base import Rehearsal, rehearse_dit
+from .objectives.base import Rehearsal, parameter_bytes, rehearse_dit
 from .objectives.table import objective_of
+from .optim import parameter_groups
 from .optimizer_kinds import KINDS
+from .parallel.units import gathered_bytes, part_size
+
+SPARE = 1 << 30
+"""What is in no sum: libraries, the device's context, buffers."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class MemoryEstimate:
     average: int
     frozen: int
     activations: int
+    gathered: int = 0
+    """Whole blocks, where processes hold parts of the model."""
 
     @property
     def total(self) -> int:
@@ -43,8 +51,8 @@ class MemoryEstimate:
 
     def lines(self) -> list[str]:
         """One purpose a line."""
-        return [f"  {name}: {_size(value)}" for name, value in vars(self).items() if value] + [
-            f"  together: {_size(self.total)} (plus about 1 GB for libraries and buffers)"
+        return [f"  {name}: {size_text(value)}" for name, value in vars(self).items() if value] + [
+            f"  together: {size_text(self.total)} (plus about 1 GB for libraries and buffers)"
         ]
 
 
@@ -55,30 +63,55 @@ def estimate(
     frozen_bytes: int,
     dit: DiTConfig,
     size: tuple[int, int],
+    *,
+    ranks: int = 1,
+    split_bytes: int = 0,
 ) -> MemoryEstimate:
     """Memory of one process.
 
-    ``trained`` are its parameters (meta ones will do), ``size`` is (W, H) in pixels.
+    ``trained`` are the run's parameters (meta ones will do), ``size`` is (W, H) in pixels. Where ``ranks``
+    processes split the model, this one holds its part of what is trained, and of ``split_bytes`` of the
+    ``frozen_bytes``.
     """
-    count = sum(p.numel() for p in trained.values())
-    in_muon = sum(p.numel() for name, p in trained.items() if name in muon)
+    count = sum(part_size(tuple(p.shape), ranks) for p in trained.values())
+    in_muon = sum(part_size(tuple(p.shape), ranks) for name, p in trained.items() if name in muon)
     fraction = float(config.run.gradient_checkpointing)
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
+    rehearsal = partial(objective_of(config).rehearsal, config)
     return MemoryEstimate(
         weights=4 * count,
         gradients=4 * count,
         optimizer=round(KINDS[config.optimizer.name].state_bytes * (count - in_muon)) + 4 * in_muon,
         average=4 * count * config.ema.enabled,
-        frozen=frozen_bytes,
+        frozen=frozen_bytes - split_bytes + -(-split_bytes // ranks),
         activations=activation_bytes(
             dit,
             config.run.batch_size,
             size,
             dtype,
             fraction,
-            partial(objective_of(config).rehearsal, config),
+            rehearsal,
+            copies=ranks == 1,
         ),
+        gathered=gathered_bytes(_rehearsed(rehearsal, dit, dtype).module) if ranks > 1 else 0,
     )
+
+
+def of_run(
+    config: TrainConfig, dit: DiT, text: nn.Module, size: tuple[int, int], ranks: int = 1
+) -> MemoryEstimate:
+    """Memory of one process of a run, whose networks need no content; ``ranks`` processes split the model."""
+    objective = objective_of(config)
+    everything = objective.shapes(config, dit, text)  # type: ignore[arg-type]
+    groups = parameter_groups(everything, config.optimizer)
+    trained = {name: everything[name] for group in groups for name in group.names}
+    muon = {name for group in groups if group.muon for name in group.names}
+    frozen = objective.frozen_bytes(config, dit)
+    dropped = config.data.cache.text and not objective.exports_text(config)
+    if not (config.objective.train_text_encoders or dropped):
+        frozen += parameter_bytes(text, config.run.precision)
+    split = objective.split_bytes(config, dit)
+    return estimate(config, trained, muon, frozen, dit.config, size, ranks=ranks, split_bytes=split)
 
 
 def activation_bytes(
@@ -88,17 +121,19 @@ def activation_bytes(
     dtype: torch.dtype,
     checkpointing: float = 0.0,
     rehearsal: Callable[..., Rehearsal] = rehearse_dit,
+    *,
+    copies: bool = True,
 ) -> int:
     """What one forward pass keeps for its backward pass, in bytes; ``size`` is (W, H) in pixels.
 
     ``rehearsal`` makes what is trained, see :meth:`.objectives.base.DiffusionObjective.rehearsal`; default: a
     DiT and nothing else.
 
-    Attention counts as a fused kernel (queries, keys, values and output); autocast's copies of the weights
-    are counted.
+    Attention counts as a fused kernel (queries, keys, values and output). Autocast's ``copies`` of the
+    weights are counted; where processes hold parts of a model, weights are gathered in that dtype instead.
     """
+    module, num_blocks, conditions = _rehearsed(rehearsal, config, dtype)
     with torch.device("meta"):
-        module, num_blocks, conditions = rehearsal(config, attention=_FusedAttention.attend, dtype=dtype)
         latents = torch.empty(batch, config.in_channels, size[1] // 8, size[0] // 8, dtype=dtype)
         bert = torch.empty(batch, config.text_len, config.text_dim, dtype=dtype)
         t5 = torch.empty(batch, config.t5_len, config.t5_dim, dtype=dtype)
@@ -120,8 +155,13 @@ def activation_bytes(
     stream = batch * tokens * config.hidden_size * dtype.itemsize  # the input of one block
     again = checkpointing > 0
     whole = before + (1 - checkpointing) * blocks + checkpointing * num_blocks * stream
-    copies = sum(p.numel() * 2 for p in weights) if dtype != torch.float32 else 0
-    return int(whole + again * blocks / num_blocks) + copies
+    halves = sum(p.numel() * 2 for p in weights) if copies and dtype != torch.float32 else 0
+    return int(whole + again * blocks / num_blocks) + halves
+
+
+def _rehearsed(rehearsal: Callable[..., Rehearsal], config: DiTConfig, dtype: torch.dtype) -> Rehearsal:
+    with torch.device("meta"):
+        return rehearsal(config, attention=_FusedAttention.attend, dtype=dtype)
 
 
 class _Kept:
@@ -164,5 +204,6 @@ def largest(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-def _size(value: float) -> str:
+def size_text(value: float) -> str:
+    """Bytes as people write them."""
     return f"{value / 2**30:.2f} GiB" if value >= 2**28 else f"{value / 2**20:.1f} MiB"

@@ -39,6 +39,8 @@ class ModelParts:
     ip_adapter: IPAdapter | None = None
     image_encoder: ImageEncoder | None = None
     stored_text: Callable[[str], TextFeatures] | None = None
+    split: bool = False
+    """Processes will hold parts of what is trained: it stays on the host until it is split."""
     whole: Callable[[Tensor], Tensor] | None = None
     """Where processes hold parts of what is exported: gathers one tensor."""
 

@@ -140,14 +140,27 @@ def _in_few_bits(name: str, precision: str) -> bool:
 
 def stored_bytes(dit: DiT, precision: str | None, *, default: str = "fp32") -> int:
     """The size of a DiT in memory after :func:`store`."""
+    narrow = _matrices(dit, precision, default)
+    return 4 * sum(p.numel() for p in dit.parameters()) - sum(n * (32 - bits) // 8 for n, bits in narrow)
+
+
+def splittable_bytes(dit: DiT, precision: str | None, *, default: str = "fp32") -> int:
+    """Of :func:`stored_bytes`, what is in ordinary tensors of 16 bits or more."""
+    few = sum(n * bits // 8 for n, bits in _matrices(dit, precision, default) if bits < 16)
+    return stored_bytes(dit, precision, default=default) - few
+
+
+def _matrices(dit: DiT, precision: str | None, default: str) -> list[tuple[int, int]]:
+    """Of each linear layer how many weights it has, and the bits of one after :func:`store`."""
     keeps, precision = precision is None, precision or default
-    total = 4 * sum(p.numel() for p in dit.parameters())
+    found = []
     for name, module in dit.named_modules():
         if isinstance(module, nn.Linear):
             bits = _BITS[precision] if _in_few_bits(name, precision) else 16
-            bits = 8 if keeps and kitchen.is_quantised(module.weight) else bits
-            total -= module.weight.numel() * (32 - bits) // 8
-    return total
+            found.append(
+                (module.weight.numel(), 8 if keeps and kitchen.is_quantised(module.weight) else bits)
+            )
+    return found
 
 
 def quantizer(precision: str) -> Any:

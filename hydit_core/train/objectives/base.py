@@ -254,6 +254,11 @@ class DiffusionObjective:
         return 0
 
     @classmethod
+    def split_bytes(cls, config: TrainSections, dit: DiT) -> int:
+        """What of :meth:`frozen_bytes` processes can hold parts of."""
+        return cls.frozen_bytes(config, dit)
+
+    @classmethod
     def rehearsal(
         cls, config: TrainSections, dit: DiTConfig, *, attention: AttentionFn, dtype: torch.dtype
     ) -> Rehearsal:
@@ -287,7 +292,8 @@ class DiffusionObjective:
         self.parts = parts
         self.device = device
         self.schedule = Schedule(parts.info.diffusion)
-        self.module = self._module(config).to(device)
+        module = self._module(config)
+        self.module = module if parts.split else module.to(device)
         self.module.train()
         trained = config.train_text_encoders if trains_text is None else trains_text
         if not trained and parts.stored_text is None:

@@ -116,7 +116,10 @@ class ControlNetObjective(DiffusionObjective):
 
     @classmethod
     def frozen_bytes(cls, config: TrainSections, dit: DiT) -> int:
-        return parameter_bytes(dit, config.run.precision)
+        controlnet = ControlNet(dit.config, device="meta")
+        embedders = sum(p.numel() for p in controlnet.parameters())
+        embedders -= sum(p.numel() for p in control_parameters(controlnet).values())
+        return parameter_bytes(dit, config.run.precision) + 4 * embedders
 
     @classmethod
     def rehearsal(

@@ -239,6 +239,10 @@ class DistillAllObjective(_DistillObjective, FullObjective):
     def frozen_bytes(cls, config: TrainSections, dit: DiT) -> int:
         return super().frozen_bytes(config, dit) + parameter_bytes(dit, "fp32")
 
+    @classmethod
+    def split_bytes(cls, config: TrainSections, dit: DiT) -> int:
+        return 0  # the teacher is no part of what is split
+
     def _module(self, config: ObjectiveSection) -> nn.Module:
         return DistilledAll(self.parts.dit, None, self.schedule, config)
 

@@ -24,7 +24,7 @@ from ...model.dit import DiT
 from ...model.ip_adapter import IPAdapter, IPAdapterConfig
 from ...text.features import TextFeatures
 from ...weights import hub
-from ...weights.frozen import OPERATIONS, store, stored_bytes
+from ...weights.frozen import OPERATIONS, splittable_bytes, store, stored_bytes
 from ...weights.load import load_ip_adapter
 from ...weights.save import save_ip_adapter
 from ..draws import Draws
@@ -151,6 +151,10 @@ class IPAdapterObjective(DiffusionObjective):
             encoder = sum(p.numel() for p in open_encoder(config, device="meta").parameters())
         width = 2 if config.run.precision == "bf16" else 4
         return stored_bytes(dit, None, default=config.run.precision) + width * encoder
+
+    @classmethod
+    def split_bytes(cls, config: TrainSections, dit: DiT) -> int:
+        return splittable_bytes(dit, None, default=config.run.precision)
 
     @classmethod
     def rehearsal(

@@ -20,7 +20,7 @@ from ...model.dit import DiT
 from ...new_files import remove_folder, replacing, unfinished
 from ...weights import kitchen
 from ...weights.bundle import bundle
-from ...weights.frozen import OPERATIONS, quantizer, store, stored_bytes
+from ...weights.frozen import OPERATIONS, quantizer, splittable_bytes, store, stored_bytes
 from ...weights.modelspec import file_metadata
 from ..adapter_kinds import KINDS
 from ..adapters import (
@@ -130,6 +130,11 @@ class LoraObjective(DiffusionObjective):
     @classmethod
     def frozen_bytes(cls, config: TrainSections, dit: DiT) -> int:
         return stored_bytes(dit, _own(config).base_precision, default=config.run.precision)
+
+    @classmethod
+    def split_bytes(cls, config: TrainSections, dit: DiT) -> int:
+        precision = _own(config).base_precision
+        return splittable_bytes(dit, precision, default=config.run.precision)
 
     @classmethod
     def rehearsal(

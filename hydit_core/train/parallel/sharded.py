@@ -18,6 +18,7 @@ from ..distributed import Processes, answered
 from . import shards
 from .copies import Averaged, Copies, Tensors
 from .together import Together
+from .units import units
 
 T = TypeVar("T")
 
@@ -47,6 +48,8 @@ class Sharded(Copies):
         """Split ``module`` in place: its parameters are other objects afterwards, parts of what they were."""
         mesh = self._mesh()
         whole = {p for p in module.parameters() if not _can_be_split(p)}
+        for parameter in whole:
+            parameter.data = parameter.data.to(self.processes.device)
         self.processes.barrier()
         for unit in [*units(module), module]:
             half = self._half and _is_trained(unit)
@@ -132,21 +135,6 @@ class Sharded(Copies):
     def shard_writer(self, folder: Path) -> dict[str, Any]:
         entries: dict[str, Any] = self._together.ask("shards", str(folder))
         return entries
-
-
-def units(module: nn.Module) -> list[nn.Module]:
-    """What is gathered at once: the blocks of each network, which stand in lists.
-
-    A list of plain layers, such as a ControlNet's projections, is left to the module around it: to gather
-    each by itself would take too long.
-    """
-    found: list[nn.Module] = []
-    for child in module.children():
-        if isinstance(child, nn.ModuleList) and all(any(True for _ in one.children()) for one in child):
-            found += child
-        else:
-            found += units(child)
-    return found
 
 
 def _can_be_split(parameter: Tensor) -> bool:
