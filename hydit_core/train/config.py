@@ -56,7 +56,7 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
         if self.samples.every and not self.samples.prompts:
             raise ValueError("samples.every is set but samples.prompts is empty")
         apart = [source for source in self.data.sources if source.validation]
-        if self.validation.every and not (self.data.validation or apart):
+        if self.validation.every and not (self.data.validation or apart or self.validation.prior):
             raise ValueError(
                 "validation.every is set but data.validation holds out no pictures: say how many, "
                 "for example data.validation = 16"
@@ -66,6 +66,10 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
                 f"data.cache.text keeps the outputs of the text encoders, but {option} "
                 "changes them at every step: turn one of the two off"
             )
+        if self.validation.prior and not self.validation.every:
+            raise ValueError("validation.prior is measured with the validation loss: set validation.every")
+        if self.validation.prior and self.model.init_from is None:
+            raise ValueError("validation.prior is drawn by the base, and model.from_scratch has none")
         if self.checkpoint.keep_best and not self.validation.every:
             raise ValueError("checkpoint.keep_best goes by the validation loss: set validation.every")
         if self.checkpoint.keep_best and not (self.data.validation or any(not s.prior for s in apart)):

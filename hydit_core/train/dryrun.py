@@ -41,6 +41,8 @@ def describe(
     data = open_data(config)
     yield "Data"
     yield from (f"  {line}" for line in data.summary().lines())
+    if known := config.validation.prior:
+        yield f"  and {len(known)} pictures to see what is forgotten, which the base draws at the start"
     base = open_base(config)
     dit, info = _shapes(config, base)
     text, vae = load_text(config, dit.config, base, like_file=True), open_vae(config, base)

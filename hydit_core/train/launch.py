@@ -48,6 +48,7 @@ from .parallel.copies import Copies
 from .parallel.fit import memory_of, plan
 from .parts import build
 from .posterior import Choice, choose
+from .prior_pictures import with_prior_pictures
 from .restoring import picture_stamps, require_same_data, restore, shared_checkpoint
 from .samples import sample_texts
 from .stopping import cause_of, ending_at_once, tell
@@ -70,8 +71,9 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
     check_machine(config)
     with ending_at_once() as over, _processes(config) as processes, ExitStack() as held:
         held.callback(over.set)
-        processes.from_main(lambda: _claim(config, resume, held))
+        processes.from_main(partial(_claim, config, resume, held))
         say = tell if processes.is_main else _silent
+        config = with_prior_pictures(config, processes)
         data = open_together(config, processes)
         require_same_data(data.fingerprint(), processes)
         parts = build(config)

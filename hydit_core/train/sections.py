@@ -23,6 +23,7 @@ from .optimizer_kinds import with_own_defaults
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(max_length=40)]
+Prompt = Annotated[str, Field(min_length=1)]
 
 
 class ObjectiveSection(Section):
@@ -208,6 +209,10 @@ class ValidationSection(Section):
         "checkpoint.keep_best",
     )
     min_epochs: float = Field(default=0.0, ge=0, le=1e6, description="patience: but not before")
+    prior: tuple[Prompt, ...] = Field(
+        default=(),
+        description="prompts that the base draws before the run: that loss on them shows what is forgotten",
+    )
     draws: int = Field(
         default=1,
         ge=1,

@@ -34,7 +34,8 @@ def validate(
 
     ``val_mse_t0_249`` and so on are those of the timesteps there: what is learned late or forgotten first,
     composition or detail, shows in one of them. ``val_prior_loss`` and ``val_prior_mse`` are those of
-    pictures that show what the base knows: as far as they grow, it is forgotten.
+    pictures that show what the base knows: as far as they grow, it is forgotten. Of these about as many
+    values are measured as of the others, or one of each.
 
     ``sample_posterior`` as in training: losses on other latents mean nothing for it. Every process works on
     its share. Empty when no picture is held out.
@@ -42,11 +43,15 @@ def validate(
     module = objective.module
     training = module.training
     found: dict[str, float] = {}
+    own, known = len(data.layout.validation), len(data.layout.prior_validation)
+    counts = {False: count if own else 0}
+    if known:
+        counts[True] = max(1, round(count * own / known)) if own else count
     module.eval()
     try:
-        for prior, held_out in ((False, data.layout.validation), (True, data.layout.prior_validation)):
-            if len(held_out):
-                sums = _sums(objective, data, processes, autocast, prior, count, sample_posterior)
+        for prior, times in counts.items():
+            if times:
+                sums = _sums(objective, data, processes, autocast, prior, times, sample_posterior)
                 found |= _means(processes.sum(sums).tolist(), prior, len(objective.schedule))
     finally:
         module.train(training)

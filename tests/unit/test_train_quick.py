@@ -18,7 +18,7 @@ from hydit_core.facts import ModelInfo, SamplingDefaults
 from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
 from hydit_core.train import __main__ as command_line
-from hydit_core.train.config import load_config
+from hydit_core.train.config import checked, load_config
 from hydit_core.train.launch import train
 from hydit_core.train.quick import choices, command, fitting
 from hydit_core.train.quick import plan as planning
@@ -48,7 +48,7 @@ def test_a_folder_with_captions(tmp_path: Path, model: Path) -> None:
     assert made.path == tmp_path / "run" / "quick.toml" and not made.path.exists()
     assert config.run.output_dir == tmp_path / "run" and config.data.sources[0].path == tmp_path / "dog"
     assert config.data.resolution == 64 and not config.data.buckets.enabled
-    assert config.data.validation == 1 and config.validation.draws == 48 and config.checkpoint.keep_best
+    assert config.data.validation == 1 and config.validation.draws == 24 and config.checkpoint.keep_best
     assert config.run.batch_size == 4 and config.data.sources[0].caption is None
     assert config.samples.prompts == ("ohwx number 0", "ohwx number 1")
     assert not made.notes
@@ -298,6 +298,32 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, model: Path) -> None:
     assert quick(*asked) == 0
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 4
+
+
+def test_what_the_base_knew_is_drawn_once_and_measured(tmp_path: Path, model: Path) -> None:
+    pictures, run = folder(tmp_path / "dog", 6), tmp_path / "run"
+    made = plan(Wish(pictures, "ohwx", model, out=run, steps=2, device="cpu"))
+    raw = parse_toml(made.toml, "")
+    raw["validation"] |= {"prior": ["a cat", "a  red\napple", "a cat"], "every": 1}
+    raw["samples"]["every"] = 0
+    config = checked(raw, made.path)
+    assert not train(config, stop_after_micro=1)
+    (known,) = run.glob("prior-*")
+    assert sorted(path.name for path in known.iterdir()) == ["0000.png", "0000.txt", "0001.png", "0001.txt"]
+    assert (known / "0001.txt").read_text("utf-8") == "a red apple"
+    drawn = (known / "0000.png").read_bytes()
+    (known / "0000.png").unlink()
+    (known / "0000.txt").unlink()
+    assert train(config, resume="auto")
+    assert (known / "0000.png").read_bytes() == drawn, "the same, whenever it is drawn"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {r["step"] for r in records if "val_prior_loss" in r} == {0, 1, 2}
+
+    # It changes nothing of what is learned.
+    raw["validation"]["prior"], raw["run"]["output_dir"] = [], str(tmp_path / "other")
+    assert train(checked(raw, made.path))
+    best = [(path / "best.safetensors").read_bytes() for path in (run, tmp_path / "other")]
+    assert best[0] == best[1]
 
 
 def test_a_run_ends_when_its_minutes_are_over(tmp_path: Path, model: Path) -> None:

@@ -19,12 +19,17 @@ from .wish import Wish
 
 FILE = "quick.toml"
 _BATCH = 4
-_MEASURES = 48
+_MEASURES = 24
 """So many noisy pictures a validation looks at, at least."""
+_EVERY = 15
+"""No validation before so many more steps: it takes as long as several of them."""
+_PATIENCE = 3
 _FEW = 5
 _EPOCHS = {"subject": 100, "style": 60, "concept": 60}
 """How often each picture is shown at most; the steps of a run that no validation can end are half of it."""
 _STEPS = (120, 3000)
+KNOWN = ("a cat", "a red apple", "a house", "一棵树", "a blue car", "the sun")
+"""What every model can draw."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def steps_of(wish: Wish, pictures: int) -> tuple[int, str]:
 
 
 def validation_every(steps: int) -> int:
-    return max(10, round(steps / 20 / 5) * 5)
+    return max(_EVERY, round(steps / 10 / 5) * 5)
 
 
 def model_choices(base: Base) -> Iterator[Choice]:
@@ -151,21 +156,18 @@ def rank_of(wish: Wish, base: Base) -> int:
 
 
 def optimizer_choices(base: Base, steps: int) -> Iterator[Choice]:
+    rate = float(f"{1e-4 * 1408 / base.dit.hidden_size:.1g}")  # as for DiT-g/2, which is 1408 wide
     if importlib.util.find_spec("pytorch_optimizer") is not None:
         yield Choice("optimizer", "name", "prodigy", "finds the learning rate by itself")
-        yield Choice("optimizer", "args", {"d0": 1e-4}, "where it begins to look; LoRAs are never below")
+        yield Choice("optimizer", "args", {"d0": rate}, "where it begins to look, by the model's width")
         yield Choice("schedule", "kind", "constant")
-        yield Choice("ema", "decay", 0.98, "averages take the place of a falling learning rate")
-        return
-    lr = float(f"{1e-4 * 1408 / base.dit.hidden_size:.1g}")
-    yield Choice(
-        "optimizer",
-        "lr",
-        lr,
-        f"AdamW with a fixed rate, for a model of width {base.dit.hidden_size}: pip install "
-        "pytorch-optimizer for one that finds the rate by itself",
-    )
-    yield Choice("schedule", "warmup_steps", min(10, steps // 4))
+    else:
+        reason = (
+            f"AdamW's, by the model's width of {base.dit.hidden_size}; for one that finds it itself: "
+            "pip install pytorch-optimizer"
+        )
+        yield Choice("optimizer", "lr", rate, reason)
+        yield Choice("schedule", "warmup_steps", min(10, steps // 4))
     yield Choice("ema", "decay", 0.98, "averages take the place of a falling learning rate")
 
 
@@ -191,17 +193,17 @@ def run_choices(wish: Wish, found: Survey, fit: Fit) -> Iterator[Choice]:
     if kept:
         draws = math.ceil(_MEASURES / kept)
         yield Choice("validation", "every", every)
-        yield Choice(
-            "validation", "draws", draws, f"{kept} pictures at one noise level each would say little"
-        )
+        yield Choice("validation", "draws", draws, "noise levels of each: at one, few pictures say little")
         epochs = batch_size(len(found)) / (len(found) - kept)
         yield Choice(
             "validation",
             "patience",
-            round(5 * every * epochs, 2),
-            "epochs, which are five validations: then it only learns the pictures by heart",
+            round(_PATIENCE * every * epochs, 2),
+            "epochs, which are three validations: then it only learns the pictures by heart",
         )
         yield Choice("validation", "min_epochs", round(steps / 4 * epochs, 2))
+        reason = "the model draws these at the start: their loss grows as far as it forgets them"
+        yield Choice("validation", "prior", list(KNOWN), reason)
         yield Choice("checkpoint", "keep_best", True, "best.safetensors is the one to use")
     yield Choice("checkpoint", "every", max(every, 10))
     yield Choice("checkpoint", "keep_last", 1)
