@@ -80,12 +80,16 @@ class Child:
         return [printable(line) for line in found if line.strip()]
 
     def check(self) -> None:
-        """Raise :class:`HyditError`, in one line, if it ended otherwise than by finishing or a stop."""
+        """Raise :class:`HyditError`, in one line, unless it came to its end."""
         code = self.process.wait()
         lines = [line for line in self.lines() if not _BAR.search(line)]
         starts = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-        if code == 0 or (code == _STOPPED and not starts):
+        if code == 0:
             return
+        if code == _STOPPED and not starts:
+            raise TrainingFailed(
+                "the training was stopped from outside; everything is saved: run this again to go on", lines
+            )
         if not starts:
             last = f": {lines[-1]}" if lines else ""
             raise TrainingFailed(f"the training ended unexpectedly (exit code {code}){last}", lines)

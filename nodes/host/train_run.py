@@ -96,7 +96,8 @@ def watch(folder: Path, *, follow: bool, node_id: str = "") -> tuple[str, Any, A
         time.sleep(_POLL)
     view.refresh()
     steps, holder = planned_steps(folder), lock.holder(folder)
-    state = "running" if holder is not None else "ended" if steps and view.step >= steps else "stopped"
+    ended = _note(folder).get("done") is True or bool(steps and view.step >= steps)
+    state = "running" if holder is not None else "ended" if ended else "stopped"
     lines = [f"{state}: {view.progress(steps if holder is not None else None)}"]
     lines.append(f"trained for {duration(view.seconds)}")
     lines += [f"newest samples: {path.name}" for path in view.sheets()[-1:]]

@@ -19,14 +19,15 @@ _ALLOWED = {
     for table, keys in {
         "run": "steps batch_size grad_accumulation clip_norm precision gradient_checkpointing seed threads "
         "max_bad_steps",
-        "optimizer": "name lr betas eps weight_decay args muon_lr muon_momentum",
-        "lora": "rank alpha dropout rslora dora targets train_bert train_t5 base_precision",
+        "optimizer": "name lr betas eps weight_decay args muon_lr muon_momentum loraplus_lr_ratio",
+        "lora": "kind rank alpha dropout rank_dropout factor decompose_both full_matrix rslora dora targets "
+        "train_bert train_t5 base_precision",
         "data": "resolution buckets crop flip min_side alpha_color on_unreadable validation posterior "
         "allow_missing_captions empty_caption",
         "objective": "timesteps weighting snr_gamma vlb noise_offset dropout_bert dropout_t5 dropout_joint",
         "schedule": "kind warmup_steps decay_start min_lr",
         "ema": "enabled decay warmup power",
-        "validation": "every patience min_epochs",
+        "validation": "every patience min_epochs draws",
         "samples": "every prompts seed negative steps cfg guidance_rescale sampler spacing width height",
         "checkpoint": "every keep_last keep_every keep_best export_dtype",
         "metrics": "every",

@@ -89,18 +89,24 @@ def test_interrupted_it_goes_on_and_another_run_is_another(host):
     assert told(result, trained)[1:3] == ["LoRA: shapes-2.safetensors", "run: hydit_train/shapes-2"]
 
 
-def test_a_trainer_that_is_killed_is_one_line_and_the_next_run_goes_on(host, caplog):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "the training ended unexpectedly (exit code -9)"),
+        (signal.SIGTERM, "the training was stopped from outside; everything is saved: run this again"),
+    ],
+)
+def test_a_trainer_that_is_killed_is_one_line_and_the_next_run_goes_on(host, number, said):
     graph = Graph()
     train(graph, steps=40)
 
     def kill(*_: Any) -> None:
         if len(steps(host)) > 10:
             lock = (host.output_dir / "hydit_train" / "shapes" / ".lock").read_text()
-            os.kill(int(lock.split()[1]), signal.SIGKILL)
+            os.kill(int(lock.split()[1]), number)
 
     result = host.run(graph, on_progress=kill)
-    assert result.error is not None
-    assert result.error.exception_message.startswith("the training ended unexpectedly (exit code -9)")
+    assert result.error is not None and result.error.exception_message.startswith(said)
     assert "\n" not in result.error.exception_message
     host.run(graph).check()
     assert steps(host)[-1] == 40
