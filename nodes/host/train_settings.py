@@ -27,7 +27,7 @@ _ALLOWED = {
         "objective": "timesteps weighting snr_gamma vlb noise_offset dropout_bert dropout_t5 dropout_joint",
         "schedule": "kind warmup_steps decay_start min_lr",
         "ema": "enabled decay warmup power",
-        "validation": "every patience min_epochs draws",
+        "validation": "every patience min_epochs draws prior",
         "samples": "every prompts seed negative steps cfg guidance_rescale sampler spacing width height",
         "checkpoint": "every keep_last keep_every keep_best export_dtype",
         "metrics": "every",

@@ -31,7 +31,7 @@ def steps(run: Path) -> list[int]:
     return [record["step"] for record in records if "loss" in record]
 
 
-def wait(until: Callable[[], bool], seconds: float = 240) -> None:
+def wait(until: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not until():
         assert time.monotonic() < end, "it took too long"
@@ -40,7 +40,7 @@ def wait(until: Callable[[], bool], seconds: float = 240) -> None:
 
 def test_a_killed_server_leaves_a_run_that_goes_on(server):
     graph = Graph()
-    trained = train(graph, steps=60)
+    trained = train(graph, steps=24)
     run = server.output_dir / "hydit_train" / "shapes"
 
     def queue() -> None:
@@ -53,12 +53,12 @@ def test_a_killed_server_leaves_a_run_that_goes_on(server):
     server.kill()
     wait(lambda: lock.holder(run) is None)
     before = steps(run)
-    assert 3 < len(before) < 60 and not (server.models_dir / "loras" / "shapes.safetensors").exists()
+    assert 3 < len(before) < 24 and not (server.models_dir / "loras" / "shapes.safetensors").exists()
     assert "everything is saved" in (run / "log.txt").read_text()
 
     server.start_again()
-    result = server.run(graph).check()
-    assert steps(run)[: len(before)] == before and steps(run)[-1] == 60
+    result = server.run(graph, timeout=900).check()
+    assert steps(run)[: len(before)] == before and steps(run)[-1] == 24
     assert "continuing from" in (run / "log.txt").read_text()
     assert (server.models_dir / "loras" / "shapes.safetensors").is_file()
-    assert result.outputs[trained.id]["hydit_train"][0].startswith("trained: 60 steps in ")
+    assert result.outputs[trained.id]["hydit_train"][0].startswith("trained: 24 steps in ")

@@ -12,7 +12,10 @@ from graphs import Graph, Node
 
 PICTURES = ROOT / "hydit_core" / "assets" / "pictures" / "hexagon"
 BASE = "[embedded] hydit-icons-128"
-FAST = "[run]\nsteps = {steps}\nbatch_size = 2\nthreads = 1\n[lora]\nrank = 4\n[samples]\nsteps = 3\n"
+FAST = (
+    "[run]\nsteps = {steps}\nbatch_size = 2\nthreads = 1\n[lora]\nrank = 4\n[samples]\nsteps = 3\n"
+    "[validation]\nprior = []\n"
+)
 
 
 def write_dataset(folder: Path, count: int = 6, *, captions: bool = True) -> Path:
