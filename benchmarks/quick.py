@@ -46,10 +46,11 @@ GRID_STEPS, EVERY, DRAWS = 300, 10, 16
 
 
 def planned(name: str, data: Path, out: Path, model: Path | None) -> dict[str, Any]:
-    """What quick chooses, as a table; without sample pictures, which change nothing."""
+    """What quick chooses, as a table; without sample and prior pictures, which change nothing."""
     wish = Wish(data / name, "ohwx", model, SETS[name], out, device="cpu")
     table = parse_toml(plan(wish).toml, name)
     table["samples"]["every"] = 0
+    table.get("validation", {}).pop("prior", None)
     table["data"]["cache"]["dir"] = str(out.parent / "cache")
     table["run"]["threads"] = 1
     table["metrics"] = {"tensorboard": False}

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..untrusted import parse_toml, read_toml
 from .objectives.table import OBJECTIVES, objective_of
 from .optimizer_kinds import KINDS, with_one_average
+from .other_names import HINTS
 from .sections import ObjectiveSection, TrainSections
 
 
@@ -204,16 +205,25 @@ def _explain(error: Any) -> str:
     loc = [part for part in error["loc"] if part not in ("table", "path") or part is error["loc"][-1]]
     dotted = ".".join(str(part) for part in loc) or "(whole file)"
     if error["type"] == "extra_forbidden":
-        known = _known_keys(loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "known here: " + ", ".join(sorted(known))
-        return f"  {dotted}: unknown key; {hint}"
+        return f"  {dotted}: unknown key; {_hint(loc)}"
     message = _WORDS.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     if error["type"] == "too_short":
         message = f"expected at least {error['ctx']['min_length']} in the list"
     given = error.get("input")
     shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
     return f"  {dotted}: {message}{shown}"
+
+
+def _hint(loc: Sequence[Any]) -> str:
+    """What may be meant by a key that does not exist."""
+    key, known = str(loc[-1]), _known_keys(loc[:-1])
+    if key in HINTS:
+        return HINTS[key]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    elsewhere = [table for table in TrainConfig.model_fields if key in _known_keys([table])]
+    if len(elsewhere) == 1 and not difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+        return f"it belongs to the table {elsewhere[0]}"
+    return f"did you mean {near[0]}?" if near else "known here: " + ", ".join(sorted(known))
 
 
 def _section_at(loc: Sequence[Any]) -> type[BaseModel] | None:

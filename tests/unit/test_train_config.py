@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,9 @@ def test_paths_start_at_the_file_but_overrides_at_the_current_folder(
     ("override", "words"),
     [
         ("run.step=5", ["run.step", "unknown key", "did you mean steps?"]),
+        ("rank=16", ["rank", "it belongs to the table lora"]),
+        ("run.clip_skip=2", ["run.clip_skip", "used to their last layer"]),
+        ("optimizer.learning_rate=1e-4", ["optimizer.learning_rate", "here it is optimizer.lr"]),
         ("optimiser.lr=1", ["optimiser", "did you mean optimizer?"]),
         ("model.from_scratch.hiddensize=64", ["model.from_scratch.hiddensize", "did you mean hidden_size?"]),
         ("model.text_encoders.vocabulary='x'", ["model.text_encoders.vocabulary", "did you mean vocab?"]),
@@ -84,7 +88,7 @@ def test_the_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None
     assert ended.value.code == 0
     usage, _, rest = " ".join(capsys.readouterr().out.split()).partition(" CONFIG.toml ")
     assert usage.startswith("usage: python -m hydit_core.train [-h]")
-    further = "prepare CONFIG.toml, cache CONFIG.toml, export RUN, report RUN."
+    further = "quick PICTURES, prepare CONFIG.toml, cache CONFIG.toml, export RUN, report RUN."
     assert f"Train HunyuanDiT. Further commands: {further}" in rest
 
 
@@ -266,3 +270,15 @@ def test_sample_pictures_may_be_forecast() -> None:
     for wrong in ("quick", -1, 3.0):
         with pytest.raises(ValueError, match="use off, safe, fast, or a tolerance"):
             SamplesSection(forecast=wrong)
+
+
+def test_names_of_other_trainers_lead_to_keys_that_exist() -> None:
+    from hydit_core.train.config import _known_keys
+    from hydit_core.train.other_names import HINTS
+
+    named = {key for hint in HINTS.values() for key in re.findall(r"\b[a-z]+(?:\.[a-z_0-9]+)+", hint)}
+    assert len(named) > 40
+    for dotted in named:
+        *tables, last = dotted.split(".")
+        assert last in _known_keys(tables), dotted
+    assert all(name.isidentifier() for name in HINTS)

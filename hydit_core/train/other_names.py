@@ -1,0 +1,117 @@
+"""What other trainers call the keys of a configuration, for those who bring their habits along.
+
+Keys of kohya's scripts, OneTrainer, ai-toolkit and diffusers' examples, each with what it is here, or why it
+is not. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_SAME: Mapping[str, str] = {
+    "model.init_from": "pretrained_model_name_or_path name_or_path base_model_name base_model checkpoint",
+    "model.vae": "vae_path pretrained_vae_model_name_or_path vae_override",
+    "data.sources": "datasets concepts train_data_dir folder_path dataset_config subsets image_dir",
+    "data.resolution": "image_size max_resolution",
+    "data.buckets.enabled": "enable_bucket enable_ar_bucket aspect_ratio_bucketing",
+    "data.buckets.step": "bucket_reso_steps",
+    "data.buckets.min_side": "min_bucket_reso",
+    "data.buckets.max_side": "max_bucket_reso",
+    "data.sources.repeats": "num_repeats balancing dataset_repeats",
+    "data.sources.caption": "class_tokens default_caption instance_prompt",
+    "data.sources.trigger": "trigger_word caption_prefix activation_tag",
+    "data.sources.prior": "is_reg reg_data_dir class_data_dir prior_preservation with_prior_preservation",
+    "data.sources.validation": "validation_concepts",
+    "data.prior.weight": "prior_loss_weight",
+    "data.flip": "flip_aug random_flip enable_random_flip flip_x",
+    "data.crop": "random_crop center_crop enable_crop_jitter crop_jitter",
+    "data.mask": "masked_training masked_loss alpha_mask mask_path",
+    "data.mask.outside": "unmasked_weight mask_min_value",
+    "data.cache.latents": "cache_latents cache_latents_to_disk latent_caching",
+    "data.cache.text": "cache_text_encoder_outputs cache_text_embeddings text_caching",
+    "data.cache.dir": "cache_dir",
+    "data.workers": "max_data_loader_n_workers dataloader_num_workers dataloader_threads num_workers",
+    "data.validation": "validation_split",
+    "objective.timesteps": "timestep_distribution timestep_sampling timestep_type weighting_scheme",
+    "objective.weighting": "loss_weight_fn loss_weighting",
+    "objective.snr_gamma": "min_snr_gamma loss_weight_strength",
+    "objective.noise_offset": "offset_noise_weight noise_offset_strength",
+    "objective.dropout_joint": "caption_dropout_rate caption_dropout_probability uncond_p "
+    "proportion_empty_prompts",
+    "lora.rank": "network_dim lora_rank linear dim network_rank",
+    "lora.alpha": "network_alpha lora_alpha linear_alpha",
+    "lora.dropout": "network_dropout lora_dropout",
+    "lora.targets": "network_args target_modules layer_filter only_if_contains",
+    "lora.init_from": "network_weights lora_model_name",
+    "lora.base_precision": "fp8_base quantize qtype weight_dtype",
+    "optimizer.name": "optimizer_type optimizer_name",
+    "optimizer.lr": "learning_rate unet_lr base_lr",
+    "optimizer.args": "optimizer_args optimizer_params",
+    "schedule.kind": "lr_scheduler learning_rate_scheduler lr_scheduler_type",
+    "schedule.warmup_steps": "lr_warmup_steps learning_rate_warmup_steps warmup",
+    "schedule.min_lr": "lr_scheduler_min_lr_ratio learning_rate_min_factor",
+    "run.output_dir": "output_name save_dir workspace_dir logging_dir output_model_destination "
+    "training_folder",
+    "run.steps": "max_train_steps max_steps total_steps",
+    "run.batch_size": "train_batch_size per_device_train_batch_size",
+    "run.grad_accumulation": "gradient_accumulation_steps gradient_accumulation",
+    "run.clip_norm": "max_grad_norm clip_grad_norm gradient_clipping",
+    "run.precision": "mixed_precision train_dtype dtype",
+    "run.seed": "random_seed",
+    "run.compile": "torch_compile dynamo_backend",
+    "run.device": "train_device",
+    "ema.enabled": "use_ema",
+    "ema.decay": "ema_decay",
+    "samples.every": "sample_every sample_every_n_steps sample_after validation_steps",
+    "samples.prompts": "sample_prompts validation_prompts validation_prompt sample_definition_file_name",
+    "samples.negative": "neg negative_prompt",
+    "samples.cfg": "guidance_scale cfg_scale",
+    "checkpoint.every": "backup_after checkpointing_steps",
+    "checkpoint.keep_every": "save_every save_every_n_steps save_after",
+    "checkpoint.keep_last": "max_step_saves_to_keep checkpoints_total_limit rolling_backup_count "
+    "save_last_n_steps",
+    "checkpoint.export_dtype": "save_precision save_dtype output_dtype",
+    "metrics.tensorboard": "log_with report_to",
+}
+
+_SENTENCES: Mapping[str, str] = {
+    "run.steps counts steps; --dry-run says how many epochs that are": "max_train_epochs num_train_epochs "
+    "epochs num_epochs",
+    "captions are read as they are: give several, of which one is drawn (data.sources.caption_lines)": (
+        "shuffle_caption shuffle_tokens keep_tokens enable_tag_shuffling tag_dropout token_dropout_rate "
+        "caption_tag_dropout_rate secondary_separator"
+    ),
+    "captions are .txt files, or a column of a table (data.sources.caption_fields)": "caption_extension "
+    "caption_ext",
+    "colors of pictures are never changed: what changed is learned": "color_aug random_brightness "
+    "random_contrast random_hue random_saturation enable_random_brightness enable_random_hue "
+    "face_crop_aug_range",
+    "HunyuanDiT's text encoders are used to their last layer": "clip_skip text_encoder_layer_skip",
+    "text encoders have the DiT's learning rate; optimizer.groups scales it": (
+        "text_encoder_lr text_encoder_lr1 text_encoder_learning_rate"
+    ),
+    "adapters in text encoders are lora.train_bert and lora.train_t5": (
+        "train_text_encoder network_train_unet_only"
+    ),
+    "the loss is the mean squared error": "loss_type huber_c huber_schedule huber_delta mae_strength "
+    "mse_strength",
+    "of noise there is objective.noise_offset alone": "multires_noise_iterations multires_noise_discount "
+    "adaptive_noise_scale perturbation_noise_weight ip_noise_gamma",
+    "the model predicts v, and its schedule stands in its file (model.info.diffusion)": "v_parameterization "
+    "v_pred_like_loss zero_terminal_snr noise_scheduler rescale_noise_scheduler_to_zero_terminal_snr "
+    "force_v_prediction",
+    "trained weights are kept in fp32; what is frozen, in lora.base_precision": "full_fp16 full_bf16 "
+    "fused_backward_pass stochastic_rounding",
+    "trained weights stay on the device: lora.base_precision and run.gradient_checkpointing make it less": (
+        "blocks_to_swap low_vram lowvram layer_offload_fraction layer_offloading_transformer_percent"
+    ),
+    "attention is torch's own": "xformers sdpa mem_eff_attn attention_mechanism flash_attn",
+    "files are always .safetensors, for ComfyUI and for peft": "save_model_as output_model_format "
+    "network_module network_type",
+}
+
+HINTS: Mapping[str, str] = {
+    **{other: f"here it is {ours}" for ours, others in _SAME.items() for other in others.split()},
+    **{other: sentence for sentence, others in _SENTENCES.items() for other in others.split()},
+}
+"""By the key's name in other trainers."""
