@@ -7,6 +7,7 @@
 # make pack    what the ComfyUI registry would get, into dist/; make publish TAG=vX.Y.Z gives it there (CONTRIBUTING.md)
 # make host    an environment for the ComfyUI at COMFYUI_PATH, in its folder, as CI makes it
 # make fuzz    damaged files of every kind, FUZZ_INPUTS of them (docs/testing.md)
+# make soak   bulk drawing and preparing killed at random moments (docs/testing.md); Linux
 # make bench   benchmarks/*.py, one after the other
 # make evidence  what the fast modes cost, with the embedded model, into docs/fast; hours, and goes on where it stopped
 # make mutants  wrong formulas on purpose, to test the tests; hours, and goes on where it stopped (docs/testing.md)
@@ -47,7 +48,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 TOOLS := .tools/$(notdir $(BIN))
 
-.PHONY: demo test test-host validate lint fuzz mutants evidence bench gpu gpu-wheels clean
+.PHONY: demo test test-host validate lint fuzz mutants evidence bench soak gpu gpu-wheels clean
 .PHONY: check-workflows pack publish host
 
 demo: $(VENV)/.headless
@@ -71,6 +72,9 @@ lint: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
+
+soak: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py $(SOAK_ARGS)
 
 bench: $(VENV)/.test
 	for file in $(filter-out benchmarks/gpu.py benchmarks/fast.py,$(wildcard benchmarks/*.py)); do \

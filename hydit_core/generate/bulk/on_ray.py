@@ -6,6 +6,8 @@ What travels between processes are texts and numbers, so that machines need only
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +40,10 @@ def cluster() -> Iterator[Any]:
     module = ray()
     ours = not module.is_initialized()
     if ours:
+        handler = signal.getsignal(signal.SIGTERM)
         _connect(module)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process at once
     try:
         yield module
     finally:
@@ -51,12 +56,20 @@ def _connect(module: Any) -> None:
     paths = [str(Path(__file__).resolve().parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "RAY_USAGE_STATS_ENABLED": "0"}
     told = {"runtime_env": {"env_vars": environment}, "logging_level": "error", "log_to_driver": False}
+    # Not address="auto", which also takes the private cluster of another command, and ends with it.
+    ours = {"include_dashboard": False, "object_store_memory": _STORE_BYTES}
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else 15: whatever else runs would come first
     try:
-        module.init(address="auto", **told)
-    except ConnectionError:
         if "RAY_ADDRESS" in os.environ:
-            raise ConfigError(f"no Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']}") from None
-        module.init(include_dashboard=False, object_store_memory=_STORE_BYTES, **told)
+            module.init(**told)
+            return
+        try:
+            module.init(**ours, **told)
+        except ValueError:  # which is said of a cluster that `ray start` began
+            module.init(**told)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"cannot connect to Ray ({reason}); `ray stop` ends what is left of one") from None
 
 
 class Worker:
