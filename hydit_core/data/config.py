@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ..images import MAX_SIDE, SIZE_MULTIPLE, Size, check_size, parse_size
+from .remote import RemotePath, place
 from .section import AnyDtypeName, PlainPath, Section
 
+SourcePath = Annotated[PlainPath, AfterValidator(place)]
 _SOURCE_PATHS = ("path", "root", "control_dir", "mask_dir", "image_prompt_dir")
 
 
@@ -23,11 +25,13 @@ class SourceConfig(Section):
     ``datasets`` saved is its Arrow files.
     """
 
-    path: PlainPath = Field(description="a folder, a file, or a pattern of files such as shards/*.tar")
+    path: SourcePath = Field(
+        description="a folder, a file, or a pattern of files such as shards/*.tar; on a disk, or a URL"
+    )
     kind: Literal["auto", "folder", "jsonl", "csv", "arrow", "parquet", "tar", "index"] = Field(
         default="auto", description="what path is; auto goes by its name"
     )
-    root: PlainPath | None = Field(
+    root: SourcePath | None = Field(
         default=None, description="where relative paths in a table begin; unset: its folder"
     )
     image_field: str | None = Field(
@@ -347,7 +351,7 @@ class DataConfig(Section):
         """A copy whose relative paths start at ``base``, for example the configuration file's folder."""
 
         def absolute(path: Path | None) -> Path | None:
-            return None if path is None else base / path.expanduser()
+            return path if path is None or isinstance(path, RemotePath) else base / path.expanduser()
 
         sources = tuple(
             s.model_copy(update={n: absolute(getattr(s, n)) for n in _SOURCE_PATHS}) for s in self.sources

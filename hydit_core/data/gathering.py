@@ -15,6 +15,7 @@ from ..errors import DataError
 from ..images import Size, check_shape, probe_size
 from .config import DataConfig, SourceConfig
 from .manifest import GatheredManifest, Look, Manifest
+from .remote import RemotePath
 from .sources import Entry, PassedOver, PictureFile, Tally, base_of, read_source, source_kind
 
 BESIDE = {"control": "control picture", "mask": "mask"}
@@ -222,7 +223,9 @@ def _header(entry: Entry, known: Known | None) -> Look:
 
 
 def _file_size(file: PictureFile) -> Size:
-    return probe_size(file.path) if file.row < 0 else probe_size(file.read(), name=str(file))
+    if file.row < 0 and not isinstance(file.path, RemotePath):
+        return probe_size(file.path)
+    return probe_size(file.read(), name=str(file))
 
 
 def _add(

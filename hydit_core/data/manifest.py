@@ -6,7 +6,6 @@ import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from ..errors import DataError
 from ..images import Size, load_picture, same_shape
 from .columns import StringColumn
 from .order import hash_int
+from .remote import place
 from .sources import Entry, PictureFile
 
 
@@ -100,12 +100,12 @@ class Manifest:
         """Where the encoded picture is."""
         row = self._rows[index]
         column = self._columns.get(self._sources[index], "") if row >= 0 else ""
-        return PictureFile(Path(self._paths[index]), row, column)
+        return PictureFile(place(self._paths[index]), row, column)
 
     def extra(self, index: int) -> dict[str, PictureFile]:
         """What lies beside the picture: ``control``, ``mask``, ``image_prompt``."""
         beside = json.loads(self._extras[index] or "{}")
-        return {kind: PictureFile(Path(path), row, column) for kind, (path, row, column) in beside.items()}
+        return {kind: PictureFile(place(path), row, column) for kind, (path, row, column) in beside.items()}
 
     def size(self, index: int) -> Size:
         """(width, height) in pixels, as the picture is shown; as its row gives it, if it does."""

@@ -43,6 +43,7 @@ from .layout import Layout
 from .manifest import GatheredManifest, Look, Manifest, extra_text
 from .mapped import NOTE, NUMBERS, ROWS, VERSION, MappedManifest, SourceNote, arrow, newest
 from .order import hash_int
+from .remote import place
 from .sources import Entry, tables_of
 
 FEW = 100_000
@@ -283,7 +284,7 @@ def unchanged(config: DataConfig, prepared: MappedManifest) -> bool:
     were, which reading one checks.
     """
     for note, source in zip(prepared.notes, config.sources, strict=True):
-        noted = {Path(path): (size, changed) for path, size, changed in note.tables}
+        noted = {place(path): (size, changed) for path, size, changed in note.tables}
         if any(_stamp(path) != noted.get(path) for path in {*noted, *tables_of(source)}):
             return False
     known: KnownSizes | None = None

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError, create_model, field_validator, model_validator
 
+from ..data.remote import is_url
 from ..data.section import leaves
 from ..errors import ConfigError
 from ..untrusted import parse_toml, read_toml
@@ -180,7 +181,7 @@ def _from_here(value: Any, parents: Sequence[str], last: str) -> Any:
         return {key: _from_here(inner, [*parents, last], key) for key, inner in value.items()}
     if isinstance(value, list):
         return [_from_here(inner, parents, last) for inner in value]
-    if isinstance(value, str) and value and _is_path(parents, last):
+    if isinstance(value, str) and value and not is_url(value) and _is_path(parents, last):
         return str(Path.cwd() / Path(value).expanduser())
     return value
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..devices import choose_device, named_device
 from ..errors import ConfigError, HyditError
+from .attempts import fresh_store
 
 T = TypeVar("T")
 _JOINING_SECONDS = 300.0
@@ -277,7 +278,10 @@ def start(device: str = "auto", limit: float = 240.0) -> Processes:
         return Processes(rank, world, chosen, limit)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     joining = timedelta(seconds=max(limit, _JOINING_SECONDS))
-    store, rank, world = next(dist.rendezvous("env://", rank, world, timeout=joining))
+    shared, rank, world = next(dist.rendezvous("env://", rank, world, timeout=joining))
+    store = fresh_store(shared, rank, world, joining.total_seconds())
+    if store is None:
+        raise Unanswered(f"not all {world} processes were there after {joining.total_seconds():g} s")
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),

@@ -13,6 +13,7 @@ from .metrics import Metrics
 from .objectives.base import Objective
 from .parallel.copies import Copies
 from .samples import draw_samples, write_sheet
+from .watchdog import Watchdog
 
 
 class Looks:
@@ -29,6 +30,7 @@ class Looks:
         data: TrainData,
         parallel: Copies,
         metrics: Metrics,
+        watchdog: Watchdog,
         *,
         measure: Callable[[], dict[str, float]],
         averaged: Callable[[], AbstractContextManager[None]],
@@ -40,6 +42,7 @@ class Looks:
         self.parallel = parallel
         self.processes = parallel.processes
         self.metrics = metrics
+        self.watchdog = watchdog
         self.measure = measure
         self.averaged = averaged
         self.averages = averages
@@ -51,12 +54,14 @@ class Looks:
         best = False
         every = config.validation.every
         if every and (step % every == 0 or final):
-            best = self._validation(progress)
+            with self.watchdog.phase("validation"):
+                best = self._validation(progress)
         every = config.samples.every
         if every and (step % every == 0 or final):
-            if self.processes.is_main or self.parallel.sharded:
-                self._samples(step)
-            self.processes.barrier()
+            with self.watchdog.phase("samples"):
+                if self.processes.is_main or self.parallel.sharded:
+                    self._samples(step)
+                self.processes.barrier()
         return best
 
     def _validation(self, progress: Progress) -> bool:

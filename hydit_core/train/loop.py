@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -30,11 +29,11 @@ from .optim import Ema, learning_rate_factor, parameter_groups
 from .optimizers import Optimizers
 from .parallel.copies import Copies, Tensors
 from .saving import BEST, Saver, is_numbered
-from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames
+from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames, keep_traceback
 from .usage import NOTABLE_WAIT, Usage
 from .validation import validate
+from .watchdog import Watchdog, end_stuck
 
-ERROR_FILE = "error.txt"
 AHEAD = 2
 """Micro-batches that are prepared while one is in training."""
 
@@ -96,6 +95,9 @@ class Trainer:
         """What the checkpoints remember of the picture files, see :func:`.restoring.picture_stamps`."""
         self.window = LossWindow(processes)
         self.usage = Usage(processes)
+        self.watchdog = Watchdog(
+            config.watchdog, lambda *spent: end_stuck(processes, self.folder, self.progress.step, *spent)
+        )
         self.encoding = Encoding(objective, processes.device)
         self._stop = StopSignals()
         self._replaced: set[str] = set()
@@ -129,17 +131,19 @@ class Trainer:
             self.data,
             self.parallel,
             self.metrics,
+            self.watchdog,
             measure=self._validate,
             averaged=self._averaged,
             averages=self.ema is not None or self.optimizer.averages,
         )
-        with self._stop.handled():
+        with self._stop.handled(), self.watchdog.watching():
             try:
                 self._train(stop_after_micro)
                 finished = self._finished()
                 self._end(finished)
             except Exception as error:
-                raise self._stopped(error) from error
+                with self.watchdog.phase("checkpoint"):
+                    raise self._stopped(error) from error
             finally:
                 self.metrics.close()
         return finished
@@ -156,7 +160,7 @@ class Trainer:
         with contextlib.closing(self._batches()) as batches:  # closing ends the data workers
             while not self._finished() and (ready := self._next(batches)):
                 for prepared in ready:
-                    with self.usage.working():
+                    with self.usage.working(), self.watchdog.phase("step"):
                         stepped = self._micro_step(prepared)
                     progress.seconds = before + time.monotonic() - begun
                     micro_batches += 1
@@ -214,7 +218,7 @@ class Trainer:
         return made_ahead(self.data.loader(start, end), range(start, end), prepare, depth)
 
     def _next(self, batches: Iterator[Prepared]) -> list[Prepared]:
-        with self.usage.waiting():
+        with self.usage.waiting(), self.watchdog.phase("data"):
             return self._ready(batches)
 
     def _ready(self, batches: Iterator[Prepared]) -> list[Prepared]:
@@ -245,7 +249,7 @@ class Trainer:
         if isinstance(error, Unanswered):
             cause = self.processes.failure() or cause
         if not isinstance(error, HyditError):
-            cause += self._keep_traceback(error)
+            cause += keep_traceback(error, self.folder)
         forget_frames(error)
         if not isinstance(error, SeenByAll):
             self.processes.fail(cause)
@@ -302,15 +306,6 @@ class Trainer:
         self.progress.micro = 0
         for parameter in self.trained.values():
             parameter.grad = None
-
-    def _keep_traceback(self, error: Exception) -> str:
-        """Where the details of an error that nobody foresaw are, for the report of a bug."""
-        path = self.folder / ERROR_FILE
-        try:
-            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        except OSError:
-            return ""
-        return f" (details in {path})"
 
     # -- one step --------------------------------------------------------------------------------
 
@@ -444,7 +439,8 @@ class Trainer:
 
     def save(self, *, best: bool = False) -> None:
         """A checkpoint and the exported model, written by the first process while the others wait."""
-        self.parallel.write(lambda: self._write(best=best))
+        with self.watchdog.phase("checkpoint"):
+            self.parallel.write(lambda: self._write(best=best))
         self._saved = (self.progress.step, self.progress.micro)
 
     def _write(self, *, best: bool = False) -> None:

@@ -323,6 +323,20 @@ class MetricsSection(Section):
     tensorboard: bool = Field(default=True, description="write for TensorBoard too, if it is installed")
 
 
+class WatchdogSection(Section):
+    """A process that takes longer for one of these ends, so that a launcher can start it anew; 0: never."""
+
+    data: float = Field(default=900.0, ge=0, le=1e6, description="waiting for the next batch")
+    step: float = Field(
+        default=1800.0, ge=0, le=1e6, description="one micro-batch; the first may include compilation"
+    )
+    validation: float = Field(
+        default=7200.0, ge=0, le=1e6, description="one measurement of validation losses"
+    )
+    samples: float = Field(default=3600.0, ge=0, le=1e6, description="drawing the sample pictures")
+    checkpoint: float = Field(default=3600.0, ge=0, le=1e6, description="a checkpoint with its export")
+
+
 class TrainSections(Section):
     """A whole configuration as far as its tables are the same for every objective."""
 
@@ -337,6 +351,7 @@ class TrainSections(Section):
     samples: SamplesSection = SamplesSection()
     checkpoint: CheckpointSection = CheckpointSection()
     metrics: MetricsSection = MetricsSection()
+    watchdog: WatchdogSection = WatchdogSection()
 
     def own_table(self, objective: str) -> Any:
         """The table that belongs to one objective and is called like it."""

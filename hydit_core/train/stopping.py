@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import HyditError
 
+ERROR_FILE = "error.txt"
 _ASKING = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
 )
@@ -147,6 +148,16 @@ def cause_of(error: BaseException) -> str:
         full = "; make room on the disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return f"{error.filename or 'the run'}: {error.strerror}{full}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def keep_traceback(error: Exception, folder: Path) -> str:
+    """Where the details of an error that nobody foresaw are, for the report of a bug."""
+    path = folder / ERROR_FILE
+    try:
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError:
+        return ""
+    return f" (details in {path})"
 
 
 def forget_frames(error: BaseException | None) -> None:

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,35 @@ def maps_what_is_broken(processes: Processes, folder: Path) -> None:
         raise
 
 
+def _goes_on(processes: Processes, folder: Path, received: signal.Signals | None) -> None:
+    """Process 1 gets a signal in the first attempt of a launcher; the next one resumes."""
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+
+    def during(number: int) -> None:
+        if first and received and processes.rank == 1 and number == 4:
+            os.kill(os.getpid(), received)
+
+    trainer = line_trainer(folder, processes=processes, during=during, checkpoint={"every": 3})
+    found = shared_checkpoint(folder, processes, print)
+    assert (found is None) == first
+    if found is not None:
+        restore(trainer, found)
+        processes.barrier()
+    assert trainer.run()
+
+
+def killed(processes: Processes, folder: Path) -> None:
+    _goes_on(processes, folder, signal.SIGKILL)
+
+
+def undisturbed(processes: Processes, folder: Path) -> None:
+    _goes_on(processes, folder, None)
+
+
+def frozen(processes: Processes, folder: Path) -> None:
+    _goes_on(processes, folder, signal.SIGSTOP)
+
+
 CASES = [
     resumes,
     finds_nothing,
@@ -153,6 +183,7 @@ CASES = [
     maps,
     maps_what_is_broken,
 ]
+UNDER_A_LAUNCHER = [killed, frozen, undisturbed]
 
 
 def child(case: int, rank: int, port: int, folder: Path) -> int:
@@ -161,15 +192,15 @@ def child(case: int, rank: int, port: int, folder: Path) -> int:
     os.environ.update(
         {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     )
-    return work(case, folder)
+    return work(CASES[case], folder)
 
 
-def work(case: int, folder: Path) -> int:
+def work(case: Callable[[Processes, Path], None], folder: Path) -> int:
     """One process's part; its exit code."""
     try:
         processes = distributed.start("cpu", LIMIT)
         try:
-            CASES[case](processes, folder)
+            case(processes, folder)
         finally:
             processes.close()
     except TrainingStopped as error:
@@ -221,6 +252,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     places = Path(sys.argv[1])
     if len(sys.argv) > 2:  # started by torchrun, for one case
-        number = [c.__name__ for c in CASES].index(sys.argv[2])
-        sys.exit(work(number, places / os.environ["RANK"]))
+        chosen = next(case for case in [*CASES, *UNDER_A_LAUNCHER] if case.__name__ == sys.argv[2])
+        sys.exit(work(chosen, places / os.environ["RANK"]))
     print(json.dumps({c.__name__: pair(i, places / c.__name__) for i, c in enumerate(CASES)}))

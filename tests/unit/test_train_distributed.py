@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,15 @@ def test_two_processes_share_a_base_in_few_bits(tmp_path: Path, tiny_model_file:
 # -- processes that fail, or do not answer -----------------------------------------------------------
 
 
-def run_script(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run_script(
+    *arguments: str | Path, launcher: tuple[str, ...] = (), more: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     here = Path(__file__).parent
-    env = {**environment(), "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here)))}
+    env = {
+        **environment(),
+        **(more or {}),
+        "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here))),
+    }
     command = [sys.executable, *launcher, here / "line_pairs.py", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
 
@@ -186,3 +193,23 @@ def test_torchrun_reports_exit_code_3_and_ends_with_1(tmp_path: Path) -> None:
     assert re.search(r"exitcode +: 3 ", done.stderr), done.stderr
     assert "process 1: cannot read picture 7.png" in done.stderr
     assert [path.name for path in (tmp_path / "0/checkpoints").iterdir()] == ["step_00000002"]
+
+
+@several_processes
+@pytest.mark.parametrize("case", ["killed", "frozen"])
+def test_a_launcher_starts_anew_what_was_killed_or_stopped(case: str, tmp_path: Path) -> None:
+    """kill -9 and SIGSTOP of one of two; the run ends with the bits of one that nothing disturbed."""
+    arguments = ("--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    launcher = ("-m", "torch.distributed.run", *arguments)
+    shutdown = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
+    begun = time.monotonic()
+    done = run_script(tmp_path / "run", case, launcher=launcher, more=shutdown)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 300
+    whole = run_script(tmp_path / "whole", "undisturbed", launcher=launcher)
+    assert whole.returncode == 0, whole.stderr
+    for part in ("weights", "optimizer"):
+        file = f"0/checkpoints/step_00000006/{part}.safetensors"
+        found, expected = load_file(tmp_path / "run" / file), load_file(tmp_path / "whole" / file)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert records(tmp_path / "run/0") == records(tmp_path / "whole/0")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ConfigError, DataError
+from ..remote import RemotePath
 
 _OPEN_FILES = 64
 _CHECK = Path(__file__).with_name("table_check.py")
@@ -28,11 +29,12 @@ _checked: set[tuple[Path, int, int]] = set()
 
 
 def check_tables(paths: Sequence[Path]) -> None:
-    """Let another process read the files from end to end, once each, before this one does.
+    """Let another process read the files from end to end, once each, before this one does; not remote ones.
 
     Raises :class:`DataError` for the first that is damaged, also where it brought that process down.
     """
-    waiting = [path for path in dict.fromkeys(paths) if _identity(path) not in _checked]
+    local = [path for path in dict.fromkeys(paths) if not isinstance(path, RemotePath)]
+    waiting = [path for path in local if _identity(path) not in _checked]
     if not waiting or not sys.executable:
         return
     _pyarrow(waiting[0])
@@ -100,10 +102,14 @@ class Table:
         self._parquet: Any = None
         self._table: Any = None
         with _reading(path):
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 is_parquet = file.read(4) == b"PAR1"
+            remote = isinstance(path, RemotePath)
+            if remote and not is_parquet:
+                raise DataError(f"{path} is no Parquet file; Arrow files have to be on a disk")
             if is_parquet:
-                self._parquet = self._arrow.parquet.ParquetFile(path, memory_map=True)
+                opened = path.open("rb") if remote else path
+                self._parquet = self._arrow.parquet.ParquetFile(opened, memory_map=not remote)
                 self.schema: Any = self._parquet.schema_arrow
                 groups = range(self._parquet.num_row_groups)
                 counts = [self._parquet.metadata.row_group(i).num_rows for i in groups]

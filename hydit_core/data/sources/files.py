@@ -8,6 +8,7 @@ from pathlib import Path
 from ...errors import DataError
 from ...untrusted import read_json
 from ..config import SourceConfig
+from ..remote import RemotePath
 
 SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson"),
@@ -23,22 +24,32 @@ SUFFIXES = {
 def source_kind(source: SourceConfig) -> str:
     """The format of a source: as configured, or told from its path. Raises DataError."""
     path = source.path
-    if not path.exists() and not glob.has_magic(str(path)):
+    if not path.exists() and not _is_pattern(path):
         raise DataError(f"data source {path} does not exist")
     if source.kind != "auto":
-        return source.kind
+        return _readable(path, source.kind)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
             raise DataError(f"data source {path} holds several data sets; name the folder of one of them")
         return "arrow" if _is_saved(path) else "folder"
     for kind, suffixes in SUFFIXES.items():
         if path.suffix.lower() in suffixes:
-            return kind
+            return _readable(path, kind)
     known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
     raise DataError(
         f"data source {path}: expected a folder of pictures, or a file that ends in {known}; set kind if the "
         "name is another"
     )
+
+
+def _readable(path: Path, kind: str) -> str:
+    """``kind``, if such files can be read where they are."""
+    if kind in ("arrow", "index") and isinstance(path, RemotePath):
+        raise DataError(
+            f"data source {path}: Arrow files are mapped into memory and have to be on a disk; copy them, "
+            "or use Parquet or tar files"
+        )
+    return kind
 
 
 def base_of(source: SourceConfig) -> Path:
@@ -48,7 +59,7 @@ def base_of(source: SourceConfig) -> Path:
         return path
     if path.exists():
         return path.parent
-    return next(folder for folder in path.parents if folder.exists() or not glob.has_magic(str(folder)))
+    return next(folder for folder in path.parents if folder.exists() or not _is_pattern(folder))
 
 
 def tables_of(source: SourceConfig) -> list[Path]:
@@ -64,11 +75,22 @@ def tables_of(source: SourceConfig) -> list[Path]:
     elif path.exists():
         return [path]
     else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        found = _matching(path)
     found = sorted(place for place in found if place.is_file())
     if not found:
         raise DataError(f"data source {path}: there is no such file")
     return found
+
+
+def _is_pattern(path: Path) -> bool:
+    # In a URL a question mark is none.
+    return glob.has_magic(str(path).partition("?")[0] if isinstance(path, RemotePath) else str(path))
+
+
+def _matching(pattern: Path) -> list[Path]:
+    if isinstance(pattern, RemotePath):
+        return pattern.found()
+    return [Path(name) for name in glob.glob(str(pattern), recursive=True)]
 
 
 def _ends(path: Path, kind: str) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ...errors import DataError
 from ...images import PICTURE_SUFFIXES
-from ...untrusted import read_text
+from ...untrusted import decode, read_text
 from ..config import SourceConfig
+from ..remote import RemotePath
 from .entry import Entry, PassedOver, PictureFile
 
 _OTHER_PICTURES = frozenset(
@@ -118,9 +119,18 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     def unreadable(error: OSError) -> None:
         raise DataError(f"cannot list {error.filename}: {error.strerror}") from error
 
+    if isinstance(root, RemotePath):
+        yield from root.walked()
+        return
     for folder, subfolders, names in os.walk(root, onerror=unreadable, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         yield Path(folder), sorted(name for name in names if not name.startswith("."))
+
+
+def _text(path: Path) -> str:
+    if isinstance(path, RemotePath):
+        return decode(path.read_bytes(), path.shown, DataError)
+    return read_text(path, error=DataError)
 
 
 def _captions(
@@ -132,7 +142,7 @@ def _captions(
     """
     name = f"{stem}.txt"
     if (found := name if name in present else composed.get(_composed(name))) is not None:
-        text = read_text(folder / found, error=DataError)
+        text = _text(folder / found)
         parts = text.splitlines() if lines else [" ".join(text.split("\n"))]
         captions = tuple(part.strip() for part in parts if part.strip())
         return captions, "" if captions else f"{name} is empty"

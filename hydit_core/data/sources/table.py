@@ -14,6 +14,7 @@ import numpy as np
 from ...errors import DataError
 from ...untrusted import decode
 from ..config import SourceConfig
+from ..remote import RemotePath, is_url, place
 from .entry import Entry, PictureFile
 
 IMAGE_FIELDS = ("image", "file_name", "image_path", "img_path", "path", "file")
@@ -28,7 +29,7 @@ _MOST_PIXELS = 1_000_000
 def text_lines(path: Path) -> Iterator[str]:
     """The lines of a file in UTF-8, with their ends. Raises :class:`DataError` if it is no such file."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
                 if len(line) > _LONGEST_LINE:
                     raise DataError(f"{path}, line {number} is longer than {_LONGEST_LINE >> 20} MB")
@@ -83,6 +84,9 @@ def _file(value: str | PictureFile, source: SourceConfig) -> PictureFile:
     if isinstance(value, PictureFile):
         return value
     root, name = source.root or source.path.parent, value.strip()
+    if isinstance(root, RemotePath):
+        # What a table on this machine names is looked for on this machine, whatever it is called.
+        return PictureFile(place(name) if is_url(name) else root / _slashes(name))
     path = root / name
     if ("\\" in name or not name.isascii()) and not os.path.lexists(path):
         straight = _slashes(name)

@@ -53,7 +53,7 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, Any]]:
     """The files of a tar file: texts as they are, of others the place."""
     try:
         size = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:
+        with path.open("rb") as opened, tarfile.open(fileobj=opened, mode="r:") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # it would keep all
                 hidden = any(part.startswith(".") for part in PurePosixPath(member.name).parts)

@@ -14,7 +14,7 @@ BLOCK = 512
 def read_member(path: Path, place: int) -> bytes:
     """The content of the member whose header is at byte ``place``. Raises :class:`DataError`."""
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             file.seek(place)
             member = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "surrogateescape")
             if not 0 <= member.size <= path.stat().st_size - place - BLOCK:
