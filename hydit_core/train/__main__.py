@@ -21,7 +21,14 @@ STOPPED = 3
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    commands = {"quick": _quick, "prepare": _prepare, "cache": _cache, "export": _export, "report": _report}
+    commands = {
+        "quick": _quick,
+        "import": _import,
+        "prepare": _prepare,
+        "cache": _cache,
+        "export": _export,
+        "report": _report,
+    }
     command = commands[arguments.pop(0)] if arguments and arguments[0] in commands else _train
     return cli_main(lambda: command(arguments))
 
@@ -42,8 +49,8 @@ def _config_parser(name: str, description: str) -> argparse.ArgumentParser:
 def _train(arguments: list[str]) -> int:
     parser = _config_parser(
         "",
-        "Train HunyuanDiT. Further commands: quick PICTURES, prepare CONFIG.toml, cache CONFIG.toml, "
-        "export RUN, report RUN.",
+        "Train HunyuanDiT. Further commands: quick PICTURES, import FILE, prepare CONFIG.toml, "
+        "cache CONFIG.toml, export RUN, report RUN.",
     )
     parser.add_argument(
         "--resume",
@@ -133,6 +140,12 @@ def _quick(arguments: list[str]) -> int:
     from .quick.command import main
 
     return _exit_code(lambda: main(arguments))
+
+
+def _import(arguments: list[str]) -> int:
+    from .importing.command import main
+
+    return main(arguments)
 
 
 def _prepare(arguments: list[str]) -> int:
