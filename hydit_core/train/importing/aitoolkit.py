@@ -88,7 +88,7 @@ def parse(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: YAML needs pyyaml: pip install pyyaml")
     import yaml
 
-    class Plain(yaml.SafeLoader):
+    class Plain(yaml.SafeLoader):  # type: ignore[misc]
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.events.AliasEvent):
                 raise ConfigError(f"{path}: anchors and aliases are not read; write the values out")
