@@ -113,7 +113,7 @@ def draw(job: Job, argv: Sequence[str], shards: Sequence[int]) -> Iterator[Done]
     Raises :class:`HyditError` for what a worker cannot draw, and for one that dies again and again.
     """
     with cluster() as module:
-        from ray.exceptions import RayError
+        from ray.exceptions import RayError, RayTaskError
         from ray.util import ActorPool
 
         gpus = int(module.cluster_resources().get("GPU", 0))
@@ -132,6 +132,8 @@ def draw(job: Job, argv: Sequence[str], shards: Sequence[int]) -> Iterator[Done]
                 yield Done(*result)
         except RayError as error:
             reason = str(error).strip().splitlines()[-1][:300]
+            if isinstance(error, RayTaskError):  # of its own code, a GPU's memory above all
+                raise HyditError(f"a worker failed: {reason}") from None
             raise HyditError(
                 f"a worker died {_RETRIES + 1} times over one shard ({type(error).__name__}: {reason}); is "
                 "there enough memory?"
