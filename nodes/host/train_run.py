@@ -245,12 +245,14 @@ def _advance(
 def _end(child: Child, node_id: str) -> None:
     """Have it save and end; whoever interrupts once more does not want to wait for that."""
     child.ask_to_stop()
-    if child.running():
-        _show("saving ...", node_id)
+    if not child.running():
+        return
+    _show("saving ...", node_id)
     while child.running():
         if comfy.model_management.processing_interrupted():
             child.kill()
         time.sleep(_POLL)
+    _show("stopped: run it again to go on", node_id)
 
 
 def _last(child: Child) -> str:
