@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import ConfigError
 from ...untrusted import MAX_TOML_BYTES, read_text
 from .common import DTYPES, OPTIMIZERS, PRECISION, SCHEDULES, put_steps, put_text_encoders
-from .options import Options
+from .options import Options, shown
 
 _KINDS: Mapping[str, tuple[Any, str]] = {"lora": ("lora", ""), "lokr": ("lokr", ""), "locon": ("lora", "")}
 _SECTIONS = ("network", "save", "train", "model", "sample")
@@ -181,7 +181,7 @@ def _datasets(o: Options) -> list[dict[str, Any]]:
             source["prior"] = True
         sources.append(source)
         _about_all(o, inner)
-        o.notes += [f"dataset {path}, {note}" for note in inner.notes]
+        o.notes += [f"dataset {shown(path)}, {note}" for note in inner.notes]
     if sources:
         o.put("data.sources", sources, "datasets")
     return sources
