@@ -303,5 +303,10 @@ def test_canny_is_opencvs_with_the_published_thresholds() -> None:
 def test_the_base_counts_as_frozen_memory(precision: str, size: int, config: Path) -> None:
     settings = load_config(config, [f"run.precision={precision}"])
     dit, _ = load_dit(settings.model.init_from)
-    parameters = sum(p.numel() for p in dit.parameters())
-    assert objective_of(settings).frozen_bytes(settings, dit) == size * parameters
+    base = sum(p.numel() for p in dit.parameters())
+    trained = ("blocks.", "before_proj.", "after_proj_list.")
+    embedders = sum(
+        p.numel() for name, p in ControlNet.from_base(dit).named_parameters() if not name.startswith(trained)
+    )
+    assert embedders > 10_000  # the ControlNet's own, in fp32
+    assert objective_of(settings).frozen_bytes(settings, dit) == size * base + 4 * embedders
