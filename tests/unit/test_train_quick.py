@@ -210,11 +210,8 @@ def test_without_words_nothing_can_be_called_up(tmp_path: Path) -> None:
 GIB = 2**30
 
 
-@pytest.mark.parametrize(("free", "batch", "checkpointing"), [(24, 1, False), (8, 4, True)])
-def test_published_weights_fit_as_memory_allows(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: int, batch: int, checkpointing: bool
-) -> None:
-    """DiT-g/2 without content."""
+def test_published_weights_fit_as_memory_allows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DiT-g/2 without content, on a GPU with 24 GiB free."""
     with torch.device("meta"):
         dit = DiT(DiTConfig())
     found = Survey(np.full((20, 2), 1024), [], False, 20, ["0.png"], 0, 0, [], Findings())
@@ -222,14 +219,14 @@ def test_published_weights_fit_as_memory_allows(
     monkeypatch.setattr(planning, "survey", lambda wish: found)
     monkeypatch.setattr(planning, "load_dit", lambda *_, **__: (dit, ModelInfo.published("v1.2")))
     monkeypatch.setattr(planning, "find_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(planning, "memory_of", lambda device: free * GIB)
+    monkeypatch.setattr(planning, "memory_of", lambda device: 24 * GIB)
     hub = "hub:Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers"
     made = plan(Wish(tmp_path / "dog", "ohwx", Path(hub), out=tmp_path / "run"))
     run, config = made.config.run, made.config
     assert config.data.resolution == 1024 and run.precision == "bf16" and config.lora.rank == 16
     assert str(config.model.init_from) == hub and config.data.validation == 2
-    assert (run.batch_size, run.batch_size * run.grad_accumulation) == (batch, 4)
-    assert run.gradient_checkpointing is checkpointing and config.lora.base_precision is None
+    assert (run.batch_size, run.batch_size * run.grad_accumulation) == (1, 4)
+    assert run.gradient_checkpointing is False and config.lora.base_precision is None
     assert not made.notes
 
 

@@ -1,6 +1,6 @@
 """The rules: what each key of the configuration is set to, and why.
 
-They were tuned on the data sets of examples/quick, see docs/training.md.
+benchmarks/quick.py compares them with settings by hand.
 """
 
 from __future__ import annotations
