@@ -20,7 +20,7 @@ PAGES = [
 ]
 COMMAND = re.compile(
     r"-m (hydit_core\.\w+)"
-    r"(?: (quick|cache|export|report|inspect|convert|quantize|merge|combine|extract)\b)?(.*)"
+    r"(?: (quick|import|prepare|cache|export|report|inspect|convert|quantize|merge|combine|extract)\b)?(.*)"
 )
 """A command of ours in a code block: module, subcommand, the rest. Chinese pages have the same ones."""
 
