@@ -43,8 +43,8 @@ class Copies:
         self.processes = processes
         self._model: nn.Module | None = None
 
-    def wrap(self, module: nn.Module, *, static: bool = False) -> nn.Module:
-        """``module`` with gradients averaged over the processes; ``static``: all of it is used in every step.
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """``module`` with gradients averaged over the processes.
 
         What is frozen is the same in all of them, from one file or one seed, and is not exchanged: what is
         stored in 8 bits or fewer could not be.
@@ -61,7 +61,6 @@ class Copies:
             device_ids=[device] if device.type == "cuda" else None,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,  # else there are two of each gradient
-            static_graph=static,
         )
         return self._model
 

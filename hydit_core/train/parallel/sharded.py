@@ -44,7 +44,7 @@ class Sharded(Copies):
         self._parts: dict[str, DTensor] = {}
         self._entered = ExitStack()
 
-    def wrap(self, module: nn.Module, *, static: bool = False) -> nn.Module:
+    def wrap(self, module: nn.Module) -> nn.Module:
         """Split ``module`` in place: its parameters are other objects afterwards, parts of what they were."""
         mesh = self._mesh()
         whole = {p for p in module.parameters() if not _can_be_split(p)}
