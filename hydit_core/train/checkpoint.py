@@ -241,8 +241,12 @@ def _verified(path: Path) -> list[str]:
     """The names in a checkpoint's manifest, whose files match it. Raises :class:`HyditError`."""
     manifest = read_json(path / "manifest.json", error=HyditError)
     weights = [name for name in manifest if name == f"weights{_TENSORS}" or _SHARD.fullmatch(name)]
-    if "state.json" not in manifest or not weights:
-        raise ValueError("manifest.json does not name state.json and weights")
+    missing = [
+        *(() if "state.json" in manifest else ["state.json"]),
+        *(() if weights else [f"weights{_TENSORS}"]),
+    ]
+    if missing:
+        raise ValueError(f"manifest.json does not name {', '.join(missing)}")
     for name, entry in manifest.items():
         if Path(name).name != name and name not in weights:
             raise ValueError(f"manifest.json names {name!r}, which is no file in this folder")

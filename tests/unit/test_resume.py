@@ -361,8 +361,8 @@ def test_pictures_that_were_written_anew_are_told(tmp_path: Path, capsys: pytest
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hydit_core.train.checkpoint.FORMAT", 2)
+    monkeypatch.setattr("hydit_core.train.checkpoint.FORMAT", 3)
     path = write(tmp_path, 1)
     monkeypatch.undo()
-    with pytest.raises(HyditError, match="format 2"):
+    with pytest.raises(HyditError, match="checkpoint format 3"):
         load(path)

@@ -88,7 +88,7 @@ def test_the_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None
     assert ended.value.code == 0
     usage, _, rest = " ".join(capsys.readouterr().out.split()).partition(" CONFIG.toml ")
     assert usage.startswith("usage: python -m hydit_core.train [-h]")
-    further = "quick PICTURES, prepare CONFIG.toml, cache CONFIG.toml, export RUN, report RUN."
+    further = "quick PICTURES, import FILE, prepare CONFIG.toml, cache CONFIG.toml, export RUN, report RUN."
     assert f"Train HunyuanDiT. Further commands: {further}" in rest
 
 
