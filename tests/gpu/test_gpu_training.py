@@ -219,7 +219,7 @@ def test_waits_of_the_host_in_a_step(folder: Path, name: str, figure: Figure) ->
             torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            trainer._micro_step(*next(batches))
+            trainer._micro_step(next(batches))
         if step >= first:
             places.update(_place(w) for w in caught if "synchroniz" in str(w.message))
     batches.close()
