@@ -20,6 +20,7 @@ from train_setup import environment
 
 from hydit_core.train.config import load_config
 from hydit_core.train.launch import train
+from hydit_core.train.parallel import sharded  # noqa: F401, imported once, before the forks
 
 Run = tuple[Path, list[str], str | None]
 

@@ -23,20 +23,22 @@ from hydit_core.train.parallel.choice import copies_of
 
 SPLIT = "run.parallel=fsdp"
 FULL = [
-    "checkpoint.every=10",
-    "validation.every=10",
+    "run.steps=10",
+    "schedule.warmup_steps=5",
+    "checkpoint.every=5",
+    "validation.every=5",
     "run.gradient_checkpointing=0.5",
     "checkpoint.keep_last=9",
 ]
-SHORT = ["run.steps=4", "validation.every=4"]
+SHORT = ["run.steps=3", "schedule.warmup_steps=1", "validation.every=3"]
 MUON = [
     "run.grad_accumulation=1",
-    "run.steps=6",
+    "run.steps=3",
     "schedule.warmup_steps=1",
     "optimizer.name=muon",
     "objective.train_text_encoders=false",
 ]
-SAMPLES = ["samples.every=10", 'samples.prompts=["cat"]', "samples.steps=2"]
+SAMPLES = ["samples.every=5", 'samples.prompts=["cat"]', "samples.steps=2"]
 OLDER = not hasattr(
     torch.optim, "Muon"
 )  # torch 2.9 brought both it and checkpoints of parts that are read here
@@ -70,7 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Pl
     }
     for name, (config, sets) in kinds.items():
         assert run_training(config, *place.sets(f"{name}1", 4, *sets))
-    half = place.folder / "full2/checkpoints/step_00000010"
+    half = place.folder / "full2/checkpoints/step_00000005"
     two = {
         f"{name}2": (config, place.sets(f"{name}2", 2, SPLIT, *sets), None)
         for name, (config, sets) in kinds.items()
@@ -81,7 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Pl
         "hsdp4": (
             place.full,
             place.sets("hsdp4", 1, "run.parallel=hsdp", "run.parallel_replicas=2", *FULL),
-            str(place.folder / "full1/checkpoints/step_00000010"),
+            str(place.folder / "full1/checkpoints/step_00000005"),
         ),
     }
     for world, runs in ((2, two), (4, four)):
@@ -119,7 +121,7 @@ def test_parts_train_as_the_whole_does(place: Place, name: str) -> None:
 def test_other_numbers_and_kinds_of_processes_go_on(place: Place, name: str) -> None:
     """A checkpoint of halves: as a whole, two wholes, quarters; one of a whole: as twice two halves."""
     assert set(place.told.get(name, [""])) == {""}
-    one, other = of_steps(place.folder / "full1", 10), of_steps(place.folder / name, 10)
+    one, other = of_steps(place.folder / "full1", 5), of_steps(place.folder / name, 5)
     assert other.keys() == one.keys()
     for step, record in one.items():
         assert other[step]["loss"] == pytest.approx(record["loss"], abs=1e-5)
@@ -127,7 +129,7 @@ def test_other_numbers_and_kinds_of_processes_go_on(place: Place, name: str) -> 
 
 
 def test_a_checkpoint_of_parts_holds_what_one_of_a_whole_does(place: Place) -> None:
-    one, two = (checkpoints.load(place.folder / f"full{n}/checkpoints/step_00000020") for n in (1, 2))
+    one, two = (checkpoints.load(place.folder / f"full{n}/checkpoints/step_00000010") for n in (1, 2))
     assert one.tensors.keys() == two.tensors.keys()
     for part, tensors in one.tensors.items():
         assert tensors.keys() == two.tensors[part].keys()
@@ -136,7 +138,7 @@ def test_a_checkpoint_of_parts_holds_what_one_of_a_whole_does(place: Place) -> N
 
 
 def test_each_process_wrote_its_parts(place: Place) -> None:
-    path = place.folder / "full2/checkpoints/step_00000020"
+    path = place.folder / "full2/checkpoints/step_00000010"
     sizes = [file.stat().st_size for file in (path / "shards").iterdir()]
     assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
     assert set(json.loads((path / "manifest.json").read_text())) == {
@@ -162,7 +164,7 @@ def test_pictures_are_drawn_by_all_and_written_by_one(place: Place) -> None:
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_damaged_part_is_found(place: Place, damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "run/checkpoints"
-    older, newer = folder / "step_00000010", folder / "step_00000020"
+    older, newer = folder / "step_00000005", folder / "step_00000010"
     for path in (older, newer):
         for file in (place.folder / "full2/checkpoints" / path.name).rglob("*.*"):
             copy = path / file.relative_to(place.folder / "full2/checkpoints" / path.name)
