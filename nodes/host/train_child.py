@@ -15,9 +15,11 @@ PACK = Path(__file__).resolve().parents[2]
 _STOPPED = 3
 """The trainer's exit code after a stop that can be continued."""
 _NEEDED = {"peft": "peft", "diffusers": "diffusers", "transformers": "transformers", "pydantic": "pydantic"}
-# The Python of a portable ComfyUI does not look at PYTHONPATH.
+# The Python of a portable ComfyUI does not look at PYTHONPATH. What this process can import,
+# the trainer can; those places come last, so that nothing in ComfyUI's folders hides what the trainer needs.
 _START = (
-    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "import os, runpy, sys; pack, *others = sys.argv.pop(1).split(os.pathsep); sys.path.insert(0, pack); "
+    "sys.path += [path for path in others if path not in sys.path]; "
     "runpy.run_module('hydit_core.train', run_name='__main__', alter_sys=True)"
 )
 _TAIL = 64 * 1024
@@ -44,7 +46,8 @@ class Child:
         groups = {"start_new_session": True}  # a Ctrl-C in ComfyUI's terminal is for ComfyUI
         if sys.platform == "win32":
             groups = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-        arguments = ["-c", _START, str(PACK), str(config), "--resume", "auto", "--attended"]
+        paths = os.pathsep.join([str(PACK), *(str(Path(path).resolve()) for path in sys.path)])
+        arguments = ["-c", _START, paths, str(config), "--resume", "auto", "--attended"]
         with log.open("ab") as said:
             self._from = said.tell()
             self.process = subprocess.Popen(
