@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -182,34 +180,3 @@ def test_one_that_does_not_answer_ends_the_run(pairs: dict[str, list[dict[str, A
         assert "did not answer for 2 s (run.answer_within)" in survivor["said"]
         assert pairs[name][1 - alive]["code"] is None
     assert "Stopped at step 3; everything is saved" in pairs["other_is_silent"][0]["said"]
-
-
-@several_processes
-def test_torchrun_reports_exit_code_3_and_ends_with_1(tmp_path: Path) -> None:
-    """What docs/training.md says of it: a launcher's own code is not ours to choose."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = run_script(tmp_path, "unreadable", launcher=launcher)
-    assert done.returncode == 1
-    assert re.search(r"exitcode +: 3 ", done.stderr), done.stderr
-    assert "process 1: cannot read picture 7.png" in done.stderr
-    assert [path.name for path in (tmp_path / "0/checkpoints").iterdir()] == ["step_00000002"]
-
-
-@several_processes
-@pytest.mark.parametrize("case", ["killed", "frozen"])
-def test_a_launcher_starts_anew_what_was_killed_or_stopped(case: str, tmp_path: Path) -> None:
-    """kill -9 and SIGSTOP of one of two; the run ends with the bits of one that nothing disturbed."""
-    arguments = ("--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    launcher = ("-m", "torch.distributed.run", *arguments)
-    shutdown = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"}
-    begun = time.monotonic()
-    done = run_script(tmp_path / "run", case, launcher=launcher, more=shutdown)
-    assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begun < 300
-    whole = run_script(tmp_path / "whole", "undisturbed", launcher=launcher)
-    assert whole.returncode == 0, whole.stderr
-    for part in ("weights", "optimizer"):
-        file = f"0/checkpoints/step_00000006/{part}.safetensors"
-        found, expected = load_file(tmp_path / "run" / file), load_file(tmp_path / "whole" / file)
-        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert records(tmp_path / "run/0") == records(tmp_path / "whole/0")
