@@ -42,6 +42,12 @@ def _check_sources(base_name: Any, dataset_name: Any) -> bool | str:
     return True
 
 
+def _content(dataset_name: str, base_name: str) -> str:
+    """What changes when the base or a picture does."""
+    base = folders.resolve(base_name, *folders.CHECKPOINTS)
+    return folders.fingerprint(base) + train_paths.digest(train_paths.dataset(dataset_name))
+
+
 class HyDiTDatasetCheck(io.ComfyNode):
     """What a folder of pictures and captions gives a training."""
 
@@ -83,8 +89,7 @@ class HyDiTDatasetCheck(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, dataset_name: str, base_name: str, **_: Any) -> str:
-        base = folders.resolve(base_name, *folders.CHECKPOINTS)
-        return folders.fingerprint(base) + train_paths.digest(train_paths.dataset(dataset_name))
+        return _content(dataset_name, base_name)
 
     @classmethod
     def execute(cls, dataset_name: str, base_name: str, resolution: int) -> io.NodeOutput:
@@ -185,8 +190,7 @@ class HyDiTTrainLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, dataset_name: str, base_name: str, **_: Any) -> str:
-        base = folders.resolve(base_name, *folders.CHECKPOINTS)
-        return folders.fingerprint(base) + train_paths.digest(train_paths.dataset(dataset_name))
+        return _content(dataset_name, base_name)
 
     @classmethod
     def execute(
@@ -212,7 +216,7 @@ class HyDiTTrainLoRA(io.ComfyNode):
         own = user_settings(settings)
         steps, minutes = (None, budget) if budget_unit == _MINUTES else (budget, None)
         wish = Wish(dataset, trigger, base, kind, steps=steps or None, minutes=minutes or None)
-        content = cls.fingerprint_inputs(dataset_name, base_name)
+        content = _content(dataset_name, base_name)
         key = fingerprint([content, dataset_name, base_name, wish.to_json(), own])
         done = train(wish, own, output_name, key, node_id=str(cls.hidden.unique_id or ""))
         lora, model, *_ = merge_lora(open_lora(done.lora), 1.0, "uniform(1)", model=model)
