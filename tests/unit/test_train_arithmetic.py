@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,7 +240,11 @@ def test_prior_pictures_are_measured_by_themselves() -> None:
     data = LineData()
     plain = validate(LineObjective(), data, PROCESSES, contextlib.nullcontext)
     data.layout = SimpleNamespace(validation=(0, 1, 2, 3), prior_validation=(4, 5))
-    found = validate(LineObjective(), data, PROCESSES, contextlib.nullcontext)
+    objective, asked = LineObjective(), Counter[int]()
+    inputs = objective.inputs
+    objective.inputs = lambda batch, draws: asked.update([batch.step]) or inputs(batch, draws)  # type: ignore
+    found = validate(objective, data, PROCESSES, contextlib.nullcontext)
+    assert asked == {20: 1, 21: 1, 22: 2}  # four values of half as many pictures
     prior = {name: found.pop(name) for name in ("val_prior_loss", "val_prior_mse")}
     assert prior == pytest.approx(dict.fromkeys(prior, mean)) and found == plain
 
