@@ -191,17 +191,23 @@ def main() -> None:
     parser.add_argument("--icons", type=Path, required=True, help="what scenes.py icons wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default=None, help="default: the embedded model")
+    parser.add_argument("--lora", type=Path, help="draw with this LoRA, as it recommends")
     parser.add_argument("--share", type=float, default=1.0, help="of the questions")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--cfg", type=float, default=None)
+    parser.add_argument("--sampler", default=None)
+    parser.add_argument("--spacing", default=None)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     things = read_things()
     pipeline = hydit_core.load(args.model, device=args.device)
-    settings = {k: v for k, v in {"steps": args.steps, "cfg": args.cfg}.items() if v is not None}
+    if args.lora is not None:
+        pipeline.load_lora(args.lora)
+    given = {name: getattr(args, name) for name in ("steps", "cfg", "sampler", "spacing")}
+    settings = {name: value for name, value in given.items() if value is not None}
 
     def drawn(prompts: list[str], seed: int) -> list[Image.Image]:
         found: list[Image.Image] = []
