@@ -5,7 +5,9 @@
 
 ``icons`` renders the icon package once (resvg-py is needed for that alone). ``draw`` composes the training
 pictures on every core and writes their captions: ``plain.jsonl``, ``varied.jsonl``, ``counts.jsonl``,
-``pairs.jsonl``, and ``control.jsonl`` for a ControlNet. The same icons and numbers give the same files.
+``pairs.jsonl``, ``control.jsonl`` for a ControlNet, and for an IP-Adapter ``colors.jsonl``: colored things whose
+captions say no color and whose prompt pictures are other things of that color. The same icons and numbers give
+the same files.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import random
 import re
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing.pool import Pool
 from pathlib import Path
@@ -269,6 +271,7 @@ def write_scenes(found: dict[str, list[Scene]], icons: Path, out: Path, processe
         for _ in pool.imap_unordered(_write, jobs, chunksize=32):
             pass
     lines["control"] = control_rows(found)
+    lines["colors"] = color_rows(found["plain"])
     for group, text in lines.items():
         (out / f"{group}.jsonl").write_text(text, encoding="utf-8")
     print({group: len(members) for group, members in found.items()}, "in", out)
@@ -281,6 +284,24 @@ def control_rows(found: dict[str, list[Scene]]) -> str:
         for i, scene in list(enumerate(found[group]))[::step]:
             said = describe(scene.places[0].thing) if group == "varied" else scene.captions
             rows.append({"image": f"pictures/{group}-{i:05}.png", "captions": list(said[:2])})
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def color_rows(plain_scenes: list[Scene], others: int = 4) -> str:
+    """Things whose color is in the prompt picture alone, ``others`` of them for each."""
+    pictures: dict[Thing, list[str]] = {}
+    for i, scene in enumerate(plain_scenes):
+        thing = scene.places[0].thing
+        if thing.color and any(thing.color in said for said in scene.captions):
+            pictures.setdefault(thing, []).append(f"pictures/plain-{i:05}.png")
+    rows = []
+    for thing, own in pictures.items():
+        r = random.Random(f"{thing.id} color")
+        alike = [o for o in pictures if o.color == thing.color and o.name != thing.name]
+        captions = list(some_of(tuple(describe(replace(thing, color=""))), own[0]))
+        for i, other in enumerate(r.sample(alike, others)):
+            row = {"image": own[i % len(own)], "captions": captions}
+            rows.append({**row, "image_prompt": pictures[other][i % len(pictures[other])]})
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
