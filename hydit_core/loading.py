@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # they bring transformers and diffusers
     from .text.encoders import TextEncoders
     from .vae import VAE
 
+_TITLE = 200
+"""Characters of a file's title that pictures remember."""
+
 
 def load(
     path: str | Path | None = None,
@@ -120,4 +123,5 @@ def _loaded(
     for part, what in misfits(dit.config, text, autoencoder):
         option = f"--{part.replace('_', '-')} PATH, or {part}= in Python"
         raise WeightsError(f"{what}: they are of different models; give one that belongs to it ({option})")
-    return Pipeline(dit, text, autoencoder, info, name=source.name)
+    title = opened.metadata.get("modelspec.title", "")[:_TITLE]
+    return Pipeline(dit, text, autoencoder, info, name=source.name, title=title)

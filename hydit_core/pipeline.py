@@ -81,7 +81,7 @@ class Pipeline:
     Args:
         dit, text, vae: the three networks, on one device.
         info: what the model's file says about itself: noise schedule and recommended settings.
-        name: of the file or folder, for the pictures' metadata.
+        name, title: of the file or folder, and what its metadata call it, for the pictures' metadata.
         placement: which networks are on the device when; default: all, always.
         compiled: run blocks as compiled graphs, see :func:`~.model.compiled.compile_blocks`.
     """
@@ -94,6 +94,7 @@ class Pipeline:
         info: ModelInfo,
         *,
         name: str = "",
+        title: str = "",
         placement: Placement | None = None,
         compiled: bool = False,
     ):
@@ -101,7 +102,7 @@ class Pipeline:
         self.text = text
         self.vae = vae
         self.info = info
-        self.name = name
+        self.name, self.title = name, title
         self.placement = placement or Placement()
         self.compiled = compiled
         self.schedule = Schedule(info.diffusion)

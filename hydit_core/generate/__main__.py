@@ -21,6 +21,7 @@ from ..presets import check_seed
 from ..weights.output import check_free
 from . import drawing
 from . import image_prompts as image_cli
+from . import like as like_cli
 from . import memory as memory_cli
 from .bulk import options as bulk_cli
 from .options import parser, read_prompts
@@ -31,11 +32,16 @@ _FOREIGN = {".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code: 0, or 2 after an ``error: ...`` line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parser().parse_args(argv)
+    options = parser()
+    like_cli.add_argument(options)
+    args = options.parse_args(argv)
     return cli_main(lambda: _run(args, argv))
 
 
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    like = None if args.like is None else like_cli.Like(args.like)
+    if like is not None:
+        args = like.filled(args, argv)
     if args.batch < 1:
         raise ConfigError(f"--batch {args.batch}: use 1 or more")
     check_seed(args.seed, args.batch)
@@ -62,8 +68,10 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     job = drawing.Drawing(args, files, model, names.folder)
     own = [prompts[index] for index in mine]
     # Printed once, for the prompts of all ranks
-    for note in job.advice(prompts) if rank == 0 else []:
-        print(f"warning: {note}", file=sys.stderr)
+    if rank == 0:
+        again = [] if like is None else like.notes(args, model.pipe.title)
+        for note in [*again, *job.advice(prompts)]:
+            print(f"warning: {note}", file=sys.stderr)
 
     # None: no bar where stderr is not a terminal.
     took: dict[int, tuple[int, int]] = {}  # by prompt: a batch shares its calls

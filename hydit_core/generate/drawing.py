@@ -235,6 +235,8 @@ class Drawing:
             "version": self.pipe.info.version,
             "dtype": str(self.pipe.dit.dtype).removeprefix("torch."),
         }
+        if self.pipe.title:
+            facts["title"] = self.pipe.title
         if self.args.load_key is not None:
             facts["load_key"] = self.args.load_key
         if tolerance := tolerance_of(self.run.forecast):  # the number: what a name stands for may change
