@@ -26,7 +26,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "examples/compare/prompts.txt"
-JUDGE = ROOT / "examples/embedded/evaluate.py:right"
+JUDGE = ROOT / "examples/embedded/judge.py:right"
 SHAPES = ("128x128", "160x96", "96x160")
 MODEL = ROOT / "hydit_core/assets/hydit-icons-128.safetensors"
 TURBO = ROOT / "hydit_core/assets/lora/hydit-icons-128-turbo.safetensors"

@@ -46,7 +46,7 @@ from hydit_core.presets import RunSettings
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "examples" / "embedded" / "ordinary_prompts.txt"
 JUDGED = ROOT / "examples" / "compare" / "prompts.txt"
-JUDGE = f"{ROOT / 'examples' / 'embedded' / 'evaluate.py'}:right"
+JUDGE = f"{ROOT / 'examples' / 'embedded' / 'judge.py'}:right"
 STYLE = ASSETS / "lora" / "hydit-icons-128-delft.safetensors"
 REFERENCE = 200
 PLAIN = (50, *range(16, 41))

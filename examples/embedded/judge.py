@@ -1,28 +1,30 @@
-"""Judge what a model draws: whether the thing, its color, number, place and pairs are as asked for.
+"""Judge what a model draws: whether the thing, its color, size, number, place and pairs are as asked for.
 
-    python judge.py --icons work/icons.zip --out work/judge [--model FILE] [--share 0.1] [--seeds 1 2 3]
+    python judge.py --out work/judge [--model FILE] [--lora FILE] [--share 0.1] [--seeds 1 2 3]
+    python judge.py --write-signatures work/icons.zip
 
-A thing is right if its picture, cropped to what is not white and scaled to 16 x 16 pixels, is closest to that
-thing among the whole vocabulary (mirror images count as well). Numbers are counted as connected components,
-places are the middle of what is not white, pairs are the things in both halves. Writes ``report.json`` and
-contact sheets, and draws ``ordinary_prompts.txt`` for a reader to name.
+A thing is right if its picture is closest to that thing among the whole vocabulary (``looks.py`` compares).
+Numbers are counted as connected components, places are the middle of what is not white, pairs are the things
+in both halves. The first command asks for everything in ``things.csv``, or a share of it, writes
+``report.json`` and contact sheets, and draws ``ordinary_prompts.txt`` for a reader to name.
+
+``right(picture, prompt)`` judges one picture by any prompt of the vocabulary:
+``hydit compare --judge judge.py:right`` counts with it.
 """
 
 from __future__ import annotations
 
 import argparse
-import colorsys
+import functools
 import json
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
-import numpy as np
-from evaluate import sheet, signature
-from icons import TINTS
+from asked import Asked, Part, readings, vocabulary
+from looks import References, components, extent, hue_is, middle, sheet, write_references
 from PIL import Image
-from scenes import SIZE, Icons, draw, standard
+from scenes import Icons, draw, standard
 from things import (
     HELD_OUT_COUNTS,
     HELD_OUT_PAIRS,
@@ -39,84 +41,101 @@ from things import (
 import hydit_core
 
 ORDINARY = Path(__file__).resolve().parent / "ordinary_prompts.txt"
+# Left, top, right, bottom: where one of several things may be, for things that are not one connected part.
+_HALVES = ((0, 0, 0.5, 1), (0.5, 0, 1, 1))
+_STACKED = ((0, 0, 1, 0.5), (0, 0.5, 1, 1))
+_LAYOUTS = {
+    2: (_HALVES,),
+    3: (
+        ((0, 0, 1, 0.5), (0, 0.5, 0.5, 1), (0.5, 0.5, 1, 1)),
+        ((0, 0, 1 / 3, 1), (1 / 3, 0, 2 / 3, 1), (2 / 3, 0, 1, 1)),
+    ),
+}
 
 
-class References:
-    """The look of every thing and its mirror image: (things, 2, 16, 16, 3) in 0..1."""
-
-    def __init__(self, things: list[Thing], icons: Icons) -> None:
-        self.things = things
-        pictures = [draw((standard(thing),), icons) for thing in things]
-        plain = np.stack([signature(picture) for picture in pictures])
-        self.signatures = np.stack([plain, plain[:, :, ::-1]], 1)
-        self.whole = {t.id: len(components(p)) == 1 for t, p in zip(things, pictures, strict=True)}
-
-    def is_nearest(self, picture: Image.Image, thing: Thing) -> bool:
-        """Whether nothing is closer to the picture, except things that look like this one."""
-        return self.name(picture) in self._alike(thing)
-
-    def name(self, picture: Image.Image) -> str:
-        """The id of the nearest thing."""
-        distances = ((self.signatures - signature(picture)) ** 2).mean((2, 3, 4)).min(1)
-        return self.things[int(distances.argmin())].id
-
-    def _alike(self, thing: Thing) -> set[str]:
-        own = self.signatures[self.things.index(thing), 0]
-        distances = np.sqrt(((self.signatures - own) ** 2).mean((2, 3, 4))).min(1)
-        return {self.things[int(i)].id for i in np.flatnonzero(distances < 0.05)}
+@functools.cache
+def references() -> References:
+    return References(vocabulary().things)
 
 
-def foreground(picture: Image.Image) -> np.ndarray:
-    return (255 - np.asarray(picture.convert("RGB"), np.int16)).max(2) > 24
+def right(picture: Image.Image, prompt: str) -> bool | None:
+    """Whether a picture shows what was asked for, in every respect.
+
+    None, with a warning, for a prompt that ``things.csv`` and ``things.py`` have no words for.
+    """
+    found = examine(picture, prompt)
+    if not found:
+        warnings.warn(f"judge.py cannot tell: not in its vocabulary: {prompt}", stacklevel=2)
+        return None
+    return all(found.values())
 
 
-def components(picture: Image.Image) -> list[tuple[int, int, int, int]]:
-    """Boxes (left, top, width, height) of the connected parts, without specks."""
-    scale = picture.width / SIZE
-    kernel = np.ones((max(1, round(5 * scale)),) * 2, np.uint8)
-    mask = cv2.dilate(foreground(picture).astype(np.uint8), kernel)
-    _, _, stats, _ = cv2.connectedComponentsWithStats(mask)
-    areas = stats[1:, cv2.CC_STAT_AREA]
-    return [
-        tuple(int(v) for v in box[:4])
-        for box, area in zip(stats[1:], areas, strict=True)
-        if area > 0.15 * areas.max()
-    ]
+def examine(picture: Image.Image, prompt: str) -> dict[str, bool]:
+    """Which of "thing", "color", "size", "number" and "place" are as asked for; only those that were.
+
+    By the most favorable of a prompt's readings; empty if it has none.
+    """
+    verdicts = [_verdict(picture, asked) for asked in readings(prompt)]
+    return max(verdicts, key=lambda v: sum(v.values()) / len(v), default={})
 
 
-def middle(picture: Image.Image) -> tuple[float, float]:
-    """The middle of what is not white, as fractions of the picture."""
-    rows, columns = np.nonzero(foreground(picture))
-    if len(rows) == 0:
-        return 0.5, 0.5
-    height, width = foreground(picture).shape
-    return (columns.min() + columns.max()) / 2 / width, (rows.min() + rows.max()) / 2 / height
+def _verdict(picture: Image.Image, asked: Asked) -> dict[str, bool]:
+    first = asked.parts[0]
+    if len(asked.parts) == 2:
+        return {"thing": _shows_pair(picture, asked)}
+    found = {"thing": _shows(picture, first)} if first.count == 1 else _count(picture, first)
+    if len(first.things) == 1 and first.things[0].id in references().tinted:
+        found["color"] = hue_is(picture, first.things[0].color)
+    if first.size:
+        usual = max(references().extents[thing.id] for thing in first.things)
+        scale = extent(picture) / usual
+        found["size"] = scale < 0.65 if first.size == "small" else scale > 0.9
+    if asked.place:
+        x, y = middle(picture)
+        sides = {"left": x < 0.42, "right": x > 0.58, "top": y < 0.42, "bottom": y > 0.58}
+        found["place"] = bool(sides[asked.place])
+    return found
 
 
-def hue_is(picture: Image.Image, color: str) -> bool:
-    """Whether the saturated pixels have a color's hue, within 30 degrees on the median."""
-    pixels = np.asarray(picture.convert("RGB"), np.float32)[foreground(picture)] / 255
-    if len(pixels) == 0:
-        return False
-    value, chroma = pixels.max(1), pixels.max(1) - pixels.min(1)
-    if color == "black":
-        return float(np.median(value)) < 0.4
-    saturated = pixels[chroma > 0.2]
-    if len(saturated) < 0.2 * len(pixels):
-        return False
-    wanted = np.exp(2j * np.pi * TINTS[color][0] / 360)
-    hues = np.array([colorsys.rgb_to_hsv(*p)[0] for p in saturated[:: max(1, len(saturated) // 500)]])
-    return float(np.median(np.abs(np.angle(np.exp(2j * np.pi * hues) / wanted, deg=True)))) < 30
+def _shows(picture: Image.Image, part: Part) -> bool:
+    return any(references().is_nearest(picture, thing) for thing in part.things)
+
+
+def _shows_pair(picture: Image.Image, asked: Asked) -> bool:
+    boxes = _STACKED if asked.place == "column" else _HALVES
+    one, other = (_cut(picture, box) for box in boxes)
+    first, second = asked.parts
+    as_said = _shows(one, first) and _shows(other, second)
+    return as_said or (asked.place == "beside" and _shows(one, second) and _shows(other, first))
+
+
+def _count(picture: Image.Image, part: Part) -> dict[str, bool]:
+    """The number by components, or by the usual arrangements where a thing has several."""
+    if all(thing.id in references().whole for thing in part.things):
+        boxes = components(picture)
+        shown = [_shows(picture.crop(box), part) for box in boxes]
+        return {"thing": bool(shown) and all(shown), "number": len(boxes) == part.count}
+    arranged = any(all(_shows(_cut(picture, box), part) for box in layout) for layout in _LAYOUTS[part.count])
+    return {"thing": arranged, "number": arranged}
+
+
+def _cut(picture: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    width, height = picture.size
+    left, top, far, low = box
+    return picture.crop((round(left * width), round(top * height), round(far * width), round(low * height)))
+
+
+# -- questions ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt in both languages and what its picture must show."""
+    """A prompt in both languages, and the respect in which its group is judged."""
 
     group: str
     english: str
     chinese: str
-    right: Callable[[Image.Image], bool]
+    respect: str = "thing"
 
 
 def spread(items: list[Thing], count: int) -> list[Thing]:
@@ -125,71 +144,131 @@ def spread(items: list[Thing], count: int) -> list[Thing]:
     return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def one(thing: Thing, group: str, right: Callable[[Image.Image], bool]) -> Question:
-    noun = english_nouns(thing)[0]
-    return Question(group, with_article(thing, noun), chinese_counted(thing, 1)[0], right)
-
-
-def questions(references: References, things: list[Thing]) -> list[Question]:
+def questions(things: list[Thing]) -> list[Question]:
     trained = [thing for thing in things if not thing.held_out]
-    asked = [one(t, "thing", lambda p, t=t: references.is_nearest(p, t)) for t in spread(trained, 200)]
-    colored = [thing for thing in trained if thing.color]
-    asked += [one(t, "color", lambda p, t=t: hue_is(p, t.color)) for t in spread(colored, 60)]
-    unseen = [thing for thing in things if thing.held_out]
-    asked += [one(t, "held-out color", lambda p, t=t: references.is_nearest(p, t)) for t in unseen]
-    countable = [t for t in trained if t.plural and references.whole[t.id]]
+    asked = [_one(thing, "thing") for thing in spread(trained, 200)]
+    tinted = [thing for thing in trained if thing.id in references().tinted]
+    asked += [_one(thing, "color", "color") for thing in spread(tinted, 60)]
+    asked += [_one(thing, "held-out color") for thing in things if thing.held_out]
+    countable = [t for t in trained if t.plural and t.id in references().whole]
     seen = [t for t in countable if not any((n, t.name) in HELD_OUT_COUNTS for n in (2, 3))]
-    for i, thing in enumerate(spread(seen, 40)):
-        asked.append(_count(thing, 2 + i % 2, "count"))
+    asked += [_several(thing, 2 + i % 2, "count") for i, thing in enumerate(spread(seen, 40))]
     by_name = {thing.name: thing for thing in reversed(trained)}
-    asked += [_count(by_name[name], n, "held-out count") for n, name in sorted(HELD_OUT_COUNTS)]
-    for i, thing in enumerate(spread(countable, 48)):
-        asked.append(_place(thing, tuple(SIDES)[i % 4]))
+    asked += [_several(by_name[name], n, "held-out count") for n, name in sorted(HELD_OUT_COUNTS)]
+    asked += [_place(thing, tuple(SIDES)[i % 4]) for i, thing in enumerate(spread(countable, 48))]
     partners = spread(countable, 61)
-    for first, second in zip(partners[:30], partners[30:60], strict=True):
-        asked.append(_pair(first, second, "pair", references))
+    asked += [_pair(a, b, "pair") for a, b in zip(partners[:30], partners[30:60], strict=True)]
     for names in sorted(sorted(pair) for pair in HELD_OUT_PAIRS):
-        asked.append(_pair(by_name[names[0]], by_name[names[1]], "held-out pair", references))
+        asked.append(_pair(by_name[names[0]], by_name[names[1]], "held-out pair"))
     return asked
 
 
-def _count(thing: Thing, count: int, group: str) -> Question:
-    english, chinese = english_plurals(thing, count)[0], chinese_counted(thing, count)[0]
-    return Question(group, english, chinese, lambda p: len(components(p)) == count)
+def _one(thing: Thing, group: str, respect: str = "thing") -> Question:
+    noun = english_nouns(thing)[0]
+    return Question(group, with_article(thing, noun), chinese_counted(thing, 1)[0], respect)
+
+
+def _several(thing: Thing, count: int, group: str) -> Question:
+    return Question(group, english_plurals(thing, count)[0], chinese_counted(thing, count)[0], "number")
 
 
 def _place(thing: Thing, side: str) -> Question:
-    noun = english_nouns(thing)[0]
-    english = f"{with_article(thing, noun)} {SIDES[side][0][0]}"
-
-    def right(picture: Image.Image) -> bool:
-        x, y = middle(picture)
-        return {"left": x < 0.42, "right": x > 0.58, "top": y < 0.42, "bottom": y > 0.58}[side]
-
-    return Question("place", english, f"{chinese_counted(thing, 1)[0]}在{SIDES[side][1][0]}", right)
+    one = _one(thing, "place", "place")
+    (english, *_), (chinese, *_) = SIDES[side]
+    return Question("place", f"{one.english} {english}", f"{one.chinese}在{chinese}", "place")
 
 
-def _pair(first: Thing, second: Thing, group: str, references: References) -> Question:
+def _pair(first: Thing, second: Thing, group: str) -> Question:
     a, b = (with_article(t, english_nouns(t)[0]) for t in (first, second))
     c, d = (f"一{t.measure}{chinese_nouns(t)[0]}" for t in (first, second))
+    return Question(group, f"{a} and {b}", f"{c}和{d}")
 
-    def right(picture: Image.Image) -> bool:
-        half = picture.width // 2
-        sides = (
-            picture.crop((0, 0, half, picture.height)),
-            picture.crop((half, 0, picture.width, picture.height)),
-        )
-        return references.is_nearest(sides[0], first) and references.is_nearest(sides[1], second)
 
-    return Question(group, f"{a} and {b}", f"{c}和{d}", right)
+# -- reports -----------------------------------------------------------------------------
+
+
+class Report:
+    """What was right, by group and language: in the group's respect, and in every respect."""
+
+    def __init__(self, path: Path, seeds: list[int]) -> None:
+        self.path, self.seeds = path, seeds
+        self.right: dict[str, list[bool]] = {}
+        self.wholly: dict[str, list[bool]] = {}
+        self.wrong: list[str] = []
+
+    def add(self, question: Question, language: str, picture: Image.Image, seed: int) -> None:
+        prompt = getattr(question, language)
+        found = examine(picture, prompt)
+        name = f"{question.group}, {language}"
+        self.right.setdefault(name, []).append(found[question.respect])
+        self.wholly.setdefault(name, []).append(all(found.values()))
+        if not all(found.values()):
+            missing = ", ".join(respect for respect, good in found.items() if not good)
+            self.wrong.append(f"{seed} {name}: {prompt} ({missing}) -> {references().name(picture)}")
+
+    def write(self) -> str:
+        """To the file; returns the counts as one line."""
+        counts = {
+            key: {name: f"{sum(v)} of {len(v)}" for name, v in groups.items()}
+            for key, groups in (("right", self.right), ("in every respect", self.wholly))
+        }
+        text = json.dumps({"seeds": self.seeds, **counts, "wrong": self.wrong}, ensure_ascii=False, indent=1)
+        self.path.write_text(text + "\n", encoding="utf-8")
+        return json.dumps(counts)
+
+
+class Drawer:
+    """A model, with a LoRA if one was named, and its settings."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.pipeline = hydit_core.load(args.model, device=args.device)
+        if args.lora is not None:
+            self.pipeline.load_lora(args.lora)
+        given = {name: getattr(args, name) for name in ("steps", "cfg", "sampler", "spacing")}
+        self.settings = {name: value for name, value in given.items() if value is not None}
+        self.batch = args.batch
+
+    def __call__(self, prompts: list[str], seed: int) -> list[Image.Image]:
+        found: list[Image.Image] = []
+        for start in range(0, len(prompts), self.batch):
+            found += self.pipeline(prompts[start : start + self.batch], seed=seed, **self.settings)
+        return found
+
+
+def judge(args: argparse.Namespace) -> None:
+    drawn, report = Drawer(args), Report(args.out / "report.json", args.seeds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.share == 1:
+        ordinary = ORDINARY.read_text(encoding="utf-8").split("\n")[:-1]
+        for seed in args.seeds:
+            pictures = drawn(ordinary, seed)
+            sheet(pictures, ordinary, 10, args.out / f"ordinary_{seed}.png")
+            sheet(pictures, [""] * len(pictures), 10, args.out / f"ordinary_{seed}_untitled.png")
+            print("ordinary prompts drawn", flush=True)
+    asked = questions(list(vocabulary().things))[:: round(1 / args.share)]
+    for seed in args.seeds:
+        for language in ("english", "chinese"):
+            prompts = [getattr(question, language) for question in asked]
+            pictures = drawn(prompts, seed)
+            for question, picture in zip(asked, pictures, strict=True):
+                report.add(question, language, picture, seed)
+            if seed == args.seeds[0]:
+                sheet(pictures, prompts, 20, args.out / f"asked_{language}.jpg")
+            print(seed, language, report.write(), flush=True)
+
+
+def write_signatures(icons: Path) -> None:
+    """From what ``scenes.py icons`` wrote."""
+    things, opened = read_things(), Icons(icons)
+    write_references(things, (draw((standard(thing),), opened) for thing in things))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--icons", type=Path, required=True, help="what scenes.py icons wrote")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("work/judge"))
+    parser.add_argument("--write-signatures", type=Path, metavar="ICONS", help="what scenes.py icons wrote")
     parser.add_argument("--model", default=None, help="default: the embedded model")
     parser.add_argument("--lora", type=Path, help="draw with this LoRA, as it recommends")
     parser.add_argument("--share", type=float, default=1.0, help="of the questions")
@@ -201,49 +280,10 @@ def main() -> None:
     parser.add_argument("--spacing", default=None)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    things = read_things()
-    pipeline = hydit_core.load(args.model, device=args.device)
-    if args.lora is not None:
-        pipeline.load_lora(args.lora)
-    given = {name: getattr(args, name) for name in ("steps", "cfg", "sampler", "spacing")}
-    settings = {name: value for name, value in given.items() if value is not None}
-
-    def drawn(prompts: list[str], seed: int) -> list[Image.Image]:
-        found: list[Image.Image] = []
-        for start in range(0, len(prompts), args.batch):
-            found += pipeline(prompts[start : start + args.batch], seed=seed, **settings)
-        return found
-
-    ordinary = ORDINARY.read_text(encoding="utf-8").split("\n")[:-1]
-    if args.share == 1:
-        for seed in args.seeds:
-            pictures = drawn(ordinary, seed)
-            sheet(pictures, ordinary, 10, args.out / f"ordinary_{seed}.png")
-            sheet(pictures, [""] * len(pictures), 10, args.out / f"ordinary_{seed}_untitled.png")
-            print("ordinary prompts drawn", flush=True)
-    references = References(things, Icons(args.icons))
-    asked = questions(references, things)[:: round(1 / args.share)]
-    right: dict[str, list[bool]] = {}
-    wrong: list[str] = []
-    for seed in args.seeds:
-        for language in ("english", "chinese"):
-            prompts = [getattr(question, language) for question in asked]
-            pictures = drawn(prompts, seed)
-            for question, prompt, picture in zip(asked, prompts, pictures, strict=True):
-                good = question.right(picture)
-                right.setdefault(f"{question.group}, {language}", []).append(good)
-                if not good:
-                    wrong.append(f"{seed} {question.group}: {prompt} -> {references.name(picture)}")
-            if seed == args.seeds[0]:
-                sheet(pictures, prompts, 20, args.out / f"asked_{language}.jpg")
-            report = {
-                "seeds": args.seeds,
-                "right": {name: f"{sum(v)} of {len(v)}" for name, v in right.items()},
-            }
-            text = json.dumps({**report, "wrong": wrong}, ensure_ascii=False, indent=1)
-            (args.out / "report.json").write_text(text + "\n", encoding="utf-8")
-            print(seed, language, json.dumps(report["right"]), flush=True)
+    if args.write_signatures:
+        write_signatures(args.write_signatures)
+    else:
+        judge(args)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,16 @@ def load_judge(text: str) -> Judge:
         raise ConfigError(f"--judge {text}: write FILE.py:FUNCTION")
     if not path.is_file():
         raise ConfigError(f"--judge {text}: no such file: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"hydit_judge_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"--judge {text}: {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[spec.name] = module  # dataclasses look for theirs there
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises
+        del sys.modules[spec.name]
         raise ConfigError(f"--judge {text}: cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)

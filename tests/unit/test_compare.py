@@ -225,10 +225,15 @@ def test_a_side_without_its_options(compare):
 def test_a_judge_of_the_user_counts_right_pictures(compare, tmp_path):
     (tmp_path / "beside.py").write_text("WORD = 'apple'\n")
     (tmp_path / "judge.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
         "from beside import WORD\n"
+        "@dataclass\n"
+        "class Wanted:\n"
+        "    word: str\n"
         "def right(picture, prompt):\n"
         "    assert picture.size == (64, 64)\n"
-        "    return None if 'cat' in prompt else WORD in prompt\n"
+        "    return None if 'cat' in prompt else Wanted(WORD).word in prompt\n"
     )
     before = list(sys.path)
     code, out, _ = compare(
