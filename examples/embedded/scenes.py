@@ -5,9 +5,9 @@
 
 ``icons`` renders the icon package once (resvg-py is needed for that alone). ``draw`` composes the training
 pictures on every core and writes their captions: ``plain.jsonl``, ``varied.jsonl``, ``counts.jsonl``,
-``pairs.jsonl``, ``control.jsonl`` for a ControlNet, and for an IP-Adapter ``colors.jsonl``: colored things whose
-captions say no color and whose prompt pictures are other things of that color. The same icons and numbers give
-the same files.
+``pairs.jsonl``, ``control.jsonl`` for a ControlNet, and for an IP-Adapter ``colors.jsonl``: colored things,
+whose captions say no color and whose prompt pictures are other things of that color. The same icons and
+numbers give the same files.
 """
 
 from __future__ import annotations

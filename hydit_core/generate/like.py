@@ -1,4 +1,4 @@
-"""``--like PICTURE``: a picture of ours remembers its settings; they stand for the options that are not given."""
+"""``--like PICTURE``: the settings that a picture remembers, in place of options that are not given."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..pictures.png import read_parameters
 from .options import parser
 
 _TAKEN = (
-    "negative", "steps", "cfg", "guidance_rescale", "sampler", "spacing", "forecast", "cfg_end", "seed", "dtype",
-    "load_key",
+    "negative", "steps", "cfg", "guidance_rescale", "sampler", "spacing", "forecast", "cfg_end", "seed",
+    "dtype", "load_key",
 )  # fmt: skip
 # What else a picture can be made with, and the options that say so: its files are not in the picture.
 _BESIDE = {
@@ -63,10 +63,12 @@ class Like:
             raise ConfigError("--like: not with --shard-size, whose prompts and settings are its own")
         if args.model is None and self.facts.get("model") not in (embedded_model().name, None):
             raise ConfigError(
-                f"{self.path}: drawn with {self.facts['model']}, which is not the model that comes with hydit: "
-                "give it with --model PATH"
+                f"{self.path}: drawn with {self.facts['model']}, which is not the model that comes with "
+                "hydit: give it with --model PATH"
             )
-        remembered = [f"--{name.replace('_', '-')}={self.facts[name]}" for name in _TAKEN if name in self.facts]
+        remembered = [
+            f"--{name.replace('_', '-')}={self.facts[name]}" for name in _TAKEN if name in self.facts
+        ]
         if {"width", "height"} <= self.facts.keys():
             remembered.append(f"--size={self._size()}")
         if not args.prompt and args.prompts is None:
@@ -110,10 +112,13 @@ class Like:
                 f"{self.path} was drawn with {then}; the model is {title or 'another one'} now, "
                 "which draws another picture"
             )
-        missing = [option for fact, option in _BESIDE.items() if fact in self.facts and not _given(args, option)]
+        missing = [
+            option for fact, option in _BESIDE.items() if fact in self.facts and not _given(args, option)
+        ]
         if missing:
             said.append(
-                f"{self.path} was drawn with more than settings: give {', '.join(missing)} for the same picture"
+                f"{self.path} was drawn with more than settings: give {', '.join(missing)} "
+                "for the same picture"
             )
         return said
 

@@ -36,7 +36,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stored = json.loads(gzip.decompress(STORED.read_bytes()))
     random = torch.Generator().manual_seed(1)
     path = tmp_path_factory.mktemp("first") / "hydit-icons-128.safetensors"
-    save_file({name: tensor(told, random) for name, told in stored["tensors"].items()}, path, stored["metadata"])
+    save_file(
+        {name: tensor(told, random) for name, told in stored["tensors"].items()}, path, stored["metadata"]
+    )
     assert path.stat().st_size > 11_000_000
     return path
 
@@ -56,4 +58,3 @@ def test_it_has_its_own_words(file: Path) -> None:
     assert pipe.advice(["a red apple"], pipe.settings()) == []
     assert any("只" in note for note in pipe.advice(["一只狗"], pipe.settings()))
     assert now.advice(["一只狗"], now.settings()) == []
-

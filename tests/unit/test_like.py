@@ -69,7 +69,9 @@ def test_it_says_that_another_edition_drew_it(
     assert f"{THEN} was drawn with hydit icons 128, first edition; the model is {title} now" in said
     later = changed(drawn, tmp_path / "later.png", title="hydit icons 128, third edition")
     assert main(["--like", str(later), "--device", "cpu", "--out", str(tmp_path / "b.png")]) == 0
-    assert f"was drawn with hydit icons 128, third edition; the model is {title} now" in capsys.readouterr().err
+    assert (
+        f"was drawn with hydit icons 128, third edition; the model is {title} now" in capsys.readouterr().err
+    )
 
 
 def test_it_names_what_it_cannot_know(
@@ -77,13 +79,18 @@ def test_it_names_what_it_cannot_know(
 ) -> None:
     more = changed(drawn, tmp_path / "more.png", loras=[{"lora": "a.safetensors"}], init_image="b.png")
     assert main(["--like", str(more), "--device", "cpu", "--out", str(tmp_path / "c.png")]) == 0
-    assert "with more than settings: give --init-image, --lora for the same picture" in capsys.readouterr().err
+    assert (
+        "with more than settings: give --init-image, --lora for the same picture" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"model": "other.safetensors"}, "drawn with other.safetensors, which is not the model that comes with"),
+        (
+            {"model": "other.safetensors"},
+            "drawn with other.safetensors, which is not the model that comes with",
+        ),
         ({"steps": "many"}, "its settings are impossible: argument --steps: invalid int value: 'many'"),
         ({"sampler": "best"}, "its settings are impossible: argument --sampler: invalid choice: 'best'"),
         ({"width": 10**9}, "its settings say 1000000000x96, but the picture is 64x96"),
