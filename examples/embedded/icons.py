@@ -6,11 +6,9 @@ into pixels.
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,38 +40,6 @@ TINTS = {
     "brown": (18, 0.62, 0.72),
     "black": (210, 0.2, 0.26),
 }
-
-
-@dataclass(frozen=True)
-class Concept:
-    """One row of ``concepts.csv``."""
-
-    id: str
-    kind: str
-    codepoint: str
-    colour: str
-    thing: str
-    english: tuple[str, ...]
-    chinese: tuple[str, ...]
-    held_out: bool
-
-
-def read_concepts(path: Path = HERE / "concepts.csv") -> list[Concept]:
-    """The curated table: what the model learns to draw and what each thing is called."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return [
-            Concept(
-                row["id"],
-                row["kind"],
-                row["codepoint"],
-                row["colour"],
-                row["shape_or_object"],
-                tuple(row["captions_en"].split("|")),
-                tuple(row["captions_zh"].split("|")),
-                row["held_out"] == "1",
-            )
-            for row in csv.DictReader(file)
-        ]
 
 
 class IconSet:
@@ -163,14 +129,6 @@ def tint(picture: Image.Image, colour: str) -> Image.Image:
     hsv[..., 2] = np.where(coloured, np.clip(hsv[..., 2] * value, 0, 255), hsv[..., 2])
     rgb = np.asarray(Image.fromarray(hsv.round().astype(np.uint8), "HSV").convert("RGB"))
     return Image.fromarray(np.dstack([rgb, rgba[..., 3]]))
-
-
-def render(concept: Concept, icons: IconSet, size: int) -> Image.Image:
-    """The RGBA picture of a concept, its canvas filled edge to edge as the icon set draws it."""
-    if concept.kind == "shape":
-        return rasterize(shape_svg(concept.thing, concept.colour), size)
-    picture = rasterize(icons.svg(concept.codepoint), size)
-    return tint(picture, concept.colour) if concept.kind == "tint" else picture
 
 
 def on_white(picture: Image.Image) -> Image.Image:

@@ -1,6 +1,6 @@
 """How a style LoRA changes pictures with its strength, on things that its training never saw.
 
-    python examples/lora/evaluate.py LORA.safetensors --data examples/embedded/work/data
+    python examples/lora/evaluate.py LORA.safetensors --data examples/embedded/work/scenes
 
 Printed for each strength, over the same prompts and seed:
 
@@ -58,7 +58,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("lora", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="what examples/embedded/prepare.py wrote")
+    parser.add_argument("--data", type=Path, required=True, help="what examples/embedded/scenes.py drew")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.5, 1.0, 1.5])
     parser.add_argument("--count", type=int, default=24, help="how many prompts")
     parser.add_argument("--sheet", type=Path, help="write every second prompt here, one column a strength")
