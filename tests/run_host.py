@@ -63,6 +63,13 @@ sys.path.append(sys.argv.pop(1))
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
+#: The same for a function of ours.
+CALL = """
+import importlib, os, sys
+sys.path += sys.argv.pop(1).split(os.pathsep)
+module, function = sys.argv.pop(1).split(":")
+getattr(importlib.import_module(module), function)(*sys.argv[1:])
+"""
 
 
 def ask(python: Path) -> tuple[dict[str, bool], str]:
@@ -111,6 +118,23 @@ def ready() -> tuple[Path, Path, Path]:
     side = ROOT / ".host-tests" / tag
     install(python, side, sorted(package for name, package in NEEDED.items() if not has[name]))
     return comfy, python, side
+
+
+def call(function: str, *arguments: str) -> int:
+    """Call a function, such as "module:name", of these helpers with ComfyUI's Python; returns the status.
+
+    tests, tests/host, tests/browser and what that Python lacks are at the end of its path.
+    """
+    try:
+        comfy, python, side = ready()
+    except NoHost as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"Using ComfyUI {host_version(comfy)} at {comfy}, Python {python}", flush=True)
+    environment = {**os.environ, "COMFYUI_PATH": str(comfy), "OMP_NUM_THREADS": "1"}
+    tests = ROOT / "tests"
+    paths = os.pathsep.join(map(str, (tests, tests / "host", tests / "browser", side)))
+    return subprocess.run([python, "-c", CALL, paths, function, *arguments], env=environment).returncode
 
 
 def main(arguments: list[str]) -> int:

@@ -91,6 +91,18 @@ def _of(prompt: Prompt, *types: str) -> Iterator[tuple[str, dict[str, Any]]]:
 # -- which pictures ------------------------------------------------------------------------------------------
 
 
+def shown(host: Any, result: Any) -> dict[str, list[Image.Image]]:
+    """The pictures of each node that shows some, of a run of `in_process.Host`."""
+    found: dict[str, list[Image.Image]] = {}
+    for number, output in result.outputs.items():
+        if "hydit_train" in output:  # what a node shows of a data set
+            continue
+        for image in output.get("images", []):
+            with Image.open(host.base / image["type"] / image["subfolder"] / image["filename"]) as opened:
+                found.setdefault(number, []).append(opened.convert("RGB"))
+    return found
+
+
 def results(prompt: Prompt, pictures: Pictures) -> list[Image.Image]:
     """What the workflow saves; a strip as the pictures that it was joined from."""
     found = [picture for number, _ in _of(prompt, "SaveImage") for picture in pictures[number]]
@@ -108,9 +120,9 @@ def given(prompt: Prompt, pictures: Pictures) -> list[Image.Image]:
     ancestors = _ancestors(prompt, [number for number, _ in _of(prompt, "SaveImage")])
     for number, node in _of(prompt, *STEERING):
         if number in ancestors:
-            shown = _shown(prompt, node["inputs"][STEERING[node["class_type"]]])
-            if shown in pictures:
-                seen[shown] = pictures[shown][0]
+            source = _source(prompt, node["inputs"][STEERING[node["class_type"]]])
+            if source in pictures:
+                seen[source] = pictures[source][0]
     return list(seen.values())
 
 
@@ -123,14 +135,14 @@ def _ancestors(prompt: Prompt, numbers: Sequence[str]) -> set[str]:
     return found
 
 
-def _shown(prompt: Prompt, link: list[Any]) -> str:
+def _source(prompt: Prompt, link: list[Any]) -> str:
     """The node that shows this picture, or the one that it was scaled from."""
     for number, node in _of(prompt, "PreviewImage"):
         if node["inputs"]["images"] == link:
             return number
     source = prompt[link[0]]
     image = source["inputs"].get("image")
-    return _shown(prompt, image) if isinstance(image, list) else link[0]
+    return _source(prompt, image) if isinstance(image, list) else link[0]
 
 
 # -- how they are put together -------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
         return
     assert all(picture[:6, 60:].mean() > 180 for picture in shown), "the background is white"
     checks = {
-        "hydit_text_to_image_embedded": lambda a: [_color(a) == "red"],
+        "hydit_text_to_image_embedded": lambda a: [_color(a) == "blue", _things(a) == 3],
         "hydit_text_to_image_v1.2": lambda a: [_color(a[40:80, 44:84]) in ("red", "dark")],  # a sunflower
         "hydit_train_lora": lambda plain, taught: [0.2 < np.abs(plain - taught).mean() < 60],
         "hydit_custom_sampling": lambda a: [_color(a) == "blue"],  # a robot
@@ -256,7 +256,9 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
         "hydit_two_prompts": lambda a, b: [
             _color(a) == "blue", _color(b[:, :60]) == "red", _color(b[:, 68:]) == "blue"
         ],
-        "hydit_controlnet_canny_embedded": lambda a, b: [_same_outline(a, b) > 0.8],
+        "hydit_controlnet_canny_embedded": lambda a, b: [
+            _same_outline(a, b) > 0.8, (a != b).mean() > 0.1, _color(b) == "red"
+        ],
         "hydit_controlnet_image_to_image": lambda a, b: [_same_outline(a, b) > 0.65, _color(b) == "red"],
         "hydit_controlnet_layer_weights": lambda a, uniform, decay, early, late, strip: [
             min(_same_outline(a, picture) for picture in (uniform, decay, late)) > 0.8,
@@ -264,8 +266,8 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
             np.abs(np.hstack([uniform, decay, early, late]) - strip).max() <= 1,
         ],
         "hydit_controlnet_v1.2": lambda a: [_color(a) == "red"],
-        "hydit_image_prompt": lambda fish, star: [
-            _color(fish) == _color(star) == "blue", _same_outline(fish, star) < 0.8
+        "hydit_image_prompt": lambda frog, car: [
+            _color(frog) == _color(car) == "green", _same_outline(frog, car) < 0.8
         ],
         "hydit_image_prompt_v1.2": lambda a: [0.1 < (a.min(axis=-1) < 200).mean() < 0.8],  # a cat
         "hydit_lora_strengths": lambda none, half, one, more, strip: [
@@ -274,7 +276,7 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
             np.abs(np.hstack([none, half, one, more]) - strip).max() <= 1,
         ],
         "hydit_fast": lambda forecast, full: [
-            0 < np.abs(forecast - full).mean() < 3, _color(forecast) == _color(full) == "green"
+            0 < np.abs(forecast - full).mean() < 3, _color(forecast) == _color(full) == "red"
         ],
         "hydit_turbo": lambda few, full: [
             _same_outline(few, full) > 0.8, _color(few) == _color(full) == "blue"
@@ -305,6 +307,14 @@ def _blue(picture: np.ndarray) -> float:
     """The share of what is not white that is blue more than anything."""
     inked = picture[picture.min(axis=-1) < 200]
     return float((inked[:, 2] > inked[:, :2].max(axis=-1) + 10).mean())
+
+
+def _things(picture: np.ndarray) -> int:
+    """How many things stand apart on white."""
+    from scipy.ndimage import label
+
+    sizes = np.bincount(label(picture.min(axis=-1) < 200)[0].ravel())[1:]
+    return int((sizes > 50).sum())
 
 
 def _color(picture: np.ndarray) -> str:

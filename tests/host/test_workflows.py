@@ -13,6 +13,7 @@ import torch
 from image_prompt_models import save_adapter, save_encoder
 from loader_files import stored
 from PIL import Image, ImageDraw
+from thumbnails import compose, is_published, shown
 from workflow_files import MODEL_FOLDERS, WORKFLOWS, api, check_pictures, read, shrink, unmuted, write_models
 
 from hydit_core.embedded import embedded_controlnets, embedded_loras, embedded_model
@@ -36,20 +37,23 @@ def models(host: Any) -> Any:
 
 def pictures(host: Any, result: Any) -> list[Image.Image]:
     """What SaveImage and PreviewImage wrote, by node number."""
-    found = []
-    for number in sorted(result.outputs, key=int):
-        if "hydit_train" in result.outputs[number]:  # what a node shows of a data set
-            continue
-        for image in result.outputs[number].get("images", []):
-            path = host.base / image["type"] / image["subfolder"] / image["filename"]
-            found.append(Image.open(path).convert("RGB"))
-    return found
+    return [picture for _, found in by_number(host, result) for picture in found]
+
+
+def by_number(host: Any, result: Any) -> list[tuple[str, list[Image.Image]]]:
+    return sorted(shown(host, result).items(), key=lambda item: int(item[0]))
 
 
 @pytest.mark.parametrize("name", [path.stem for path in WORKFLOWS])
 def test_every_workflow_draws_what_it_says(host, name):
-    result = host.run(shrink(api(name))).check()
+    """Also on its thumbnail, unless that took published weights or a whole training."""
+    prompt = shrink(api(name))
+    result = host.run(prompt).check()
     check_pictures(name, pictures(host, result))
+    if not is_published(api(name)) and name != "hydit_train_lora":
+        again = compose(name, prompt, dict(by_number(host, result)))
+        with Image.open(WORKFLOWS[0].parent / f"{name}.jpg") as thumbnail:
+            assert apart(again, thumbnail).mean() < 3, "draw it anew: tests/draw_thumbnails.py"
 
 
 def test_what_is_muted_runs_too(host):
