@@ -48,7 +48,7 @@ OLDER = not hasattr(
     torch.optim, "Muon"
 )  # torch 2.9 brought both it and checkpoints of parts that are read here
 
-pytestmark = [several_processes, pytest.mark.skipif(OLDER, reason="needs torch 2.9")]
+pytestmark = [pytest.mark.slow, several_processes, pytest.mark.skipif(OLDER, reason="needs torch 2.9")]
 
 
 class Place:
