@@ -104,6 +104,9 @@ class LineData:
     def loader(self, start: int, end: int) -> Iterator[Batch]:
         return iter([batch_of(number) for number in range(start, end)])
 
+    def validation_copies(self, *, prior: bool = False) -> int:
+        return 1
+
     def validation_batches(self, *, prior: bool = False) -> Iterator[Batch]:
         if prior:
             yield batch_of(22, np.array([1.0, 1.0, 0.0]))
