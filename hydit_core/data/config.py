@@ -76,6 +76,11 @@ class SourceConfig(Section):
     trigger: str = Field(
         default="", description="words that are put before each caption in which they do not occur"
     )
+    stream: bool | None = Field(
+        default=None,
+        description="shuffle file by file and within data.window, instead of all pictures at once: for tar, "
+        "Parquet and Arrow files; unset: for such as are not on a disk, unless latents are cached",
+    )
     repeats: int = Field(
         default=1, ge=1, le=100_000, description="how often an epoch shows each of these pictures"
     )
@@ -260,6 +265,12 @@ class DataConfig(Section):
         description="leave out, and count, pictures whose shorter side is less than this",
     )
     alpha_color: str = Field(default="white", description="what shows through transparent pixels")
+    window: int = Field(
+        default=2048,
+        ge=1,
+        le=10_000_000,
+        description="streams: among how many pictures that follow each other their order is shuffled",
+    )
     on_unreadable: Literal["error", "skip"] = Field(
         default="error", description="stop at an unreadable picture, or skip and count it"
     )

@@ -97,6 +97,7 @@ class LineData:
     """Micro-batches by number; two validation batches, the second filled up with rows that count nothing."""
 
     layout = SimpleNamespace(validation=(0, 1, 2, 3), prior_validation=())
+    order = None
 
     def fingerprint(self) -> str:
         return ""
