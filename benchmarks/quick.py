@@ -58,8 +58,9 @@ def planned(name: str, data: Path, out: Path, model: Path | None) -> dict[str, A
 
 
 def by_hand(table: dict[str, Any], lr: float, rank: int, steps: int) -> dict[str, Any]:
-    """The same with AdamW, a learning rate, a rank and so many steps."""
+    """The same with AdamW, a learning rate, a rank and so many steps, of the pictures alone."""
     changed = {**table, "optimizer": {"lr": lr}, "schedule": {"warmup_steps": 10}}
+    changed["data"] = {key: value for key, value in table["data"].items() if key != "prior"}
     changed["lora"] = {**table["lora"], "rank": rank}
     changed["run"] = {**table["run"], "steps": steps}
     changed["validation"] = {**table["validation"], "every": EVERY, "patience": 0.0, "min_epochs": 0.0}

@@ -221,12 +221,16 @@ class PriorConfig(Section):
 
     However many there are, they make up ``share`` of every epoch, all of them equally often: where there are
     more than that, an epoch goes on where the one before stopped. They are never held out for validation.
+    ``prompts`` has the base draw some of them.
     """
 
     share: float = Field(
         default=0.5, gt=0, lt=1, description="what part of every epoch prior pictures make up"
     )
     weight: float = Field(default=1.0, gt=0, le=1000, description="how much their loss counts")
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="prompts that the base draws before the run, one such picture of each"
+    )
 
 
 class MaskConfig(Section):
@@ -344,8 +348,10 @@ class DataConfig(Section):
                 "every source has prior = true or validation = true: one must show what is to be learned"
             )
         mixed = any(source.prior and not source.validation for source in self.sources)
-        if self.prior != PriorConfig() and not mixed:
-            raise ValueError("the table data.prior needs a source with prior = true")
+        if self.prior != PriorConfig() and not mixed and "prompts" not in self.prior.model_fields_set:
+            raise ValueError("the table data.prior needs prompts, or a source with prior = true")
+        if self.prior.prompts and self.control is not None and self.control.kind == "files":
+            raise ValueError("data.prior.prompts draws pictures that have no control pictures in files")
         return self
 
     @property
