@@ -69,7 +69,8 @@ class Streams:
         parts = [part for own, repeats in shown for part in _parts(manifest, own, longest, repeats)]
         others = tuple(own for n, own in enumerate(rows) if n not in found)
         prior = any(config.sources[n].prior for n in found)
-        return Streams(*np.concatenate(parts, axis=1), others, prior, config.window)
+        first, end, copies, which = np.concatenate(parts, axis=1)
+        return Streams(first, end, copies, which, others, prior, config.window)
 
     @property
     def recipe(self) -> int:
