@@ -6,9 +6,9 @@
 
 ``run`` trains on every set of examples/quick, with every seed, as `train quick` chooses, and then every pair
 of learning rate and rank, with the same pictures held out, constant learning rate and the same averages; that
-run's steps are those at which validation is lowest. A line of the log is one run; what is in it already is
-not run again, and a run that was interrupted goes on. It takes hours; --sets, --seeds, --rates and --ranks
-make it smaller.
+run's steps are those at which validation is lowest, and it ends after as many steps without a lower one as
+quick does. A line of the log is one run; what is in it already is not run again, and a run that was
+interrupted goes on. It takes hours; --sets, --seeds, --rates and --ranks make it smaller.
 
 Test pictures are seen by neither: their loss, at 16 timesteps each with fixed noise, is that of the weights
 that each run keeps as its best. ``table`` prints (base - quick) / (base - best of the grid), where the grid's
@@ -58,11 +58,14 @@ def planned(name: str, data: Path, out: Path, model: Path | None) -> dict[str, A
 
 
 def by_hand(table: dict[str, Any], lr: float, rank: int, steps: int) -> dict[str, Any]:
-    """The same with AdamW, a learning rate, a rank and so many steps."""
+    """The same with AdamW, a learning rate, a rank and so many steps, of the pictures alone."""
     changed = {**table, "optimizer": {"lr": lr}, "schedule": {"warmup_steps": 10}}
+    changed["data"] = {key: value for key, value in table["data"].items() if key != "prior"}
     changed["lora"] = {**table["lora"], "rank": rank}
     changed["run"] = {**table["run"], "steps": steps}
-    changed["validation"] = {**table["validation"], "every": EVERY, "patience": 0.0, "min_epochs": 0.0}
+    share = table["data"].get("prior", {}).get("share", 0.0)  # without which an epoch has fewer steps
+    patience = table["validation"]["patience"] / (1 - share)
+    changed["validation"] = {**table["validation"], "every": EVERY, "patience": patience, "min_epochs": 0.0}
     return changed
 
 
@@ -93,6 +96,9 @@ def test_loss(table: dict[str, Any], lora: Path | None, rows: Path, out: Path) -
 def run_one(table: dict[str, Any], out: Path, data: Path, name: str) -> dict[str, Any]:
     """Train, or go on, and measure the best that the run kept."""
     config: TrainConfig = checked(table, out / "quick.toml")
+    drawn = out.parent / "drawn"  # by the base, the same in all runs
+    if drawn.exists():
+        shutil.copytree(drawn, out, dirs_exist_ok=True)
     begun = time.process_time()
     if not train(config, resume="auto"):
         raise SystemExit("interrupted: the same command goes on")
@@ -112,6 +118,8 @@ def run_one(table: dict[str, Any], out: Path, data: Path, name: str) -> dict[str
         "curve": [[step, loss] for loss, step in looks],
     }
     shutil.rmtree(out / "checkpoints")
+    for folder in out.glob("prior-*"):
+        shutil.copytree(folder, drawn / folder.name, dirs_exist_ok=True)
     return found
 
 

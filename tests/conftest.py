@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import slowest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,8 +42,35 @@ def server() -> Iterator[Any]:
     started.close()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, lest one of them is the last, with a core that idles."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+SPENT = pytest.StashKey[float]()
+"""CPU seconds at the end of the last setup, call or teardown."""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[SPENT] = slowest.cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    now = slowest.cpu_seconds()
+    report.cpu = now - item.config.stash.get(SPENT, now)  # pytest-xdist hands on what a report has
+    item.config.stash[SPENT] = now
+    return report
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say at the end that the tests inside ComfyUI were left out, and why: many skips are easily missed."""
+    """Which files cost most; and that the tests inside ComfyUI were left out, and why."""
+    reports = [one for some in terminalreporter.stats.values() for one in some if hasattr(one, "duration")]
+    if dearest := slowest.lines(reports):
+        terminalreporter.section("what cost most")
+        terminalreporter.write("".join(f"{line}\n" for line in dearest))
     skipped = [
         report
         for report in terminalreporter.stats.get("skipped", [])

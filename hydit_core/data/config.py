@@ -76,6 +76,11 @@ class SourceConfig(Section):
     trigger: str = Field(
         default="", description="words that are put before each caption in which they do not occur"
     )
+    stream: bool | None = Field(
+        default=None,
+        description="shuffle file by file and within data.window, instead of all pictures at once: for tar, "
+        "Parquet and Arrow files; unset: for such as are not on a disk, unless latents are cached",
+    )
     repeats: int = Field(
         default=1, ge=1, le=100_000, description="how often an epoch shows each of these pictures"
     )
@@ -216,12 +221,16 @@ class PriorConfig(Section):
 
     However many there are, they make up ``share`` of every epoch, all of them equally often: where there are
     more than that, an epoch goes on where the one before stopped. They are never held out for validation.
+    ``prompts`` has the base draw some of them.
     """
 
     share: float = Field(
         default=0.5, gt=0, lt=1, description="what part of every epoch prior pictures make up"
     )
     weight: float = Field(default=1.0, gt=0, le=1000, description="how much their loss counts")
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="prompts that the base draws before the run, one such picture of each"
+    )
 
 
 class MaskConfig(Section):
@@ -260,6 +269,12 @@ class DataConfig(Section):
         description="leave out, and count, pictures whose shorter side is less than this",
     )
     alpha_color: str = Field(default="white", description="what shows through transparent pixels")
+    window: int = Field(
+        default=2048,
+        ge=1,
+        le=10_000_000,
+        description="streams: among how many pictures that follow each other their order is shuffled",
+    )
     on_unreadable: Literal["error", "skip"] = Field(
         default="error", description="stop at an unreadable picture, or skip and count it"
     )
@@ -333,8 +348,10 @@ class DataConfig(Section):
                 "every source has prior = true or validation = true: one must show what is to be learned"
             )
         mixed = any(source.prior and not source.validation for source in self.sources)
-        if self.prior != PriorConfig() and not mixed:
-            raise ValueError("the table data.prior needs a source with prior = true")
+        if self.prior != PriorConfig() and not mixed and "prompts" not in self.prior.model_fields_set:
+            raise ValueError("the table data.prior needs prompts, or a source with prior = true")
+        if self.prior.prompts and self.control is not None and self.control.kind == "files":
+            raise ValueError("data.prior.prompts draws pictures that have no control pictures in files")
         return self
 
     @property

@@ -247,11 +247,11 @@ class TrainData(Rows):
     def validation_batches(self, *, prior: bool = False) -> Iterator[Batch]:
         """This rank's share of the held-out pictures: no randomness, first caption, center crop.
 
-        Every rank gets the same number of batches, all of ``batch_size``; what only fills them up
-        has weight 0. ``positions`` count through the whole validation set, and ``step`` is -1. ``prior`` asks
-        for the pictures that show what is forgotten instead.
+        Every rank gets the same number of batches, all of ``batch_size``; what only fills them up, a batch's
+        own pictures again, has weight 0. ``positions`` count through the whole validation set, and ``step``
+        is -1. ``prior`` asks for the pictures that show what is forgotten instead.
         """
-        held_out = self.layout.prior_validation if prior else self.layout.validation
+        held_out = self._held_out(prior)
         batch_size, world = self.order.batch_size, self.order.world_size
         batches: list[tuple[np.ndarray, list[float]]] = []
         buckets = self.layout.bucket_of_row[held_out]
@@ -272,6 +272,16 @@ class TrainData(Rows):
             counts = [bucket == wanted and not sample.skipped for sample in samples]
             weights = [weight * count for weight, count in zip(weights, counts, strict=True)]
             yield self._collate(-1, samples, self.sizes[bucket], places, weights)
+
+    def validation_copies(self, *, prior: bool = False) -> int:
+        """How often every batch of :meth:`validation_batches`, on all ranks, holds each of its pictures."""
+        buckets = self.layout.bucket_of_row[self._held_out(prior)]
+        batch_size = self.order.batch_size
+        fullest = [min(batch_size, int(count)) for count in np.unique(buckets, return_counts=True)[1]]
+        return batch_size // max(fullest, default=batch_size)
+
+    def _held_out(self, prior: bool) -> np.ndarray:
+        return self.layout.prior_validation if prior else self.layout.validation
 
     def _draw(self, step: int, position: int) -> _Draw:
         draw = (self.seed, step, position)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -101,6 +102,17 @@ class Manifest:
         row = self._rows[index]
         column = self._columns.get(self._sources[index], "") if row >= 0 else ""
         return PictureFile(place(self._paths[index]), row, column)
+
+    def file_end(self, index: int, end: int) -> int:
+        """Where the rows end, at the latest at ``end``, whose pictures are in the same file as ``index``'s.
+
+        Files are looked for by leaps, so those of one file have to follow each other.
+        """
+        path, reach = self._paths[index], 1
+        while index + reach < end and self._paths[index + reach] == path:
+            index, reach = index + reach, 2 * reach
+        rest = range(index + 1, min(index + reach, end))
+        return rest.start + bisect_left(rest, True, key=lambda row: self._paths[row] != path)
 
     def extra(self, index: int) -> dict[str, PictureFile]:
         """What lies beside the picture: ``control``, ``mask``, ``image_prompt``."""

@@ -82,8 +82,8 @@ class BatchOrder:
         self._first = (
             0 if areas is None else max(range(len(self.buckets)), key=lambda i: areas[self.buckets[i]])
         )
-        self._plan: tuple[int, _EpochPlan | None] = (-1, None)
-        self._permutations: OrderedDict[tuple[int, int], _Shuffled] = OrderedDict()
+        self._plan: tuple[int, Plan | None] = (-1, None)
+        self._permutations: OrderedDict[tuple[int, int], Permutation] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes that are started afresh compute their own permutations."""
@@ -113,9 +113,8 @@ class BatchOrder:
 
     def samples(self, step: int) -> np.ndarray:
         """The global batch: (batch_size * world_size,) sample numbers, in order of their position."""
-        slot, batch = self._locate(step)
+        slot, place = self._locate(step)
         n, found, taken = int(self._sizes[slot]), [], 0
-        place = batch * self.global_batch
         while taken < self.global_batch:
             epoch, start = divmod(place + taken, n)
             places = np.arange(start, min(n, start + self.global_batch - taken))
@@ -125,8 +124,8 @@ class BatchOrder:
 
     def passes(self, step: int) -> np.ndarray:
         """How often its bucket had been gone through before each sample of ``step``: (batch,) integers."""
-        slot, batch = self._locate(step)
-        return (batch * self.global_batch + np.arange(self.global_batch)) // self._sizes[slot]
+        slot, place = self._locate(step)
+        return (place + np.arange(self.global_batch)) // self._sizes[slot]
 
     def bucket_members(self, bucket: int) -> range:
         """All samples of a bucket; none for one that is never shown."""
@@ -140,31 +139,45 @@ class BatchOrder:
         return range(rank * self.batch_size, (rank + 1) * self.batch_size)
 
     def _locate(self, step: int) -> tuple[int, int]:
-        """(slot of the bucket, number of the batch in that bucket's stream)."""
+        """(slot of the bucket, place in its stream at which the batch begins)."""
         epoch = self.epoch_of(step)
+        slot, batch = self._plan_of(epoch).locate(step - self.steps_before(epoch))
+        return slot, batch * self.global_batch
+
+    def _plan_of(self, epoch: int) -> Plan:
         known, plan = self._plan
         if plan is None or known != epoch:
             plan = self._epoch_plan(epoch)
             self._plan = (epoch, plan)
-        return plan.locate(step - self.steps_before(epoch))
+        return plan
 
     def _batches_before(self, epoch: int) -> np.ndarray:
         """Of each bucket the batches of all epochs before ``epoch``: (buckets,) integers."""
         return -(-epoch * self._sizes // self.global_batch)
 
-    def _epoch_plan(self, epoch: int) -> _EpochPlan:
+    def _epoch_plan(self, epoch: int) -> Plan:
         firsts, ends = self._batches_before(epoch), self._batches_before(epoch + 1)
         order = shuffled(int((ends - firsts).sum()), hash_int(self.seed, epoch, "batches"))
         return _EpochPlan(firsts, ends - firsts, order, self._first if epoch == 0 else None)
 
-    def _permutation(self, slot: int, epoch: int) -> _Shuffled:
+    def _permutation(self, slot: int, epoch: int) -> Permutation:
         wanted = (slot, epoch)
         if wanted not in self._permutations:
-            key = hash_int(self.seed, epoch, f"bucket {self.buckets[slot]}")
-            self._permutations[wanted] = shuffled(int(self._sizes[slot]), key)
+            self._permutations[wanted] = self._sequence(slot, epoch)
             while len(self._permutations) > 2 * len(self.buckets) + 2:
                 self._permutations.popitem(last=False)
         return self._permutations[wanted]
+
+    def _sequence(self, slot: int, epoch: int) -> Permutation:
+        """In which order a bucket's samples, numbered from 0, come in an epoch."""
+        return shuffled(int(self._sizes[slot]), hash_int(self.seed, epoch, f"bucket {self.buckets[slot]}"))
+
+
+class Plan(Protocol):
+    """In which order an epoch's batches run."""
+
+    def locate(self, place: int) -> tuple[int, int]:
+        """(slot of the bucket, number of the batch in that bucket's stream) of the ``place``-th batch."""
 
 
 class _EpochPlan:
@@ -173,7 +186,7 @@ class _EpochPlan:
     ``leading`` is the bucket's slot of which one comes first, if any.
     """
 
-    def __init__(self, firsts: np.ndarray, counts: np.ndarray, order: _Shuffled, leading: int | None) -> None:
+    def __init__(self, firsts: np.ndarray, counts: np.ndarray, order: Shuffled, leading: int | None) -> None:
         self._firsts, self._ends, self._order = firsts, np.cumsum(counts), order
         self._swapped = 0
         if leading is not None:
@@ -189,10 +202,14 @@ class _EpochPlan:
         return slot, int(self._firsts[slot]) + number - before
 
 
-class _Shuffled(Protocol):
+class Permutation(Protocol):
     """A permutation of ``range(n)``."""
 
     def __call__(self, places: np.ndarray) -> np.ndarray: ...
+
+
+class Shuffled(Permutation, Protocol):
+    """One of which is known where something stands."""
 
     def first_place(self, values: range) -> int:
         """A place at which one of ``values`` stands; the first, where they are looked through."""
@@ -221,7 +238,7 @@ class _Computed(KeyedPermutation):
         return int(self.place(np.array([values.start]))[0])
 
 
-def shuffled(n: int, key: int) -> _Shuffled:
+def shuffled(n: int, key: int) -> Shuffled:
     """A permutation of ``range(n)`` that ``key`` chooses: kept if it is small, else computed place by place.
 
     Where the border lies is part of every run's order, and does not change.

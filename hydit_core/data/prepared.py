@@ -305,7 +305,7 @@ def asked_for(config: DataConfig) -> str:
     kept = {"sources", "min_side", "allow_missing_captions", "empty_caption", "on_unreadable"}
     told = config.model_dump(include=kept)
     for source in told["sources"]:
-        for what_for in ("repeats", "prior", "validation"):
+        for what_for in ("repeats", "prior", "validation", "stream"):
             del source[what_for]
     parts = (config.control, config.mask, config.image_prompt)
     beside = [part is not None and part.kind == "files" for part in parts]

@@ -60,6 +60,11 @@ class Samples:
         start = epoch * self._places[bucket] + place - self._own[bucket]
         return (int(self._layout.prior[first + (start + i) % n]) for i in range(n))
 
+    def own_rows(self, bucket: int) -> np.ndarray:
+        """The rows that the first samples of a bucket show, those to be learned: ascending, with repeats."""
+        start = self._own_starts[bucket]
+        return self._layout.own[start : start + self._own[bucket]]
+
     def prior_rows(self) -> np.ndarray:
         """All rows that the places show in turn, of one bucket after the other."""
         parts = [

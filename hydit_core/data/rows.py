@@ -17,6 +17,7 @@ from .mask_images import MaskImages
 from .order import BatchOrder, hash_int
 from .prior import Samples
 from .prompt_images import PromptImages
+from .streams import StreamOrder, Streams
 
 
 class Rows:
@@ -48,12 +49,12 @@ class Rows:
         self.sizes = bucket_sizes(config)
         self.layout = layout or Layout.of(config, manifest, self.sizes)
         self.samples = Samples(self.layout, config.prior.share)
-        self.order = BatchOrder(
-            self.samples.counts,
-            batch_size,
-            world_size,
-            seed,
-            areas=[w * h for w, h in self.sizes],
+        areas = [w * h for w, h in self.sizes]
+        self.streams = Streams.of(config, manifest)
+        self.order = (
+            BatchOrder(self.samples.counts, batch_size, world_size, seed, areas=areas)
+            if self.streams is None
+            else StreamOrder(self.streams, self.samples, batch_size, world_size, seed, areas=areas)
         )
         self.control = (
             None if config.control is None else ControlImages(config.control, alpha_color=config.alpha_color)
@@ -66,11 +67,17 @@ class Rows:
         """Steps until every picture to be learned has been shown (as often as its source is repeated)."""
         return self.order.steps_per_epoch
 
-    def fingerprint(self) -> str:
-        """Changes with anything that changes which sample a step sees, for a check on resuming."""
-        total = hash_int(self.seed, self.order.global_batch, str(self.sizes), str(self.config.flip))
+    def fingerprint(self, global_batch: int | None = None) -> str:
+        """Changes with anything that changes which sample a step sees, for a check on resuming.
+
+        ``global_batch`` asks for that of the same data in batches of another size.
+        """
+        together = self.order.global_batch if global_batch is None else global_batch
+        total = hash_int(self.seed, together, str(self.sizes), str(self.config.flip))
         if self.control is not None:
             total = hash_int(total, self.control.recipe)
+        if self.streams is not None:
+            total = hash_int(total, self.streams.recipe)
         if self.prompts is not None:
             total = hash_int(total, self.prompts.recipe)
         if isinstance(self.manifest, MappedManifest):

@@ -64,6 +64,8 @@ class Progress:
     """Samples of a micro-batch over all processes, and micro-batches of a step."""
     data: str = ""
     """Fingerprint of which sample is seen when."""
+    order: dict[str, Any] = field(default_factory=dict)
+    """Where it is in the data, see :func:`.restoring.position`."""
     window: dict[str, Any] = field(default_factory=lambda: {"terms": [], "norms": []})
     """Losses and gradient norms since the last record in metrics.jsonl."""
     health: dict[str, Any] = field(default_factory=dict)

@@ -72,6 +72,8 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
             raise ValueError("validation.prior is measured with the validation loss: set validation.every")
         if self.validation.prior and self.model.init_from is None:
             raise ValueError("validation.prior is drawn by the base, and model.from_scratch has none")
+        if self.data.prior.prompts and self.model.init_from is None:
+            raise ValueError("data.prior.prompts are drawn by the base, and model.from_scratch has none")
         if self.checkpoint.keep_best and not self.validation.every:
             raise ValueError("checkpoint.keep_best goes by the validation loss: set validation.every")
         if self.checkpoint.keep_best and not (self.data.validation or any(not s.prior for s in apart)):

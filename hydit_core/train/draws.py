@@ -93,19 +93,20 @@ def validation_draws(
     shape: Sequence[int],
     num_timesteps: int = 1000,
     *,
-    number: int = 0,
+    numbers: Sequence[int] = (),
     count: int = 1,
     sample_posterior: bool = False,
 ) -> Draws:
     """The same noise and timestep for a sample at every validation, whatever the training seed.
 
     ``indices`` number the samples among all ``total`` validation samples. The timesteps are an even grid
-    over all samples and the ``count`` times that each is measured, of which this is ``number``; those of one
-    sample are spread evenly too.
+    over all samples and the ``count`` times that each is measured, of which these are ``numbers``, by
+    default the first; those of one sample are spread evenly too.
     """
+    numbers = numbers or [0] * len(keys)
     noise = torch.empty(len(keys), *shape)
     posterior_noise = torch.zeros_like(noise)
-    for row, key in enumerate(keys):
+    for row, (key, number) in enumerate(zip(keys, numbers, strict=True)):
         generator = torch.Generator().manual_seed(hash_int("validation", key, *([number] if number else [])))
         noise[row].normal_(generator=generator)
         if sample_posterior:
@@ -116,7 +117,7 @@ def validation_draws(
     stride = max(1, round(places * 0.618))
     while math.gcd(stride, places) != 1:
         stride += 1
-    slots = torch.tensor([(index + number * total) * stride % places for index in indices])
+    slots = torch.tensor([(i + n * total) * stride % places for i, n in zip(indices, numbers, strict=True)])
     t = ((slots + 0.5) * num_timesteps / places).long()
     never = [False] * len(keys)
     return Draws(t, noise, posterior_noise, never, never, never, never)

@@ -41,6 +41,10 @@ def describe(
     data = open_data(config)
     yield "Data"
     yield from (f"  {line}" for line in data.summary().lines())
+    drawn = config.data.prior.prompts
+    if drawn:
+        share = f"{config.data.prior.share:.0%} of what is trained"
+        yield f"  and {len(drawn)} pictures that the base draws at the start, {share}"
     if known := config.validation.prior:
         yield f"  and {len(known)} pictures to see what is forgotten, which the base draws at the start"
     base = open_base(config)
@@ -70,6 +74,8 @@ def describe(
     yield "Run"
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if ranks is None else ranks
     samples = run.steps * run.batch_size * run.grad_accumulation * ranks
+    if drawn and not data.samples.prior:  # then they are not counted yet
+        samples = round(samples * (1 - config.data.prior.share))
     epochs = samples / max(1, len(data.samples))
     yield (
         f"  {run.steps} steps of {run.batch_size} x {run.grad_accumulation} samples: {epochs:.1f} epochs "

@@ -28,6 +28,7 @@ from .objectives.base import Objective
 from .optim import Ema, learning_rate_factor, parameter_groups
 from .optimizers import Optimizers
 from .parallel.copies import Copies, Tensors
+from .place import position
 from .saving import BEST, Saver, is_numbered
 from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames, keep_traceback
 from .usage import NOTABLE_WAIT, Usage
@@ -470,6 +471,7 @@ class Trainer:
         progress.window = self.window.state()
         progress.batch = [self.global_batch, self.config.run.grad_accumulation]
         progress.data = self.fingerprint
+        progress.order = position(self.data.order, progress.step * self.config.run.grad_accumulation)
         progress.health = asdict(self.health)
         progress.ema_updates = self.ema.updates if self.ema is not None else progress.ema_updates
         beside = {"gradients": gradients, "pictures": self.pictures}

@@ -22,6 +22,7 @@ from .health import Health
 from .optim import Ema
 from .parallel import shards
 from .parallel.copies import Copies
+from .place import go_on
 
 if TYPE_CHECKING:
     from .loop import Trainer
@@ -141,8 +142,10 @@ def restore(trainer: Trainer, found: Checkpoint) -> list[str]:
         trainer.ema.updates = progress.ema_updates
     elif trainer.ema is not None:
         trainer.ema = Ema(trainer.trained, config.ema)
-    if progress.data not in ("", trainer.fingerprint):
-        changed.append("data: other pictures, captions or batches than before, in another order")
+    try:
+        changed += go_on(trainer.data, progress, [trainer.global_batch, config.run.grad_accumulation])
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{where}: state.json holds no place in the data ({error!r})") from error
     changed += _changed_pictures(found.tensors.get("pictures", {}), trainer)
     # Of other pictures, or another objective, other losses are usual.
     afresh = any(line.startswith(("data", "objective", "model")) for line in changed)

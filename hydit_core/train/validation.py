@@ -67,20 +67,29 @@ def _sums(
     count: int,
     sample_posterior: bool,
 ) -> Tensor:
-    """(4 + 2 BANDS,) sums of loss, mse, vlb and weights, then of mse and of weights by band."""
+    """(4 + 2 BANDS,) sums of loss, mse, vlb and weights, then of mse and of weights by band.
+
+    Where the held-out pictures fill a part of a batch, the rest of it measures them at other timesteps.
+    """
     total = len(data.layout.prior_validation if prior else data.layout.validation)
     num_timesteps = len(objective.schedule)
     sums = torch.zeros(4 + 2 * BANDS, dtype=torch.float64, device=processes.device)
+    copies = data.validation_copies(prior=prior)
     for batch in data.validation_batches(prior=prior):
-        weights = batch.weights.to(processes.device, torch.float64)
-        for number in range(count):
+        positions = batch.positions.tolist()
+        copy = [positions[:row].count(position) for row, position in enumerate(positions)]
+        own = batch.weights[[positions.index(position) for position in positions]]
+        for first in range(0, count, copies):
+            numbers = [first + number for number in copy]
+            used = [c < copies and number < count for c, number in zip(copy, numbers, strict=True)]
+            weights = (own * torch.tensor(used)).to(processes.device, torch.float64)
             draws = validation_draws(
                 batch.keys,
-                batch.positions.tolist(),
+                positions,
                 total,
                 objective.latent_shape(batch),
                 num_timesteps,
-                number=number,
+                numbers=numbers,
                 count=count,
                 sample_posterior=sample_posterior,
             )

@@ -23,7 +23,7 @@ _ALLOWED = {
         "lora": "kind rank alpha dropout rank_dropout factor decompose_both full_matrix rslora dora targets "
         "train_bert train_t5 base_precision",
         "data": "resolution buckets crop flip min_side alpha_color on_unreadable validation posterior "
-        "allow_missing_captions empty_caption",
+        "allow_missing_captions empty_caption prior",
         "objective": "timesteps weighting snr_gamma vlb noise_offset dropout_bert dropout_t5 dropout_joint",
         "schedule": "kind warmup_steps decay_start min_lr",
         "ema": "enabled decay warmup power",

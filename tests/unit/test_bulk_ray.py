@@ -66,6 +66,7 @@ def test_no_part_of_ray_is_loaded_unasked():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: hydit[scale]")
 def test_on_a_cluster_of_this_machine_the_files_are_the_same(words):
     """In a process of its own, which is all that Ray is started in."""

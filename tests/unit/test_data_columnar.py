@@ -7,6 +7,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from PIL import Image
 from hydit_core.data.cache.latents import build_latent_cache, open_latent_cache
 from hydit_core.data.config import DataConfig
 from hydit_core.data.dataset import TrainData, open_dataset
+from hydit_core.data.sources import arrow_table
 from hydit_core.errors import DataError
 from hydit_core.images import load_picture
 
@@ -175,6 +177,41 @@ def test_parquet(tmp_path: Path, form: str) -> None:
     assert data.manifest[4].captions == ("one", "picture 4")
     assert all(torch.isfinite(b.pixels).all() for b in data.loader(0, 3, workers=1))
     assert data.manifest.picture(3).read() == contents[3]
+
+
+def test_a_row_group_is_decoded_once_for_neighbors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it fits beside those that were used since; as a stream all of a file are neighbors."""
+    contents = [encoded(i % ROWS, 32) + bytes(1000) for i in range(24)]
+    table = pa.table({"image": contents, "caption": ["a"] * 24, "width": [32] * 24, "height": [32] * 24})
+    for name in ("0.parquet", "1.parquet"):
+        pq.write_table(table, tmp_path / name, row_group_size=4)
+    source = {"path": tmp_path, "kind": "parquet", "stream": True}
+    config = DataConfig(sources=[source], resolution=32, window=64)
+    data = open_dataset(config, seed=1, batch_size=2)
+    decoded: list[tuple[Any, int]] = []
+    real = pq.ParquetFile.read_row_group
+
+    def read_row_group(self: Any, group: int, **options: Any) -> Any:
+        decoded.append((self, group))
+        return real(self, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read_row_group)
+
+    def read(rows: list[int], kept: int) -> int:
+        monkeypatch.setattr(arrow_table, "_groups", arrow_table._Groups())
+        monkeypatch.setattr(arrow_table, "HELD_BYTES", kept)
+        decoded.clear()
+        assert [data.manifest.picture(row).read() for row in rows] == [contents[row % 24] for row in rows]
+        return len(decoded)
+
+    group = 4 * (max(map(len, contents)) + 20)
+    assert read([0, 1, 24, 0, 25, 3], 2 * group) == 2
+    assert read([0, 1, 24, 0, 25, 3], group) == 5
+    assert read([0, 4, 0, 8, 0, 4], 2 * group) == 4  # what was used last stays
+    assert read([3, 2, 1], 0) == 1
+    samples = np.concatenate([data.order.samples(step) for step in range(data.steps_per_epoch)])
+    seen = [data.samples.row(int(sample), 0) for sample in samples]
+    assert sorted(seen) == list(range(48)) and read(seen, 1 << 30) == len(set(decoded)) == 12
 
 
 def test_cached_latents_follow_the_content_of_a_cell(tmp_path: Path) -> None:

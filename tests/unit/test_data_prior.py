@@ -151,7 +151,7 @@ def test_there_must_be_something_to_learn(tmp_path: Path) -> None:
     source = {"path": folder(tmp_path / "dogs", (32, 32)), "caption": "a dog", "prior": True}
     with pytest.raises(ValidationError, match="every source has prior = true"):
         DataConfig(sources=[source])
-    with pytest.raises(ValidationError, match=r"data\.prior needs a source with prior = true"):
+    with pytest.raises(ValidationError, match=r"data\.prior needs prompts, or a source with"):
         DataConfig(sources=[{**source, "prior": False}], prior={"share": 0.25})
     with pytest.raises(DataError, match="all pictures that are left are prior ones"):
         open_data(tmp_path, [(16, 16)], [(32, 32)], min_side=32)
@@ -191,7 +191,7 @@ def test_a_source_can_be_held_out_whole(tmp_path: Path) -> None:
     assert "pictures: 9 (2 to train, 4 for validation, 3 to see what is forgotten)" in data.summary().lines()
     with pytest.raises(ValidationError, match="one must show what is to be learned"):
         DataConfig(sources=sources[1:], resolution=32)
-    with pytest.raises(ValidationError, match=r"data\.prior needs a source with prior = true"):
+    with pytest.raises(ValidationError, match=r"data\.prior needs prompts, or a source with"):
         DataConfig(sources=sources, resolution=32, prior={"share": 0.3})
 
 

@@ -20,6 +20,7 @@ from hydit_core.data import remote
 from hydit_core.data.config import DataConfig
 from hydit_core.data.dataset import open_dataset
 from hydit_core.data.remote import RemoteError, RemotePath, place
+from hydit_core.data.streams import StreamOrder
 from hydit_core.errors import ConfigError, DataError
 from hydit_core.train.config import load_config
 
@@ -138,7 +139,10 @@ def opened(path: object, **source: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["folder", "six.tar", "rows.jsonl", "six.parquet", "s*.tar", "*.parquet"])
 def test_the_same_rows_and_pixels_as_from_a_disk(name: str, files: Path, memory: str) -> None:
-    found, expected = opened(f"{memory}/{name}"), opened(files / name)
+    """Of streams, which remote tar and Parquet files are, in the order of streams."""
+    streamed = True if name.endswith(("tar", "parquet")) else None
+    found, expected = opened(f"{memory}/{name}"), opened(files / name, stream=streamed)
+    assert isinstance(found.order, StreamOrder) == bool(streamed)
     assert list(found.manifest.keys) == list(expected.manifest.keys)
     for one, other in zip(found.loader(0, 3), expected.loader(0, 3), strict=True):
         assert one.keys == other.keys and one.captions == other.captions
@@ -147,7 +151,8 @@ def test_the_same_rows_and_pixels_as_from_a_disk(name: str, files: Path, memory:
 
 @pytest.mark.parametrize("name", ["six.tar", "rows.jsonl", "six.parquet"])
 def test_over_http_in_parts_and_in_worker_processes(name: str, files: Path, server: Server) -> None:
-    found, expected = opened(f"{server.url}/{name}"), opened(files / name)
+    found, expected = opened(f"{server.url}/{name}", stream=False), opened(files / name)
+    assert not isinstance(found.order, StreamOrder)
     for workers in (0, 2):
         batches = zip(found.loader(0, 2, workers=workers), expected.loader(0, 2), strict=True)
         assert all(torch.equal(one.pixels, other.pixels) for one, other in batches)

@@ -39,6 +39,17 @@ def test_a_row_that_hangs_does_not_hide_the_others(tmp_path):
     assert (tmp_path / "good.log").read_text() == "fine\n"
 
 
+def test_two_rows_run_at_once_where_asked(tmp_path):
+    """Each ends when it has seen the log of the other."""
+    see = (
+        "print(1, flush=True)\nimport pathlib, time\nother = pathlib.Path({!r})\n"
+        "while not (other.exists() and other.read_text()): time.sleep(0.02)"
+    )
+    rows = [Row(a, ["-c", see.format(str(tmp_path / f"{b}.log"))], 60) for a, b in ("ab", "ba")]
+    found = run_rows(rows, tmp_path, dict(os.environ), seconds=120, at_once=2)
+    assert [(result.row, result.outcome) for result in found] == [("a", "passed"), ("b", "passed")]
+
+
 def test_rows_for_which_no_time_is_left_are_told(tmp_path):
     (result,) = run_rows([Row("late", ["-c", "1/0"], 60)], tmp_path, {}, seconds=4)
     assert result.outcome == "left out" and not (tmp_path / "late.log").exists()

@@ -20,11 +20,13 @@ from train_setup import records, run_training
 
 from hydit_core.errors import ConfigError
 from hydit_core.lora import reading, writing
+from hydit_core.lora.cli import main
 from hydit_core.train.adapter_kinds import divided
 from hydit_core.train.adapter_layers import AdaptedLinear
 from hydit_core.train.config import load_config
 from hydit_core.train.dryrun import describe
 from hydit_core.train.parts import build
+from hydit_core.weights.bundle import bundle
 from hydit_core.weights.frozen import FrozenLinear
 
 LOHA = ["lora.kind=loha"]
@@ -98,6 +100,39 @@ def test_the_file_does_what_the_trained_model_does(config: Path, tmp_path: Path,
         (patch,) = adapter.modules[f"dit.{name}"]
         torch.testing.assert_close(patch.delta().double(), change, rtol=1e-5, atol=1e-7)
     assert (tmp_path / "lora").is_dir() == kind.startswith("lora")
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "lokr of four factors", "lokr, whole"])
+def test_a_trained_file_through_every_command(config: Path, tmp_path: Path, kind: str) -> None:
+    """Merged, converted, combined and extracted, it is what its tensors are by definition, in float64."""
+    objective = objective_of(config, *KINDS[kind])
+    shake(objective)
+    trained, model = tmp_path / "lora.safetensors", load_config(config).model.init_from
+    objective.export(trained, dtype=torch.float32, all_in_one=False, extra={})
+    changes = as_defined(load_file(trained))
+    merged, kohya, low, extracted = (
+        tmp_path / f"{name}.safetensors" for name in ("merged", "kohya", "low", "extracted")
+    )
+    for command in (
+        ["merge", model, f"{trained}:0.5", "-o", merged, "--dtype", "fp32", "--layout", "tencent"],
+        ["convert", trained, kohya, "--format", "kohya"],
+        ["combine", f"{trained}:0.5", "--rank", "64", "-o", low],
+        ["extract", merged, model, extracted, "--rank", "64", "--dtype", "fp32"],
+    ):
+        assert main([str(word) for word in command]) == 0
+    base, after = bundle(model).dit, load_file(merged)
+    assert base is not None and after.keys() == set(base)
+    for key, tensor in after.items():
+        change = changes.get(key.removesuffix(".weight"))
+        expected = base.get(key).double() + (0 if change is None else change / 2)
+        torch.testing.assert_close(tensor, expected.float(), rtol=1e-5, atol=1e-6)
+    assert all(".hada_" in key or ".lokr_" in key or key.endswith("alpha") for key in load_file(kohya))
+    for path, factor in ((kohya, 1.0), (low, 0.5), (extracted, 0.5)):
+        found = reading.read(path).modules
+        assert {name.removeprefix("dit.") for name in found} == changes.keys()
+        for name, change in changes.items():
+            (patch,) = found[f"dit.{name}"]
+            torch.testing.assert_close(patch.delta().double(), factor * change, rtol=1e-4, atol=1e-5)
 
 
 PEFTS: dict[str, Any] = {

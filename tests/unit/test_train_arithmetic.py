@@ -97,12 +97,16 @@ class LineData:
     """Micro-batches by number; two validation batches, the second filled up with rows that count nothing."""
 
     layout = SimpleNamespace(validation=(0, 1, 2, 3), prior_validation=())
+    order = None
 
     def fingerprint(self) -> str:
         return ""
 
     def loader(self, start: int, end: int) -> Iterator[Batch]:
         return iter([batch_of(number) for number in range(start, end)])
+
+    def validation_copies(self, *, prior: bool = False) -> int:
+        return 1
 
     def validation_batches(self, *, prior: bool = False) -> Iterator[Batch]:
         if prior:

@@ -80,6 +80,7 @@ def test_the_first_process_leaves_last_and_the_group_ends() -> None:
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 @several_processes
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     config = write_run(tmp_path)

@@ -66,7 +66,7 @@ def test_validation_noise_belongs_to_the_picture_and_timesteps_to_a_grid() -> No
 def test_few_pictures_are_measured_at_many_timesteps() -> None:
     """All together an even grid, and that of each picture is one too; each time with another noise."""
     keys = ["one", "two", "three"]
-    times = [validation_draws(keys, range(3), 3, SHAPE, number=n, count=8) for n in range(8)]
+    times = [validation_draws(keys, range(3), 3, SHAPE, numbers=[n] * 3, count=8) for n in range(8)]
     together = torch.stack([draws.t for draws in times])
     assert sorted(together.flatten().tolist()) == [int((slot + 0.5) * 1000 / 24) for slot in range(24)]
     for one in together.T:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from hydit_core.train.launch import open_data, prepare_data
 from hydit_core.train.loop import Trainer
 from hydit_core.train.lora_section import LoraSection
 from hydit_core.train.parts import build
+from hydit_core.train.validation import validate
 from hydit_core.weights import kitchen
 from hydit_core.weights.frozen import OPERATIONS, FrozenLinear, dense, store, stored_bytes
 
@@ -456,3 +459,16 @@ def test_peft_names_the_same_layers(config: Path) -> None:
     inject_adapter_in_model(LoraConfig(target_modules=["Wqkv", "q_proj", "kv_proj", "out_proj"]), dit)
     found = adapter_parameters({"dit": dit}, LoraSection())
     assert set(found) == set(objective_of(config).parameters())
+
+
+def test_what_few_pictures_leave_of_a_validation_batch_measures_them_at_other_timesteps(config: Path) -> None:
+    """The same losses as one by one, of fewer batches."""
+    objective, found, calls = objective_of(config), {}, Counter[int]()
+    inputs = objective.inputs
+    for size in (1, 4, 5):
+        data = open_data(load_config(config, [f"run.batch_size={size}", "data.validation=2"]))
+        objective.inputs = lambda *given, size=size: calls.update([size]) or inputs(*given)
+        alone = distributed.Processes(0, 1, torch.device("cpu"))
+        found[size] = validate(objective, data, alone, contextlib.nullcontext, count=3)
+    assert calls == {1: 6, 4: 2, 5: 2}
+    assert found[4] == pytest.approx(found[1], rel=1e-4) and found[5] == pytest.approx(found[1], rel=1e-4)

@@ -38,12 +38,17 @@ MUON = [
     "optimizer.name=muon",
     "objective.train_text_encoders=false",
 ]
+WHOLE = "run.parallel=ddp"
+KINDS = {
+    "loha": [*SHORT, WHOLE, "checkpoint.every=2", "lora.kind=loha", "lora.rank_dropout=0.3"],
+    "lokr": [*SHORT, WHOLE, "checkpoint.every=2", "lora.kind=lokr", "lora.factor=4"],
+}
 SAMPLES = ["samples.every=5", 'samples.prompts=["cat"]', "samples.steps=2"]
 OLDER = not hasattr(
     torch.optim, "Muon"
 )  # torch 2.9 brought both it and checkpoints of parts that are read here
 
-pytestmark = [several_processes, pytest.mark.skipif(OLDER, reason="needs torch 2.9")]
+pytestmark = [pytest.mark.slow, several_processes, pytest.mark.skipif(OLDER, reason="needs torch 2.9")]
 
 
 class Place:
@@ -77,7 +82,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Pl
         f"{name}2": (config, place.sets(f"{name}2", 2, SPLIT, *sets), None)
         for name, (config, sets) in kinds.items()
     }
-    two["whole2"] = (place.full, place.sets("whole2", 2, "run.parallel=ddp", *FULL), str(half))
+    for name, sets in KINDS.items():
+        middle = place.folder / f"{name}2/checkpoints/step_00000002"
+        two[f"{name}2"] = (place.lora, place.sets(f"{name}2", 2, *sets), None)
+        two[f"{name}-again2"] = (place.lora, place.sets(f"{name}-again2", 2, *sets), str(middle))
+    two["whole2"] = (place.full, place.sets("whole2", 2, WHOLE, *FULL), str(half))
     four = {
         "full4": (place.full, place.sets("full4", 1, SPLIT, *FULL), str(half)),
         "hsdp4": (
@@ -126,6 +135,16 @@ def test_other_numbers_and_kinds_of_processes_go_on(place: Place, name: str) -> 
     for step, record in one.items():
         assert other[step]["loss"] == pytest.approx(record["loss"], abs=1e-5)
         assert other[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_kinds_of_adapters_go_on_bit_for_bit(place: Place, name: str) -> None:
+    assert place.told[f"{name}2"] == place.told[f"{name}-again2"] == ["", ""]
+    whole, again = (
+        load_file(place.folder / run / "lora.safetensors") for run in (f"{name}2", f"{name}-again2")
+    )
+    assert whole.keys() == again.keys() and all(torch.equal(again[key], whole[key]) for key in whole)
+    assert of_steps(place.folder / f"{name}-again2") == of_steps(place.folder / f"{name}2", 2)
 
 
 def test_a_checkpoint_of_parts_holds_what_one_of_a_whole_does(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from hydit_core.model.config import DiTConfig
 from hydit_core.model.dit import DiT
 from hydit_core.train import __main__ as command_line
 from hydit_core.train.config import checked, load_config
-from hydit_core.train.launch import train
+from hydit_core.train.distributed import Processes
+from hydit_core.train.dryrun import describe
+from hydit_core.train.launch import open_data, train
+from hydit_core.train.prior_pictures import with_prior_pictures
 from hydit_core.train.quick import choices, command, fitting
 from hydit_core.train.quick import plan as planning
 from hydit_core.train.quick.plan import plan
@@ -302,6 +306,7 @@ def test_what_the_base_knew_is_drawn_once_and_measured(tmp_path: Path, model: Pa
     made = plan(Wish(pictures, "ohwx", model, out=run, steps=2, device="cpu"))
     raw = parse_toml(made.toml, "")
     raw["validation"] |= {"prior": ["a cat", "a  red\napple", "a cat"], "every": 1}
+    del raw["data"]["prior"]
     raw["samples"]["every"] = 0
     config = checked(raw, made.path)
     assert not train(config, stop_after_micro=1)
@@ -321,6 +326,47 @@ def test_what_the_base_knew_is_drawn_once_and_measured(tmp_path: Path, model: Pa
     assert train(checked(raw, made.path))
     best = [(path / "best.safetensors").read_bytes() for path in (run, tmp_path / "other")]
     assert best[0] == best[1]
+
+
+def test_what_the_base_draws_is_trained_with_the_rest(tmp_path: Path, model: Path) -> None:
+    pictures, run = folder(tmp_path / "dog", 7), tmp_path / "run"
+    made = plan(Wish(pictures, "ohwx", model, out=run, device="cpu"))
+    assert made.config.data.prior.share == 0.25 and len(made.config.data.prior.prompts) == 12
+    assert not {*made.config.data.prior.prompts} & {*made.config.validation.prior}
+    # 150 steps of 4, of which 3 are of the six that are trained
+    assert "each picture would be shown 75 times" in made.toml
+    raw = parse_toml(made.toml, "")
+    raw["data"]["prior"]["prompts"] = raw["validation"]["prior"] = ["a cat", "a dog"]
+    config = checked(raw, made.path)
+    text = "\n".join(describe(config))
+    assert "and 2 pictures that the base draws at the start, 25% of what is trained" in text
+    assert "150 steps of 4 x 1 samples: 75.0 epochs in one process" in text
+    config = with_prior_pictures(config, Processes(0, 1, torch.device("cpu")))
+    trained, held_out = config.data.sources[1:]
+    assert (trained.prior, trained.validation, held_out.prior, held_out.validation) == (
+        True,
+        False,
+        True,
+        True,
+    )
+    for name in ("0000.png", "0001.png"):
+        assert (trained.path / name).read_bytes() != (held_out.path / name).read_bytes()
+    data = open_data(config)
+    shown = Counter(key for step in range(20) for key in data.batch(step).keys)  # 10 epochs of 8
+    assert [shown[f"{trained.path.name}/{number:04}.png"] for number in (0, 1)] == [10, 10]
+
+    raw["data"]["prior"]["prompts"] = []  # as who wants none says it
+    assert checked(raw, made.path).data.prior.prompts == ()
+    raw["data"]["prior"] = {"share": 0.25}
+    with pytest.raises(ConfigError, match=r"data\.prior needs prompts, or a source with prior = true"):
+        checked(raw, made.path)
+
+
+def test_a_style_without_a_trigger_is_to_change_everything(tmp_path: Path, model: Path) -> None:
+    pictures = folder(tmp_path / "dog", 7)
+    for trigger, count in (("", 0), ("ohwx", 12)):
+        made = plan(Wish(pictures, trigger, model, "style", tmp_path / "run", device="cpu"))
+        assert len(made.config.data.prior.prompts) == count
 
 
 def test_a_run_ends_when_its_minutes_are_over(tmp_path: Path, model: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_train_distributed import run_script, several_processes
 from train_setup import records
 
-pytestmark = several_processes
+pytestmark = [pytest.mark.slow, several_processes]
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 RESTARTS = (*LAUNCHER, "--max-restarts=1")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from ...errors import ConfigError, DataError
 from ..remote import RemotePath
 
 _OPEN_FILES = 64
+HELD_BYTES = 512 << 20
+"""Of decoded row groups that a process keeps."""
 _CHECK = Path(__file__).with_name("table_check.py")
 _CHECK_SECONDS = 60
 _CHECK_BYTES_A_SECOND = 10 << 20
@@ -93,6 +96,35 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(f"cannot read {path}: {reason}") from error
 
 
+class _Groups:
+    """The row groups that were used last, up to :data:`HELD_BYTES` in a process, and at least the last one.
+
+    Neighbors in the order of a training are neighbors in a file where that is read as a stream, and for
+    random access where the whole file fits.
+    """
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[tuple[Table, int, tuple[str, ...]], Any] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[Table, int, tuple[str, ...]]) -> Any:
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+            return self._held.get(key)
+
+    def put(self, key: tuple[Table, int, tuple[str, ...]], table: Any) -> None:
+        with self._lock:
+            self._held[key] = table
+            self._bytes += table.nbytes
+            while self._bytes > HELD_BYTES and len(self._held) > 1:
+                self._bytes -= self._held.popitem(last=False)[1].nbytes
+
+
+_groups = _Groups()
+
+
 class Table:
     """Random access to the rows of an Arrow or Parquet file, which is mapped rather than read."""
 
@@ -126,7 +158,6 @@ class Table:
             if len(self) > max(_CROWDED, path.stat().st_size):
                 raise DataError(f"{path} claims {len(self):,} rows, more than it has bytes")
         self._lock = threading.Lock()
-        self._read_last: dict[tuple[str, ...], tuple[int, Any]] = {}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -227,10 +258,11 @@ class Table:
         if self._parquet is None:
             return self._table
         with self._lock:  # Parquet's reader is not made for several threads, and ends the process
-            held, table = self._read_last.get(tuple(columns), (-1, None))
-            if held != group:
+            key = self, group, tuple(columns)
+            table = _groups.get(key)
+            if table is None:
                 table = self._parquet.read_row_group(group, columns=list(columns), use_threads=False)
-                self._read_last[tuple(columns)] = (group, table)  # for the rows that follow
+                _groups.put(key, table)
             return table
 
     def _all_embedded(self, group: int, column: str) -> bool:

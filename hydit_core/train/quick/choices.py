@@ -30,6 +30,13 @@ _EPOCHS = {"subject": 100, "style": 60, "concept": 60}
 _STEPS = (120, 3000)
 KNOWN = ("a cat", "a red apple", "a house", "一棵树", "a blue car", "the sun")
 """What every model can draw."""
+KEPT = (
+    "a dog", "a flower", "a boat", "a bird", "a fish", "a star", "a yellow banana", "a bicycle", "a clock",
+    "a green leaf", "一只兔子", "一把伞",
+)  # fmt: skip
+"""The same, and none of :data:`KNOWN`: they are to keep the rest, too, from being forgotten."""
+_KEPT_SHARE = 0.25
+"""Known things are then forgotten a fifth as much, and the subject is learned as well (docs/training.md)."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,21 @@ def steps_of(wish: Wish, pictures: int) -> tuple[int, str]:
         steps = min(_STEPS[1], max(_STEPS[0], math.ceil(epochs / 2 * trained / batch)))
         return steps, (
             f"a fixed rule, since of fewer than {_FEW} pictures none is kept to say when it is enough: "
-            f"each is shown {epochs // 2} times, in at least {_STEPS[0]} steps"
+            f"each is shown {round(steps * shown(wish, pictures))} times, in at least {_STEPS[0]} steps"
         )
     steps = min(_STEPS[1], max(_STEPS[0], math.ceil(epochs * trained / batch)))
-    return steps, f"at most; each picture would be shown {round(steps * batch / trained)} times"
+    return steps, f"at most; each picture would be shown {round(steps * shown(wish, pictures))} times"
+
+
+def keeps(wish: Wish) -> bool:
+    """Whether the base's own pictures are mixed in; not where a style is to change whatever is drawn."""
+    return bool(wish.trigger) or wish.kind != "style"
+
+
+def shown(wish: Wish, pictures: int) -> float:
+    """How often a step shows each picture that is trained, on average."""
+    share = _KEPT_SHARE if keeps(wish) else 0.0
+    return batch_size(pictures) * (1 - share) / (pictures - held_out(pictures))
 
 
 def validation_every(steps: int) -> int:
@@ -125,6 +143,10 @@ def data_choices(wish: Wish, found: Survey, base: Base) -> Iterator[Choice]:
     if wish.trigger:
         reason = "put before captions without it" if found.without_trigger else "in all captions"
         yield Choice("[data.sources]", "trigger", wish.trigger, reason)
+    if keeps(wish):
+        reason = "of each step: pictures that the base draws first, so that it forgets little of the rest"
+        yield Choice("data.prior", "share", _KEPT_SHARE, reason)
+        yield Choice("data.prior", "prompts", list(KEPT))
     yield Choice("data.cache", "latents", True, "each picture is encoded once")
     yield Choice("data.cache", "text", True, "so the text encoders take no memory while training")
     yield Choice("data.cache", "dir", "cache", "can be deleted afterwards")
@@ -194,7 +216,7 @@ def run_choices(wish: Wish, found: Survey, fit: Fit) -> Iterator[Choice]:
         draws = math.ceil(_MEASURES / kept)
         yield Choice("validation", "every", every)
         yield Choice("validation", "draws", draws, "noise levels of each: at one, few pictures say little")
-        epochs = batch_size(len(found)) / (len(found) - kept)
+        epochs = shown(wish, len(found))
         yield Choice(
             "validation",
             "patience",
