@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,10 +76,26 @@ def test_a_table_that_takes_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyP
     script = tmp_path / "check.py"
     script.write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(arrow_table, "_CHECK", script)
-    monkeypatch.setattr(arrow_table, "_CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(arrow_table, "_CHECK_SECONDS", 1)
+    monkeypatch.setattr(arrow_table, "_CROWD", 0.2)
     path = write(tmp_path / "t.arrow", pa.table({"image": [RED], "text": ["a"]}))
     with pytest.raises(DataError, match=r"cannot read .*t\.arrow"):
         arrow_table.check_tables([path])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows limits no time of a process")
+def test_what_counts_is_the_time_of_the_processor() -> None:
+    """A machine that is busy with other things makes no table a damaged one."""
+    code = (
+        "import time\n"
+        "from hydit_core.data.sources.table_check import _limit_seconds\n"
+        "_limit_seconds(1)\n"
+        "time.sleep(1.5)\n"
+        "print('slept', flush=True)\n"
+        "while True:\n    pass"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "slept\n" and run.returncode == -signal.SIGXCPU
 
 
 def test_a_table_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,10 @@ HELD_BYTES = 512 << 20
 """Of decoded row groups that a process keeps."""
 _CHECK = Path(__file__).with_name("table_check.py")
 _CHECK_SECONDS = 60
+"""Of the processor; and so many for each byte:"""
 _CHECK_BYTES_A_SECOND = 10 << 20
+_CROWD = 30
+"""By how much longer it may take by the clock, while other programs have the processor."""
 _CROWDED = 1_000_000
 """Above this many rows, a file must have at least as many bytes: run lengths can claim any number."""
 
@@ -47,12 +50,14 @@ def check_tables(paths: Sequence[Path]) -> None:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as child:
         assert child.stdin is not None and child.stdout is not None
-        seconds = _CHECK_SECONDS + sum(size for _, size, _ in identities) / _CHECK_BYTES_A_SECOND
-        timer = threading.Timer(seconds, child.kill)
+        seconds = _CHECK_SECONDS + sum(size for _, size, _ in identities) // _CHECK_BYTES_A_SECOND
+        timer = threading.Timer(seconds * _CROWD, child.kill)
         timer.start()
         try:
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps({"path": sys.path, "files": list(map(str, waiting))}))
+                child.stdin.write(
+                    json.dumps({"path": sys.path, "files": list(map(str, waiting)), "seconds": seconds})
+                )
                 child.stdin.close()
             for path, identity in zip(waiting, identities, strict=True):
                 answer = child.stdout.readline()

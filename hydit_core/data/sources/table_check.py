@@ -4,8 +4,8 @@ Arrow's C++ believes what a file says of itself, and a damaged one can end the p
 file is read here first: what ends, hangs or fills the memory is this process. Nothing of hydit is imported,
 for the sake of a quick start.
 
-In: one JSON object, ``{"path": sys.path, "files": [...]}``. Out: a line for each file, in JSON: null, or what
-is wrong with it.
+In: one JSON object, ``{"path": sys.path, "files": [...], "seconds": ...}``, of the processor at most. Out: a
+line for each file, in JSON: null, or what is wrong with it.
 """
 
 import json
@@ -55,16 +55,31 @@ def _limit_memory(files: list[str]) -> None:
         import resource
     except ImportError:  # Windows
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = _MEMORY + 2 * max(map(os.path.getsize, files), default=0)
+    _limit(resource.RLIMIT_AS, _MEMORY + 2 * max(map(os.path.getsize, files), default=0))
+
+
+def _limit_seconds(wanted: int) -> None:
+    """Of the processor: by the clock, a check takes longer where other programs have that."""
+    try:
+        import resource
+    except ImportError:
+        return
+    _limit(resource.RLIMIT_CPU, wanted)
+
+
+def _limit(what: int, wanted: int) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(what)
     if soft == resource.RLIM_INFINITY or wanted < soft:
-        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+        resource.setrlimit(what, (wanted, hard))
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     sys.path[:] = request["path"]
     _limit_memory(request["files"])
+    _limit_seconds(request["seconds"])
     import pyarrow.ipc  # noqa: F401
 
     for path in request["files"]:
