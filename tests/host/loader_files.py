@@ -42,6 +42,13 @@ def stored() -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in load_file(EMBEDDED).items() if k.startswith(prefix)}
 
 
+def version() -> str:
+    """What the loaders call the embedded DiT: by its width and number of blocks."""
+    dit = stored()
+    blocks = {key.split(".")[1] for key in dit if key.startswith("blocks.")}
+    return f"HunyuanDiT-{len(dit['x_embedder.proj.bias'])}x{len(blocks)} v1.2"
+
+
 def tensors(part: str) -> dict[str, torch.Tensor]:
     """A part's tensors: dit, bert, mt5 or vae."""
     return {key: value.clone() for key, value in dict(getattr(PARTS, part)).items()}

@@ -19,6 +19,7 @@ from control_models import (
     steered,
 )
 from graphs import Graph, text_to_image
+from loader_files import version
 from model_runs import error
 from safetensors.torch import save_file
 from sampling_models import our_model
@@ -138,7 +139,7 @@ def test_the_embedded_controlnet_is_found_by_its_name(host, monkeypatch, tmp_pat
     monkeypatch.setattr(host.module("hydit_core.embedded"), "ASSETS", tmp_path)
     name = "[embedded] some-canny"
     assert names(host)[0] == name
-    assert text(host, name) == "HunyuanDiT-160x6 v1.2 ControlNet, canny, fp32"
+    assert text(host, name) == f"{version()} ControlNet, canny, fp32"
     assert len(load(host, name).control_model.after_proj_list) == 2
     result = host.run(loader("[embedded] another"))
     assert name in result.error.node_errors["1"]["errors"][0]["details"]

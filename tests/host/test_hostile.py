@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from graphs import Graph, text_to_image
-from loader_files import EMBEDDED
+from loader_files import EMBEDDED, stored
 from safetensors.torch import save_file
 
 SECONDS = 20  # of the whole graph, on a shared machine; a hang or a bomb takes minutes
@@ -150,7 +150,8 @@ def test_torch_files(host, tmp_path):
 def _loras(folder: Path) -> list[str]:
     """What a LoRA loader must refuse, or take, in a moment; by the names in its list."""
     name = "diffusion_model.blocks.0.attn1.Wqkv"
-    up, down = torch.ones(480, 2), torch.ones(2, 160)
+    rows, columns = stored()["blocks.0.attn1.Wqkv.weight"].shape
+    up, down = torch.ones(rows, 2), torch.ones(2, columns)
     files = {
         "lora_0d": {f"{name}.lora_{side}.weight": torch.tensor(1.0) for side in ("up", "down")},
         "lora_alpha_vec": {

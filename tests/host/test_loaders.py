@@ -11,7 +11,7 @@ import pytest
 import torch
 from find_host import ROOT
 from graphs import Graph, text_to_image
-from loader_files import EMBEDDED, NAME, PARTS, stored, tensors, write_all, write_wrong
+from loader_files import EMBEDDED, NAME, PARTS, stored, tensors, version, write_all, write_wrong
 from safetensors.torch import load_file, save_file
 
 CHECKPOINT, DIT, TEXT = "HyDiTCheckpointLoader", "HyDiTDiTLoader", "HyDiTTextEncoderLoader"
@@ -145,7 +145,7 @@ def test_checkpoint_loader(host, models, name):
     found = {key: value.half() for key, value in weights(vae.first_stage_model).items()}
     same(found, tensors("vae"))
     assert model.model.hydit_info.to_json() == PARTS.info.to_json()
-    assert host.run(graph).check().outputs["1"]["hydit_version"] == ["HunyuanDiT-160x6 v1.2, fp16"]
+    assert host.run(graph).check().outputs["1"]["hydit_version"] == [f"{version()}, fp16"]
 
 
 def _bert() -> dict[str, torch.Tensor]:
@@ -157,9 +157,9 @@ def test_dit_loader(host, models, name):
     graph = loader(DIT, name)
     (model,) = host.values(graph, ("1", 0))
     same(weights(model.model.diffusion_model), stored())
-    (version,) = host.run(graph).check().outputs["1"]["hydit_version"]
-    assert version.startswith("HunyuanDiT-160x6 v1.2, ") and version.endswith("fp16")
-    assert ("ema" in version) == (name == "tencent/")
+    (shown,) = host.run(graph).check().outputs["1"]["hydit_version"]
+    assert shown.startswith(f"{version()}, ") and shown.endswith("fp16")
+    assert ("ema" in shown) == (name == "tencent/")
 
 
 @pytest.mark.parametrize(

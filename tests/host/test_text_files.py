@@ -14,7 +14,9 @@ from in_process import Host
 from memory import STATUS, Peak
 from test_text import encode, load, pair, same, small  # noqa: F401 - fixtures
 from text_models import (
+    BERT_ROWS,
     SPIECE,
+    T5_ROWS,
     VOCAB,
     all_in_one,
     bert_model,
@@ -76,12 +78,12 @@ def two_files(root: Path, bert: BertModel, t5: MT5EncoderModel) -> tuple[str, st
     heads = {f"bert.{k}": v for k, v in bert.state_dict().items()}
     heads["bert.pooler.dense.weight"] = torch.zeros(128, 128).half()
     heads["bert.embeddings.position_ids"] = torch.arange(512)[None]
-    heads["cls.predictions.bias"] = torch.zeros(865).half()
+    heads["cls.predictions.bias"] = torch.zeros(BERT_ROWS).half()
     write(folder / "roberta.safetensors", heads)
     (folder / "roberta.vocab.txt").write_bytes(VOCAB)
     whole = t5_tensors(t5) | {"encoder.embed_tokens.weight": t5.shared.weight.clone()}
     whole["decoder.final_layer_norm.weight"] = torch.ones(64).half()
-    whole["lm_head.weight"] = torch.zeros(880, 64).half()
+    whole["lm_head.weight"] = torch.zeros(T5_ROWS, 64).half()
     torch.save(whole, folder / "mt5-xl.fp16.pt")
     (folder / "mt5-xl.fp16.spiece.model").write_bytes(SPIECE)
     return "roberta.safetensors", "mt5-xl.fp16.pt"
@@ -192,7 +194,7 @@ def other_t5(host: Host, place: Path, bert: Any, t5: Any) -> tuple[str, str]:
 
 def other_spiece(host: Host, place: Path, bert: Any, t5: Any) -> tuple[str, str]:
     names = two_files(place, bert, t5)
-    (place / "text_encoders" / "mt5-xl.fp16.spiece.model").write_bytes(grown_spiece(1500))
+    (place / "text_encoders" / "mt5-xl.fp16.spiece.model").write_bytes(grown_spiece(T5_ROWS + 600))
     return names
 
 
@@ -246,7 +248,10 @@ ERRORS: dict[Any, list[str]] = {
     swapped: ["mt5-xl.fp16.pt is an mT5", "expected a file or folder with BERT", "give it as mt5_name"],
     twice_bert: ["roberta.safetensors is a BERT text encoder (width 128", "with mT5", "give it as bert_name"],
     other_t5: ["t5xxl.safetensors is T5 v1.1 (of SD3", "32128", "mT5, whose vocabulary has 250112"],
-    other_spiece: ["mt5-xl.fp16.pt: the mT5 tokenizer has 1500 tokens, the encoder's embedding 880 rows"],
+    other_spiece: [
+        "mt5-xl.fp16.pt: the mT5 tokenizer has ",
+        f"has {T5_ROWS + 600} tokens, the encoder's embedding {T5_ROWS} rows",
+    ],
     damaged_spiece: ["mt5-xl.fp16.pt", "spiece.model (23 bytes) cannot be read"],
     no_vocabulary: ["roberta.safetensors", "roberta.vocab.txt, vocab.txt, tokenizer/", "Put the vocab.txt"],
     incomplete: ["incomplete.safetensors", "1 missing: encoder.layer.1.output.dense.bias"],

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 from transformers import BertConfig, BertModel, MT5Config, MT5EncoderModel
 
 from hydit_core.embedded import embedded_model
@@ -18,9 +19,13 @@ from hydit_core.weights.bundle import bundle
 
 _EMBEDDED = bundle(embedded_model())
 assert _EMBEDDED.bert_vocab is not None and _EMBEDDED.spiece_model is not None
-#: The embedded model's tokenizers: 865 and 875 tokens of English and Chinese.
+#: The embedded model's tokenizers, of English and Chinese.
 VOCAB: bytes = _EMBEDDED.bert_vocab
 SPIECE: bytes = _EMBEDDED.spiece_model
+BERT_ROWS = VOCAB.count(b"\n")
+PIECES: int = SentencePieceProcessor(model_proto=SPIECE).get_piece_size()
+#: mT5 has more rows than its tokenizer has pieces.
+T5_ROWS = PIECES + 5
 
 BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
 T5 = {"d_model": 64, "d_kv": 24, "d_ff": 80, "num_heads": 3, "num_layers": 2}
@@ -37,12 +42,12 @@ def randomize(model: torch.nn.Module, seed: int, std: float) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def bert_model(rows: int = VOCAB.count(b"\n"), seed: int = 1, std: float = 0.3, **options: Any) -> BertModel:
+def bert_model(rows: int = BERT_ROWS, seed: int = 1, std: float = 0.3, **options: Any) -> BertModel:
     values = {"max_position_embeddings": 512, **BERT, **options}
     return randomize(BertModel(BertConfig(vocab_size=rows, **values), add_pooling_layer=False), seed, std)
 
 
-def t5_model(rows: int = 880, seed: int = 2, std: float = 0.3, **options: Any) -> MT5EncoderModel:
+def t5_model(rows: int = T5_ROWS, seed: int = 2, std: float = 0.3, **options: Any) -> MT5EncoderModel:
     return randomize(MT5EncoderModel(MT5Config(vocab_size=rows, **{**T5, **options})), seed, std)
 
 
@@ -108,11 +113,8 @@ def grown_spiece(pieces: int) -> bytes:
 
     (Protocol buffers are put together by appending: field 1 is one piece, of text (1), score (2).)
     """
-    import sentencepiece
-
-    have = sentencepiece.SentencePieceProcessor(model_proto=SPIECE).get_piece_size()
     more = bytearray()
-    for i in range(have, pieces):
+    for i in range(PIECES, pieces):
         text = f"\ue000{i}".encode()
         piece = b"\x0a" + bytes([len(text)]) + text + b"\x15" + b"\x00\x00\xc8\xc2"  # score -100
         more += b"\x0a" + bytes([len(piece)]) + piece
