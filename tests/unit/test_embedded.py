@@ -109,7 +109,7 @@ def test_draws_what_was_asked(judge: ModuleType, drawn: dict, group: str, langua
 @pytest.mark.slow
 def test_both_languages_draw_the_same_thing(judge: ModuleType, drawn: dict) -> None:
     english, chinese = (
-        np.stack([judge.signature(picture) for picture in drawn["thing", language]])
+        np.stack([sys.modules["looks"].signature(picture) for picture in drawn["thing", language]])
         for language in ("english", "chinese")
     )
     mirrored = chinese[:, :, ::-1]

@@ -20,6 +20,7 @@ from hydit_core.embedded import embedded_loras
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "lora"
 STYLE, TURBO = embedded_loras()
 PROMPTS = ["orange", "green triangle", "红苹果"]
+FEW = ["a rocket", "一只狗", "three blue stars"]
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +66,16 @@ def test_strength_brings_the_style_and_leaves_the_subject(evaluate: ModuleType) 
 def test_few_steps_without_guidance_draw_what_the_model_draws() -> None:
     """By the file's own settings; the same settings without the LoRA are far off."""
     pipe = hydit_core.load(device="cpu")
-    full = pipe(PROMPTS[0], seed=1)
+    full = pipe(FEW, seed=1)
     pipe.load_lora(TURBO)
     settings = pipe.settings()
     assert (settings.sampler, settings.spacing, settings.steps, settings.cfg) == ("euler", "trailing", 8, 1.0)
-    few = pipe(PROMPTS[0], seed=1)
+    few = pipe(FEW, seed=1)
     pipe = hydit_core.load(device="cpu")
-    bare = pipe(PROMPTS[0], seed=1, sampler="euler", spacing="trailing", steps=8, cfg=1.0)
+    bare = pipe(FEW, seed=1, sampler="euler", spacing="trailing", steps=8, cfg=1.0)
 
     def apart(pictures: list[Image.Image]) -> float:
         pairs = zip(pictures, full, strict=True)
         return float(np.mean([np.square(np.asarray(a, float) - np.asarray(b, float)) for a, b in pairs]))
 
-    assert apart(few) < 0.4 * apart(bare)
+    assert apart(few) < 0.5 * apart(bare)
