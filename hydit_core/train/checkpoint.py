@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import HyditError
+from ..errors import HyditError, WeightsError
 from ..new_files import remove_folder, replacing, unfinished
 from ..untrusted import read_json
+from ..weights.writer import save_safetensors
 from .parallel import shards
 
 FORMAT = 1
@@ -87,6 +88,8 @@ class Checkpoint:
     path: Path | None = None
     write_shards: Callable[[Path], dict[str, Any]] | None = None
     """Where processes hold parts of the model: writes those into a folder; returns its manifest."""
+    threads: int = field(default_factory=torch.get_num_threads)
+    """That it was computed with."""
 
 
 class NotWritten(HyditError):
@@ -119,7 +122,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         with replacing(target, folder=True) as temporary:
             remove(_unfinished(folder))
             _write(temporary, checkpoint)
-    except (OSError, SafetensorError, shards.NotSaved) as error:
+    except (OSError, WeightsError, shards.NotSaved) as error:
         raise NotWritten(f"{target}: the checkpoint could not be written: {error}") from error
     return target
 
@@ -141,8 +144,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir()
     for stem, tensors in checkpoint.tensors.items():
         if tensors:
-            plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            save_file(plain, folder / f"{stem}{_TENSORS}")
+            save_safetensors(folder / f"{stem}{_TENSORS}", tensors)
     manifest = {}
     if checkpoint.write_shards is not None:
         found = checkpoint.write_shards(folder / shards.FOLDER)
@@ -152,7 +154,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "progress": asdict(checkpoint.progress),
         "config": checkpoint.config,
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": checkpoint.threads,
     }
     (folder / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     for path in folder.iterdir():

@@ -63,6 +63,16 @@ class Processes:
         if self.signs is not None:
             self.signs.wait_for_all()
 
+    def post(self, name: str, text: str) -> None:
+        """Put a text where the other processes find it by its name; from any thread."""
+        if self.signs is not None:
+            self.signs.post(name, text)
+
+    def posted(self, name: str) -> str:
+        """The text that a process posts, once it has; waits as :meth:`barrier` does."""
+        assert self.signs is not None
+        return self.signs.posted(name)
+
     def fail(self, cause: str) -> None:
         """Tell those who wait in :meth:`barrier` that this process will not come."""
         if self.signs is not None:
@@ -242,14 +252,25 @@ class _SignsOfLife:
     def wait_for_all(self) -> None:
         self._barriers += 1
         here = f"here-{self._barriers}"
-        arrived = self._ask(lambda store: store.add(here, 1))
+        self._ask(lambda store: store.add(here, 1))
+        self._wait(lambda store: store.add(here, 0) >= self._world)
+
+    def post(self, name: str, text: str) -> None:
+        self._ask(lambda store: store.set(f"posted-{name}", text))
+
+    def posted(self, name: str) -> str:
+        key = f"posted-{name}"
+        self._wait(lambda store: store.check([key]))
+        return self._ask(lambda store: store.get(key)).decode("utf-8", "replace")
+
+    def _wait(self, over: Callable[[dist.Store], bool]) -> None:
+        """Until something is so, as long as all processes live and none has failed."""
         last: dict[int, tuple[bytes, float]] = {}
-        while arrived < self._world:
+        while not self._ask(over):
             if failure := self.failure():
                 raise Unanswered(failure)
             self._look_for_silent(last)
             time.sleep(0.05)
-            arrived = self._ask(lambda store: store.add(here, 0))
 
     def _look_for_silent(self, last: dict[int, tuple[bytes, float]]) -> None:
         """Raise if a process has said nothing new for too long; ``last`` is what each said, and when."""

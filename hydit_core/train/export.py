@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -67,7 +66,7 @@ def export(
             inputs = [found.path, *([config.model.init_from] if config.model.init_from else [])]
             target = out or target
             check_output(target, inputs, overwrite=overwrite)
-        Saver(config, objective, nullcontext).write_model(target, found.progress)
+        Saver(config, objective).write_model(target, found.progress)
     what = "averaged weights" if averaged else "weights as trained"
     return f"{target}: {what} of step {found.progress.step}"
 

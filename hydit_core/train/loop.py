@@ -27,13 +27,14 @@ from .metrics import LossWindow, Metrics
 from .objectives.base import Objective
 from .optim import Ema, learning_rate_factor, parameter_groups
 from .optimizers import Optimizers
-from .parallel.copies import Copies, Tensors
+from .parallel.copies import Copies
 from .place import position
-from .saving import BEST, Saver, is_numbered
+from .saving import BEST, is_numbered
 from .stopping import StopSignals, TrainingStopped, cause_of, forget_frames, keep_traceback
 from .usage import NOTABLE_WAIT, Usage
 from .validation import validate
 from .watchdog import Watchdog, end_stuck
+from .writing import Writer
 
 AHEAD = 2
 """Micro-batches that are prepared while one is in training."""
@@ -73,15 +74,14 @@ class Trainer:
         for name, parameter in everything.items():
             parameter.requires_grad_(name in trained)
         self.parallel = parallel or Copies(processes)
+        self.writer = Writer(config, objective, self.parallel)
+        self.saver = self.writer.saver
         self.model: nn.Module = self.parallel.wrap(objective.module)
         # Anew: where they are split, parts have taken their places.
         self.trained = {name: p for name, p in objective.parameters().items() if name in trained}
         self.optimizer = Optimizers(groups, self.trained, config.optimizer)
         self.ema = Ema(self.trained, config.ema) if config.ema.enabled else None
-        self.parallel.share(self._tensors, self._averaged)
-        if self.parallel.sharded:
-            objective.parts.whole = self.parallel.whole
-        self.saver = Saver(config, objective, self.parallel.averaged)
+        self.writer.prepare(objective)
 
         self.global_batch = run.batch_size * processes.world
         self.draws = TrainingDraws(
@@ -144,6 +144,7 @@ class Trainer:
                 self._end(finished)
             except Exception as error:
                 with self.watchdog.phase("checkpoint"):
+                    self.writer.settle()
                     raise self._stopped(error) from error
             finally:
                 self.metrics.close()
@@ -155,7 +156,7 @@ class Trainer:
         if progress.step == 0 and progress.micro == 0:
             self.looks.at(progress)
         else:
-            self.parallel.write(self._continued)
+            self._continued()
         self._look_at_the_clock()
         micro_batches = 0
         with contextlib.closing(self._batches()) as batches:  # closing ends the data workers
@@ -181,14 +182,17 @@ class Trainer:
             self._time_is_up = self.processes.any(self.progress.seconds >= 60 * minutes)
 
     def _continued(self) -> None:
-        self.saver.continued(self.progress)
-        self.saver.export_missing(self.progress)
+        if self.processes.is_main:
+            self.saver.continued(self.progress)
+            if self.saver.misses_export(self.progress):
+                self.saver.export(self._state())
+        self.processes.barrier()
 
     def _end(self, finished: bool) -> None:
         """The last checkpoint and export, of a finished run or of an interrupted one."""
         progress = self.progress
         if (progress.step, progress.micro) != self._saved:
-            self.save()
+            self.save(background=False)
         if finished and self._time_is_up:
             self.metrics.note(f"ended at step {progress.step}: run.minutes = {self.config.run.minutes:g}")
         elif finished and progress.step < self.config.run.steps:
@@ -228,10 +232,12 @@ class Trainer:
         Processes must agree, and must not wait for each other inside an accumulation.
         """
         if self.processes.world == 1:
+            self.writer.check()
             return [] if self._stop.name else [next(batches)]
         ahead: list[Prepared] = []
         cause = ""
         try:
+            self.writer.check()
             ahead = list(islice(batches, self.config.run.grad_accumulation - self.progress.micro))
         except Exception as error:  # the others are to know of it
             cause = cause_of(error)
@@ -264,14 +270,12 @@ class Trainer:
 
     def _told(self, error: Exception, cause: str) -> str:
         """What is saved, in words, after saving it; parts are saved by all processes together or by none."""
-        told = ["Process 0 tells what is saved"]
-        if self.parallel.sharded and isinstance(error, SeenByAll):
-            self.parallel.write(lambda: told.append(self._save_after(error, cause)))
-        elif self.parallel.sharded and not isinstance(error, Diverged):
+        told = "Process 0 tells what is saved"
+        if self.parallel.sharded and not isinstance(error, SeenByAll | Diverged):
             return f"What came after the last checkpoint is lost. Continue with --resume {self.folder}"
-        elif self.processes.is_main:
-            told.append(self._save_after(error, cause))
-        return told[-1]
+        if self.processes.is_main or self.parallel.sharded:
+            saved = self._save_after(error, cause)
+        return saved if self.processes.is_main else told
 
     def _save_after(self, error: Exception, cause: str) -> str:
         """What is saved, in words, after saving it."""
@@ -390,7 +394,7 @@ class Trainer:
             best = self.looks.at(self.progress)
         kept = is_numbered(self.progress, config.checkpoint.keep_every)
         if step % config.checkpoint.every == 0 or kept or best or final:
-            self.save(best=best)
+            self.save(best=best, background=not final)
 
     def _log(self, step: int) -> None:
         values = self.window.flush()
@@ -438,29 +442,28 @@ class Trainer:
 
     # -- checkpoints -------------------------------------------------------------------------------
 
-    def save(self, *, best: bool = False) -> None:
-        """A checkpoint and the exported model, written by the first process while the others wait."""
-        with self.watchdog.phase("checkpoint"):
-            self.parallel.write(lambda: self._write(best=best))
+    def save(self, *, best: bool = False, background: bool = True) -> None:
+        """A checkpoint and the exported model; in the background, training goes on once they are copied."""
+        with self.watchdog.phase("checkpoint"), self.usage.saving():
+            self.writer.wait()
+            self._write(best=best, background=background)
+            self.processes.barrier()
         self._saved = (self.progress.step, self.progress.micro)
 
-    def _write(self, *, best: bool = False) -> None:
-        progress = self.progress
-        self.saver.save(self._state())
+    def _write(self, *, best: bool = False, background: bool = False) -> None:
+        progress, trouble = self.progress, self.health.trouble
         final = progress.step >= self.config.run.steps
-        if not self.health.trouble:
-            self.saver.export(progress, best=best)
-            if final:
-                self.saver.went_well(progress)
-            return
-        good = self.saver.good_checkpoint(progress)
-        whole = f"the last good checkpoint is {good}" if good else "no checkpoint so far is a good one"
-        self.metrics.note(
-            f"warning: step {progress.step}: {self.health.trouble}: training has probably diverged; {whole}"
-            + ("" if final else "; nothing is exported until it recovers")
-        )
-        if final:
-            self.saver.export(progress)
+        if trouble:
+            good = self.saver.good_checkpoint(progress)
+            whole = f"the last good checkpoint is {good}" if good else "no checkpoint so far is a good one"
+            self.metrics.note(
+                f"warning: step {progress.step}: {trouble}: training has probably diverged; {whole}"
+                + ("" if final else "; nothing is exported until it recovers")
+            )
+        export = final or not trouble
+        self.writer.save(self._state(), progress, best=best, export=export, background=background)
+        if final and not trouble and self.processes.is_main:
+            self.saver.went_well(progress)
 
     def _state(self) -> Checkpoint:
         progress = self.progress
@@ -474,18 +477,15 @@ class Trainer:
         progress.order = position(self.data.order, progress.step * self.config.run.grad_accumulation)
         progress.health = asdict(self.health)
         progress.ema_updates = self.ema.updates if self.ema is not None else progress.ema_updates
-        beside = {"gradients": gradients, "pictures": self.pictures}
-        config, shards = self.config.model_dump(mode="json"), self.parallel.shard_writer
-        if shards is not None:
-            return Checkpoint(progress, config, beside, write_shards=shards)
-        return Checkpoint(progress, config, {**self._tensors(), **beside})
-
-    def _tensors(self) -> Tensors:
-        """What of a checkpoint is as large as the model."""
-        tensors: Tensors = {
+        tensors = {
             "weights": {name: p.detach() for name, p in self.objective.parameters().items()},
             "optimizer": self.optimizer.state(),
+            "gradients": gradients,
+            "pictures": self.pictures,
         }
         if self.ema is not None:
             tensors["ema"] = self.ema.average
-        return tensors
+        elif self.optimizer.averages:  # they are not what is trained, and exported
+            with self.optimizer.averaged():
+                tensors["ema"] = {name: p.detach().clone() for name, p in self.trained.items()}
+        return Checkpoint(progress, self.config.model_dump(mode="json"), tensors)

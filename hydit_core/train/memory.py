@@ -46,6 +46,11 @@ class MemoryEstimate:
     """Whole blocks, where processes hold parts of the model."""
 
     @property
+    def copied(self) -> int:
+        """What is copied into the host's memory while a checkpoint is written in the background."""
+        return self.weights + self.optimizer + self.average
+
+    @property
     def total(self) -> int:
         return sum(vars(self).values())
 

@@ -42,13 +42,13 @@ class ModelParts:
     split: bool = False
     """Processes will hold parts of what is trained: it stays on the host until it is split."""
     whole: Callable[[Tensor], Tensor] | None = None
-    """Where processes hold parts of what is exported: gathers one tensor."""
+    """What stands for a tensor in an exported file, in a run: an average, a copy, a whole of parts."""
 
     def content(self, network: nn.Module) -> TensorSource:
-        """The tensors of a network, for a file; where they are parts, each is gathered when it is read."""
+        """The tensors of a network, for a file; in a run, each is what is exported of it when it is read."""
         if self.whole is None:
             return MemorySource(network.state_dict())
-        return _Gathered(network.state_dict(keep_vars=True), self.whole)
+        return _Exported(network.state_dict(keep_vars=True), self.whole)
 
     def save(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
         """Write the DiT, or everything in one file."""
@@ -67,8 +67,8 @@ class ModelParts:
         )
 
 
-class _Gathered(MemorySource):
-    """Tensors of which this process holds a part."""
+class _Exported(MemorySource):
+    """Tensors that have others in their places when they are read."""
 
     def __init__(self, tensors: Mapping[str, Tensor], whole: Callable[[Tensor], Tensor]) -> None:
         super().__init__(tensors)

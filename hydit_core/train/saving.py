@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from ..dtypes import dtype_of
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, Progress
 from .config import TrainConfig
 from .objectives.base import Objective
+from .parallel import shards
 
 BEST = "best.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -22,27 +25,43 @@ class Saver:
     Kept are the newest ``keep_last``, the newest ``keep_last`` good ones, those of ``keep_every``, and the
     best. A checkpoint is good when the step after it went well: only then is it known what its weights are
     worth. So ``keep_last`` remain of a run that goes well, and one that diverges pushes no good one out.
+
+    A thread may write while training goes on: it gets copies. ``progress`` is that of the run, ``content``
+    holds what it was when the checkpoint was due.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        objective: Objective,
-        averaged: Callable[[], AbstractContextManager[None]],
-    ) -> None:
+    def __init__(self, config: TrainConfig, objective: Objective) -> None:
         self.config = config
         self.objective = objective
-        self.averaged = averaged
         self.folder = config.run.output_dir
         self._written: str | None = None
+        self._writing: str | None = None
         self._unproven: str | None = None
+        self._lock = threading.RLock()
+        self._names: dict[int, str] = {}
+        self._fixed: Mapping[int, Tensor] = {}
+        self._value: Callable[[str], Tensor] | None = None
 
-    def save(self, content: Checkpoint) -> None:
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def begin(self, progress: Progress) -> None:
+        """A checkpoint of ``progress`` is due; the next step shows whether it is a good one."""
+        name = checkpoints.folder_name(progress)
+        with self._lock:
+            self._writing = name
+            self._unproven = None if progress.health.get("trouble") else name
+
+    def save(self, content: Checkpoint, progress: Progress) -> None:
         """Write a checkpoint, unless it is the one written last, and remove those that need not be kept."""
-        if not self.has(content.progress):
-            checkpoints.write(self.folder / CHECKPOINTS, content)
-        self.continued(content.progress)
-        self._prune(content.progress)
+        name = checkpoints.folder_name(content.progress)
+        try:
+            if not self.has(content.progress):
+                checkpoints.write(self.folder / CHECKPOINTS, content)
+            self._written = name
+        finally:
+            with self._lock:
+                self._writing = None
+        self._prune(progress.good, content.progress.best)
 
     def has(self, progress: Progress) -> bool:
         """Whether the checkpoint of ``progress`` was written."""
@@ -57,49 +76,77 @@ class Saver:
 
     def went_well(self, progress: Progress) -> None:
         """The step from the last checkpoint on went well, or nothing will come after it."""
-        if self._unproven is None:
-            return
-        there = {path.name for path in checkpoints.listing(self.folder / CHECKPOINTS)}
-        progress.good = [name for name in [*progress.good, self._unproven] if name in there]
-        self._unproven = None
-        self._prune(progress)
+        with self._lock:
+            if self._unproven is None:
+                return
+            there = {path.name for path in checkpoints.listing(self.folder / CHECKPOINTS)}
+            there |= {self._writing} if self._writing else set()
+            progress.good = [name for name in [*progress.good, self._unproven] if name in there]
+            self._unproven = None
+            if self._writing:
+                return  # what follows when it is written
+        self._prune(progress.good, progress.best)
 
     def good_checkpoint(self, progress: Progress) -> Path | None:
         """The newest checkpoint that is known to be good."""
         found = checkpoints.listing(self.folder / CHECKPOINTS)
         return next((path for path in found if path.name in progress.good), None)
 
-    def _prune(self, progress: Progress) -> None:
+    def _prune(self, good: Sequence[str], best: Mapping[str, float]) -> None:
         settings = self.config.checkpoint
-        found = checkpoints.listing(self.folder / CHECKPOINTS)
-        good = [path for path in found if path.name in progress.good]
-        kept = {*found[: settings.keep_last], *good[: settings.keep_last]}
-        if settings.keep_best and progress.best:
-            kept |= {path for path in found if path.name == step_name(int(progress.best["step"]))}
-        if settings.keep_every:
-            kept |= {path for path in found if _is_kept_for_good(path.name, settings.keep_every)}
-        checkpoints.remove(path for path in found if path not in kept)
+        with self._lock:
+            found = checkpoints.listing(self.folder / CHECKPOINTS)
+            sound = [path for path in found if path.name in good]
+            kept = {*found[: settings.keep_last], *sound[: settings.keep_last]}
+            if settings.keep_best and best:
+                kept |= {path for path in found if path.name == step_name(int(best["step"]))}
+            if settings.keep_every:
+                kept |= {path for path in found if _is_kept_for_good(path.name, settings.keep_every)}
+            checkpoints.remove(path for path in found if path not in kept)
 
     # -- exports -----------------------------------------------------------------------------------
 
-    def export(self, progress: Progress, *, best: bool = False) -> None:
-        """Write the model as it is: the newest export, with ``keep_every`` a numbered one, and the best."""
+    def know(self, names: Mapping[int, str], fixed: Mapping[int, Tensor]) -> None:
+        """Say which tensor of a checkpoint a parameter (by its id) is, and what others are, as a whole."""
+        self._names, self._fixed = dict(names), fixed
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """What stands for a tensor of the model in the file that is being exported."""
+        name = self._names.get(id(tensor))
+        if name is None or self._value is None:
+            return self._fixed.get(id(tensor), tensor)
+        return self._value(name)
+
+    def export(self, content: Checkpoint, *, best: bool = False) -> None:
+        """Write the model of a checkpoint, its averages if it has any.
+
+        The newest export, with ``keep_every`` a numbered one, and the best.
+        """
+        progress = content.progress
         newest = self.folder / self.objective.export_name
         paths = [newest]
         if is_numbered(progress, self.config.checkpoint.keep_every):
             paths.append(numbered(newest, progress.step))
         if best:
             paths.append(self.folder / BEST)
-        with self.averaged():
-            for path in paths:
-                self.write_model(path, progress)
+        self._value = self._values(content)
+        for path in paths:
+            self.write_model(path, progress)
+        self._value = None
 
-    def export_missing(self, progress: Progress) -> None:
-        """Write the numbered export of this step if a run that was killed could not."""
+    def _values(self, content: Checkpoint) -> Callable[[str], Tensor]:
+        """Of each tensor what is exported; where this process has parts only, read from what all wrote."""
+        if content.tensors.get("weights"):
+            return {**content.tensors["weights"], **content.tensors.get("ema", {})}.__getitem__
+        place = self.folder / CHECKPOINTS / checkpoints.folder_name(content.progress) / shards.FOLDER
+        stored = shards.Stored(place)
+        return lambda name: stored.get(f"ema/{name}" if f"ema/{name}" in stored else f"weights/{name}")
+
+    def misses_export(self, progress: Progress) -> bool:
+        """Whether a run that was killed could not write the numbered export of this step."""
         path = numbered(self.folder / self.objective.export_name, progress.step)
-        if is_numbered(progress, self.config.checkpoint.keep_every) and not path.exists():
-            with self.averaged():
-                self.write_model(path, progress)
+        there = (self.folder / CHECKPOINTS / checkpoints.folder_name(progress)).is_dir()
+        return there and is_numbered(progress, self.config.checkpoint.keep_every) and not path.exists()
 
     def write_model(self, path: Path, progress: Progress) -> None:
         """Write the weights that the model holds now to ``path``."""

@@ -280,6 +280,10 @@ class CheckpointSection(Section):
     every: int = Field(
         default=1000, gt=0, le=MAX_COUNT, description="how often to save, and to write the model file"
     )
+    background: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="write while training goes on, from a copy in the host's memory; auto: where that fits",
+    )
     keep_last: int = Field(
         default=2,
         gt=0,

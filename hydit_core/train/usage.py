@@ -19,14 +19,14 @@ NOTABLE_WAIT = 0.1
 
 
 class Usage:
-    """Seconds spent on steps and on waiting for their data, and memory; since the last :meth:`flush`.
+    """Seconds spent on steps, on waiting for data and on saving, and memory; since the last :meth:`flush`.
 
     The first wait of a process is not counted: it starts the data workers.
     """
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self._waited = self._worked = 0.0
+        self._waited = self._worked = self._saved = 0.0
         self._steps = 0
         self._started = False
 
@@ -46,6 +46,13 @@ class Usage:
         yield
         self._worked += time.monotonic() - begun
 
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what a checkpoint takes of the training's time."""
+        begun = time.monotonic()
+        yield
+        self._saved += time.monotonic() - begun
+
     def step_done(self) -> None:
         """One more optimizer step."""
         self._steps += 1
@@ -53,27 +60,29 @@ class Usage:
     def flush(self) -> dict[str, float]:
         """For a record, of the process that has the most of each; all processes have to call it.
 
-        ``data_wait`` seconds a step waited for data, ``data_share`` of the step's time; ``rss_mib`` what the
-        process holds in memory, ``device_peak_mib`` the most that its tensors took on a GPU, in MiB. What
-        cannot be known is left out.
+        ``data_wait`` seconds a step waited for data, ``data_share`` of the step's time; ``save_stall``
+        seconds in all that training stood still for checkpoints; ``rss_mib`` what the process holds in
+        memory, ``device_peak_mib`` the most that its tensors took on a GPU, in MiB. What cannot be known, and
+        a stall that there was not, is left out.
         """
         own = {
             "data_wait": self._waited / max(1, self._steps),
             "data_share": self._waited / max(1e-9, self._waited + self._worked),
+            "save_stall": self._saved,
             "rss_mib": resident_bytes() / MEBIBYTE,
             "device_peak_mib": device_peak_bytes(self.processes.device) / MEBIBYTE,
         }
-        self._waited = self._worked = 0.0
+        self._waited = self._worked = self._saved = 0.0
         self._steps = 0
         table = torch.zeros(self.processes.world, len(own), dtype=torch.float64)
         table[self.processes.rank] = torch.tensor([*own.values()], dtype=torch.float64)
         most = self.processes.sum(table.to(self.processes.device)).amax(0).tolist()
         found = dict(zip(own, most, strict=True))
-        digits = {"data_wait": 6, "data_share": 4}
+        digits = {"data_wait": 6, "data_share": 4, "save_stall": 3}
         return {
             name: round(value, digits.get(name, 1))
             for name, value in found.items()
-            if value or not name.endswith("_mib")
+            if value or name.startswith("data_")
         }
 
 

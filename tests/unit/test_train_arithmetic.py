@@ -62,6 +62,7 @@ class LineObjective:
 
     def __init__(self) -> None:
         self.module = Line()
+        self.parts = SimpleNamespace(whole=None)
         with torch.no_grad():
             self.module.blocks[0].weight.copy_(torch.from_numpy(numbers(1, shape=(4, 3))))
             self.module.blocks[0].bias.copy_(torch.from_numpy(numbers(2, shape=(4,))))
@@ -75,6 +76,9 @@ class LineObjective:
     def inputs(self, batch: Batch, draws: Any) -> dict[str, torch.Tensor]:
         x, target = example(batch.step)
         return {"x": torch.from_numpy(x).float(), "target": torch.from_numpy(target).float()}
+
+    def fixed_in_export(self) -> list[nn.Parameter]:
+        return []
 
     def export(self, path: Path, **how: Any) -> None:
         pass

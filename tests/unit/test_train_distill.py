@@ -224,7 +224,7 @@ def test_all_weights_learn_from_a_copy(without_lora: Path) -> None:
         for parameter in objective.parameters().values():
             parameter -= 1e-2 * parameter.grad.sign()
     assert not torch.equal(objective.module(**inputs).mse, before.mse)
-    teachers = dict(objective.module._teacher[0].named_parameters())
+    teachers = dict(objective.module.teacher.named_parameters())
     fresh = objective_of(without_lora, *ALL).parts.dit.named_parameters()
     assert all(torch.equal(teachers[name], value) for name, value in fresh)
     assert not any(p.requires_grad for p in teachers.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from line_run import line_trainer, names
 from safetensors.torch import load_file
 from train_setup import records
 
+from hydit_core.train import checkpoint
 from hydit_core.train.health import Health
 from hydit_core.train.saving import held_run
 from hydit_core.train.stopping import TrainingStopped
@@ -28,6 +30,47 @@ def test_of_a_run_that_goes_well_the_last_remain(tmp_path: Path, keep_last: int)
     trainer = line_trainer(tmp_path, steps=9, checkpoint={"every": 2, "keep_last": keep_last})
     assert trainer.run()
     assert names(tmp_path) == step_names(4, 6, 8, 9)[-keep_last:]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is what was there when it was due; the next one waits for it."""
+    go = threading.Event()
+    original = checkpoint.save_safetensors
+
+    def slow(path: Path, tensors: Any) -> None:
+        if background == "always" and "step_00000003" in str(path):
+            assert go.wait(20)
+        original(path, tensors)
+
+    def during(number: int) -> None:
+        if number == 4:
+            done = [path.name for path in checkpoint.listing(folder / "checkpoints")]
+            assert done == ([] if background == "always" else step_names(3))
+            go.set()
+
+    monkeypatch.setattr(checkpoint, "save_safetensors", slow)
+    for background in ("never", "always"):
+        folder = tmp_path / background
+        how = {"every": 3, "background": background, "keep_last": 3}
+        assert line_trainer(folder, steps=9, during=during, checkpoint=how).run()
+        assert names(folder) == step_names(3, 6, 9)
+    for number in (3, 6, 9):
+        mine, theirs = (
+            [
+                load_file(path)
+                for path in sorted((tmp_path / one).glob(f"checkpoints/*{number}/*.safetensors"))
+            ]
+            for one in ("never", "always")
+        )
+        for one, other in zip(mine, theirs, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+    ways = ("never", "always")
+    states = (json.loads((tmp_path / f"{b}/checkpoints/step_00000009/state.json").read_text()) for b in ways)
+    assert len({str(state["progress"]["good"]) for state in states}) == 1
+    assert records(tmp_path / "never") == records(tmp_path / "always")
 
 
 def test_keep_every_keeps_checkpoints_and_exports(tmp_path: Path) -> None:

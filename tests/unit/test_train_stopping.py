@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from train_setup import command_line, records, run_training, write_run
 from hydit_core.data.cache import latents as cache
 from hydit_core.errors import DataError
 from hydit_core.train import stopping
+from hydit_core.train.checkpoint import Checkpoint, Progress
 from hydit_core.train.config import load_config
 from hydit_core.train.launch import build_caches
 from hydit_core.train.loop import Trainer
@@ -122,27 +124,44 @@ def test_a_full_disk_in_the_records(tmp_path: Path) -> None:
     assert line_trainer(tmp_path, resume=tmp_path).run()
 
 
-def test_a_full_disk_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("background", ["never", "always"])
+def test_a_full_disk_in_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
     """Nothing half-written stays, and the checkpoint before is what counts."""
     from hydit_core.train import checkpoint
 
-    original = checkpoint.save_file
+    original = checkpoint.save_safetensors
+    goes_on = threading.Event()
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        original(tensors, path)
+    def full(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        original(path, tensors)
         if "step_00000004" in str(path):
+            assert background == "never" or goes_on.wait(20)
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(TrainingStopped, match=r"(?s)No space left.*at step 4, which is not saved.*before it"):
-        line_trainer(tmp_path, checkpoint={"every": 2}).run()
+    def during(number: int) -> None:
+        if number == 4:  # in the step after it
+            goes_on.set()
+            trainer.writer._work.join()
+
+    monkeypatch.setattr(checkpoint, "save_safetensors", full)
+    how = {"every": 2, "background": background}
+    trainer = line_trainer(tmp_path, during=during, checkpoint=how)
+    step = 5 if background == "always" else 4
+    words = rf"(?s)No space left.*at step {step}, which is not saved.*before it"
+    with pytest.raises(TrainingStopped, match=words):
+        trainer.run()
     assert names(tmp_path) == ["step_00000002"]
     monkeypatch.undo()
     assert line_trainer(tmp_path, resume=tmp_path).run()
 
 
-def test_an_export_that_fails_costs_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = line_trainer(tmp_path, checkpoint={"every": 3})
+@pytest.mark.parametrize("background", ["never", "always"])
+def test_an_export_that_fails_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: str
+) -> None:
+    trainer = line_trainer(tmp_path, checkpoint={"every": 3, "background": background})
 
     def export(path: Path, **how: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -150,7 +169,8 @@ def test_an_export_that_fails_costs_no_checkpoint(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(trainer.objective, "export", export)
     with pytest.raises(TrainingStopped, match=r"model\.safetensors: No space left.*the export is not saved"):
         trainer.run()
-    assert names(tmp_path) == ["step_00000003"]
+    found = names(tmp_path)  # in the background, it is told some steps later
+    assert found[0] == "step_00000003" and (background == "always" or len(found) == 1)
 
 
 # -- signals -----------------------------------------------------------------------------------------
@@ -175,10 +195,10 @@ def test_signals_while_it_saves_change_nothing(tmp_path: Path, monkeypatch: pyte
     trainer = line_trainer(tmp_path)
     original = trainer.saver.save
 
-    def save(content: object) -> None:
+    def save(content: Checkpoint, progress: Progress) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(os.getpid(), number)
-        original(content)  # type: ignore[arg-type]
+        original(content, progress)
 
     monkeypatch.setattr(trainer.saver, "save", save)
     assert not trainer.run(stop_after_micro=2)

@@ -48,8 +48,11 @@ def test_seconds_and_share_of_a_step_since_the_last_record(clock: Clock) -> None
     found = Usage(ALONE)
     step(found, clock, waits=7.0, works=(1.0,))  # the first wait starts the workers
     step(found, clock, waits=0.5, works=(1.0, 2.0))
-    clock.now += 1000.0  # saving and validating are neither
+    clock.now += 1000.0  # validating is neither
+    with found.saving():
+        clock.now += 3.0
     first = found.flush()
+    assert first["save_stall"] == 3.0 and "save_stall" not in found.flush()
     assert (first["data_wait"], first["data_share"]) == (0.5, round(1.0 / 5.0, 4))
     assert (found.flush()["data_wait"], found.flush()["data_share"]) == (0.0, 0.0)
     step(found, clock, waits=3.0, works=(1.0,))
@@ -64,13 +67,16 @@ def test_of_several_processes_the_largest(clock: Clock, monkeypatch: pytest.Monk
 
     def exchanged(own: torch.Tensor) -> torch.Tensor:
         tables.append(own)
-        return own + torch.tensor([[4.0, 0.9, 1e6, 0.0], [0.0] * 4, [5.0, 0.1, 1.0, 0.0]], dtype=own.dtype)
+        return own + torch.tensor(
+            [[4.0, 0.9, 0.0, 1e6, 0.0], [0.0] * 5, [5.0, 0.1, 2.0, 1.0, 0.0]], dtype=own.dtype
+        )
 
     monkeypatch.setattr(processes, "sum", exchanged)
     found = Usage(processes)
     step(found, clock, waits=0.0, works=(1.0,))
     values = found.flush()
     assert (values["data_wait"], values["data_share"], values["rss_mib"]) == (5.0, 0.9, 1e6)
+    assert values["save_stall"] == 2.0
     assert not tables[0][[0, 2]].any() and "device_peak_mib" not in values
 
 

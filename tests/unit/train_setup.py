@@ -131,7 +131,7 @@ def run_training(config: Path, *overrides: str, **options: Any) -> bool:
     return train(load_config(config, list(overrides)), **options)
 
 
-MEASURED = ("seconds", "data_wait", "data_share", "rss_mib", "device_peak_mib")
+MEASURED = ("seconds", "data_wait", "data_share", "save_stall", "rss_mib", "device_peak_mib")
 """What no two runs have in common."""
 
 

@@ -69,8 +69,12 @@ class Objective(Protocol):
         """
         ...
 
+    def fixed_in_export(self) -> list[nn.Parameter]:
+        """What the exported file holds of the module besides :meth:`parameters`."""
+        ...
+
     def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
-        """Write the file that ``generate`` and the nodes take."""
+        """Write the file that ``generate`` and the nodes take, of what ``parts.whole`` gives."""
         ...
 
 
@@ -305,6 +309,9 @@ class DiffusionObjective:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         raise NotImplementedError
+
+    def fixed_in_export(self) -> list[nn.Parameter]:
+        return []
 
     def export(self, path: Path, *, dtype: torch.dtype, all_in_one: bool, extra: dict[str, str]) -> None:
         raise NotImplementedError

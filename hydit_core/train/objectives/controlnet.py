@@ -172,6 +172,10 @@ class ControlNetObjective(DiffusionObjective):
     def parameters(self) -> dict[str, nn.Parameter]:
         return control_parameters(self.controlnet)
 
+    def fixed_in_export(self) -> list[nn.Parameter]:
+        trained = {id(parameter) for parameter in self.parameters().values()}
+        return [parameter for parameter in self.controlnet.parameters() if id(parameter) not in trained]
+
     def use_checkpointing(self, fraction: float) -> None:
         super().use_checkpointing(fraction)
         self.controlnet.gradient_checkpointing = fraction

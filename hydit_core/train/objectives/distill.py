@@ -12,7 +12,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,15 +26,27 @@ from ...diffusion.losses import LossTerms, loss_weight, mse_loss
 from ...diffusion.schedule import Schedule
 from ...errors import ConfigError
 from ...facts import ModelInfo
+from ...model.attention import AttentionFn
+from ...model.config import DiTConfig
 from ...model.dit import DiT
 from ...text.features import TextFeatures
 from ..adapters import without_adapters
 from ..draws import Draws
 from ..networks import ModelParts
 from ..sections import ObjectiveSection, TrainSections
-from .base import DiffusionModule, DiffusionObjective, in_compute_dtype, parameter_bytes
+from .base import (
+    DiffusionModule,
+    DiffusionObjective,
+    Rehearsal,
+    in_compute_dtype,
+    parameter_bytes,
+    rehearse_dit,
+)
 from .full import FullObjective
 from .lora import LoraModule, LoraObjective
+
+if TYPE_CHECKING:  # it brings transformers, which a configuration is checked without
+    from ...text.encoders import TextEncoders
 
 
 class DistillSection(Section):
@@ -144,19 +156,21 @@ class DistilledLora(_Distilled, LoraModule):
 
 
 class DistilledAll(_Distilled):
-    """The teacher is a frozen copy, which is no part of the module: it is neither trained nor saved."""
+    """The teacher is a frozen copy, which is neither trained nor saved."""
 
-    def __init__(self, dit: DiT, text: None, schedule: Schedule, config: ObjectiveSection) -> None:
+    def __init__(
+        self, dit: DiT, text: TextEncoders | None, schedule: Schedule, config: ObjectiveSection
+    ) -> None:
         super().__init__(dit, text, schedule, config)
-        self._teacher = (copy.deepcopy(dit).requires_grad_(False).eval(),)
+        self.teacher = copy.deepcopy(dit).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> DistilledAll:
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     def teaching(self) -> AbstractContextManager[DiT]:
-        return nullcontext(self._teacher[0])
-
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        """The teacher moves along."""
-        self._teacher[0]._apply(*args, **options)
-        return super()._apply(*args, **options)
+        return nullcontext(self.teacher)
 
 
 class _DistillObjective(DiffusionObjective):
@@ -240,11 +254,16 @@ class DistillAllObjective(_DistillObjective, FullObjective):
         return super().frozen_bytes(config, dit) + parameter_bytes(dit, "fp32")
 
     @classmethod
-    def split_bytes(cls, config: TrainSections, dit: DiT) -> int:
-        return 0  # the teacher is no part of what is split
+    def rehearsal(
+        cls, config: TrainSections, dit: DiTConfig, *, attention: AttentionFn, dtype: torch.dtype
+    ) -> Rehearsal:
+        return rehearse_dit(dit, attention=attention, dtype=dtype, module=DistilledAll)
 
     def _module(self, config: ObjectiveSection) -> nn.Module:
         return DistilledAll(self.parts.dit, None, self.schedule, config)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in super().parameters().items() if not name.startswith("teacher.")}
 
 
 def guidance(own: DistillSection, info: ModelInfo) -> float:

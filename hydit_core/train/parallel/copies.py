@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..distributed import Processes, answered
 
 T = TypeVar("T")
-Averaged = Callable[[], AbstractContextManager[None]]
 Tensors = dict[str, dict[str, Tensor]]
 
 
@@ -82,21 +80,6 @@ class Copies:
         """The first process's ``tensor``, sent to all, and split as ``as_is`` is."""
         raise NotImplementedError
 
-    # -- saving ------------------------------------------------------------------------------------
-
-    def share(self, state: Callable[[], Tensors], averaged: Averaged) -> None:
-        """Say where the tensors of a checkpoint are, and how the model gets its averaged weights."""
-        self.averaged = averaged
-
-    def write(self, write: Callable[[], None]) -> None:
-        """Run ``write``, which saves or exports, in the first process while the others wait."""
-        if self.processes.is_main:
-            write()
-        self.processes.barrier()
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        """A tensor of the model, all of it; within :meth:`write`."""
-        return tensor
-
-    shard_writer: Callable[[Path], dict[str, Any]] | None = None
-    """Writes the tensors of a checkpoint into a folder, see :func:`.shards.write`; None: they are whole."""
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """All of a tensor of the model; every process has to ask for it."""
+        return tensor.detach()

@@ -21,6 +21,7 @@ class Plan:
 
     Attributes:
         needs: of one process.
+        background: ``checkpoint.background``.
         free: of one device; None if nobody tells.
     """
 
@@ -29,6 +30,7 @@ class Plan:
     needs: dict[Kind, MemoryEstimate]
     free: int | None
     why: str
+    background: str = "never"
 
     @property
     def fits(self) -> bool:
@@ -44,7 +46,15 @@ class Plan:
             for kind, need in self.needs.items():
                 taken = f", taken: {self.why}" if kind == self.kind else ""
                 yield f"  {kind}: {size_text(need.total)}{taken}"
-        yield from self.needs[self.kind].lines()
+        need = self.needs[self.kind]
+        yield from need.lines()
+        if self.background != "never":
+            whose = "the first process" if self.kind == "ddp" else "each process"
+            there = ", if that is free" if self.background == "auto" else ""
+            yield (
+                f"  while a checkpoint is written, {whose} keeps a copy of {size_text(need.copied)} in the "
+                f"host's memory{there}"
+            )
         if self.free is None:
             return
         if self.fits:
@@ -64,17 +74,25 @@ def plan(config: TrainConfig, ranks: int, free: int | None, need: Callable[[int]
         needs["fsdp"] = need(ranks)
     if run.parallel == "hsdp":
         needs["hsdp"] = need(ranks // copies_of(run, ranks))
+    kind, why = _chosen(config, ranks, needs, free)
+    return Plan(kind, ranks, needs, free, why, config.checkpoint.background)
+
+
+def _chosen(
+    config: TrainConfig, ranks: int, needs: dict[Kind, MemoryEstimate], free: int | None
+) -> tuple[Kind, str]:
+    """The way, and why."""
     if ranks == 1:
-        return Plan("ddp", ranks, needs, free, "there is one")
-    if run.parallel != "auto":
-        return Plan(run.parallel, ranks, needs, free, "run.parallel says so")
+        return "ddp", "there is one"
+    if config.run.parallel != "auto":
+        return config.run.parallel, "run.parallel says so"
     whole = needs["ddp"].total + SPARE
     if free is None or whole <= free:
-        return Plan("ddp", ranks, needs, free, "it fits")
+        return "ddp", "it fits"
     why = f"a whole copy takes {size_text(whole)}, a device has {size_text(free)}"
     if "fsdp" not in needs:
-        return Plan("ddp", ranks, needs, free, f"{why}, but {config.optimizer.name} needs whole tensors")
-    return Plan("fsdp", ranks, needs, free, why)
+        return "ddp", f"{why}, but {config.optimizer.name} needs whole tensors"
+    return "fsdp", why
 
 
 def memory_of(device: torch.device) -> int | None:

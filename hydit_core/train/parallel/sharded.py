@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..distributed import Processes, answered
-from . import shards
-from .copies import Averaged, Copies, Tensors
-from .together import Together
+from .copies import Copies
 from .units import units
 
 T = TypeVar("T")
@@ -41,8 +37,6 @@ class Sharded(Copies):
         super().__init__(processes)
         self._replicas = replicas
         self._half = half
-        self._parts: dict[str, DTensor] = {}
-        self._entered = ExitStack()
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Split ``module`` in place: its parameters are other objects afterwards, parts of what they were."""
@@ -63,8 +57,6 @@ class Sharded(Copies):
         if hasattr(module, "drawing"):
             register_fsdp_forward_method(module, "drawing")
         self._model = module
-        self._parts = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
-        self._names = {id(part): name for name, part in self._parts.items()}
         return module
 
     def _mesh(self) -> DeviceMesh:
@@ -96,45 +88,11 @@ class Sharded(Copies):
         with answered(self.processes.limit):
             return distribute_tensor(tensor.to(self.processes.device), as_is.device_mesh, as_is.placements)
 
-    # -- saving ------------------------------------------------------------------------------------
-
-    def share(self, state: Callable[[], Tensors], averaged: Averaged) -> None:
-        self._state, self._averaged = state, averaged
-        self._together = Together(
-            self.processes,
-            {
-                "average": lambda _: self._entered.enter_context(self._averaged()),
-                "as trained": lambda _: self._entered.close(),
-                "whole": self._gathered,
-                "shards": lambda folder: shards.write(Path(folder), self._state(), self.processes),
-            },
-        )
-        self.averaged = self._averaged_together
-
-    def write(self, write: Callable[[], None]) -> None:
-        """Run ``write`` in the first process, with the help of the others."""
-        self._together.run(write)
-        self.processes.barrier()
-
-    @contextlib.contextmanager
-    def _averaged_together(self) -> Iterator[None]:
-        self._together.ask("average")
-        try:
-            yield
-        finally:
-            self._together.ask("as trained")
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        name = self._names.get(id(tensor))
-        return tensor if name is None else self._together.ask("whole", name)
-
-    def _gathered(self, name: str) -> Tensor:
+    def gathered(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor.detach()
         with answered(self.processes.limit):
-            return self._parts[name].full_tensor().detach()
-
-    def shard_writer(self, folder: Path) -> dict[str, Any]:
-        entries: dict[str, Any] = self._together.ask("shards", str(folder))
-        return entries
+            return tensor.full_tensor().detach()
 
 
 def _can_be_split(parameter: Tensor) -> bool:
