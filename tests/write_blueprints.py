@@ -178,7 +178,7 @@ def text_to_image() -> Blueprint:
         described("Draws a picture from a prompt in Chinese or English.", "按中文或英文提示词画一张图。"),
         ("text to image", "txt2img", "hunyuan", "hydit", "混元", "文生图"),
     )
-    loader, positive, negative = begin(blueprint, "a red apple")
+    loader, positive, negative = begin(blueprint, "three blue stars")
     latent = empty(blueprint)
     ask_size(blueprint, latent)
     blueprint.output = sample(blueprint, loader[0], (positive[0], negative[0]), latent[0])
@@ -310,7 +310,7 @@ def lora() -> Blueprint:
         block_weights="uniform(1)",
         partial=False,
     )
-    _, positive, negative = begin(blueprint, "a red apple", clip=adapted[1])
+    _, positive, negative = begin(blueprint, "a sailboat", clip=adapted[1])
     blueprint.ask("lora_name", "LoRA", "COMBO", (adapted, "lora_name"))
     blueprint.ask("strength", "strength · 强度", "FLOAT", (adapted, "strength_model"))
     latent = empty(blueprint)
