@@ -15,7 +15,7 @@ from PIL import Image
 from ..control import ControlInput, check_fit, picture_facts
 from ..errors import ConfigError
 from ..facts import SamplingDefaults
-from ..images import CANNY_THRESHOLDS, Geometry, canny, load_control, load_picture
+from ..images import CANNY_THRESHOLDS, Geometry, canny, load_control, load_picture, softened
 from ..inpaint import ALPHA, Inpainting
 from ..layer_weights import CURVES, LayerWeights, check_count, read_each, split_weight
 from ..new_files import write_new
@@ -45,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a ControlNet of this model's size; may be given several times",
     )
     group.add_argument(
+        "--control-load-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="which weights of a torch file with several: ema, module ...; once for all, or for each",
+    )
+    group.add_argument(
         "--control-image",
         action="append",
         default=[],
@@ -59,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         default=[],
         help="none (default): --control-image is already a control picture; canny: extract its edges. Two "
-        "need no --control-image. tile: the picture that --upscale enlarges; inpaint: --init-image, black "
-        "where --inpaint redraws it. Once for all, or for each --controlnet in their order",
+        "need no --control-image. tile: the picture that --upscale enlarges, softened; inpaint: "
+        "--init-image, black where --inpaint redraws it. Once for all, or for each --controlnet",
     )
     group.add_argument(
         _WEIGHTS,
@@ -82,12 +89,13 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that cannot work, before anything is loaded. Raises :class:`ConfigError`."""
     count = len(args.controlnet)
     if not count:
-        named = ("control_image", "control_weights", "control_preprocess")
+        named = ("control_image", "control_weights", "control_preprocess", "control_load_key")
         given = [name for name in named if getattr(args, name)]
         if given:
             raise ConfigError(f"--{given[0].replace('_', '-')} needs --controlnet")
         return
     check_count(len(args.control_preprocess), "--control-preprocess", count, "--controlnet")
+    check_count(len(args.control_load_key), "--control-load-key", count, "--controlnet")
     kinds = _kinds(args)
     for kind, option in _MADE.items():
         if kind in kinds and getattr(args, option.removeprefix("--")) is None:
@@ -115,7 +123,10 @@ def open_files(args: argparse.Namespace) -> list[Bundle]:
         return []
     from ..weights.bundle import bundle
 
-    opened = [bundle(path, only=("controlnet",), kinds=("controlnet",)) for path in files(args)]
+    opened = [
+        bundle(path, only=("controlnet",), kinds=("controlnet",), load_key=key)
+        for path, key in zip(files(args), _load_keys(args), strict=True)
+    ]
     for one in opened:
         _thresholds(one.source)
     return opened
@@ -124,6 +135,11 @@ def open_files(args: argparse.Namespace) -> list[Bundle]:
 def _weights(args: argparse.Namespace) -> list[LayerWeights]:
     count = len(args.controlnet)
     return read_each(args.control_weights, _WEIGHTS, count, "--controlnet") or [LayerWeights()] * count
+
+
+def _load_keys(args: argparse.Namespace) -> list[str | None]:
+    given = args.control_load_key or [None]
+    return given if len(given) > 1 else given * len(args.controlnet)
 
 
 def _kinds(args: argparse.Namespace) -> list[str]:
@@ -158,8 +174,10 @@ def read(
         net, _ = load_controlnet(one, dtype=pipe.dit.dtype, device=pipe.home, keep_quantised=True)
         check_fit(net.config, pipe.dit.config, str(path))
         fact: dict[str, Any] = {"controlnet": path.name, "scale": scale}
+        if one.load_key is not None:
+            fact["load_key"] = one.load_key
         if kind == "tile":
-            hint = init or Image.new("RGB", (1, 1))
+            hint = Image.new("RGB", (1, 1)) if init is None else enlarged(init, settings)
         elif part is not None and kind == "inpaint":
             hint, fact["image"] = part.control_picture(), args.init_image.name
         else:
@@ -180,6 +198,11 @@ def read(
         if "image" in fact:
             fact["picture"] = write_used(control.image, folder, Path(fact["image"]).stem, "control").name
     return controls, facts
+
+
+def enlarged(picture: Image.Image, settings: SamplingDefaults) -> Image.Image:
+    """The control picture of ``tile``: a picture in the size that is drawn, without detail."""
+    return softened(Geometry.cover(picture.size, (settings.width, settings.height)).apply(picture))
 
 
 def _picture(path: Path, kind: str, net: Bundle, settings: SamplingDefaults) -> Image.Image:

@@ -187,12 +187,13 @@ class Drawing:
         """Each picture, enlarged and redrawn in tiles; it is what ``tile`` ControlNets follow."""
         late = [control for control, late in zip(self._controls, self._late, strict=True) if late]
         for picture in drawn:
+            hint = control_cli.enlarged(picture.image, run.sampling)
             (large,) = self.pipe.pictures(
                 [picture.prompt],
                 run,
                 seed=picture.seed,
                 init_image=picture.image,
-                controls=[replace(control, image=picture.image) for control in late],
+                controls=[replace(control, image=hint) for control in late],
                 images=self._images,
                 callback=callback,
             )

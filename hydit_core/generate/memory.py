@@ -117,7 +117,9 @@ def _needed(args: argparse.Namespace, opened: Opened) -> tuple[Requirements, Sam
     nets = [
         # Opened again: what was opened gives its tensors away once.
         load_controlnet(
-            bundle(one.place, only=("controlnet",), kinds=("controlnet",)), dtype=dtype, device="meta"
+            bundle(one.place, only=("controlnet",), kinds=("controlnet",), load_key=one.load_key),
+            dtype=dtype,
+            device="meta",
         )[0]
         for one in opened[1]
     ]

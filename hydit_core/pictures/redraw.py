@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import embedded
 from ..dtypes import COMPUTE, short_name
+from ..images import Size, soft_size
 from ..weights.bundle import bundle
 from .columns import COLUMN, beneath
 from .start import Start, add_start
@@ -256,23 +257,27 @@ def _steer(
 ) -> tuple[list[Output], int]:
     """Add the ControlNets one after the other; returns both conditionings and the left of the next column.
 
-    Those of kind ``tile`` follow the picture that is ``enlarged``.
+    Those of kind ``tile`` follow the picture that is ``enlarged``, softened.
     """
     for file, control in steering:
         dtype = _weight_dtype(parameters)
-        loader = {"control_net_name": list_name(file), "weight_dtype": dtype, "load_key": "auto"}
+        key = {"load_key": control.get("load_key", "auto")}
+        loader = {"control_net_name": list_name(file), "weight_dtype": dtype, **key}
         (net,) = graph.add("HyDiTControlNetLoader", (left, 0), widgets=loader)
-        image = enlarged
-        if "picture" in control or image is None:
+        top = beneath("HyDiTControlNetLoader")
+        if "picture" in control or enlarged is None:
             image, _ = graph.add(
                 "LoadImage",
-                (left, beneath("HyDiTControlNetLoader")),
+                (left, top),
                 widgets={"image": control["picture"], "upload": "image"},
                 title="Control picture",
             )
+            top = beneath("LoadImage", top)
+        else:
+            image, top = _softened(graph, enlarged, (parameters["width"], parameters["height"]), left, top)
         texts = graph.add(
             "HyDiTControlNetApply",
-            (left, beneath("LoadImage", beneath("HyDiTControlNetLoader"))),
+            (left, top),
             {"positive": texts[0], "negative": texts[1], "control_net": net, "image": image, "vae": vae},
             {
                 "strength": control["scale"],
@@ -283,6 +288,15 @@ def _steer(
         )
         left += COLUMN
     return texts, left
+
+
+def _softened(graph: Graph, image: Output, size: Size, left: int, top: int) -> tuple[Output, int]:
+    """As :func:`~..images.softened`; returns it and the top of the free space below."""
+    for method, (width, height) in (("area", soft_size(size)), ("bilinear", size)):
+        settings = {"upscale_method": method, "width": width, "height": height, "crop": "disabled"}
+        (image,) = graph.add("ImageScale", (left, top), {"image": image}, settings)
+        top = beneath("ImageScale", top)
+    return image, top
 
 
 def _weight_dtype(parameters: Mapping[str, Any]) -> str:

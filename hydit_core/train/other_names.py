@@ -23,6 +23,8 @@ _SAME: Mapping[str, str] = {
     "data.sources.prior": "is_reg reg_data_dir class_data_dir prior_preservation with_prior_preservation",
     "data.sources.validation": "validation_concepts",
     "data.prior.weight": "prior_loss_weight",
+    "data.prior.prompts": "class_prompt num_class_images diff_output_preservation "
+    "diff_output_preservation_class blank_prompt_preservation",
     "data.flip": "flip_aug random_flip enable_random_flip flip_x",
     "data.crop": "random_crop center_crop enable_crop_jitter crop_jitter",
     "data.mask": "masked_training masked_loss alpha_mask mask_path",
@@ -32,7 +34,8 @@ _SAME: Mapping[str, str] = {
     "data.cache.dir": "cache_dir",
     "data.workers": "max_data_loader_n_workers dataloader_num_workers dataloader_threads num_workers",
     "data.validation": "validation_split",
-    "objective.timesteps": "timestep_distribution timestep_sampling timestep_type weighting_scheme",
+    "objective.timesteps": "timestep_distribution timestep_sampling timestep_type weighting_scheme "
+    "content_or_style linear_timesteps timestep_bias_strategy",
     "objective.weighting": "loss_weight_fn loss_weighting",
     "objective.snr_gamma": "min_snr_gamma loss_weight_strength",
     "objective.noise_offset": "offset_noise_weight noise_offset_strength",
@@ -41,12 +44,24 @@ _SAME: Mapping[str, str] = {
     "lora.rank": "network_dim lora_rank linear dim network_rank",
     "lora.alpha": "network_alpha lora_alpha linear_alpha",
     "lora.dropout": "network_dropout lora_dropout",
+    "lora.rank_dropout": "module_dropout",
+    "lora.dora": "dora_wd use_dora lora_decompose",
+    "lora.rslora": "rs_lora use_rslora",
+    "lora.factor": "lokr_factor",
+    "lora.full_matrix": "lokr_full_rank",
+    "lora.rank_pattern": "block_dims network_reg_dims",
+    "lora.alpha_pattern": "block_alphas",
     "lora.targets": "network_args target_modules layer_filter only_if_contains",
     "lora.init_from": "network_weights lora_model_name",
     "lora.base_precision": "fp8_base quantize qtype weight_dtype",
     "optimizer.name": "optimizer_type optimizer_name",
     "optimizer.lr": "learning_rate unet_lr base_lr",
     "optimizer.args": "optimizer_args optimizer_params",
+    "optimizer.betas": "adam_beta1 adam_beta2",
+    "optimizer.eps": "adam_epsilon",
+    "optimizer.weight_decay": "adam_weight_decay scale_weight_norms",
+    "optimizer.loraplus_lr_ratio": "loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio",
+    "optimizer.groups": "down_lr_weight mid_lr_weight up_lr_weight",
     "schedule.kind": "lr_scheduler learning_rate_scheduler lr_scheduler_type",
     "schedule.warmup_steps": "lr_warmup_steps learning_rate_warmup_steps warmup",
     "schedule.min_lr": "lr_scheduler_min_lr_ratio learning_rate_min_factor",
@@ -62,6 +77,8 @@ _SAME: Mapping[str, str] = {
     "run.device": "train_device",
     "ema.enabled": "use_ema",
     "ema.decay": "ema_decay",
+    "validation.every": "validate_every validate_after validate_every_n_steps eval_steps",
+    "validation.patience": "early_stopping early_stopping_patience stop_training_after",
     "samples.every": "sample_every sample_every_n_steps sample_after validation_steps",
     "samples.prompts": "sample_prompts validation_prompts validation_prompt sample_definition_file_name",
     "samples.negative": "neg negative_prompt",
@@ -105,6 +122,22 @@ _SENTENCES: Mapping[str, str] = {
     "trained weights stay on the device: lora.base_precision and run.gradient_checkpointing make it less": (
         "blocks_to_swap low_vram lowvram layer_offload_fraction layer_offloading_transformer_percent"
     ),
+    "all timesteps are trained; objective.timesteps says how they are drawn": "min_timestep max_timestep "
+    "min_noising_strength max_noising_strength",
+    "HunyuanDiT is no flow model; objective.timesteps says how timesteps are drawn": "flow_shift "
+    "discrete_flow_shift timestep_shift dynamic_timestep_shifting",
+    "HunyuanDiT's blocks have no convolutions": "conv conv_alpha conv_dim conv_rank use_tucker use_cp",
+    "a schedule has no restarts; its end is schedule.min_lr": "lr_scheduler_num_cycles lr_scheduler_power "
+    "learning_rate_cycles",
+    "checkpoints are always whole; --resume goes on from one": "resume resume_from_checkpoint save_state "
+    "continue_last_backup save_state_on_train_end initial_epoch",
+    "the first sample pictures are those of step 0": "sample_at_first skip_first_sample disable_sampling",
+    "embeddings are not trained; a LoRA with lora.train_bert and a trigger comes nearest": "embedding "
+    "embeddings additional_embeddings textual_inversion placeholder_token",
+    "the log is a file of the run, for TensorBoard too; nothing is sent to a service": "wandb_run_name "
+    "wandb_api_key log_tracker_name",
+    "nothing is uploaded": "push_to_hub hub_model_id huggingface_repo_id huggingface_token",
+    "pictures are scaled up to their bucket; data.min_side leaves small ones out": "bucket_no_upscale",
     "attention is torch's own": "xformers sdpa mem_eff_attn attention_mechanism flash_attn",
     "files are always .safetensors, for ComfyUI and for peft": "save_model_as output_model_format "
     "network_module network_type",

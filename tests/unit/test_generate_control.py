@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import TINY, randomize
 
@@ -161,6 +162,38 @@ def test_the_graph_that_draws_it_again(draw, folder: Path, scale, weights, stren
     assert LayerWeights.parse(written.pop("layer_weights")) == LayerWeights.parse(layers)
     assert written == {"strength": strength, "start_percent": 0.1, "end_percent": 0.8}
     assert prompt[apply["image"][0]]["inputs"]["image"] == read_parameters(path)["controls"][0]["picture"]
+
+
+def test_which_weights_of_a_file(draw, folder: Path) -> None:
+    """One for all ControlNets, or one for each; the picture and its graph say so, and --plan reads them."""
+    nets = {
+        name: randomize(ControlNet(TINY), seed).state_dict() for name, seed in (("ema", 1), ("module", 2))
+    }
+    torch.save(nets, folder / "two.pt")
+    hint, both = ["--control-image", "@hint.png"], ["--controlnet", "@two.pt", "--controlnet", "@two.pt:0.5"]
+    drawn = {}
+    for key in ("ema", "module"):
+        code, err, path = draw("--controlnet", "@two.pt", *hint, "--control-load-key", key)
+        assert code == 0, err
+        assert read_parameters(path)["controls"][0]["load_key"] == key
+        with Image.open(path) as picture:
+            prompt = json.loads(picture.text["prompt"])
+        (loader,) = (n["inputs"] for n in prompt.values() if n["class_type"] == "HyDiTControlNetLoader")
+        assert loader["load_key"] == key
+        drawn[key] = pixels(path)
+    assert (drawn["ema"] == pixels(draw("--controlnet", "@net.safetensors", *hint)[2])).all()
+    assert (drawn["ema"] != drawn["module"]).any()
+    keys = ["--control-load-key", "ema", "--control-load-key", "module"]
+    _, _, path = draw(*both, *hint, *keys)
+    assert [control["load_key"] for control in read_parameters(path)["controls"]] == ["ema", "module"]
+    assert draw(*both, *hint, *keys, "--plan")[0] == 0
+    for options, message in (
+        ([*both, *hint, "--control-load-key", "distill"], "distill"),
+        ([*both[:2], *hint, *keys], "--control-load-key is given 2 times for 1 --controlnet: give 1"),
+        (keys[:2], "--control-load-key needs --controlnet"),
+    ):
+        code, err, _ = draw(*options)
+        assert code == 2 and message in err and err.count("error:") == 1
 
 
 def test_two_controlnets(draw) -> None:

@@ -12,6 +12,7 @@ from tiny import TINY, randomize
 
 from hydit_core.facts import ModelInfo
 from hydit_core.generate.__main__ import main
+from hydit_core.images import softened
 from hydit_core.model.controlnet import ControlNet
 from hydit_core.pictures.png import read_parameters
 from hydit_core.weights.save import save_checkpoint
@@ -136,7 +137,30 @@ def test_the_graph_of_an_enlarged_picture(draw):
     assert prompt[second["positive"][0]]["class_type"] == "HyDiTControlNetApply"
     assert prompt[first["positive"][0]]["class_type"] == "HyDiTTextEncode"
     apply = prompt[second["positive"][0]]["inputs"]
-    assert prompt[apply["image"][0]]["class_type"] == "ImageScale"
+    scaled, image = [], apply["image"][0]
+    while prompt[image]["class_type"] == "ImageScale":
+        scaled.append({name: value for name, value in prompt[image]["inputs"].items() if name != "image"})
+        image = prompt[image]["inputs"]["image"][0]
+    size = {"width": 128, "height": 128}
+    assert scaled == [
+        {"upscale_method": "bilinear", **size, "crop": "disabled"},
+        {"upscale_method": "area", "width": 20, "height": 20, "crop": "disabled"},
+        {"upscale_method": "lanczos", **size, "crop": "center"},
+    ]
+
+
+def test_what_a_tile_controlnet_follows_is_soft():
+    """Means of areas of whole pixels, as ComfyUI's are, and straight lines between their centers."""
+    noise = np.random.default_rng(0).integers(0, 256, (128, 192, 3), dtype=np.uint8)
+    values = noise.astype(float)
+    for axis, few in ((0, 20), (1, 30)):
+        many = values.shape[axis]
+        edges = [(i * many // few, -(-(i + 1) * many // few)) for i in range(few)]
+        small = np.stack([values.take(range(*edge), axis).mean(axis) for edge in edges], axis)
+        centers, at = (np.arange(few) + 0.5) * many / few, np.arange(many) + 0.5
+        values = np.apply_along_axis(lambda row, at=at, c=centers: np.interp(at, c, row), axis, small)
+    found = np.asarray(softened(Image.fromarray(noise))).astype(float)
+    assert np.abs(found - values).max() <= 0.51
 
 
 def test_a_tile_controlnet_follows_the_enlarged_picture(draw):

@@ -282,3 +282,11 @@ def test_names_of_other_trainers_lead_to_keys_that_exist() -> None:
         *tables, last = dotted.split(".")
         assert last in _known_keys(tables), dotted
     assert all(name.isidentifier() for name in HINTS)
+    for theirs, said in {
+        "class_prompt": "here it is data.prior.prompts",
+        "flow_shift": "HunyuanDiT is no flow model",
+        "resume_from_checkpoint": "--resume goes on",
+        "additional_embeddings": "embeddings are not trained",
+        "conv_alpha": "no convolutions",
+    }.items():
+        assert said in HINTS[theirs]
