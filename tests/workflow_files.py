@@ -261,7 +261,8 @@ def check_pictures(name: str, pictures: Sequence[Image.Image]) -> None:
         ],
         "hydit_controlnet_image_to_image": lambda a, b: [_same_outline(a, b) > 0.65, _color(b) == "red"],
         "hydit_controlnet_layer_weights": lambda a, uniform, decay, early, late, strip: [
-            min(_same_outline(a, picture) for picture in (uniform, decay, late)) > 0.8,
+            min(_same_outline(a, picture) for picture in (uniform, decay)) > 0.8,
+            _same_outline(a, early) + 0.2 < _same_outline(a, late),
             _same_outline(a, early) < 0.6,
             np.abs(np.hstack([uniform, decay, early, late]) - strip).max() <= 1,
         ],
