@@ -111,12 +111,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--parallel", nargs="+", default=["ddp", "fsdp"], help="of two processes or more")
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="saves-") as work:
         config = prepare(Path(work) / "data", args.width, args.depth, args.batch, args.steps)
         for ranks in args.ranks:
-            for parallel in ("ddp", "fsdp") if ranks > 1 else ("ddp",):
+            for parallel in args.parallel if ranks > 1 else ("ddp",):
                 for background in ("never", "always"):
                     rows.append(measured(config, ranks, parallel, background))
                     print(" | ".join(rows[-1]), file=sys.stderr, flush=True)

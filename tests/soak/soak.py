@@ -1,11 +1,12 @@
-"""Kill `train prepare` and bulk `generate` at random moments, and compare what they end with, byte for byte.
+"""Kill `train prepare`, bulk `generate` and training at random moments, and compare what they end with.
 
-    python tests/soak/soak.py                      # 20 times each alone, 5 under torchrun, 5 on Ray
+    python tests/soak/soak.py          # 20 times each alone, 5 under torchrun, 5 on Ray, 10 kills of training
     python tests/soak/soak.py --only alone --times 100 --seed 7
 
 Every trial begins in an empty folder, is killed with SIGKILL one to three times, each time after a random
 part of the time that an uninterrupted run takes, then runs to its end. Nothing may differ from what the
-uninterrupted run left: neither names nor bytes, hidden and temporary files included. Needs Linux.
+uninterrupted run left: neither names nor bytes, hidden and temporary files included. For training see
+:mod:`training`. Needs Linux.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import training
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 ROWS, SHARD = 12, 3
-TIMES = {"alone": 20, "prepare": 20, "torchrun": 5, "ray": 5}
+TIMES = {"alone": 20, "prepare": 20, "torchrun": 5, "ray": 5, "training": 10}
 _LIMIT = 900
 """Seconds that a run may take to its end."""
 
@@ -267,8 +269,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=TIMES, default=list(TIMES))
-    parser.add_argument("--times", type=int, help=f"trials of each kind (default: {TIMES})")
+    parser.add_argument("--times", type=int, help=f"trials of each kind, or kills (default: {TIMES})")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=300, help="of a training")
     parser.add_argument("--work", type=Path, help="folder to work in (default: a temporary one)")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -281,7 +284,12 @@ def main() -> int:
     import hydit_core.text.encoders
     import hydit_core.vae  # noqa: F401
 
-    passed = [soak(kind, start[kind], work, args.times or TIMES[kind], args.seed) for kind in args.only]
+    passed = [
+        training.soak(Command, work, args.times or TIMES[kind], args.seed, args.steps)
+        if kind == "training"
+        else soak(kind, start[kind], work, args.times or TIMES[kind], args.seed)
+        for kind in args.only
+    ]
     return 0 if all(passed) else 1
 
 

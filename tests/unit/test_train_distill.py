@@ -130,7 +130,11 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> P
 
 @pytest.fixture(scope="module")
 def without_lora(config: Path) -> Path:
-    """The same without the table of a LoRA."""
+    return without_lora_table(config)
+
+
+def without_lora_table(config: Path) -> Path:
+    """The same configuration without the table of a LoRA."""
     path = config.with_name("all.toml")
     path.write_text(config.read_text("utf-8").replace("[lora]\nrank = 3\nalpha = 6\n", ""), "utf-8")
     return path

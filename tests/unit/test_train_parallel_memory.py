@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from lora_setup import write_lora_run
 from test_train_control import write_control_run
+from test_train_distill import DISTILL, without_lora_table
+from test_train_ip_adapter import write_ip_run
 from train_setup import write_run
 
 from hydit_core.errors import ConfigError
@@ -36,6 +38,8 @@ def configs(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> 
         "full": write_run(folder / "full"),
         "lora": write_lora_run(folder / "lora", tiny_model_file),
         "control": write_control_run(folder / "control", tiny_model_file),
+        "prompts": write_ip_run(folder / "prompts", tiny_model_file),
+        "weights": without_lora_table(write_lora_run(folder / "weights", tiny_model_file)),
     }
 
 
@@ -69,6 +73,8 @@ def counted(config: TrainConfig, world: int, kind: str) -> MemoryEstimate:
     frozen = [p for p in objective.module.parameters() if id(p) not in trained]
     if not config.objective.train_text_encoders:
         frozen += list(parts.text.parameters())
+    if parts.image_encoder is not None:
+        frozen += list(parts.image_encoder.parameters())
     return MemoryEstimate(
         weights=size(trainer.trained.values()),
         gradients=size(p.grad for p in trainer.trained.values()),
@@ -85,15 +91,21 @@ WAYS = [
 ]
 
 
+CELLS = [
+    *((name, *way) for name in ("full", "lora", "control") for way in WAYS),
+    *((name, 2, "fsdp", "fp32") for name in ("prompts", "weights")),
+]
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
-@pytest.mark.parametrize("name", ["full", "lora", "control"])
-@pytest.mark.parametrize(("group", "kind", "precision"), WAYS, indirect=["group"])
+@pytest.mark.parametrize(("name", "group", "kind", "precision"), CELLS, indirect=["group"])
 def test_every_cell_is_what_is_held(
     configs: dict[str, Path], name: str, group: int, kind: str, precision: str
 ) -> None:
     sets = [f"run.parallel={kind}", f"run.precision={precision}", "ema.enabled=true"]
     sets += ["run.parallel_replicas=2"] if kind == "hsdp" else []
+    sets += [*DISTILL, "distill.train=all"] if name == "weights" else []
     config = load_config(configs[name], sets)
     held, parts = counted(config, group, kind), build(config)
     split = {"ddp": 1, "fsdp": group, "hsdp": group // 2}[kind]
@@ -103,6 +115,7 @@ def test_every_cell_is_what_is_held(
     # Rows that cannot be dealt out evenly add a little to the first process's share.
     assert expected.frozen == pytest.approx(held.frozen, rel=0.03)
     assert bool(expected.gathered) == (split > 1)
+    assert expected.copied == held.weights + held.optimizer + held.average
 
 
 def test_what_is_gathered_is_written_out(configs: dict[str, Path]) -> None:
