@@ -43,6 +43,8 @@ def draw(*languages: str) -> None:
             for language in languages:
                 page = ComfyPage(browser, server, nodes2=False, locale=language)
                 page.open_template(WORKFLOW, nodes)
+                # What is in the cache runs without previews.
+                server.post("/free", {"free_memory": True}).raise_for_status()
                 page.queue().check()
                 page.page.wait_for_timeout(3000)
                 page.settle()
