@@ -66,7 +66,7 @@ class Progress:
     data: str = ""
     """Fingerprint of which sample is seen when."""
     order: dict[str, Any] = field(default_factory=dict)
-    """Where it is in the data, see :func:`.restoring.position`."""
+    """Where it is in the data, see :func:`.place.position`."""
     window: dict[str, Any] = field(default_factory=lambda: {"terms": [], "norms": []})
     """Losses and gradient norms since the last record in metrics.jsonl."""
     health: dict[str, Any] = field(default_factory=dict)
