@@ -30,7 +30,7 @@ def run_together(world: int, runs: list[Run]) -> list[list[str]]:
         probe.close()
     with ProcessPoolExecutor(world, mp_context=warm.CONTEXT) as pool:
         ranks = [pool.submit(_train, rank, world, ports, runs) for rank in range(world)]
-        told = [rank.result(timeout=500) for rank in ranks]
+        told = [rank.result() for rank in ranks]
     return [list(of_run) for of_run in zip(*told, strict=True)]
 
 

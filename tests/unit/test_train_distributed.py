@@ -25,7 +25,8 @@ STEPS = ["run.steps=2", "schedule.warmup_steps=0", "validation.every=2"]
 
 def start_rank(rank: int, port: int, config: Path, sets: list[str], *arguments: str) -> warm.Started:
     """What torchrun starts, without its own process."""
-    variables = {
+    environment = {
+        **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -33,7 +34,7 @@ def start_rank(rank: int, port: int, config: Path, sets: list[str], *arguments: 
         "MASTER_PORT": str(port),
     }
     overrides = [word for value in sets for word in ("--set", value)]
-    return warm.start("hydit_core.train", config, *arguments, *overrides, variables=variables)
+    return warm.start("-m", "hydit_core.train", config, *arguments, *overrides, environment=environment)
 
 
 def run_two(config: Path, sets: list[str], *arguments: str) -> list[tuple[int, str]]:

@@ -165,4 +165,4 @@ def environment() -> dict[str, str]:
 
 def command_line(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """``python -m hydit_core.train`` in a process of its own."""
-    return warm.start("hydit_core.train", *arguments, cwd=cwd).wait()
+    return warm.start("-m", "hydit_core.train", *arguments, cwd=cwd).wait()
