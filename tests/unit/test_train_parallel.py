@@ -124,9 +124,10 @@ def test_parts_train_as_the_whole_does(place: Place, name: str) -> None:
     one, two = of_steps(place.folder / f"{name}1"), of_steps(place.folder / f"{name}2")
     assert len({record["loss"] for record in one.values()}) == len(one)
     close = 1e-3 if name == "muon" else 1e-5
+    digits = max(5 * close, 1.1e-4)  # of norms, four are recorded
     for step, record in one.items():
         losses = {name: value for name, value in record.items() if "loss" in name or "norm" in name}
-        assert {name: two[step][name] for name in losses} == pytest.approx(losses, rel=close, abs=5 * close)
+        assert {name: two[step][name] for name in losses} == pytest.approx(losses, rel=close, abs=digits)
         assert two[step]["loss"] == pytest.approx(record["loss"], abs=close)
     files = [next((place.folder / f"{name}{n}").glob("*.safetensors")) for n in (1, 2)]
     mine, theirs = map(load_file, files)
