@@ -7,7 +7,7 @@
 # make pack    what the ComfyUI registry would get, into dist/; make publish TAG=vX.Y.Z gives it there (CONTRIBUTING.md)
 # make host    an environment for the ComfyUI at COMFYUI_PATH, in its folder, as CI makes it
 # make fuzz    damaged files of every kind, FUZZ_INPUTS of them (docs/testing.md)
-# make soak   bulk drawing and preparing killed at random moments (docs/testing.md); Linux
+# make soak   bulk drawing, preparing and training killed at random moments (docs/testing.md); Linux
 # make bench   benchmarks/*.py, one after the other
 # make evidence  what the fast modes cost, with the embedded model, into docs/fast; hours, and goes on where it stopped
 # make mutants  wrong formulas on purpose, to test the tests; hours, and goes on where it stopped (docs/testing.md)

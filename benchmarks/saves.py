@@ -24,8 +24,12 @@ from PIL import Image
 from report import machine, table
 
 from hydit_core.embedded import embedded_model
+from hydit_core.weights.bundle import bundle
+from hydit_core.weights.load import load_dit
 
 ROOT = Path(__file__).resolve().parents[1]
+TEXT = ("text_dim", "text_len", "t5_dim", "t5_len", "t5_hidden", "pooled_dim", "pooler_heads")
+"""What the DiT has to know of the embedded model's text encoders."""
 HEADER = ("processes", "run.parallel", "checkpoint.background", "size, MiB", "stall, s", "a step, s")
 CONFIG = """
 [model]
@@ -36,13 +40,7 @@ hidden_size = {width}
 depth = {depth}
 num_heads = {heads}
 mlp_hidden = {mlp}
-text_dim = 128
-text_len = 24
-t5_dim = 128
-t5_len = 32
-t5_hidden = 256
-pooled_dim = 128
-pooler_heads = 4
+{text}
 [data]
 sources = [{{ path = "pictures" }}]
 resolution = 64
@@ -73,8 +71,11 @@ def prepare(folder: Path, width: int, depth: int, batch: int, steps: int) -> Pat
         )
         (folder / f"pictures/{number}.txt").write_text(f"picture {number}", "utf-8")
     path = folder / "config.toml"
-    values = {"width": width, "depth": depth, "heads": width // 64, "mlp": 4 * width}
-    path.write_text(CONFIG.format(embedded=embedded_model(), batch=batch, steps=steps, **values), "utf-8")
+    embedded = embedded_model()
+    dit = load_dit(bundle(embedded))[0].config.to_dict()
+    text = "\n".join(f"{name} = {dit[name]}" for name in TEXT)
+    values = {"width": width, "depth": depth, "heads": width // 64, "mlp": 4 * width, "text": text}
+    path.write_text(CONFIG.format(embedded=embedded, batch=batch, steps=steps, **values), "utf-8")
     return path
 
 

@@ -7,10 +7,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import warm
 
 COMMIT = "a" * 40
 
@@ -40,13 +41,12 @@ class Hub:
         self._server.server_close()
 
     def run(self, home: Path, *command: object, **more: str) -> subprocess.CompletedProcess[str]:
-        """Python with these arguments, in a process that reads the hub's address when it starts."""
+        """Python with these arguments, in a process that reads the hub's address anew, as when it starts."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment.pop("TRANSFORMERS_OFFLINE", None)
         environment |= {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
         environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **more}
-        full = [sys.executable, *map(str, command)]
-        return subprocess.run(full, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return warm.start(*command, environment=environment, anew=["huggingface_hub"]).wait()
 
     def downloaded(self) -> list[str]:
         """The files whose content was sent."""

@@ -27,13 +27,7 @@ hidden_size = 64
 depth = 4
 num_heads = 4
 mlp_hidden = 128
-text_dim = 128
-text_len = 24
-t5_dim = 128
-t5_len = 32
-t5_hidden = 256
-pooled_dim = 128
-pooler_heads = 4
+{text}
 [data]
 sources = [{{ path = "{pictures}" }}]
 resolution = 64
@@ -53,6 +47,8 @@ export_all_in_one = false
 every = 1
 tensorboard = false
 """
+TEXT = ("text_dim", "text_len", "t5_dim", "t5_len", "t5_hidden", "pooled_dim", "pooler_heads")
+"""What the DiT has to know of the embedded model's text encoders."""
 _MEASURED = ("seconds", "data_wait", "data_share", "save_stall", "rss_mib", "device_peak_mib")
 _LIMIT = 1800
 
@@ -68,9 +64,13 @@ class Running(Protocol):
 def write_config(folder: Path, pictures: Path, steps: int) -> Path:
     """Of a small model, whose steps take some milliseconds."""
     from hydit_core.embedded import embedded_model
+    from hydit_core.weights.bundle import bundle
+    from hydit_core.weights.load import load_dit
 
-    path = folder / "training.toml"
-    path.write_text(CONFIG.format(embedded=embedded_model(), pictures=pictures, steps=steps), "utf-8")
+    path, embedded = folder / "training.toml", embedded_model()
+    dit = load_dit(bundle(embedded))[0].config.to_dict()
+    text = "\n".join(f"{name} = {dit[name]}" for name in TEXT)
+    path.write_text(CONFIG.format(embedded=embedded, pictures=pictures, steps=steps, text=text), "utf-8")
     return path
 
 
@@ -79,7 +79,7 @@ def command(config: Path, out: Path, parallel: str) -> list[str]:
     ours = ["-m", "hydit_core.train", str(config), "--resume", "auto"]
     sets = [f"run.output_dir={out}", f"run.parallel={parallel}"]
     more = [word for value in sets for word in ("--set", value)]
-    return [*launcher, "--max-restarts=1000", *ours, *more]
+    return [*launcher, "--max-restarts=20", *ours, *more]
 
 
 def result(out: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pairs of training processes, forked from one that has imported everything: ``line_pairs.py FOLDER``.
+"""Pairs of training processes, forked from one that has imported the loop: ``line_pairs.py FOLDER [CASE]``.
 
 Under torchrun ``line_pairs.py FOLDER CASE``.
 
@@ -20,12 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from line_run import line_trainer
-from train_setup import write_run
 
 from hydit_core.data import prepared
 from hydit_core.data.dataset import open_dataset
 from hydit_core.errors import DataError
-from hydit_core.train import distributed, launch
+from hydit_core.train import distributed
 from hydit_core.train.config import load_config
 from hydit_core.train.distributed import Processes
 from hydit_core.train.restoring import restore, shared_checkpoint
@@ -34,7 +33,7 @@ from hydit_core.train.stopping import TrainingStopped
 LIMIT = 2.0
 GRACE = 15.0
 """Seconds that a process has to end by itself after the first one did."""
-STEPS = 6
+Case = Callable[[Processes, Path], None]
 
 
 def resumes(processes: Processes, folder: Path) -> None:
@@ -106,6 +105,10 @@ def silent_alone(processes: Processes, folder: Path) -> None:
 
 def maps(processes: Processes, folder: Path) -> None:
     """One prepares rows that are many, both map them; the batches are those of rows that each keeps."""
+    from train_setup import write_run  # with what follows, most of what there is to import
+
+    from hydit_core.train import launch
+
     place = folder.parent / "both"
     prepared.FEW = launch.FEW = 3
     if processes.is_main:
@@ -128,6 +131,10 @@ def maps(processes: Processes, folder: Path) -> None:
 
 def maps_what_is_broken(processes: Processes, folder: Path) -> None:
     """Whoever prepares meets the error; the other ends with it."""
+    from train_setup import write_run
+
+    from hydit_core.train import launch
+
     place = folder.parent / "both"
     prepared.FEW = launch.FEW = 3
     if processes.is_main:
@@ -142,33 +149,31 @@ def maps_what_is_broken(processes: Processes, folder: Path) -> None:
         raise
 
 
-def _goes_on(processes: Processes, folder: Path, received: signal.Signals | None) -> None:
-    """Process 1 gets a signal in the first attempt of a launcher; the next one resumes."""
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+def _goes_on(processes: Processes, folder: Path, ends: dict[int, tuple[int, signal.Signals]]) -> None:
+    """In some attempts of a launcher process 1 gets a signal at some micro-batch; the next one resumes."""
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    at, received = ends.get(attempt, (-1, signal.SIGKILL))
 
     def during(number: int) -> None:
-        if first and received and processes.rank == 1 and number == 4:
+        if processes.rank == 1 and number == at:
             os.kill(os.getpid(), received)
 
     trainer = line_trainer(folder, processes=processes, during=during, checkpoint={"every": 3})
     found = shared_checkpoint(folder, processes, print)
-    assert (found is None) == first
+    assert (found is None) == (attempt == 0)
     if found is not None:
         restore(trainer, found)
         processes.barrier()
     assert trainer.run()
 
 
-def killed(processes: Processes, folder: Path) -> None:
-    _goes_on(processes, folder, signal.SIGKILL)
+def ended_twice(processes: Processes, folder: Path) -> None:
+    """Killed at the fifth of six steps; after the restart, frozen there."""
+    _goes_on(processes, folder, {0: (4, signal.SIGKILL), 1: (4, signal.SIGSTOP)})
 
 
 def undisturbed(processes: Processes, folder: Path) -> None:
-    _goes_on(processes, folder, None)
-
-
-def frozen(processes: Processes, folder: Path) -> None:
-    _goes_on(processes, folder, signal.SIGSTOP)
+    _goes_on(processes, folder, {})
 
 
 CASES = [
@@ -183,19 +188,20 @@ CASES = [
     maps,
     maps_what_is_broken,
 ]
-UNDER_A_LAUNCHER = [killed, frozen, undisturbed]
+MORE_CASES = [unreadable, ended_twice, undisturbed]
+"""For torchrun, and what its runs are compared with."""
 
 
-def child(case: int, rank: int, port: int, folder: Path) -> int:
+def child(case: Case, rank: int, port: int, folder: Path) -> int:
     folder.mkdir(parents=True)
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(
         {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     )
-    return work(CASES[case], folder)
+    return work(case, folder)
 
 
-def work(case: Callable[[Processes, Path], None], folder: Path) -> int:
+def work(case: Case, folder: Path) -> int:
     """One process's part; its exit code."""
     try:
         processes = distributed.start("cpu", LIMIT)
@@ -212,7 +218,7 @@ def work(case: Callable[[Processes, Path], None], folder: Path) -> int:
     return 0
 
 
-def pair(case: int, folder: Path) -> list[dict[str, object]]:
+def pair(case: Case, folder: Path) -> list[dict[str, object]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -231,7 +237,7 @@ def pair(case: int, folder: Path) -> list[dict[str, object]]:
             time.sleep(0.02)
             continue
         ended[ranks[pid]] = (os.waitstatus_to_exitcode(status), time.monotonic() - begun)
-        grace = 0 if "silent" in CASES[case].__name__ else GRACE  # what was stopped stays so
+        grace = 0 if "silent" in case.__name__ else GRACE  # what was stopped stays so
         deadline = min(deadline, time.monotonic() + grace)
     for pid, rank in ranks.items():
         if rank not in ended:
@@ -250,8 +256,7 @@ def pair(case: int, folder: Path) -> list[dict[str, object]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    places = Path(sys.argv[1])
-    if len(sys.argv) > 2:  # started by torchrun, for one case
-        chosen = next(case for case in [*CASES, *UNDER_A_LAUNCHER] if case.__name__ == sys.argv[2])
-        sys.exit(work(chosen, places / os.environ["RANK"]))
-    print(json.dumps({c.__name__: pair(i, places / c.__name__) for i, c in enumerate(CASES)}))
+    places, chosen = Path(sys.argv[1]), [case for case in MORE_CASES if case.__name__ in sys.argv[2:]]
+    if "RANK" in os.environ:  # started by torchrun
+        sys.exit(work(chosen[0], places / os.environ["RANK"]))
+    print(json.dumps({case.__name__: pair(case, places / case.__name__) for case in chosen or CASES}))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_train_arithmetic import PROCESSES, LineData, LineObjective, batch_of
+from line import PROCESSES, LineData, LineObjective, batch_of
 
 from hydit_core.data.dataset import Batch
 from hydit_core.train.checkpoint import Checkpoint

@@ -61,11 +61,6 @@ def test_a_worker_draws_what_the_command_alone_draws(words, tmp_path):
     assert bad.draw(0) == ("ConfigError", "p.csv, line 3: 5000 steps with 'linspace' spacing: use 1 to 999")
 
 
-def test_no_part_of_ray_is_loaded_unasked():
-    code = "import sys, hydit_core.generate.__main__ as g; g.parser(); assert 'ray' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: hydit[scale]")
 def test_on_a_cluster_of_this_machine_the_files_are_the_same(words):

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import warm
 
 import hydit_core
 from hydit_core import __main__ as console
@@ -23,7 +24,7 @@ SCRIPT = "import sys; sys.argv[0] = '/usr/bin/hydit'; from hydit_core.__main__ i
 
 
 def hydit(*arguments: str, start: str = SCRIPT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(["-c", start] if start else ["-m", "hydit_core"]), *arguments]
+    command = [sys.executable, "-c", start, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
 
 
@@ -58,9 +59,10 @@ def test_nothing_at_all_is_answered_by_the_commands(capsys):
 @pytest.mark.parametrize("start", [SCRIPT, ""])
 def test_the_command_gives_the_arguments_on_and_returns_the_code(start):
     name = "hydit weights" if start else "python -m hydit_core.weights"
-    done = hydit("weights", "--help", start=start)
+    command = ["-c", start] if start else ["-m", "hydit_core"]
+    done = warm.start(*command, "weights", "--help", cwd=ROOT).wait()
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {name} ")
-    done = hydit("weights", "inspect", "no such.safetensors", start=start)
+    done = warm.start(*command, "weights", "inspect", "no such.safetensors", cwd=ROOT).wait()
     assert done.returncode == 2 and done.stderr == "error: no such.safetensors does not exist\n"
 
 

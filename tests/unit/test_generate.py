@@ -281,8 +281,19 @@ def test_parts_may_come_from_other_files(generate, tiny_model_file):
 
 
 def test_as_a_module_in_a_fresh_process(tiny_model_file, tmp_path):
-    """The door itself: nothing on stdout but paths, no network, no ComfyUI."""
-    command = [sys.executable, "-m", "hydit_core.generate", "--model", tiny_model_file, "--device", "cpu"]
+    """The door itself: nothing on stdout but paths, no network, no ComfyUI.
+
+    By the whole way from a prompt to a PNG file nothing of what prepares data and trains is loaded.
+    """
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_module('hydit_core.generate', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "unused = ('hydit_core.data', 'hydit_core.train', 'pydantic', 'ray.')\n"
+        "found = [name for name in sys.modules if f'{name}.'.startswith(unused)]\n"
+        "assert not found, found\n"
+    )
+    command = [sys.executable, "-c", code, "--model", tiny_model_file, "--device", "cpu"]
     done = subprocess.run(
         [*command, "--prompt", "红苹果", "--out", tmp_path / "a.png"],
         cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=True,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from diffusers import AutoencoderKL
 from tiny import TINY
 from tiny_models import encode, inputs, randomize, tiny
@@ -113,10 +112,7 @@ def test_the_published_weights_fit_where_they_are_said_to(monkeypatch):
         larger = requirements(dit, encoders, vae, **{"size": (1024, 1024), "rows": 2, **more})
         assert larger.sampling > needed.sampling
         assert larger.of("blocks", tiles=True) > needed.of("blocks", tiles=True)
-    assert (
-        requirements(dit, encoders, vae, size=(1024, 1024), rows=2, controlnets=[net]).weights["ControlNet 1"]
-        > 1.4e9
-    )
+    assert larger.weights["ControlNet 1"] > 1.4e9
 
 
 def test_image_prompts_need_their_networks_before_the_first_step(tiny_model_file):
@@ -218,15 +214,7 @@ def test_plan_prints_and_draws_nothing(tiny_model_file, tmp_path, capsys):
 
 
 def test_the_command_offloads(tiny_model_file, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "hydit_core.generate",
-        "--prompt",
-        "red",
-        "--model",
-        str(tiny_model_file),
-    ]
-    command += ["--steps", "1", "--device", "cpu", "--out", str(tmp_path), "--offload", "some"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command = ["--prompt", "red", "--model", tiny_model_file, "--steps", "1", "--device", "cpu"]
+    command += ["--out", tmp_path, "--offload", "some"]
+    done = warm.start("-m", "hydit_core.generate", *command).wait()
     assert done.returncode == 2 and "invalid choice: 'some'" in done.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from safetensors.torch import load_file
 from test_train_lora import write_lora_run
-from train_setup import environment, records, run_training, write_run
+from train_setup import records, run_training, write_run
 
 from hydit_core.errors import ConfigError
 from hydit_core.train.distributed import Processes, _SignsOfLife, start
@@ -24,20 +23,18 @@ from hydit_core.train.distributed import Processes, _SignsOfLife, start
 STEPS = ["run.steps=2", "schedule.warmup_steps=0", "validation.every=2"]
 
 
-def start_rank(rank: int, port: int, config: Path, sets: list[str], *arguments: str) -> subprocess.Popen[str]:
+def start_rank(rank: int, port: int, config: Path, sets: list[str], *arguments: str) -> warm.Started:
     """What torchrun starts, without its own process."""
-    variables: dict[str, object] = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": 2,
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(port),
     }
-    command = [sys.executable, "-m", "hydit_core.train", str(config), *arguments]
-    for value in sets:
-        command += ["--set", value]
-    env = {**environment(), **{name: str(value) for name, value in variables.items()}}
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    overrides = [word for value in sets for word in ("--set", value)]
+    return warm.start("-m", "hydit_core.train", config, *arguments, *overrides, environment=environment)
 
 
 def run_two(config: Path, sets: list[str], *arguments: str) -> list[tuple[int, str]]:
@@ -45,8 +42,8 @@ def run_two(config: Path, sets: list[str], *arguments: str) -> list[tuple[int, s
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = [start_rank(rank, port, config, sets, *arguments) for rank in (0, 1)]
-    texts = [process.communicate(timeout=400)[1] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+    ended = [process.wait(400) for process in processes]
+    return [(one.returncode, one.stderr) for one in ended]
 
 
 def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,25 +114,19 @@ def test_two_processes_share_a_base_in_few_bits(tmp_path: Path, tiny_model_file:
 # -- processes that fail, or do not answer -----------------------------------------------------------
 
 
-def run_script(
-    *arguments: str | Path, launcher: tuple[str, ...] = (), more: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    here = Path(__file__).parent
-    env = {
-        **environment(),
-        **(more or {}),
-        "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here))),
-    }
-    command = [sys.executable, *launcher, here / "line_pairs.py", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+PAIRS = Path(__file__).with_name("line_pairs.py")
+
+
+def run_pairs(folder: Path, *cases: str) -> dict[str, list[dict[str, Any]]]:
+    """What became of the pairs of processes in line_pairs.py, of both processes in each case."""
+    done = warm.start(PAIRS, folder, *cases).wait(500)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What became of the pairs of processes in line_pairs.py."""
-    done = run_script(tmp_path_factory.mktemp("pairs") / "all")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return run_pairs(tmp_path_factory.mktemp("pairs") / "all")
 
 
 def codes(pair: list[dict[str, Any]]) -> list[int | None]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomllib
 from PIL import Image
-from train_setup import ROOT, environment
+from train_setup import command_line
 
 from hydit_core.errors import ConfigError
 from hydit_core.train.config import load_config
@@ -336,21 +334,13 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path, name: str, text: st
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "job.yaml").write_text(TOOLKIT)
     out = tmp_path / "own.toml"
-    command = [
-        sys.executable,
-        "-m",
-        "hydit_core.train",
-        "import",
-        str(tmp_path / "job.yaml"),
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False)
+    command = ["import", tmp_path / "job.yaml", "--out", out]
+    done = command_line(*command)
     assert done.returncode == 0 and f"written to {out}" in done.stdout and "note: " in done.stdout, (
         done.stderr
     )
     before = out.read_text("utf-8")
     out.write_text("[run]")
-    again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), check=False)
+    again = command_line(*command)
     assert again.returncode == 2 and again.stderr.startswith("error: ") and out.read_text("utf-8") == "[run]"
     assert main([str(tmp_path / "job.yaml")]) == 0 and capsys.readouterr().out == before

@@ -25,10 +25,10 @@ from hydit_core.train.parallel.choice import copies_of
 
 SPLIT = "run.parallel=fsdp"
 FULL = [
-    "run.steps=10",
-    "schedule.warmup_steps=5",
-    "checkpoint.every=5",
-    "validation.every=5",
+    "run.steps=4",
+    "schedule.warmup_steps=2",
+    "checkpoint.every=2",
+    "validation.every=2",
     "run.gradient_checkpointing=0.5",
     "checkpoint.keep_last=9",
 ]
@@ -45,7 +45,7 @@ KINDS = {
     "loha": [*SHORT, WHOLE, "checkpoint.every=2", "lora.kind=loha", "lora.rank_dropout=0.3"],
     "lokr": [*SHORT, WHOLE, "checkpoint.every=2", "lora.kind=lokr", "lora.factor=4"],
 }
-SAMPLES = ["samples.every=5", 'samples.prompts=["cat"]', "samples.steps=2"]
+SAMPLES = ["samples.every=2", 'samples.prompts=["cat"]', "samples.steps=2"]
 OLDER = not hasattr(
     torch.optim, "Muon"
 )  # torch 2.9 brought both it and checkpoints of parts that are read here
@@ -84,7 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Pl
     }
     for name, (config, sets) in kinds.items():
         assert run_training(config, *place.sets(f"{name}1", 4, *sets))
-    half = place.folder / "full2/checkpoints/step_00000005"
+    half = place.folder / "full2/checkpoints/step_00000002"
     two = {
         f"{name}2": (config, place.sets(f"{name}2", 2, SPLIT, *sets), None)
         for name, (config, sets) in kinds.items()
@@ -99,7 +99,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Pl
         "hsdp4": (
             place.full,
             place.sets("hsdp4", 1, "run.parallel=hsdp", "run.parallel_replicas=2", *FULL),
-            str(place.folder / "full1/checkpoints/step_00000005"),
+            str(place.folder / "full1/checkpoints/step_00000002"),
         ),
     }
     for world, runs in ((2, two), (4, four)):
@@ -124,9 +124,10 @@ def test_parts_train_as_the_whole_does(place: Place, name: str) -> None:
     one, two = of_steps(place.folder / f"{name}1"), of_steps(place.folder / f"{name}2")
     assert len({record["loss"] for record in one.values()}) == len(one)
     close = 1e-3 if name == "muon" else 1e-5
+    digits = max(5 * close, 1.1e-4)  # of norms, four are recorded
     for step, record in one.items():
         losses = {name: value for name, value in record.items() if "loss" in name or "norm" in name}
-        assert {name: two[step][name] for name in losses} == pytest.approx(losses, rel=close, abs=5 * close)
+        assert {name: two[step][name] for name in losses} == pytest.approx(losses, rel=close, abs=digits)
         assert two[step]["loss"] == pytest.approx(record["loss"], abs=close)
     files = [next((place.folder / f"{name}{n}").glob("*.safetensors")) for n in (1, 2)]
     mine, theirs = map(load_file, files)
@@ -141,7 +142,7 @@ def test_parts_train_as_the_whole_does(place: Place, name: str) -> None:
 def test_other_numbers_and_kinds_of_processes_go_on(place: Place, name: str) -> None:
     """A checkpoint of halves: as a whole, two wholes, quarters; one of a whole: as twice two halves."""
     assert set(place.told.get(name, [""])) == {""}
-    one, other = of_steps(place.folder / "full1", 5), of_steps(place.folder / name, 5)
+    one, other = of_steps(place.folder / "full1", 2), of_steps(place.folder / name, 2)
     assert other.keys() == one.keys()
     for step, record in one.items():
         assert other[step]["loss"] == pytest.approx(record["loss"], abs=1e-5)
@@ -159,7 +160,7 @@ def test_other_kinds_of_adapters_go_on_bit_for_bit(place: Place, name: str) -> N
 
 
 def test_a_checkpoint_of_parts_holds_what_one_of_a_whole_does(place: Place) -> None:
-    one, two = (checkpoints.load(place.folder / f"full{n}/checkpoints/step_00000010") for n in (1, 2))
+    one, two = (checkpoints.load(place.folder / f"full{n}/checkpoints/step_00000004") for n in (1, 2))
     assert one.tensors.keys() == two.tensors.keys()
     for part, tensors in one.tensors.items():
         assert tensors.keys() == two.tensors[part].keys()
@@ -168,7 +169,7 @@ def test_a_checkpoint_of_parts_holds_what_one_of_a_whole_does(place: Place) -> N
 
 
 def test_each_process_wrote_its_parts(place: Place) -> None:
-    path = place.folder / "full2/checkpoints/step_00000010"
+    path = place.folder / "full2/checkpoints/step_00000004"
     sizes = [file.stat().st_size for file in (path / "shards").iterdir()]
     assert len(sizes) == 2 and max(sizes) < 0.6 * sum(sizes)
     assert set(json.loads((path / "manifest.json").read_text())) == {
@@ -194,7 +195,7 @@ def test_pictures_are_drawn_by_all_and_written_by_one(place: Place) -> None:
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_a_damaged_part_is_found(place: Place, damage: str, tmp_path: Path) -> None:
     folder = tmp_path / "run/checkpoints"
-    older, newer = folder / "step_00000005", folder / "step_00000010"
+    older, newer = folder / "step_00000002", folder / "step_00000004"
     for path in (older, newer):
         for file in (place.folder / "full2/checkpoints" / path.name).rglob("*.*"):
             copy = path / file.relative_to(place.folder / "full2/checkpoints" / path.name)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from find_host import ROOT
+import warm
 from key_lists import key_list, sparse_safetensors
 from tiny import TINY, bert_vocab, spiece_model, write_tiny_model
 from tiny_models import randomize, tiny
@@ -394,15 +392,10 @@ def test_bad_input_is_refused_in_one_line_and_the_next_run_succeeds(dit, tmp_pat
 
 def test_the_real_command_line(dit, tmp_path):
     """One process each: success, and an error without traceback."""
-
-    def command(*args: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "hydit_core.weights", *map(str, args)]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-    good = command("inspect", dit)
+    good = warm.start("-m", "hydit_core.weights", "inspect", dit).wait()
     assert good.returncode == 0 and "v1.0, distill" in good.stdout and not good.stderr
     (tmp_path / "cut.safetensors").write_bytes(dit.read_bytes()[:-1])
-    bad = command("inspect", tmp_path / "cut.safetensors")
+    bad = warm.start("-m", "hydit_core.weights", "inspect", tmp_path / "cut.safetensors").wait()
     assert bad.returncode == 2 and "is truncated" in bad.stderr and "Traceback" not in bad.stderr
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
@@ -165,7 +165,4 @@ def environment() -> dict[str, str]:
 
 def command_line(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """``python -m hydit_core.train`` in a process of its own."""
-    command = [sys.executable, "-m", "hydit_core.train", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=300, check=False
-    )
+    return warm.start("-m", "hydit_core.train", *arguments, cwd=cwd).wait()

@@ -25,7 +25,7 @@ from ..usage import NOTABLE_WAIT
 
 SERIES = (
     *("loss", "val_loss", "val_loss_ema", "val_prior_loss", "val_prior_loss_ema", "lr", "lr_b", "grad_norm"),
-    *("data_share", "rss_mib", "device_peak_mib"),
+    *("data_share", "save_stall", "rss_mib", "device_peak_mib"),
 )
 MOST_POINTS = 1500
 """A curve is shown by so many points; a point stands for the records of equally many steps."""

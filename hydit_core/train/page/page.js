@@ -169,6 +169,7 @@ function drawCharts() {
     chart("grad_norm", ["grad_norm"], 200),
     chart("speed", ["speed"], 200),
     chart("data_share", ["data_share"], 200),
+    chart("save_stall", ["save_stall"], 200),
     chart("rss_mib", ["rss_mib"], 200),
     chart("device_peak_mib", ["device_peak_mib"], 200),
   ].filter(Boolean));
