@@ -259,4 +259,8 @@ if __name__ == "__main__":
     places, chosen = Path(sys.argv[1]), [case for case in MORE_CASES if case.__name__ in sys.argv[2:]]
     if "RANK" in os.environ:  # started by torchrun
         sys.exit(work(chosen[0], places / os.environ["RANK"]))
+    if not chosen:  # once, before the forks, and not in the time that a pair has
+        import train_setup  # noqa: F401
+
+        from hydit_core.train import launch  # noqa: F401
     print(json.dumps({case.__name__: pair(case, places / case.__name__) for case in chosen or CASES}))

@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from hydit_core.errors import ConfigError
 from hydit_core.generate.__main__ import main
 from hydit_core.generate.bulk import on_ray
 
@@ -59,6 +61,21 @@ def test_a_worker_draws_what_the_command_alone_draws(words, tmp_path):
         str(tmp_path), [*words, "--out", "bad"], [((None, None, 5000, None), "p.csv, line 3")]
     )
     assert bad.draw(0) == ("ConfigError", "p.csv, line 3: 5000 steps with 'linspace' spacing: use 1 to 999")
+
+
+@pytest.mark.parametrize("kind", [Exception, ConnectionError, RuntimeError])
+def test_a_cluster_that_does_not_start_is_one_line(monkeypatch, kind):
+    """On a busy machine Ray gives up with an Exception of no class of its own."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def init(**how):
+        raise kind("The current node timed out\nduring startup.")
+
+    with pytest.raises(
+        ConfigError, match=r"cannot connect to Ray \(The current node timed out during startup"
+    ):
+        on_ray._connect(SimpleNamespace(init=init))
 
 
 @pytest.mark.slow

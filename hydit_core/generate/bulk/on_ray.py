@@ -67,7 +67,7 @@ def _connect(module: Any) -> None:
             module.init(**ours, **told)
         except ValueError:  # which is said of a cluster that `ray start` began
             module.init(**told)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises that itself where its own processes do not start in time
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"cannot connect to Ray ({reason}); `ray stop` ends what is left of one") from None
 
