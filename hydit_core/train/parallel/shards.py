@@ -140,7 +140,9 @@ def _written(folder: Path, parts: Parts, rank: int) -> dict[str, Any]:
     if not parts.tensors:
         return {}
     path = folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
-    places = json.dumps({name: {"saved_offsets": offsets} for name, offsets in parts.offsets.items()})
+    # Sorted: after a resume, states come in another order, and equal content is to give equal bytes.
+    offsets = {name: {"saved_offsets": parts.offsets[name]} for name in sorted(parts.offsets)}
+    places = json.dumps(offsets)
     try:
         save_safetensors(path, parts.tensors, {_PLACES: places, "DCP_VERSION": "1.0", "format": "pt"})
     except WeightsError as error:
