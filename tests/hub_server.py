@@ -11,7 +11,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import warm
+import warm_commands
 
 COMMIT = "a" * 40
 
@@ -46,7 +46,7 @@ class Hub:
         environment.pop("TRANSFORMERS_OFFLINE", None)
         environment |= {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
         environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", **more}
-        return warm.start(*command, environment=environment, anew=["huggingface_hub"]).wait()
+        return warm_commands.start(*command, environment=environment, anew=["huggingface_hub"]).wait()
 
     def downloaded(self) -> list[str]:
         """The files whose content was sent."""

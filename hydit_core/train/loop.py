@@ -193,6 +193,8 @@ class Trainer:
         progress = self.progress
         if (progress.step, progress.micro) != self._saved:
             self.save(background=False)
+        with self.watchdog.phase("checkpoint"):  # of a stop right after a save, it may still be written
+            self.writer.wait()
         if finished and self._time_is_up:
             self.metrics.note(f"ended at step {progress.step}: run.minutes = {self.config.run.minutes:g}")
         elif finished and progress.step < self.config.run.steps:

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-import warm
+import warm_commands
 
 from hydit_core.train.config import load_config
 from hydit_core.train.launch import train
@@ -28,7 +28,7 @@ def run_together(world: int, runs: list[Run]) -> list[list[str]]:
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
         probe.close()
-    with ProcessPoolExecutor(world, mp_context=warm.CONTEXT) as pool:
+    with ProcessPoolExecutor(world, mp_context=warm_commands.CONTEXT) as pool:
         ranks = [pool.submit(_train, rank, world, ports, runs) for rank in range(world)]
         told = [rank.result() for rank in ranks]
     return [list(of_run) for of_run in zip(*told, strict=True)]

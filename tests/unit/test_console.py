@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import warm
+import warm_commands
 
 import hydit_core
 from hydit_core import __main__ as console
@@ -60,9 +60,9 @@ def test_nothing_at_all_is_answered_by_the_commands(capsys):
 def test_the_command_gives_the_arguments_on_and_returns_the_code(start):
     name = "hydit weights" if start else "python -m hydit_core.weights"
     command = ["-c", start] if start else ["-m", "hydit_core"]
-    done = warm.start(*command, "weights", "--help", cwd=ROOT).wait()
+    done = warm_commands.start(*command, "weights", "--help", cwd=ROOT).wait()
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {name} ")
-    done = warm.start(*command, "weights", "inspect", "no such.safetensors", cwd=ROOT).wait()
+    done = warm_commands.start(*command, "weights", "inspect", "no such.safetensors", cwd=ROOT).wait()
     assert done.returncode == 2 and done.stderr == "error: no such.safetensors does not exist\n"
 
 

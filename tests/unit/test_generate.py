@@ -197,6 +197,7 @@ def test_the_picture_tells_how_it_was_made_and_can_be_made_again(generate, tiny_
         "model": tiny_model_file.name,
         "version": "v1.2",
         "dtype": "float32",
+        "title": "HunyuanDiT-64x4 v1.2",
     }
     with Image.open(path) as image:
         written = np.asarray(image)

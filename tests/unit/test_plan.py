@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import warm
+import warm_commands
 from diffusers import AutoencoderKL
 from tiny import TINY
 from tiny_models import encode, inputs, randomize, tiny
@@ -216,5 +216,5 @@ def test_plan_prints_and_draws_nothing(tiny_model_file, tmp_path, capsys):
 def test_the_command_offloads(tiny_model_file, tmp_path):
     command = ["--prompt", "red", "--model", tiny_model_file, "--steps", "1", "--device", "cpu"]
     command += ["--out", tmp_path, "--offload", "some"]
-    done = warm.start("-m", "hydit_core.generate", *command).wait()
+    done = warm_commands.start("-m", "hydit_core.generate", *command).wait()
     assert done.returncode == 2 and "invalid choice: 'some'" in done.stderr

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import warm
+import warm_commands
 from safetensors.torch import load_file
 from test_train_lora import write_lora_run
 from train_setup import records, run_training, write_run
@@ -23,7 +23,7 @@ from hydit_core.train.distributed import Processes, _SignsOfLife, start
 STEPS = ["run.steps=2", "schedule.warmup_steps=0", "validation.every=2"]
 
 
-def start_rank(rank: int, port: int, config: Path, sets: list[str], *arguments: str) -> warm.Started:
+def start_rank(rank: int, port: int, config: Path, sets: list[str], *arguments: str) -> warm_commands.Started:
     """What torchrun starts, without its own process."""
     environment = {
         **os.environ,
@@ -34,7 +34,9 @@ def start_rank(rank: int, port: int, config: Path, sets: list[str], *arguments: 
         "MASTER_PORT": str(port),
     }
     overrides = [word for value in sets for word in ("--set", value)]
-    return warm.start("-m", "hydit_core.train", config, *arguments, *overrides, environment=environment)
+    return warm_commands.start(
+        "-m", "hydit_core.train", config, *arguments, *overrides, environment=environment
+    )
 
 
 def run_two(config: Path, sets: list[str], *arguments: str) -> list[tuple[int, str]]:
@@ -119,7 +121,7 @@ PAIRS = Path(__file__).with_name("line_pairs.py")
 
 def run_pairs(folder: Path, *cases: str) -> dict[str, list[dict[str, Any]]]:
     """What became of the pairs of processes in line_pairs.py, of both processes in each case."""
-    done = warm.start(PAIRS, folder, *cases).wait(500)
+    done = warm_commands.start(PAIRS, folder, *cases).wait(500)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

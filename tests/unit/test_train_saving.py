@@ -6,6 +6,7 @@ import json
 import math
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     states = (json.loads((tmp_path / f"{b}/checkpoints/step_00000009/state.json").read_text()) for b in ways)
     assert len({str(state["progress"]["good"]) for state in states}) == 1
     assert records(tmp_path / "never") == records(tmp_path / "always")
+
+
+def test_a_stop_right_after_a_save_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = checkpoint.save_safetensors
+
+    def slow(path: Path, tensors: Any) -> None:
+        time.sleep(0.3)
+        original(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "save_safetensors", slow)
+    trainer = line_trainer(tmp_path, steps=9, checkpoint={"every": 3, "background": "always"})
+    assert not trainer.run(stop_after_micro=3)
+    assert names(tmp_path) == step_names(3)
 
 
 def test_keep_every_keeps_checkpoints_and_exports(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import warm
+import warm_commands
 from key_lists import key_list, sparse_safetensors
 from tiny import TINY, bert_vocab, spiece_model, write_tiny_model
 from tiny_models import randomize, tiny
@@ -392,10 +392,10 @@ def test_bad_input_is_refused_in_one_line_and_the_next_run_succeeds(dit, tmp_pat
 
 def test_the_real_command_line(dit, tmp_path):
     """One process each: success, and an error without traceback."""
-    good = warm.start("-m", "hydit_core.weights", "inspect", dit).wait()
+    good = warm_commands.start("-m", "hydit_core.weights", "inspect", dit).wait()
     assert good.returncode == 0 and "v1.0, distill" in good.stdout and not good.stderr
     (tmp_path / "cut.safetensors").write_bytes(dit.read_bytes()[:-1])
-    bad = warm.start("-m", "hydit_core.weights", "inspect", tmp_path / "cut.safetensors").wait()
+    bad = warm_commands.start("-m", "hydit_core.weights", "inspect", tmp_path / "cut.safetensors").wait()
     assert bad.returncode == 2 and "is truncated" in bad.stderr and "Traceback" not in bad.stderr
 
 

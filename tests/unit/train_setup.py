@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import warm
+import warm_commands
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
@@ -165,4 +165,4 @@ def environment() -> dict[str, str]:
 
 def command_line(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """``python -m hydit_core.train`` in a process of its own."""
-    return warm.start("-m", "hydit_core.train", *arguments, cwd=cwd).wait()
+    return warm_commands.start("-m", "hydit_core.train", *arguments, cwd=cwd).wait()
