@@ -24,6 +24,10 @@ if FORKS:
     )
 
 
+METHOD = multiprocessing.get_start_method()
+"""How a process starts its own, such as data workers; one of CONTEXT would do so by CONTEXT."""
+
+
 class Started:
     """A process that runs."""
 
@@ -32,7 +36,7 @@ class Started:
     ) -> None:
         self._command, self._folder = command, tempfile.TemporaryDirectory()
         outputs = [f"{self._folder.name}/{name}" for name in ("out", "err")]
-        self._process = CONTEXT.Process(target=_run, args=(command, cwd, environment, anew, outputs))
+        self._process = CONTEXT.Process(target=_run, args=(command, cwd, environment, anew, outputs, METHOD))
         self._process.start()
 
     def wait(self, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -69,7 +73,9 @@ def _run(
     environment: dict[str, str],
     anew: Collection[str],
     outputs: list[str],
+    method: str,
 ) -> None:
+    multiprocessing.set_start_method(method, force=True)
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
     if cwd is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +29,8 @@ def run_together(world: int, runs: list[Run]) -> list[list[str]]:
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:
         probe.close()
-    with ProcessPoolExecutor(world, mp_context=warm_commands.CONTEXT) as pool:
+    usual = multiprocessing.set_start_method, (warm_commands.METHOD, True)
+    with ProcessPoolExecutor(world, warm_commands.CONTEXT, *usual) as pool:
         ranks = [pool.submit(_train, rank, world, ports, runs) for rank in range(world)]
         told = [rank.result() for rank in ranks]
     return [list(of_run) for of_run in zip(*told, strict=True)]
