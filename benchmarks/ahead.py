@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from report import machine, table, write_section
+from report import machine, publish, table
 
 from hydit_core.embedded import embedded_model
 from hydit_core.train import launch
@@ -137,12 +135,7 @@ def main() -> None:
         "one thread; a step is slowed by waiting. What is encoded before its step asks for it is hidden."
     )
     text = f"{setting}\n\n{table(HEADER, rows)}\n\nMachine: {machine()}."
-    print(f"\n{text}")
-    if args.write:
-        command = f"`python benchmarks/ahead.py {shlex.join(sys.argv[1:])}`"
-        write_section(
-            args.write, "ahead", f"## Encoding behind the steps\n\nMeasured by {command}.\n\n{text}"
-        )
+    publish(args.write, "ahead", "Encoding behind the steps", text)
 
 
 if __name__ == "__main__":

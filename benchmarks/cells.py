@@ -12,8 +12,6 @@ needs 1 GB of disk.
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from report import machine, table, write_section
+from report import machine, publish, table
 
 from hydit_core.data.config import DataConfig
 from hydit_core.data.dataset import open_dataset
@@ -93,16 +91,11 @@ def main() -> None:
                     print(*found[-1], flush=True)
     told = (
         f"Parquet files of {BYTES // 1000} KB a picture, read (not decoded) in the order of a training with "
-        f"batches of {BATCH}: shuffled as a whole, or as a stream (`data.window` = {args.window}). Until "
-        f"now a process kept the group that it had decoded last; now {held >> 20} MiB of them."
+        f"batches of {BATCH}: shuffled as a whole, or as a stream (`data.window` = {args.window}). A "
+        f"process keeps {held >> 20} MiB of the groups that it decoded last; for comparison, one alone."
     )
     text = f"{told}\n\n{table(HEADER, found)}\n\nMachine: {machine()}."
-    print(f"\n{text}")
-    if args.write:
-        command = f"`python benchmarks/cells.py {shlex.join(sys.argv[1:])}`"
-        write_section(
-            args.write, "cells", f"## Pictures in Parquet files\n\nMeasured by {command}.\n\n{text}"
-        )
+    publish(args.write, "cells", "Pictures in Parquet files", text)
 
 
 if __name__ == "__main__":

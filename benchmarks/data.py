@@ -20,7 +20,6 @@ import argparse
 import gc
 import json
 import math
-import shlex
 import shutil
 import subprocess
 import sys
@@ -34,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from PIL import Image
-from report import machine, table, write_section
+from report import machine, publish, table
 
 from hydit_core.data.config import DataConfig
 from hydit_core.data.dataset import TrainData, open_dataset
@@ -279,10 +278,7 @@ def main() -> None:
                     for name, value in found.items():
                         mapped.setdefault(name, []).append(value)
     text = _text(args.rows, builds, rows, mapped, built, peer, args.runs, args.listed)
-    print(f"\n{text}")
-    if args.write:
-        command = f"`python benchmarks/data.py {shlex.join(sys.argv[1:])}`"
-        write_section(args.write, "data", f"## Large data\n\nMeasured by {command}.\n\n{text}")
+    publish(args.write, "data", "Large data", text)
 
 
 def _cells(found: dict[str, Any]) -> list[str]:

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import HunyuanDiT2DModel
-from report import machine, table, with_peak_memory, write_section
+from report import machine, publish, table, with_peak_memory
 from torch import Tensor
 
 from hydit_core.facts import ModelInfo
@@ -208,11 +206,7 @@ def main() -> None:
         "faster). MiB: peak memory above that before the forward, weights not counted."
     )
     text = f"{setting}\n\nMachine: {machine()}.\n\n{table(HEADER, rows)}"
-    print(f"\n{text}")
-    if args.write:
-        command = f"`python benchmarks/forward.py {shlex.join(sys.argv[1:])}`"
-        title = "## Forward pass: our DiT and diffusers' HunyuanDiT2DModel"
-        write_section(args.write, "forward", f"{title}\n\nMeasured by {command}.\n\n{text}")
+    publish(args.write, "forward", "Forward pass: our DiT and diffusers' HunyuanDiT2DModel", text)
 
 
 def measure(ours: DiT, theirs: HunyuanDiT2DModel, size: int, dtype: str, batch: int, runs: int) -> list[str]:

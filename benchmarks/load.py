@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers import HunyuanDiT2DModel
-from report import machine, table, write_section
+from report import machine, publish, table
 
 from hydit_core.facts import ModelInfo
 from hydit_core.model.config import DiTConfig
@@ -238,11 +237,7 @@ def main() -> None:
         "the paired ratios (below 1: ours is faster). MiB: peak RssAnon above the process before loading."
     )
     text = f"{setting}\n\nMachine: {machine()}.\n\n{table(HEADER, rows)}"
-    print(f"\n{text}")
-    if args.write:
-        command = f"`python benchmarks/load.py {shlex.join(sys.argv[1:])}`"
-        title = "## Loading: our loader and diffusers' from_pretrained"
-        write_section(args.write, "load", f"{title}\n\nMeasured by {command}.\n\n{text}")
+    publish(args.write, "load", "Loading: our loader and diffusers' from_pretrained", text)
 
 
 if __name__ == "__main__":

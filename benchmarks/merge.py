@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from pathlib import Path
 import torch
 from load import PeakMemory, RandomWeights
 from peft import PeftModel
-from report import machine, table, write_section
+from report import machine, publish, table
 from safetensors.torch import save_file
 
 from hydit_core.facts import ModelInfo
@@ -167,11 +166,7 @@ def main() -> None:
     )
     header = ("way", "s", "ratio", "CPU s", "peak MiB", "error, fp16 steps")
     text = f"{setting}\n\nMachine: {machine()}.\n\n{table(header, rows_of(found))}"
-    print(f"\n{text}")
-    if args.write:
-        command = f"`python benchmarks/merge.py {shlex.join(sys.argv[1:])}`"
-        title = "## Merging a LoRA: from file to file, and with peft"
-        write_section(args.write, "merge", f"{title}\n\nMeasured by {command}.\n\n{text}")
+    publish(args.write, "merge", "Merging a LoRA: from file to file, and with peft", text)
 
 
 if __name__ == "__main__":

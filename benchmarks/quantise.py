@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from report import machine, table, write_section
+from report import machine, publish, table
 
 import hydit_core
 from hydit_core.diffusion.guidance import GuidedDenoiser
@@ -152,13 +151,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         layers = table(("quantised alone", "of the weights", *FORMATS), list(layer_rows(folder)))
-        print(layers, flush=True)
         drawn = table(("weights", "file, MB", "PSNR, dB", "worst 5 %, dB"), list(picture_rows(folder)))
-    print(drawn)
-    if args.write:
-        command = f"`python benchmarks/quantise.py {shlex.join(sys.argv[1:])}`"
-        text = f"Measured by {command} on {machine()}.\n\n{layers}\n\n{drawn}"
-        write_section(args.write, "quantise", f"## Quantised weights: what they cost\n\n{text}")
+    text = f"{layers}\n\n{drawn}\n\nMachine: {machine()}."
+    publish(args.write, "quantise", "Quantised weights: what they cost", text)
 
 
 if __name__ == "__main__":

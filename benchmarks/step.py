@@ -10,9 +10,7 @@ Steps alternate in one process; the ratio is the median of the paired ratios. Se
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import HunyuanDiT2DModel
 from forward import make_models
-from report import machine, table, write_section
+from report import machine, publish, table
 from torch import Tensor, nn
 
 from hydit_core.diffusion.schedule import Schedule
@@ -152,11 +150,7 @@ def main() -> None:
         "the median of the paired ratios (below 1: ours is faster). Losses: at most, in all steps."
     )
     text = f"{setting}\n\nMachine: {machine()}.\n\n{table(HEADER, rows)}"
-    print(f"\n{text}")
-    if args.write:
-        command = f"`python benchmarks/step.py {shlex.join(sys.argv[1:])}`"
-        title = "## Training step: our DiT and diffusers' HunyuanDiT2DModel"
-        write_section(args.write, "step", f"{title}\n\nMeasured by {command}.\n\n{text}")
+    publish(args.write, "step", "Training step: our DiT and diffusers' HunyuanDiT2DModel", text)
 
 
 if __name__ == "__main__":

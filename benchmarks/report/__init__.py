@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -68,6 +70,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
         for line in lines
     )
+
+
+def publish(document: Path | None, script: str, title: str, text: str) -> None:
+    """Print what ``benchmarks/SCRIPT.py`` found; make it the script's section of ``document``, if given."""
+    print(f"\n{text}")
+    if document is not None:
+        command = f"`python benchmarks/{script}.py {shlex.join(sys.argv[1:])}`"
+        write_section(document, script, f"## {title}\n\nMeasured by {command}.\n\n{text}")
 
 
 def write_section(path: Path, name: str, text: str) -> None:
