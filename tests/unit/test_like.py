@@ -36,7 +36,18 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With nothing at its default."""
     path = tmp_path_factory.mktemp("like") / "picture.png"
     given = "--steps 3 --cfg 1.7 --guidance-rescale 0.2 --sampler euler --spacing trailing --seed 11"
-    words = ["--prompt", "-a red apple", "--negative", "cat", "--size", "64x96", "--forecast", "0.01"]
+    words = [
+        "--prompt",
+        "-a red apple",
+        "--negative",
+        "cat",
+        "--size",
+        "64x96",
+        "--forecast",
+        "0.01",
+        "--cfg-end",
+        "0.7",
+    ]
     assert main([*words, *given.split(), "--device", "cpu", "--dtype", "bf16", "--out", str(path)]) == 0
     return path
 
