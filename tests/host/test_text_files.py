@@ -152,7 +152,7 @@ def test_every_layout_gives_the_same(
 
 def test_the_embedded_model(host: Host) -> None:
     found = through_loader(host, "[embedded] hydit-icons-128")
-    assert found[0][0].shape == (1, 24, 128) and found[0][1]["conditioning_mt5xl"].shape == (1, 32, 128)
+    assert found[0][0].shape == (1, 24, 128) and found[0][1]["conditioning_mt5xl"].shape == (1, 32, 64)
 
 
 def test_files_that_comfyui_saved(host: Host, place: Path, small: Any, pair: Any) -> None:  # noqa: F811
