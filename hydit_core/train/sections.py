@@ -66,6 +66,20 @@ class ObjectiveSection(Section):
     controlnet: ConfigPath | None = Field(
         default=None, description="ControlNet: weights to continue from; unset: copied from the base"
     )
+    controlnet_load_key: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=100,
+        description="which of them, if a torch file has several: ema (taken if unset), module, distill",
+    )
+
+    @model_validator(mode="after")
+    def _key_of_something(self) -> ObjectiveSection:
+        if self.controlnet_load_key is not None and self.controlnet is None:
+            raise ValueError(
+                "controlnet_load_key chooses among the weights of objective.controlnet, which is not given"
+            )
+        return self
 
 
 class GroupSection(Section):

@@ -53,6 +53,7 @@ def test_paths_start_at_the_file_but_overrides_at_the_current_folder(
         ("run.steps=0", ["run.steps", "greater than 0", "got 0"]),
         ("run.precision='fp8'", ["run.precision", "'fp32' or 'bf16'"]),
         ("model.load_key='module'", ["model", "load_key chooses among the weights of init_from"]),
+        ("objective.controlnet_load_key='ema'", ["objective", "weights of objective.controlnet"]),
         ("model.init_from='x.safetensors'", ["model", "exactly one of init_from"]),
         ("data.cache.text=true", ["data.cache.text", "objective.train_text_encoders"]),
         ("samples.every=10", ["samples.every", "samples.prompts is empty"]),

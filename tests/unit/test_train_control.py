@@ -209,6 +209,13 @@ def test_continuing_a_controlnet(config: Path, finished: Path, tmp_path: Path) -
     stored = load_file(start)
     assert all(torch.equal(built[name], stored[name]) for name in stored)
 
+    both = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": {name: value + 1 for name, value in stored.items()}, "ema": stored}, both)
+    for key, offset in (("module", 1), ("ema", 0)):
+        chosen = [f"objective.controlnet={both}", f"objective.controlnet_load_key={key}"]
+        built = build(load_config(config, chosen)).controlnet.state_dict()
+        assert all(torch.equal(built[name], stored[name] + offset) for name in stored)
+
 
 def test_a_controlnet_of_other_dimensions_is_refused(config: Path, tmp_path: Path) -> None:
     net = ControlNet(TINY_V11.__class__(**{**TINY.to_dict(), "hidden_size": 32}))

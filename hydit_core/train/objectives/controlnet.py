@@ -107,12 +107,14 @@ class ControlNetObjective(DiffusionObjective):
     @classmethod
     def shapes(cls, config: TrainSections, dit: DiT, text: TextEncoders) -> dict[str, Tensor]:
         if config.objective.controlnet is not None:
-            open_controlnet(config.objective.controlnet, dit.config)
+            open_controlnet(config.objective, dit.config)
         return dict(control_parameters(ControlNet(dit.config, device="meta")))
 
     @classmethod
     def lines(cls, config: TrainSections, shapes: dict[str, Tensor]) -> Iterator[str]:
-        yield f"ControlNet from {config.objective.controlnet or 'the first half of the DiT, which is frozen'}"
+        key = f" ({config.objective.controlnet_load_key})" if config.objective.controlnet_load_key else ""
+        start = config.objective.controlnet or "the first half of the DiT, which is frozen"
+        yield f"ControlNet from {start}{key}"
 
     @classmethod
     def frozen_bytes(cls, config: TrainSections, dit: DiT) -> int:
@@ -134,12 +136,12 @@ class ControlNetObjective(DiffusionObjective):
 
     @classmethod
     def complete(cls, config: TrainSections, parts: ModelParts) -> None:
-        start, dit = config.objective.controlnet, parts.dit
-        if start is None:
+        dit = parts.dit
+        if config.objective.controlnet is None:
             parts.controlnet = ControlNet.from_base(dit, attention=training_attention)
         else:
             parts.controlnet = open_controlnet(
-                start, dit.config, dtype=torch.float32, attention=training_attention
+                config.objective, dit.config, dtype=torch.float32, attention=training_attention
             )
         if config.run.precision == "bf16":
             dit.to(torch.bfloat16)  # frozen
@@ -210,13 +212,15 @@ def control_parameters(controlnet: ControlNet) -> dict[str, nn.Parameter]:
     return {f"controlnet.{name}": p for name, p in named if name.startswith(trained)}
 
 
-def open_controlnet(path: Path, dit: DiTConfig, **how: Any) -> ControlNet:
+def open_controlnet(section: ObjectiveSection, dit: DiTConfig, **how: Any) -> ControlNet:
     """The ControlNet that a run continues; ``how`` goes to :func:`~hydit_core.weights.load.load_controlnet`.
 
     Raises:
         ConfigError: it is made for another DiT.
     """
-    controlnet, _ = load_controlnet(path, **how)
+    path = section.controlnet
+    assert path is not None  # else it is copied from the base
+    controlnet, _ = load_controlnet(path, load_key=section.controlnet_load_key, **how)
     check_fit(controlnet.config, dit, str(path))
     return controlnet
 
