@@ -31,6 +31,10 @@ FORECASTS = {
     "with a lora, 50 steps, against all calls": ("with a LoRA ¹", "加 LoRA ¹"),
     "with a controlnet, 50 steps, against all calls": ("with a ControlNet ¹", "加 ControlNet ¹"),
     "ddpm, 50 steps, against all calls": ("ddpm, 50 steps ¹", "ddpm，50 步 ¹"),
+    "ddim, eta 0.5, 50 steps, against all calls": (
+        "ddim with eta 0.5, 50 steps ¹",
+        "ddim，eta 0.5，50 步 ¹",
+    ),
 }
 SHOWN = ("off", "safe", "fast", 0.1, 0.002)
 PLAIN = "plain steps, against 200"

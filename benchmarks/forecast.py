@@ -233,9 +233,11 @@ def measure(work: Path, count: int, save: Any) -> None:
         save(f"with a {kind}, plain steps, against 200", rows)
     full = plain.draw(sampler="ddpm")
     save("ddpm, 50 steps, against all calls", against(full, plain, ("safe", "fast"), sampler="ddpm"))
-    given: dict[str, Any] = {"sampler": "ddim", "eta": 1.0}
-    full = plain.draw(**given)
-    save("ddim, eta 1, 50 steps, against all calls", against(full, plain, ("safe", "fast"), **given))
+    for eta in (1.0, 0.5):
+        given: dict[str, Any] = {"sampler": "ddim", "eta": eta}
+        full = plain.draw(**given)
+        rows = against(full, plain, ("safe", "fast"), **given)
+        save(f"ddim, eta {eta:g}, 50 steps, against all calls", rows)
     save("25 steps, against 200", against(reference, plain, ("off", "safe", "fast"), steps=25))
     rows = [{"cfg_end": end, **compared(plain.draw(cfg_end=end), plain.draw())} for end in (0.8, 0.6, 0.4)]
     save("guidance in a part of 50 steps, against all of them", rows)
