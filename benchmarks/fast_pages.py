@@ -68,6 +68,7 @@ WORDS = {
     "own": ("as the model recommends", "按模型推荐"),
     "peer": ("{steps} plain steps, at the cost of {peer}", "与 {peer} 开销相同的 {steps} 个普通步"),
     "floor": ("{reference} in {kind}", "{reference} 用 {kind} 计算"),
+    "alone": ("{reference}, drawn one by one", "{reference}，逐张绘制"),
     "said": (
         "By `python benchmarks/fast.py {name}`, {count} pictures a side against those of {reference}: means, "
         "and in brackets those of the worst 5 %. PSNR is of the mean square error; less FLIP is closer. "
@@ -175,7 +176,8 @@ def label(side: str, one: dict[str, Any], reference: str, language: int) -> str:
     """What a side is, without the places of files."""
     if side.startswith("noise floor"):
         kind = side.partition("(")[2].rstrip(")")
-        return WORDS["floor"][language].format(reference=reference, kind=kind)
+        words = WORDS["alone" if kind == "batch" else "floor"]
+        return words[language].format(reference=reference, kind=kind)
     words = [Path(word).name for word in shlex.split(one["given"])]
     if not words:
         return WORDS["own"][language]

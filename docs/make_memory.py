@@ -17,10 +17,22 @@ from hydit_core.train.memory import of_run
 
 ROWS: dict[str, dict[str, Any]] = {
     "all weights": {"objective": {"kind": "full"}},
+    "all weights, kept in bf16": {
+        "objective": {"kind": "full"},
+        "optimizer": {"name": "adamw_8bit"},
+        "run": {"weights": "bf16"},
+        "ema": {"enabled": False},
+    },
     "ControlNet": {"objective": {"kind": "controlnet"}, "data.control": {"kind": "canny"}},
     "LoRA": {"objective": {"kind": "lora"}, "ema": {"enabled": False}},
 }
-CELLS = [("all weights", "fp32"), ("all weights", "bf16"), ("ControlNet", "fp32"), ("LoRA", "bf16")]
+CELLS = [
+    ("all weights", "fp32"),
+    ("all weights", "bf16"),
+    ("all weights, kept in bf16", "bf16"),
+    ("ControlNet", "fp32"),
+    ("LoRA", "bf16"),
+]
 RANKS = (1, 2, 8, 64)
 """So many processes split the model: one is ``ddp``, with any number of copies."""
 
@@ -30,14 +42,14 @@ def configuration(row: dict[str, Any], precision: str) -> TrainConfig:
     data = {"sources": [{"path": "."}], "resolution": 1024, "cache": {"text": True}}
     if "data.control" in row:
         data["control"] = row["data.control"]
-    run = {"output_dir": "run", "steps": 1, "batch_size": 1, "precision": precision}
+    run = {"output_dir": "run", "steps": 1, "batch_size": 1, "precision": precision, **row.get("run", {})}
     return TrainConfig.model_validate(
         {
             "model": {"init_from": "base"},
             "data": data,
             "run": {**run, "gradient_checkpointing": True},
             "checkpoint": {"export_all_in_one": False},
-            **{key: value for key, value in row.items() if "." not in key},
+            **{key: value for key, value in row.items() if "." not in key and key != "run"},
         },
         context={"base": "."},
     )
@@ -49,9 +61,10 @@ def main() -> None:
         config = configuration(ROWS[name], precision)
         totals = [
             of_run(config, DiT(DiTConfig(), device="meta"), text, (1024, 1024), ranks).total
-            for ranks in RANKS
+            for ranks in (RANKS[:1] if config.run.weights == "bf16" else RANKS)  # which are not split
         ]
-        print(f"| {name} | {precision} | " + " | ".join(f"{total / 2**30:.1f}" for total in totals) + " |")
+        cells = [f"{total / 2**30:.1f}" for total in totals]
+        print(f"| {name} | {precision} | " + " | ".join(cells + [""] * (len(RANKS) - len(cells))) + " |")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ..data.section import leaves
 from ..errors import ConfigError
 from ..untrusted import parse_toml, read_toml
 from .objectives.table import OBJECTIVES, objective_of
-from .optimizer_kinds import KINDS, with_one_average
+from .optimizer_kinds import KINDS, Kind, with_one_average
 from .other_names import HINTS
 from .sections import ObjectiveSection, TrainSections
 
@@ -108,6 +108,8 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
                 f"optimizer.name = {name!r} looks at whole tensors, run.parallel = {self.run.parallel!r} "
                 f"splits them: use one of {able}, or run.parallel = 'ddp'"
             )
+        if self.run.weights == "bf16":
+            self._check_bf16_weights(kind)
         if self.run.parallel_replicas is not None and self.run.parallel != "hsdp":
             raise ValueError("run.parallel_replicas needs run.parallel = 'hsdp'")
         if self.optimizer.args and not kind.library:
@@ -132,6 +134,21 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
             raise ValueError(
                 f"optimizer.name = {name!r} finds one learning rate for all parameters: leave lr_scale out "
                 "of optimizer.groups"
+            )
+
+    def _check_bf16_weights(self, kind: Kind) -> None:
+        if not kind.rounds:
+            able = " or ".join(repr(name) for name, entry in KINDS.items() if entry.rounds)
+            raise ValueError(
+                f"run.weights = 'bf16' needs an optimizer that rounds its updates at random, "
+                f"optimizer.name = {able}: with {self.optimizer.name!r} small updates would be lost"
+            )
+        if self.run.precision != "bf16":
+            raise ValueError("run.weights = 'bf16' is computed with in bf16: set run.precision = 'bf16', too")
+        if self.run.parallel in ("fsdp", "hsdp"):
+            raise ValueError(
+                f"run.weights = 'bf16': run.parallel = {self.run.parallel!r} splits parameters of one dtype "
+                "only: use run.parallel = 'ddp', or leave run.weights out"
             )
 
 

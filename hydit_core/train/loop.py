@@ -25,7 +25,7 @@ from .health import Health
 from .looks import Looks
 from .metrics import LossWindow, Metrics
 from .objectives.base import Objective
-from .optim import Ema, learning_rate_factor, parameter_groups
+from .optim import Ema, in_blocks, learning_rate_factor, parameter_groups
 from .optimizers import Optimizers
 from .parallel.copies import Copies
 from .place import position
@@ -73,6 +73,8 @@ class Trainer:
         trained = {name for group in groups for name in group.names}
         for name, parameter in everything.items():
             parameter.requires_grad_(name in trained)
+            if run.weights == "bf16" and name in trained and in_blocks(name, parameter):
+                parameter.data = parameter.data.to(torch.bfloat16)
         self.parallel = parallel or Copies(processes)
         self.writer = Writer(config, objective, self.parallel)
         self.saver = self.writer.saver
@@ -352,6 +354,8 @@ class Trainer:
         loss = self.window.step_loss(run.grad_accumulation)
         if math.isfinite(value):
             self._weights_whole = False
+            # What rounds at random rounds alike in all processes, and again when it is resumed.
+            torch.manual_seed(hash_int(run.seed, progress.step, "update") >> 1)
             self.optimizer.step(factor)
             progress.bad_in_a_row = 0
             if self.ema is not None:

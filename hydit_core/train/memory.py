@@ -1,7 +1,8 @@
 """How much memory a run needs, before it is started.
 
 State is counted: a trained parameter costs 4 bytes each for weight, gradient and average (if kept) and 8
-for AdamW's moments (4 for Muon's; the others' are in :data:`.optimizer_kinds.KINDS`). Activations are
+for AdamW's moments (4 for Muon's; the others' are in :data:`.optimizer_kinds.KINDS`); with ``run.weights =
+"bf16"``, the blocks' matrices and their gradients cost 2 each. Activations are
 measured, not guessed: the forward pass of the largest batch is run on the meta device, where tensors have
 shapes but no content, and what it keeps for the backward pass is added up. Not in the sum: the libraries
 themselves (about 0.5 GB), a CUDA context (about 0.5 GB), temporary buffers, and mapped files.
@@ -24,7 +25,7 @@ from ..text.features import TextFeatures
 from .config import TrainConfig
 from .objectives.base import Rehearsal, parameter_bytes, rehearse_dit
 from .objectives.table import objective_of
-from .optim import parameter_groups
+from .optim import in_blocks, parameter_groups
 from .optimizer_kinds import KINDS
 from .parallel.units import gathered_bytes, part_size
 
@@ -80,12 +81,14 @@ def estimate(
     """
     count = sum(part_size(tuple(p.shape), ranks) for p in trained.values())
     in_muon = sum(part_size(tuple(p.shape), ranks) for name, p in trained.items() if name in muon)
+    in_bf16 = config.run.weights == "bf16"
+    halved = sum(p.numel() for name, p in trained.items() if in_bf16 and in_blocks(name, p))
     fraction = float(config.run.gradient_checkpointing)
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     rehearsal = partial(objective_of(config).rehearsal, config)
     return MemoryEstimate(
-        weights=4 * count,
-        gradients=4 * count,
+        weights=4 * count - 2 * halved,
+        gradients=4 * count - 2 * halved,
         optimizer=round(KINDS[config.optimizer.name].state_bytes * (count - in_muon)) + 4 * in_muon,
         average=4 * count * config.ema.enabled,
         frozen=frozen_bytes - split_bytes + -(-split_bytes // ranks),
@@ -97,7 +100,8 @@ def estimate(
             fraction,
             rehearsal,
             copies=ranks == 1,
-        ),
+        )
+        - 2 * halved,  # which need no copy in bf16
         gathered=gathered_bytes(_rehearsed(rehearsal, dit, dtype).module) if ranks > 1 else 0,
     )
 

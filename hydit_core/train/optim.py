@@ -63,7 +63,7 @@ def parameter_groups(parameters: Mapping[str, Tensor], config: OptimizerSection)
             decay = entry.weight_decay
         else:
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-        muon = config.name == "muon" and parameter.ndim == 2 and ".blocks." in f".{name}"
+        muon = config.name == "muon" and in_blocks(name, parameter)
         sorted_in.setdefault((lr_scale, decay, muon), []).append(name)
     if unused:
         wrong = [config.groups[i].match for i in sorted(unused)]
@@ -74,6 +74,11 @@ def parameter_groups(parameters: Mapping[str, Tensor], config: OptimizerSection)
     if not sorted_in:
         raise ConfigError("optimizer.groups: every parameter is frozen, there is nothing to train")
     return [Group(tuple(names), *key) for key, names in sorted_in.items()]
+
+
+def in_blocks(name: str, parameter: Tensor) -> bool:
+    """Whether it is a matrix of the blocks: what Muon takes, and what ``run.weights`` is about."""
+    return parameter.ndim == 2 and ".blocks." in f".{name}"
 
 
 def _is_up(name: str) -> bool:

@@ -27,6 +27,8 @@ class Kind:
         state_bytes: of its state for each value of a matrix, for the estimate of memory.
         averages: it keeps averaged weights of its own, which are what is validated, drawn with and exported.
         one_rate: all parameters share one learning rate.
+        rounds: it rounds updates of bf16 weights at random, up or down, right in the mean, when it is given
+            ``bf16_stochastic_round``.
         splits: it trains parts of parameters that are split over processes (``run.parallel = "fsdp"``).
     """
 
@@ -37,13 +39,14 @@ class Kind:
     state_bytes: float = 8
     averages: bool = False
     one_rate: bool = False
+    rounds: bool = False
     splits: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
     "adamw": Kind(splits=True),
     "muon": Kind(splits=True),
-    "adamw_8bit": Kind(library="torchao.optim", called="AdamW8bit", state_bytes=2 + 2 * 4 / 256),
+    "adamw_8bit": Kind(library="torchao.optim", called="AdamW8bit", state_bytes=2 + 2 * 4 / 256, rounds=True),
     "lion": Kind({"betas": (0.9, 0.99)}, _PYTORCH_OPTIMIZER, "Lion", state_bytes=4, splits=True),
     "adafactor": Kind(
         {},

@@ -60,6 +60,8 @@ def _from_library(section: OptimizerSection, tables: list[dict[str, Any]]) -> to
         )
     own: dict[str, Any] = {"betas": _betas(section, kind), "eps": section.eps}
     options = {key: value for key, value in own.items() if key in taken} | {**kind.options, **section.args}
+    if kind.rounds and any(p.dtype == torch.bfloat16 for table in tables for p in table["params"]):
+        options["bf16_stochastic_round"] = True
     try:
         optimizer: torch.optim.Optimizer = made(tables, lr=section.lr, **options)
     except (TypeError, ValueError, AssertionError) as error:

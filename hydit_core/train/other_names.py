@@ -117,8 +117,9 @@ _SENTENCES: Mapping[str, str] = {
     "the model predicts v, and its schedule stands in its file (model.info.diffusion)": "v_parameterization "
     "v_pred_like_loss zero_terminal_snr noise_scheduler rescale_noise_scheduler_to_zero_terminal_snr "
     "force_v_prediction",
-    "trained weights are kept in fp32; what is frozen, in lora.base_precision": "full_fp16 full_bf16 "
-    "fused_backward_pass stochastic_rounding",
+    "trained weights are kept in fp32, or in bf16 with run.weights; what is frozen, in lora.base_precision": (
+        "full_fp16 full_bf16 fused_backward_pass stochastic_rounding"
+    ),
     "trained weights stay on the device: lora.base_precision and run.gradient_checkpointing make it less": (
         "blocks_to_swap low_vram lowvram layer_offload_fraction layer_offloading_transformer_percent"
     ),

@@ -169,7 +169,13 @@ class RunSection(Section):
     )
     precision: Annotated[Literal["fp32", "bf16"], AnyDtypeName] = Field(
         default="fp32",
-        description="precision of the computation; trained weights are kept in fp32 either way",
+        description="precision of the computation; what is trained is kept as run.weights says",
+    )
+    weights: Annotated[Literal["fp32", "bf16"], AnyDtypeName] = Field(
+        default="fp32",
+        description="in which dtype the blocks' matrices are kept while they are trained, and their "
+        "gradients; bf16 takes half the memory and rounds every update at random, up or down, right in the "
+        "mean; needs optimizer.name = 'adamw_8bit'",
     )
     gradient_checkpointing: bool | float = Field(
         default=False,

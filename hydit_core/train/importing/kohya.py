@@ -37,7 +37,7 @@ _REASONS = {
     "clip_skip": "BERT and mT5 are read as HunyuanDiT was trained: at their last layer",
     "max_token_length": "BERT's 77 and mT5's 256 tokens are the model's own",
     "full_fp16": "trained weights are kept in fp32",
-    "full_bf16": "trained weights are kept in fp32",
+    "full_bf16": "trained weights are kept in fp32; run.weights = 'bf16' with adamw_8bit keeps them in bf16",
     "v2": "another model",
     "v_parameterization": "the model's file says what it predicts",
     "zero_terminal_snr": "the noise schedule is the model's own",

@@ -70,7 +70,7 @@ def plan(config: TrainConfig, ranks: int, free: int | None, need: Callable[[int]
     """Choose by ``run.parallel``; ``need(n)`` is the estimate where ``n`` processes split the model."""
     run = config.run
     needs: dict[Kind, MemoryEstimate] = {"ddp": need(1)}
-    if ranks > 1 and KINDS[config.optimizer.name].splits:
+    if ranks > 1 and KINDS[config.optimizer.name].splits and run.weights == "fp32":
         needs["fsdp"] = need(ranks)
     if run.parallel == "hsdp":
         needs["hsdp"] = need(ranks // copies_of(run, ranks))
@@ -91,7 +91,8 @@ def _chosen(
         return "ddp", "it fits"
     why = f"a whole copy takes {size_text(whole)}, a device has {size_text(free)}"
     if "fsdp" not in needs:
-        return "ddp", f"{why}, but {config.optimizer.name} needs whole tensors"
+        needing = config.optimizer.name if config.run.weights == "fp32" else "run.weights = 'bf16'"
+        return "ddp", f"{why}, but {needing} needs whole tensors"
     return "fsdp", why
 
 
