@@ -34,10 +34,8 @@ from torch import Tensor
 
 import hydit_core
 from hydit_core.compare.judge import load_judge
-from hydit_core.control import ControlInput, Controls
+from hydit_core.control import ControlInput
 from hydit_core.diffusion.forecast import FORECASTS, Forecaster
-from hydit_core.diffusion.run import run_sampler
-from hydit_core.diffusion.samplers import draw_noise, start_latents
 from hydit_core.embedded import ASSETS, embedded_controlnets
 from hydit_core.images import to_image
 from hydit_core.model.dit import Context
@@ -68,6 +66,7 @@ class Each:
     def __init__(self, forecaster: Forecaster, count: int) -> None:
         self.model = forecaster.model
         self.each = [copy.copy(forecaster) for _ in range(count)]
+        self.calls = self.real = 0  # of a batch, which has no one number
 
     def __call__(self, x: Tensor, sigma: Tensor, *, context: Context, **extra: Any) -> Tensor:
         rows = [row for row, one in enumerate(self.each) if asks(one, x[row, None], sigma[row, None])]
@@ -145,34 +144,22 @@ class Bench:
             torch.save((pixels, [calls for group in groups for calls in group.calls]), path)
         return Drawn(*torch.load(path, weights_only=True))
 
-    @torch.no_grad()
     def _together(self, prompts: list[str], run: RunSettings, seed: int) -> Drawn:
-        """One batch of several prompts, which :class:`Pipeline` has no door for: by its own parts."""
-        pipe, count = self.pipe, len(prompts)
-        if count == 1:
-            (picture,) = pipe.pictures(prompts, run, seed=seed, controls=self.controls)
-            return Drawn(picture.pixels[None], [picture.real_calls])
-        sampling = run.sampling
-        context = pipe.context([*[sampling.negative] * count, *prompts], sampling)
-        sigmas = pipe.schedule.sigmas_for(sampling.spacing, sampling.steps)
-        model = Each(pipe._denoiser(run, sigmas), count)
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-        sides = (side // pipe.vae.downscale for side in (sampling.height, sampling.width))
-        noise = draw_noise((count, pipe.dit.config.in_channels, *sides), generators)
-        latents = run_sampler(
-            sampling.sampler,
-            model,
-            start_latents(noise, sigmas, None),
-            sigmas,
-            pipe.schedule.sigma_to_t(sigmas[:-1]).tolist(),
-            {"context": context, "controls": Controls([])},
-            generators,
-            dit=pipe.dit,
-            dtype=pipe.dit.dtype,
-            eta=run.eta,
-        )
-        pixels = torch.stack([pipe._decode(latent) for latent in latents])
-        return Drawn(pixels, [one.real for one in model.each])
+        """One batch of several prompts, each with a guard of its own."""
+        made: list[Each] = []
+        denoiser = self.pipe._denoiser
+
+        def with_guards(run: RunSettings, sigmas: Tensor) -> Each:
+            made.append(Each(denoiser(run, sigmas), len(prompts)))
+            return made[-1]
+
+        self.pipe._denoiser = with_guards
+        try:
+            each = [(seed + i, run.sampling.negative) for i in range(len(prompts))]
+            pictures = list(self.pipe.pictures(prompts, run, controls=self.controls, each=each))
+        finally:
+            self.pipe._denoiser = denoiser
+        return Drawn(torch.stack([one.pixels for one in pictures]), [one.real for one in made[0].each])
 
 
 def outline() -> Image.Image:
