@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quiet import quiet_imports
+from . import int8_products
 from .packed import INT8, Packed, Scheme, pack
 
 ADVICE = "pip install comfy-kitchen, or hydit[quant], keeps them in 8 bits"
@@ -34,6 +35,8 @@ def _tensors() -> Any:
     if version is None or int(version.partition(".")[0]) < _LEAST_CUDA:
         comfy_kitchen.registry.disable("cuda")
     comfy_kitchen.registry.disable("triton")
+    if int8_products.is_faster():
+        int8_products.register(comfy_kitchen)
     return tensor
 
 

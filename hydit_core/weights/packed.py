@@ -108,12 +108,12 @@ def pack(weight: Tensor, scheme: Scheme, name: str = "a weight") -> Packed:
 def rotated(weight: Tensor, group: int) -> Tensor:
     """A matrix (R, C) in float32 whose columns are rotated in groups; twice gives it back."""
     rows, columns = weight.shape
-    turned = weight.view(rows, columns // group, group) @ _hadamard(group).to(weight.device)
+    turned = weight.view(rows, columns // group, group) @ hadamard(group).to(weight.device)
     return turned.view(rows, columns)
 
 
 @lru_cache(maxsize=8)
-def _hadamard(size: int) -> Tensor:
+def hadamard(size: int) -> Tensor:
     """The regular Hadamard matrix of a power of 4, symmetric and orthogonal."""
     four = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
     matrix = torch.ones(1, 1)

@@ -183,7 +183,9 @@ def test_kept_layers_visit_a_device(tiny, full, tmp_path):
         streamed.enter()
         found = dit(x, torch.tensor([500.0]), context)
         streamed.leave()
-    assert torch.equal(found, expected) and layer.mlp.fc1.weight is weight
+    # Not to the bit: on some CPUs a product depends on where in memory its matrices begin.
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert layer.mlp.fc1.weight is weight
 
 
 def test_without_comfy_kitchen_weights_are_unpacked_and_it_is_said(tiny, full, tmp_path, monkeypatch):
