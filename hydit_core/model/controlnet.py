@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from .attention import AttentionFn, Options, sdpa
 from .config import DiTConfig
 from .dit import DiT
 from .rope import rope_table
-from .trunk import Context, Trunk
+from .trunk import Context, Drawn, Trunk, everywhere
 
 
 class ControlNet(Trunk):
@@ -69,16 +69,16 @@ class ControlNet(Trunk):
             residuals.append(after_proj(tokens))
         return residuals
 
-    @torch.no_grad()
-    def initialize(self, generator: torch.Generator | None = None) -> None:
-        """As :meth:`Trunk.initialize`; the added projections are zero, so a new one changes nothing."""
-        super().initialize(generator)
-        self._zero_projections()
+    def drawn(self, generator: torch.Generator | None = None) -> Drawn:
+        """As :meth:`Trunk.drawn`; the added projections are zero, so a new one changes nothing."""
+        yield from super().drawn(generator)
+        for parameter in self.projections():
+            yield parameter, everywhere(0.0, parameter)
 
-    def _zero_projections(self) -> None:
+    def projections(self) -> Iterator[nn.Parameter]:
+        """What it has besides the DiT's first half."""
         for layer in (self.before_proj, self.after_proj_list):
-            for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+            yield from layer.parameters()
 
     @classmethod
     @torch.no_grad()
@@ -96,7 +96,8 @@ class ControlNet(Trunk):
         for name, weight in net.state_dict().items():
             if not name.startswith(added):
                 weight.copy_(source[name])
-        net._zero_projections()
+        for parameter in net.projections():
+            nn.init.zeros_(parameter)
         return net
 
 

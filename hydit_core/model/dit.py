@@ -13,7 +13,7 @@ from .attention import AttentionFn, ImageContext, Options, Rope, sdpa
 from .blocks import FinalLayer
 from .config import DiTConfig
 from .rope import rope_table
-from .trunk import Context, Trunk
+from .trunk import Context, Drawn, Trunk, everywhere
 
 __all__ = ["Context", "DiT"]
 
@@ -106,10 +106,9 @@ class DiT(Trunk):
         p = self.config.patch_size
         return rearrange(tokens, "b (th tw) (p q c) -> b c (th p) (tw q)", th=th, tw=tw, p=p, q=p)
 
-    @torch.no_grad()
-    def initialize(self, generator: torch.Generator | None = None) -> None:
-        """As :meth:`Trunk.initialize`; the final layer is zero, so a new model outputs exactly 0."""
-        super().initialize(generator)
+    def drawn(self, generator: torch.Generator | None = None) -> Drawn:
+        """As :meth:`Trunk.drawn`; the final layer is zero, so a new model outputs exactly 0."""
+        yield from super().drawn(generator)
         for layer in (self.final_layer.adaLN_modulation, self.final_layer.linear):
             for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+                yield parameter, everywhere(0.0, parameter)

@@ -14,6 +14,7 @@ from ..errors import WeightsError
 from ..untrusted import count_numbered
 from .attention import Attended
 from .config import DiTConfig, shape_of
+from .trunk import Drawn, everywhere, xavier_uniform
 
 _TOKENS, _NORM = "ip_adapter_clip_len_trans_block", "ip_adapter_img_norm_cond"
 MARKS = ("kv_proj_ip_adapter", "k_norm_ip_adapter", _TOKENS, _NORM)
@@ -130,17 +131,22 @@ class IPAdapter(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw new weights as Tencent/HunyuanDiT does, with values of zero: a new one changes nothing."""
-        device = "cpu" if generator is None else generator.device
-        for module in self.modules():
+        """Draw new weights, see :meth:`drawn`."""
+        for parameter, values in self.drawn(generator):
+            parameter.copy_(values)
+
+    def drawn(self, generator: torch.Generator | None = None) -> Drawn:
+        """New weights as Tencent/HunyuanDiT draws them, with values of zero: a new one changes nothing.
+
+        One parameter after the other with its values.
+        """
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                bound = (6 / sum(module.weight.shape)) ** 0.5
-                new = torch.empty(module.weight.shape, device=device)
-                module.weight.copy_(new.uniform_(-bound, bound, generator=generator))
-                nn.init.zeros_(module.bias)
+                new = xavier_uniform(module.weight.shape, generator)
+                if name.endswith("kv_proj_ip_adapter"):
+                    new[self.config.hidden_size :] = 0
+                yield module.weight, new
+                yield module.bias, everywhere(0.0, module.bias)
             elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if name.endswith("kv_proj_ip_adapter.weight"):
-                nn.init.zeros_(parameter[self.config.hidden_size :])
+                yield module.weight, everywhere(1.0, module.weight)
+                yield module.bias, everywhere(0.0, module.bias)

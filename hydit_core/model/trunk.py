@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +30,10 @@ class Context(NamedTuple):
     def last(self, rows: int) -> Context:
         """The last rows alone: of a guided batch those of the prompts, without the negative ones."""
         return Context(*(part[len(part) - rows :] for part in self))
+
+
+Drawn = Iterator[tuple[Tensor, Tensor]]
+"""Parameters with their first values."""
 
 
 class Trunk(nn.Module):
@@ -176,39 +182,49 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw new weights as Tencent/HunyuanDiT does for training from scratch.
+        """Draw new weights, see :meth:`drawn`."""
+        for parameter, values in self.drawn(generator):
+            parameter.copy_(values)
 
-        Values are drawn on the generator's device (default: CPU), so one seed gives one model everywhere.
+    def drawn(self, generator: torch.Generator | None = None) -> Drawn:
+        """The weights of a new model as Tencent/HunyuanDiT draws them for training from scratch.
+
+        One parameter after the other with its values; of several of one, the last count. They are drawn on
+        the generator's device (default: CPU), so one seed gives one model everywhere.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                _xavier_uniform(module.weight, generator)
+                yield module.weight, xavier_uniform(module.weight.shape, generator)
             elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
+                yield module.weight, everywhere(1.0, module.weight)
             elif isinstance(module, nn.Embedding):
-                _normal(module.weight, 1.0, generator)
+                yield module.weight, _normal(module.weight, 1.0, generator)
         for mlp in (self.t_embedder.mlp, self.extra_embedder):
             for layer in mlp:
                 if isinstance(layer, nn.Linear):
-                    _normal(layer.weight, 0.02, generator)
+                    yield layer.weight, _normal(layer.weight, 0.02, generator)
         for name, parameter in self.named_parameters():
             # zero modulation: at first the condition shifts nothing in the blocks
             if name.endswith(".bias") or ".default_modulation." in name:
-                nn.init.zeros_(parameter)
-        _normal(self.text_embedding_padding, 1.0, generator)
-        _normal(self.pooler.positional_embedding, self.config.t5_dim**-0.5, generator)
+                yield parameter, everywhere(0.0, parameter)
+        yield self.text_embedding_padding, _normal(self.text_embedding_padding, 1.0, generator)
+        position = self.pooler.positional_embedding
+        yield position, _normal(position, self.config.t5_dim**-0.5, generator)
 
 
-def _xavier_uniform(weight: Tensor, generator: torch.Generator | None) -> None:
+def xavier_uniform(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
     """Glorot & Bengio 2010; a convolution counts as the matrix from its patch to its channels."""
-    bound = (6 / (weight.shape[0] + weight[0].numel())) ** 0.5
-    weight.copy_(
-        torch.empty(weight.shape, device=_device(generator)).uniform_(-bound, bound, generator=generator)
-    )
+    bound = (6 / (shape[0] + math.prod(shape[1:]))) ** 0.5
+    return torch.empty(*shape, device=_device(generator)).uniform_(-bound, bound, generator=generator)
 
 
-def _normal(weight: Tensor, std: float, generator: torch.Generator | None) -> None:
-    weight.copy_(torch.empty(weight.shape, device=_device(generator)).normal_(0, std, generator=generator))
+def everywhere(value: float, like: Tensor) -> Tensor:
+    """One value in the shape of ``like``, which takes no memory."""
+    return torch.full((), value).expand(like.shape)
+
+
+def _normal(like: Tensor, std: float, generator: torch.Generator | None) -> Tensor:
+    return torch.empty(like.shape, device=_device(generator)).normal_(0, std, generator=generator)
 
 
 def _device(generator: torch.Generator | None) -> torch.device:

@@ -37,6 +37,7 @@ def load_text_encoders(
     t5_pad_id: int = 0,
     tokenizers: str | os.PathLike[str] | None = None,
     keep_quantised: bool = False,
+    deferred: bool = False,
 ) -> TextEncoders:
     """Load BERT, mT5's encoder and their tokenizers, frozen and in eval mode.
 
@@ -53,6 +54,7 @@ def load_text_encoders(
         tokenizers: where to find ``vocab.txt`` and ``spiece.model`` instead: one of these files, a folder
             with them, or a pipeline's folder. By default they are sought in the checkpoint, then beside it.
         keep_quantised: see :func:`~..weights.load.load_dit`; products take the unpacked weights.
+        deferred: read no weights yet: see :mod:`~..weights.unread`.
 
     Raises:
         WeightsError: an encoder or a tokenizer is missing, damaged, or does not fit.
@@ -69,9 +71,10 @@ def load_text_encoders(
         )
     given = () if tokenizers is None else (Path(tokenizers),)
     tokenizer = load_tokenizers(opened, *given, text_len=text_len, t5_len=t5_len, t5_pad_id=t5_pad_id)
+    how = {"keep_quantised": keep_quantised, "deferred": deferred}
     try:
-        bert = _load_bert(opened.bert, info.bert, dtype, device, keep_quantised)
-        t5 = _load_t5(opened.mt5, info.t5, t5_dtype or dtype, device, keep_quantised)
+        bert = _load_bert(opened.bert, info.bert, dtype, device, how)
+        t5 = _load_t5(opened.mt5, info.t5, t5_dtype or dtype, device, how)
         encoders = TextEncoders(bert, t5, tokenizer)
     except WeightsError as error:
         raise WeightsError(f"{opened.path}: {error}") from None
@@ -116,13 +119,13 @@ def _load_bert(
     options: Mapping[str, Any],
     dtype: torch.dtype | None,
     device: str | torch.device,
-    keep: bool,
+    how: Mapping[str, bool],
 ) -> BertModel:
     with torch.device("meta"):
         model = BertModel(bert_config(source, options), add_pooling_layer=False)
     view = _only(source, "bert", {key: key for key in model.state_dict()})
     dtype = dtype or compute_dtype(view)
-    assign_weights(model, view, dtype=dtype, device=device, keep_quantised=keep)
+    assign_weights(model, view, dtype=dtype, device=device, **how)
     # Buffers are not in the state dict: they have to be created again, outside the meta device.
     positions = torch.arange(model.config.max_position_embeddings, device=device).expand(1, -1)
     model.embeddings.register_buffer("position_ids", positions, persistent=False)
@@ -135,7 +138,7 @@ def _load_t5(
     options: Mapping[str, Any],
     dtype: torch.dtype | None,
     device: str | torch.device,
-    keep: bool,
+    how: Mapping[str, bool],
 ) -> MT5EncoderModel:
     with torch.device("meta"):
         model = MT5EncoderModel(t5_config(source, options))
@@ -146,7 +149,7 @@ def _load_t5(
     kept = {key: torch.float32 for key in view if dtype == torch.float16 and key.endswith(".wo.weight")}
     plan = {key: kept.get(key, dtype) for key in view}
     planned = CastSource(view, plan, packed=True)
-    assign_weights(model, planned, dtype=None, device=device, keep_quantised=keep)
+    assign_weights(model, planned, dtype=None, device=device, **how)
     return model
 
 

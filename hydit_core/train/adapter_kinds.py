@@ -21,6 +21,7 @@ from ..lora.kinds import DoRA, LoHa, LoKr, LoRA
 from ..lora.patch import Patch
 from ..quiet import quiet_imports
 from ..weights.frozen import dense
+from ..weights.unread import present
 from .adapter_layers import AdaptedLinear, LoHaLinear, LoKrLinear
 from .lora_section import LoraSection
 
@@ -118,14 +119,14 @@ class _LoRA(TrainedKind):
     def start(self, layer: Any, generator: torch.Generator) -> None:
         """As in Hu et al. 2021: A random, B zero; DoRA starts at the lengths of the base's weights."""
         base, down, up = layer.base_layer, layer.lora_A[_NAME], layer.lora_B[_NAME]
-        device = base.weight.device
+        device = down.weight.device
         bound = 1 / math.sqrt(down.in_features)
         if device.type != "meta":
             start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator)
             down.weight = nn.Parameter(start.to(device))
         up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
         if _NAME in layer.lora_magnitude_vector:
-            weight = dense(base.weight, torch.float32)
+            weight = dense(present(base.weight), torch.float32)
             magnitude = layer.lora_magnitude_vector[_NAME]
             magnitude.weight = nn.Parameter(torch.linalg.norm(weight, dim=1))
 

@@ -18,6 +18,7 @@ from ..errors import ConfigError, LoraError
 from ..lora.adapter import Adapter
 from ..lora.fuse import fused
 from ..lora.patch import Patch
+from ..weights.unread import values_of
 from .adapter_kinds import KINDS, Plan, TrainedKind
 from .lora_section import LoraSection
 from .optim import matches
@@ -156,8 +157,19 @@ def inject(parts: Mapping[str, nn.Module], config: LoraSection, *, seed: int, pa
         own = {name.partition(".")[2]: p for name, p in plans.items() if name.startswith(f"{part}.")}
         kind.inject(network, own)
     for name, layer in adapted_layers(parts):
+        if values_of(layer.base_layer.weight) is not None:
+            _give_memory(layer)
         generator = torch.Generator().manual_seed(hash_int(seed, "lora", name) >> 1)
         kind.start(layer, generator)
+
+
+@torch.no_grad()
+def _give_memory(layer: nn.Module) -> None:
+    """What is trained over a base that is read later is small, and begins with zeros."""
+    for name, module in layer.named_children():
+        if name != "base_layer":
+            for parameter in module.to_empty(device="cpu").parameters():
+                parameter.zero_()
 
 
 def adapted_layers(parts: Mapping[str, nn.Module]) -> Iterator[tuple[str, Any]]:

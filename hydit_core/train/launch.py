@@ -76,7 +76,7 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         config = with_prior_pictures(config, processes)
         data = open_together(config, processes)
         require_same_data(data.fingerprint(), processes)
-        parts = build(config)
+        parts = build(config, deferred=processes.world > 1 and run.parallel != "ddp")
         if processes.is_main:
             for line in data.findings.passed_over.lines():
                 say(line if line.startswith(" ") else f"warning: {line}")
@@ -87,6 +87,8 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
         config = with_posterior(config, data, parts, processes, say)
         parallel = _parallel(config, data, parts, processes, say)
         parts.split = parallel.sharded
+        if parts.deferred and not parts.split:
+            parts.read()
         objective = make_objective(config, parts, processes.device)
         objective.use_checkpointing(float(run.gradient_checkpointing))
         if run.compile:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..model.ip_adapter import IPAdapter
 from ..text.features import TextFeatures
+from ..weights import unread
 from ..weights.save import save_checkpoint
 from ..weights.source import MemorySource, TensorSource, cast
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # they bring transformers, which a configuration is checked w
     from ..image_prompts.encoder import ImageEncoder
     from ..text.encoders import TextEncoders
     from ..vae import VAE
+
+AnyNetwork = TypeVar("AnyNetwork", DiT, IPAdapter)
 
 
 @dataclass
@@ -39,10 +42,19 @@ class ModelParts:
     ip_adapter: IPAdapter | None = None
     image_encoder: ImageEncoder | None = None
     stored_text: Callable[[str], TextFeatures] | None = None
+    deferred: bool = False
+    """What is trained and its base are without content, see :mod:`hydit_core.weights.unread`."""
     split: bool = False
     """Processes will hold parts of what is trained: it stays on the host until it is split."""
     whole: Callable[[Tensor], Tensor] | None = None
     """What stands for a tensor in an exported file, in a run: an average, a copy, a whole of parts."""
+
+    def read(self) -> None:
+        """All of what is :attr:`deferred`."""
+        for network in (self.dit, self.text, self.controlnet, self.ip_adapter):
+            if network is not None:
+                unread.read(network)
+        self.deferred = False
 
     def content(self, network: nn.Module) -> TensorSource:
         """The tensors of a network, for a file; in a run, each is what is exported of it when it is read."""
@@ -65,6 +77,21 @@ class ModelParts:
             dtype=dtype,
             metadata=extra,
         )
+
+
+def new_network(
+    cls: Callable[..., AnyNetwork], shape: Any, seed: int, deferred: bool, **options: Any
+) -> AnyNetwork:
+    """A network of this ``shape`` with first values that are a function of ``seed``.
+
+    ``deferred``: they are drawn when they are needed.
+    """
+    network = cls(shape, device="meta" if deferred else None, **options)
+    if deferred:
+        unread.fresh(network, seed)
+    else:
+        network.initialize(torch.Generator().manual_seed(seed))
+    return network
 
 
 class _Exported(MemorySource):

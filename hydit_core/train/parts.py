@@ -21,18 +21,21 @@ from ..weights.load import load_dit
 from .checks import check_parts, check_text_options
 from .config import TrainConfig
 from .model_section import TextScratch
-from .networks import ModelParts
+from .networks import ModelParts, new_network
 from .objectives.table import objective_of
 
 # What load_vae takes from a file's description.
 _VAE_OPTIONS = ("scaling_factor", "shift_factor", "norm_num_groups", "preview_rgb", "act_fn")
 
 
-def build(config: TrainConfig) -> ModelParts:
+def build(config: TrainConfig, *, deferred: bool = False) -> ModelParts:
     """Load or initialize the networks of a run, on the CPU.
 
     A fresh model is a function of ``run.seed``. What is trained is float32; frozen text encoders take
     the precision of the run.
+
+    ``deferred``: processes may hold parts of what is trained and of its base, which stay on the meta device
+    until each reads its own (:mod:`hydit_core.weights.unread`); :meth:`~.networks.ModelParts.read` reads all.
 
     Raises:
         WeightsError: a file is missing or holds something else.
@@ -41,19 +44,21 @@ def build(config: TrainConfig) -> ModelParts:
     model, objective = config.model, objective_of(config)
     base = open_base(config)
     if model.from_scratch is not None:
-        dit = DiT(DiTConfig.from_dict(model.from_scratch.model_dump()), attention=training_attention)
-        dit.initialize(torch.Generator().manual_seed(_seed(config, "dit")))
+        shape = DiTConfig.from_dict(model.from_scratch.model_dump())
+        dit = new_network(DiT, shape, _seed(config, "dit"), deferred, attention=training_attention)
         info = ModelInfo.published(dit.config.version)
         info = dataclasses.replace(info, pooler_heads=dit.config.pooler_heads, rope_base=dit.config.rope_base)
     else:
         assert model.init_from is not None and base is not None
-        dit, info = load_dit(base, attention=training_attention, **objective.base_options())
+        how: dict[str, Any] = {**objective.base_options(), "deferred": deferred}
+        dit, info = load_dit(base, attention=training_attention, **how)
         info = dataclasses.replace(info, base=model.init_from.name, variant="")
-    text = load_text(config, dit.config, base)
+    learn = objective.text_option(config) is not None  # frozen ones are needed whole, in every process
+    text = load_text(config, dit.config, base, deferred=deferred and learn)
     vae = open_vae(config, base)
     info = described(config, info, text, vae)
     check_parts(config, dit.config, text, vae, info)
-    parts = ModelParts(dit, text, vae, info)
+    parts = ModelParts(dit, text, vae, info, deferred=deferred)
     objective.complete(config, parts)
     return parts
 
@@ -86,16 +91,26 @@ def open_vae(config: TrainConfig, base: Bundle | None) -> VAE:
 
 
 def load_text(
-    config: TrainConfig, dit: DiTConfig, base: Bundle | None, *, like_file: bool = False
+    config: TrainConfig,
+    dit: DiTConfig,
+    base: Bundle | None,
+    *,
+    like_file: bool = False,
+    deferred: bool = False,
 ) -> TextEncoders:
-    """The text encoders of a run; ``like_file`` keeps the dtype of their file, which is then only mapped."""
+    """The text encoders of a run; ``like_file`` keeps the dtype of their file, which is then only mapped.
+
+    ``deferred`` as in :func:`build`; but transformers draws fresh encoders at once.
+    """
     source = config.model.text_encoders
     trained = config.objective.train_text_encoders
     if not isinstance(source, TextScratch):
         half = config.run.precision == "bf16" and not trained
         dtype = None if like_file else torch.bfloat16 if half else torch.float32
         path = source or _present(base)
-        return load_text_encoders(path, dtype=dtype, text_len=dit.text_len, t5_len=dit.t5_len)
+        return load_text_encoders(
+            path, dtype=dtype, text_len=dit.text_len, t5_len=dit.t5_len, deferred=deferred
+        )
     contents = []
     for path in (source.vocab, source.spiece):
         try:

@@ -14,7 +14,7 @@ from ..dtypes import STORED, dtype_of
 from ..errors import ConfigError
 from ..model.dit import DiT
 from ..quiet import quiet_imports
-from . import kitchen
+from . import kitchen, unread
 from .packed import INT8, Scheme, pack
 from .source import cast
 
@@ -118,6 +118,7 @@ def store(dit: DiT, precision: str | None, *, default: str = "fp32") -> None:
     for name, module in dit.named_modules():
         if isinstance(module, FrozenLinear):
             module.weight.requires_grad_(False)
+            _read_what_stays_whole(module, keeps, _BITS[precision] < 16 and _in_few_bits(name, precision))
             if kitchen.is_quantised(module.weight) and not keeps:
                 module.weight = nn.Parameter(dense(module.weight, torch.float32), requires_grad=False)
             module.in_8_bits = False
@@ -132,6 +133,14 @@ def store(dit: DiT, precision: str | None, *, default: str = "fp32") -> None:
         else:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()
+
+
+def _read_what_stays_whole(module: FrozenLinear, keeps: bool, narrow: bool) -> None:
+    """A weight in fewer than 16 bits is of a class that knows no parts: each process reads all of it."""
+    values = unread.values_of(module.weight)
+    if isinstance(values, unread.Stored) and (narrow or (values.packed and keeps)):
+        read = values.kept() if values.packed and keeps else values.whole()
+        module.weight = nn.Parameter(read, requires_grad=False)
 
 
 def _in_few_bits(name: str, precision: str) -> bool:
@@ -157,9 +166,8 @@ def _matrices(dit: DiT, precision: str | None, default: str) -> list[tuple[int, 
     for name, module in dit.named_modules():
         if isinstance(module, nn.Linear):
             bits = _BITS[precision] if _in_few_bits(name, precision) else 16
-            found.append(
-                (module.weight.numel(), 8 if keeps and kitchen.is_quantised(module.weight) else bits)
-            )
+            kept = kitchen.is_quantised(module.weight) or unread.stays_packed(module.weight)
+            found.append((module.weight.numel(), 8 if keeps and kept else bits))
     return found
 
 

@@ -19,7 +19,7 @@ from ..model.controlnet import ControlNet
 from ..model.dit import DiT
 from ..model.ip_adapter import IPAdapter, IPAdapterConfig
 from ..moved import former
-from . import hub, kitchen
+from . import hub, kitchen, unread
 from .bundle import Bundle, Place, bundle
 from .detect import FileKind, detect, ip_adapter_view, require_kind
 from .files import open_tensors
@@ -40,6 +40,7 @@ def load_dit(
     attention: AttentionFn | None = None,
     load_key: str | None = None,
     keep_quantised: bool = False,
+    deferred: bool = False,
 ) -> tuple[DiT, ModelInfo]:
     """Load a HunyuanDiT of any version, size and layout.
 
@@ -55,6 +56,7 @@ def load_dit(
         load_key: which weights of a torch file with several sets (``ema``, ``module`` ...).
         keep_quantised: quantised matrices stay so in memory, frozen, if comfy-kitchen is installed; by
             default, and without it, they are unpacked.
+        deferred: read no weights yet: see :mod:`.unread`.
 
     Returns:
         The :class:`~..model.dit.DiT` in eval mode, and what the file says about itself.
@@ -63,7 +65,8 @@ def load_dit(
         WeightsError: if the file is something else, lacks tensors, or has unknown ones.
     """
     opened = bundle(path, only=("dit",), kinds=("dit",), load_key=load_key)
-    return _load(DiT, opened, opened.dit, dtype, device, operations, attention, keep_quantised)
+    how = {"keep_quantised": keep_quantised, "deferred": deferred}
+    return _load(DiT, opened, opened.dit, dtype, device, operations, attention, how)
 
 
 def load_controlnet(
@@ -75,10 +78,12 @@ def load_controlnet(
     attention: AttentionFn | None = None,
     load_key: str | None = None,
     keep_quantised: bool = False,
+    deferred: bool = False,
 ) -> tuple[ControlNet, ModelInfo]:
     """Load a HunyuanDiT ControlNet in either layout; like :func:`load_dit`."""
     opened = bundle(path, only=("controlnet",), kinds=("controlnet",), load_key=load_key)
-    return _load(ControlNet, opened, opened.controlnet, dtype, device, operations, attention, keep_quantised)
+    how = {"keep_quantised": keep_quantised, "deferred": deferred}
+    return _load(ControlNet, opened, opened.controlnet, dtype, device, operations, attention, how)
 
 
 def load_ip_adapter(
@@ -88,11 +93,12 @@ def load_ip_adapter(
     device: str | torch.device = "cpu",
     operations: Any = None,
     load_key: str | None = None,
+    deferred: bool = False,
 ) -> IPAdapter:
     """Load a HunyuanDiT IP-Adapter, in eval mode: Tencent's ``ipa.pt``, or safetensors with the same names.
 
     A checkpoint that was trained with one gives its own; an image encoder beside it is not read. It may be on
-    the hub: ``hub:ORG/NAME[@REVISION]/FILE``. ``load_key``: see :func:`load_dit`.
+    the hub: ``hub:ORG/NAME[@REVISION]/FILE``. ``load_key``, ``deferred``: see :func:`load_dit`.
 
     Raises:
         WeightsError: if the file is something else, lacks tensors, or has unknown ones.
@@ -108,7 +114,7 @@ def load_ip_adapter(
         raise WeightsError(f"{path}: {error}") from None
     dtype = dtype or compute_dtype(view)
     model = IPAdapter(config, dtype=dtype, device="meta", operations=operations or nn)
-    return assign_weights(model, view, dtype=dtype, device=device).eval()
+    return assign_weights(model, view, dtype=dtype, device=device, deferred=deferred).eval()
 
 
 def _load(
@@ -119,13 +125,13 @@ def _load(
     device: str | torch.device,
     operations: Any,
     attention: AttentionFn | None,
-    keep_quantised: bool,
+    how: Mapping[str, bool],
 ) -> tuple[Model, ModelInfo]:
     assert view is not None  # it was opened as one of this kind
     config = model_config(view, opened.kind)
     dtype = dtype or compute_dtype(view)
     model = cls(config, dtype=dtype, device="meta", operations=operations or nn, attention=attention or sdpa)
-    assign_weights(model, view, dtype=dtype, device=device, keep_quantised=keep_quantised, in_8_bits=True)
+    assign_weights(model, view, dtype=dtype, device=device, in_8_bits=True, **how)
     return model.eval(), opened.info
 
 
@@ -143,12 +149,14 @@ def assign_weights(
     device: str | torch.device,
     keep_quantised: bool = False,
     in_8_bits: bool = False,
+    deferred: bool = False,
 ) -> Module:
     """Fill a model on the meta device with its weights, one tensor at a time.
 
     Args:
         keep_quantised: see :func:`load_dit`.
         in_8_bits: see :class:`~.frozen.FrozenLinear`, for those that are kept.
+        deferred: leave it there; its parameters know where their weights are (:mod:`.unread`).
 
     Raises:
         WeightsError: listing tensors that are missing, unexpected or of another shape.
@@ -158,6 +166,9 @@ def assign_weights(
     device = torch.device(device)
     state: dict[str, torch.Tensor] = {}
     kept = _kept(model, source) if keep_quantised else set()
+    if deferred:
+        unread.defer(model, source, dtype=dtype, packed=kept)
+        return model
     for key in expected:
         if key in kept:
             state[key] = kitchen.keep(source.packed(key), dtype or source.dtype(key), device)

@@ -63,6 +63,26 @@ class MappedSource(TensorSource):
             return cast(values.view(entry.shape), dtype)
         return cast(values.as_strided(entry.shape, entry.stride), dtype)
 
+    def rows(self, key: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read into memory of its own, not mapped: so no page of the rest counts as this process's."""
+        entry = self._entries[key]
+        if entry.stride is not None or not math.prod(entry.shape):
+            return super().rows(key, start, stop, dtype)
+        start, stop, _ = slice(start, stop).indices(entry.shape[0])
+        made = torch.empty((max(0, stop - start), *entry.shape[1:]), dtype=entry.dtype)
+        content = memoryview(made.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(entry.begin + start * (entry.end - entry.begin) // entry.shape[0])
+                read = 0
+                while read < len(content):
+                    if not (more := file.readinto(content[read:])):
+                        raise WeightsError(f"{self.path} has become shorter since it was opened, at {key}")
+                    read += more
+        except OSError as error:
+            raise WeightsError(f"cannot read {self.path}: {error.strerror}") from error
+        return cast(made, dtype)
+
     def release(self, key: str) -> None:
         """Free the tensor's pages, except those that it shares with others; a later use reads them again.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ class TensorSource(ABC):
     @abstractmethod
     def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor, and cast it to ``dtype`` if it is floating-point."""
+
+    def rows(self, key: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` (dimension 0) of what :meth:`get` gives.
+
+        Where a file has them side by side, nothing else is read.
+        """
+        return cast(self.get(key)[start:stop], dtype)
 
     def scheme(self, key: str) -> Scheme | None:
         """How a tensor that is quantised is stored; None for ordinary ones."""
@@ -155,6 +163,9 @@ class MergedSource(TensorSource):
     def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self._owner[key].get(key, dtype)
 
+    def rows(self, key: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self._owner[key].rows(key, start, stop, dtype)
+
     def scheme(self, key: str) -> Scheme | None:
         return self._owner[key].scheme(key)
 
@@ -193,16 +204,22 @@ class CastSource(TensorSource):
         return self._dtypes.get(key, self._source.dtype(key))
 
     def get(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return cast(self._checked(key, partial(self._source.get, key)), dtype)
+
+    def rows(self, key: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return cast(self._checked(key, partial(self._source.rows, key, start, stop)), dtype)
+
+    def _checked(self, key: str, read: Callable[[torch.dtype | None], torch.Tensor]) -> torch.Tensor:
         wanted = self._dtypes.get(key)
-        made = self._source.get(key, wanted)  # so that a source that computes rounds only once
+        made = read(wanted)  # so that a source that computes rounds only once
         if wanted == torch.float16 and torch.isinf(made).any():
-            exact = self._source.get(key, torch.float32)
+            exact = read(torch.float32)
             if torch.isfinite(exact).all():
                 raise WeightsError(
                     f"{self.path}: {key} has values up to {exact.abs().max().item():.4g}, which float16 "
                     "cannot hold (65504 at most); use bf16 or fp32"
                 )
-        return cast(made, dtype)
+        return made
 
     def scheme(self, key: str) -> Scheme | None:
         return self._source.scheme(key) if self._packed or key not in self._dtypes else None

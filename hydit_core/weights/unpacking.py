@@ -169,6 +169,11 @@ class UnpackingSource(TensorSource):
             return self._source.get(key, dtype)
         return cast(self.packed(key).dense(), dtype or self.dtype(key))
 
+    def rows(self, key: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        if key not in self._layers:
+            return self._source.rows(key, start, stop, dtype)
+        return self.get(key, dtype)[start:stop]
+
     def scheme(self, key: str) -> Scheme | None:
         layer = self._layers.get(key)
         return layer and layer.scheme

@@ -91,6 +91,21 @@ class TensorView(TensorSource):
             row += len(part)
         return out
 
+    def rows(self, key: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        pieces = self._recipes[key]
+        if len(pieces) == 1 and pieces[0].whole:
+            return self.source.rows(pieces[0].key, start, stop, dtype)
+        start, stop, _ = slice(start, stop).indices(self.shape(key)[0])
+        parts: list[torch.Tensor] = []
+        begin = 0
+        for piece in pieces:
+            there = range(rows_of(self.source, piece.key))[piece.start : piece.stop]
+            taken = there[max(0, start - begin) : max(0, stop - begin)]
+            if taken or not parts:
+                parts.append(self.source.rows(piece.key, taken.start, taken.stop, dtype))
+            begin += len(there)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
     def scheme(self, key: str) -> Scheme | None:
         first, *others = self._recipes[key]
         return None if others or not first.whole else self.source.scheme(first.key)

@@ -130,6 +130,11 @@ class _Turned(TensorView):
         tensor = super().get(key)
         return cast(tensor.T.contiguous() if tensor.ndim == 2 else tensor, dtype)
 
+    def rows(self, key: str, start: int, stop: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if key != _PROJECTION:
+            return super().rows(key, start, stop, dtype)
+        return cast(self.get(key)[start:stop], dtype)
+
 
 def vision_config(view: TensorSource, layout: str) -> VisionConfig:
     """The dimensions of an image encoder under transformers' names.

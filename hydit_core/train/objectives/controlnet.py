@@ -21,6 +21,7 @@ from ...model.controlnet import ControlNet
 from ...model.dit import DiT
 from ...model.trunk import Context
 from ...text.features import TextFeatures
+from ...weights import unread
 from ...weights.load import load_controlnet
 from ...weights.save import save_checkpoint
 from ..draws import Draws
@@ -138,11 +139,14 @@ class ControlNetObjective(DiffusionObjective):
     def complete(cls, config: TrainSections, parts: ModelParts) -> None:
         dit = parts.dit
         if config.objective.controlnet is None:
-            parts.controlnet = ControlNet.from_base(dit, attention=training_attention)
+            net = parts.controlnet = ControlNet.from_base(dit, attention=training_attention)
+            if parts.deferred:
+                unread.like(net, dit)
+                for parameter in net.projections():
+                    unread.mark(parameter, unread.Zeros())
         else:
-            parts.controlnet = open_controlnet(
-                config.objective, dit.config, dtype=torch.float32, attention=training_attention
-            )
+            how: dict[str, Any] = {"attention": training_attention, "deferred": parts.deferred}
+            parts.controlnet = open_controlnet(config.objective, dit.config, dtype=torch.float32, **how)
         if config.run.precision == "bf16":
             dit.to(torch.bfloat16)  # frozen
 

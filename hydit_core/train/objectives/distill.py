@@ -30,6 +30,7 @@ from ...model.attention import AttentionFn
 from ...model.config import DiTConfig
 from ...model.dit import DiT
 from ...text.features import TextFeatures
+from ...weights import unread
 from ..adapters import without_adapters
 from ..draws import Draws
 from ..networks import ModelParts
@@ -163,6 +164,7 @@ class DistilledAll(_Distilled):
     ) -> None:
         super().__init__(dit, text, schedule, config)
         self.teacher = copy.deepcopy(dit).requires_grad_(False).eval()
+        unread.like(self.teacher, dit)
 
     def train(self, mode: bool = True) -> DistilledAll:
         super().train(mode)

@@ -29,7 +29,7 @@ from ...weights.load import load_ip_adapter
 from ...weights.save import save_ip_adapter
 from ..draws import Draws
 from ..model_section import ConfigPath
-from ..networks import ModelParts
+from ..networks import ModelParts, new_network
 from ..sections import ObjectiveSection, TrainSections
 from .base import DiffusionModule, DiffusionObjective, Rehearsal
 
@@ -177,12 +177,11 @@ class IPAdapterObjective(DiffusionObjective):
     def complete(cls, config: TrainSections, parts: ModelParts) -> None:
         dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
         encoder = parts.image_encoder = open_encoder(config, dtype=dtype)
-        adapter = _continued(config, parts.dit.config, encoder)
+        adapter = _continued(config, parts.dit.config, encoder, deferred=parts.deferred)
         if adapter is None:
             shape = IPAdapterConfig.for_dit(parts.dit.config, encoder.config.embed_dim, _own(config).tokens)
-            adapter = IPAdapter(shape)
             seed = hash_int(config.run.seed, "ip_adapter") >> 1
-            adapter.initialize(torch.Generator().manual_seed(seed))
+            adapter = new_network(IPAdapter, shape, seed, parts.deferred)
         parts.ip_adapter = adapter.requires_grad_(True)
 
     @classmethod
@@ -237,7 +236,9 @@ def open_encoder(config: TrainSections, **how: Any) -> ImageEncoder:
     return load_image_encoder(encoder_beside(own.init_from), **how)
 
 
-def _continued(config: TrainSections, dit: DiTConfig, encoder: ImageEncoder) -> IPAdapter | None:
+def _continued(
+    config: TrainSections, dit: DiTConfig, encoder: ImageEncoder, *, deferred: bool = False
+) -> IPAdapter | None:
     """The IP-Adapter that a run continues, in float32.
 
     Raises :class:`ConfigError` if it is made for another DiT or image encoder.
@@ -245,7 +246,7 @@ def _continued(config: TrainSections, dit: DiTConfig, encoder: ImageEncoder) -> 
     path = _own(config).init_from
     if path is None:
         return None
-    adapter = load_ip_adapter(hub.local(path, ("ip_adapter",)), dtype=torch.float32)
+    adapter = load_ip_adapter(hub.local(path, ("ip_adapter",)), dtype=torch.float32, deferred=deferred)
     try:
         check_adapter(adapter, dit)
         check_encoder(encoder.config.embed_dim, adapter)

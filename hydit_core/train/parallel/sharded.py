@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ...weights import unread
 from ..distributed import Processes, answered
-from .copies import Copies
+from .copies import Copies, own
 from .units import units
 
 T = TypeVar("T")
@@ -39,8 +40,11 @@ class Sharded(Copies):
         self._half = half
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Split ``module`` in place: its parameters are other objects afterwards, parts of what they were."""
-        mesh = self._mesh()
+        """Split ``module`` in place: its parameters are other objects afterwards, parts of what they were.
+
+        Of what was not read yet (:mod:`hydit_core.weights.unread`), each process reads its part.
+        """
+        mesh, values = self._mesh(), unread.marks(module)
         whole = {p for p in module.parameters() if not _can_be_split(p)}
         for parameter in whole:
             parameter.data = parameter.data.to(self.processes.device)
@@ -54,6 +58,10 @@ class Sharded(Copies):
             )
             # The root too: without a backward pass it would keep weights from before the next update.
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=whole)
+        if values:
+            unread.give_memory(module, values, self.processes.device)
+            module._apply(lambda tensor: tensor)  # FSDP then looks at the new ones
+            unread.fill(module, values, _part)
         if hasattr(module, "drawing"):
             register_fsdp_forward_method(module, "drawing")
         self._model = module
@@ -93,6 +101,15 @@ class Sharded(Copies):
             return tensor.detach()
         with answered(self.processes.limit):
             return tensor.full_tensor().detach()
+
+
+def _part(parameter: Any) -> unread.Part:
+    """What this process holds of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return unread.whole(parameter)
+    chunks: Any = parameter
+    (chunk,) = chunks.__create_chunk_list__()
+    return unread.Part(own(parameter), chunk.offsets[0])
 
 
 def _can_be_split(parameter: Tensor) -> bool:
