@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -17,7 +18,7 @@ from PIL import Image
 from hydit_core import load
 from hydit_core.errors import HyditError
 from hydit_core.generate.__main__ import main
-from hydit_core.generate.bulk import drawer
+from hydit_core.generate.bulk import asked, drawer
 from hydit_core.generate.bulk.rows import Row
 from hydit_core.generate.bulk.table import Prompts
 
@@ -354,3 +355,20 @@ def test_batches_are_the_same_whatever_the_engine(bulk, monkeypatch):
     assert bulk("--steps", 1, prompts="p.txt", size=6)[0] == 0
     assert bulk("--steps", 1, "--together", 5, prompts="p.txt", size=6, out="five")[0] == 0
     assert sizes == [4, 2, 5, 1]
+
+
+def test_a_note_that_another_process_took_away_is_written_again(bulk, monkeypatch):
+    """Of processes that start together, each takes the notes of the others for a killed one's."""
+    real, taken = asked.replacing, []
+
+    @contextlib.contextmanager
+    def replacing(path):
+        with real(path) as temporary:
+            yield temporary
+            if len(taken) < 2:
+                temporary.unlink()
+                taken.append(temporary)
+
+    monkeypatch.setattr(asked, "replacing", replacing)
+    assert bulk()[0] == 0
+    assert len(taken) == 2 and "bulk.json" in contents("tars")

@@ -15,6 +15,8 @@ from ...version import VERSION
 from .shards import shard_name
 
 FILE = "bulk.json"
+_TRIES = 100
+"""More than processes start at the same moment."""
 FORMAT = 1
 _HASHES = {
     "sha256": "the hash of the prompts' file",
@@ -67,14 +69,19 @@ class Asked:
         path = folder / FILE
         if self.noted(folder) is not None:
             return
-        for left in unfinished(folder, FILE):
+        text = json.dumps(self._told(), indent=1, ensure_ascii=False) + "\n"
+        for left in unfinished(folder, FILE):  # once: others that start now have theirs taken away once each
             left.unlink(missing_ok=True)
-        try:
-            with replacing(path) as temporary:
-                temporary.write_text(json.dumps(self._told(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        except FileNotFoundError:  # another process has taken it for a killed one's
-            if self.noted(folder) is None:
-                raise
+        for _ in range(_TRIES):
+            try:
+                with replacing(path) as temporary:
+                    temporary.write_text(text, "utf-8")
+                return
+            except FileNotFoundError as error:  # another process has taken it for a killed one's
+                failed = error
+                if self.noted(folder) is not None:
+                    return
+        raise failed
 
     def noted(self, folder: Path) -> Asked | None:
         """What ``folder`` holds, if anything, as far as it goes on with this.
