@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -244,12 +245,45 @@ def test_ranks_repair_their_share(pictures: Path) -> None:
     for entry in range(12):
         flip_a_bit(shards(pictures)[0], entry)
     ranks = [open_data(pictures, rank=rank, world=2) for rank in range(2)]
-    with pytest.warns(UserWarning, match="6 damaged entries"):
+    with pytest.warns(UserWarning, match="[84] damaged entries"):  # two batches of four, and one
         for data in ranks:
             build_latent_cache(data, CountingVAE())
     for data in ranks:
         data.use_latents(open_latent_cache(data, CountingVAE()))
     assert torch.equal(torch.cat([data.batch(1).moments for data in ranks]), expected)
+
+
+class SociableVAE(CountingVAE):
+    """What it makes of a picture depends on those that it is encoded with, here plainly."""
+
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+        return super().encode_moments(images) + images.mean()
+
+
+def test_the_same_pictures_are_encoded_together_whoever_does_it(pictures: Path, tmp_path: Path) -> None:
+    """So entries are the same bytes from one process and from several, and after an interruption."""
+
+    def entries(name: str, world: int, break_after: int = 10**9) -> dict[str, torch.Tensor]:
+        for times in (break_after, 10**9):
+            for rank in range(world):
+                vae = SociableVAE()
+                vae.break_after = times
+                cache = {"dir": tmp_path / name}
+                options = {"flip": 0.5, "buckets": {"enabled": True, "step": 8}, "validation": 2}
+                data = open_data(pictures, rank=rank, world=world, cache=cache, **options)
+                with contextlib.suppress(KeyboardInterrupt):
+                    build_latent_cache(data, vae)
+        found: dict[str, torch.Tensor] = {}
+        for shard in (tmp_path / name).glob("latents-*/shard-*.safetensors"):
+            found |= load_file(shard)
+        return found
+
+    alone = entries("alone", 1)
+    assert len(alone) == 22
+    for name, world, break_after in (("several", 3, 10**9), ("interrupted", 1, 10)):
+        found = entries(name, world, break_after)
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[key], alone[key]) for key in alone), name
 
 
 def test_shards_of_earlier_releases_have_no_checksums(pictures: Path) -> None:

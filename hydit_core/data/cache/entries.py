@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,13 @@ class PictureEntries:
 
     def put(self, row: int, entry: int, value: torch.Tensor) -> None:
         """Store an entry of a picture."""
-        self.store.put(self._keys[row, entry].decode(), value.to(self.dtype))
+        self.put_all([(row, entry, value)])
+
+    def put_all(self, entries: Iterable[tuple[int, int, torch.Tensor]]) -> None:
+        """Store (row, entry, value) of several, which come to lie in one shard."""
+        self.store.put_all(
+            (self._keys[row, entry].decode(), value.to(self.dtype)) for row, entry, value in entries
+        )
 
     def load(self, limit_bytes: int) -> bool:
         """Read everything that is stored into memory if it fits into ``limit_bytes``; say whether it did."""

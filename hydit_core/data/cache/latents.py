@@ -146,7 +146,8 @@ def build_latent_cache(
 ) -> None:
     """Encode the pictures that have no latents on disk yet, or damaged ones, and write them.
 
-    With several ranks each does its share; let all finish before :func:`open_latent_cache`.
+    With several ranks each does its share; let all finish before :func:`open_latent_cache`. However many
+    there are, the same pictures are encoded together, so that entries are the same bytes.
     Interrupted at any moment, it goes on next time after the last shard written. ``folder`` is used
     unless the configuration names a place. ``progress`` gets (pictures done, pictures to encode).
 
@@ -155,21 +156,25 @@ def build_latent_cache(
         DataError: for an unreadable picture, unless such are to be skipped; if the disk is full; or
             if the VAE's output is not finite.
     """
-    share = range(data.rank, len(data.manifest), data.order.world_size)
-    cache = LatentCache(data, vae, cache_folder(data.config, folder), rows=share)
+    batches = _share(data, batch_size)
+    share = np.sort(np.concatenate([*batches, np.empty(0, dtype=np.int64)]))
+    cache = LatentCache(data, vae, cache_folder(data.config, folder), rows=share.tolist())
     cache.verify()
     missing = cache.missing()
     rows = np.flatnonzero(missing.any(axis=1))
+    lacking = [batch[missing[batch].any(axis=1)] for batch in batches]
     cache.store.clean()
     done = 0
     try:
-        for batch in _decoded(data, cache, missing, batch_size):
+        for batch in _decoded(data, cache, missing, [batch for batch in lacking if len(batch)]):
             wanted = [(row, entry, pixels) for row, entries in batch for entry, pixels in entries.items()]
+            made = []
             for start in range(0, len(wanted), batch_size):
                 part = wanted[start : start + batch_size]
                 pixels = torch.stack([pixels for _, _, pixels in part])
                 for (row, entry, _), moments in zip(part, _encode(vae, pixels, cache.dtype), strict=True):
-                    cache.put(row, entry, moments)
+                    made.append((row, entry, moments))
+            cache.put_all(made)  # no shard ends within a batch: who goes on after it encodes whole ones
             done += len(batch)
             if progress is not None:
                 progress(done, len(rows))
@@ -188,16 +193,22 @@ def _encode(vae: VAE, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return moments
 
 
-def _decoded(
-    data: Rows, cache: LatentCache, missing: np.ndarray, batch_size: int
-) -> Iterator[list[tuple[int, Entries]]]:
-    """Batches of (row, what it lacks), of one size each; the next one is decoded while one is encoded."""
-    rows = np.flatnonzero(missing.any(axis=1))
+def _share(data: Rows, batch_size: int) -> list[np.ndarray]:
+    """This process's share of the batches, of pictures of one size each, that all rows make."""
     batches: list[np.ndarray] = []
-    buckets = data.layout.bucket_of_row[rows]
-    for bucket in np.unique(buckets):
-        members = rows[buckets == bucket]
-        batches += [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
+    before, world = 0, data.order.world_size
+    for bucket in np.unique(data.layout.bucket_of_row):
+        members = np.flatnonzero(data.layout.bucket_of_row == bucket)
+        starts = range(0, len(members), batch_size)
+        batches += [members[i : i + batch_size] for i in starts[(data.rank - before) % world :: world]]
+        before += len(starts)
+    return batches
+
+
+def _decoded(
+    data: Rows, cache: LatentCache, missing: np.ndarray, batches: list[np.ndarray]
+) -> Iterator[list[tuple[int, Entries]]]:
+    """Batches of (row, what it lacks); the next one is decoded while one is encoded."""
     with ThreadPoolExecutor(max_workers=max(1, chosen_workers(data.config))) as pool:
         ahead: deque[list[Future[Entries | None]]] = deque()
         for number in range(len(batches) + 1):

@@ -137,8 +137,13 @@ class TensorStore:
 
     def put(self, key: str, tensor: torch.Tensor) -> None:
         """Add an entry; writes a shard when enough has come together."""
-        self._pending[key] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += tensor.nbytes
+        self.put_all([(key, tensor)])
+
+    def put_all(self, entries: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Add entries that come to lie in one shard."""
+        for key, tensor in entries:
+            self._pending[key] = tensor.detach().cpu().contiguous()
+            self._pending_bytes += tensor.nbytes
         if self._pending_bytes >= self._shard_bytes:
             self.flush()
 
