@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -16,10 +16,13 @@ from ..images import Size, check_shape, probe_size
 from .config import DataConfig, SourceConfig
 from .manifest import GatheredManifest, Look, Manifest
 from .remote import RemotePath
-from .sources import Entry, PassedOver, PictureFile, Tally, base_of, read_source, source_kind
+from .sources import Entry, PassedOver, PictureFile, Tally, base_of, read_part, read_source, source_kind
 
 BESIDE = {"control": "control picture", "mask": "mask"}
 """What errors call the pictures that lie beside a picture and have its shape."""
+THREADS = 8
+"""That look at pictures: what they wait for is the disk."""
+_TOGETHER = 1024
 
 
 @dataclass
@@ -102,6 +105,12 @@ def gather_into(config: DataConfig, rows: RowSink, known: Known | None = None) -
         what each source holds beside its rows.
     """
     parts = [gather_source(config, number, rows, known) for number in range(len(config.sources))]
+    require_usable(config, parts, len(rows))
+    return parts
+
+
+def require_usable(config: DataConfig, parts: list[Findings], rows: int) -> None:
+    """Raise :class:`DataError` if ``rows`` are none, or if what was found of the sources is not allowed."""
     findings = Findings.together(parts)
     _raise_findings(config, findings)
     if config.mask is not None and config.mask.kind == "files" and not findings.masks:
@@ -115,34 +124,63 @@ def gather_into(config: DataConfig, rows: RowSink, known: Known | None = None) -
             "`image_prompt` in the pictures' folder, under the same names, or name image_prompt_dir or "
             "image_prompt_field"
         )
-    if len(rows) == 0:
+    if rows == 0:
         raise DataError("no usable picture is left: " + ", ".join(str(s.path) for s in config.sources))
-    return parts
 
 
 def gather_source(config: DataConfig, number: int, rows: RowSink, known: Known | None = None) -> Findings:
     """As :func:`gather_into`, of one source alone; missing captions and unreadable pictures are only told."""
-    source, findings = config.sources[number], Findings()
-    name, look = source_name(source), partial(_look, known=known)
-    if config.control is not None and config.control.kind == "files":
-        source = _with_control(source)
-    if config.mask is not None and config.mask.kind == "files":
-        source = _with_mask(source)
-    if config.image_prompt.kind == "files":
-        source = _with_image_prompts(source)
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        for chunk in _chunks(read_source(source, findings.passed_over), 1024):
-            looks = pool.map(look, [entry for entry in chunk if not entry.complete])
-            for entry in chunk:
-                found = Look((entry.width, entry.height)) if entry.complete else next(looks)
-                _add(rows, findings, config, entry, f"{name}/{entry.key}", found, number)
-    if source.mask_field and not findings.masks:
-        raise DataError(f"data source {source.path}: no row has a mask in {source.mask_field!r}")
-    if source.image_prompt_field and not findings.image_prompts:
-        raise DataError(
-            f"data source {source.path}: no row has a prompt picture in {source.image_prompt_field!r}"
-        )
+    part, findings = SourcePart(config, number), Findings()
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        for chunk in chunks(read_source(part.source, findings.passed_over)):
+            part.look_at(chunk, rows, findings, known, pool)
+    part.require_beside(findings)
     return findings
+
+
+class SourcePart:
+    """How a run reads one of its sources, the whole or a part of it: the same in every process.
+
+    Attributes:
+        source: with the places of what lies beside its pictures.
+
+    Raises :class:`DataError` if a place that it needs is not there.
+    """
+
+    def __init__(self, config: DataConfig, number: int) -> None:
+        self.config, self.number = config, number
+        source = config.sources[number]
+        self._name = source_name(source)
+        if config.control is not None and config.control.kind == "files":
+            source = _with_control(source)
+        if config.mask is not None and config.mask.kind == "files":
+            source = _with_mask(source)
+        if config.image_prompt.kind == "files":
+            source = _with_image_prompts(source)
+        self.source = source
+
+    def listed(self, table: Path | None, passed_over: PassedOver) -> Iterator[list[Entry]]:
+        """The entries of one of its tables, or of its folder, not looked at yet; many at a time."""
+        return chunks(read_part(self.source, table, passed_over))
+
+    def look_at(
+        self, chunk: list[Entry], rows: RowSink, findings: Findings, known: Known | None, pool: Executor
+    ) -> None:
+        """Look at the pictures of entries, in the threads of ``pool``; append those that can be used."""
+        looks = pool.map(partial(_look, known=known), [entry for entry in chunk if not entry.complete])
+        for entry in chunk:
+            found = Look((entry.width, entry.height)) if entry.complete else next(looks)
+            _add(rows, findings, self.config, entry, f"{self._name}/{entry.key}", found, self.number)
+
+    def require_beside(self, findings: Findings) -> None:
+        """Raise :class:`DataError` if a column that the source names was empty in all of its rows."""
+        source = self.source
+        if source.mask_field and not findings.masks:
+            raise DataError(f"data source {source.path}: no row has a mask in {source.mask_field!r}")
+        if source.image_prompt_field and not findings.image_prompts:
+            raise DataError(
+                f"data source {source.path}: no row has a prompt picture in {source.image_prompt_field!r}"
+            )
 
 
 def _with_control(source: SourceConfig) -> SourceConfig:
@@ -191,9 +229,10 @@ def source_name(source: SourceConfig) -> str:
     return path.resolve().stem if path.is_file() else path.resolve().name
 
 
-def _chunks(entries: Iterable[Entry], size: int) -> Iterator[list[Entry]]:
+def chunks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """Entries by the thousand."""
     iterator = iter(entries)
-    while chunk := list(islice(iterator, size)):
+    while chunk := list(islice(iterator, _TOGETHER)):
         yield chunk
 
 

@@ -28,7 +28,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from ..new_files import abandoned, remove_folder, replacing
 from .buckets import bucket_sizes
 from .cache.latents import require_outside_sources, user_cache_folder
 from .config import DataConfig
-from .gathering import Findings, Known, gather_into, gather_source
+from .gathering import Findings, gather_into, gather_source
 from .layout import Layout
 from .manifest import GatheredManifest, Look, Manifest, extra_text
 from .mapped import NOTE, NUMBERS, ROWS, VERSION, MappedManifest, SourceNote, arrow, newest
@@ -58,41 +58,59 @@ Progress = Callable[[int], None]
 # -- writing ------------------------------------------------------------------------------------------
 
 
+class Row(NamedTuple):
+    """A row as the file has it, with a hash of what of it decides the order, and its picture's column."""
+
+    key: str
+    path: str
+    extra: str
+    captions: tuple[str, ...]
+    row: int
+    width: int
+    height: int
+    source: int
+    bytes: int
+    changed: int
+    place: int
+    content: int
+    order: int
+    column: str
+
+    @staticmethod
+    def of(entry: Entry, key: str, look: Look, source: int) -> Row:
+        path, extra = str(entry.path), extra_text(entry)
+        order = hash_int(key, *entry.captions, *look.size, source)
+        place = hash_int(path, entry.row)
+        content = hash_int(order, entry.column, extra, look.bytes, look.changed)
+        told = (entry.row, *look.size, source, look.bytes, look.changed)
+        return Row(key, path, extra, entry.captions, *told, place, content, order, entry.column)
+
+
 class SourceMarks:
     """What tells one version of a source's rows from another; a :class:`~.gathering.RowSink`."""
 
     def __init__(self, tables: dict[Path, Stamp] | None = None) -> None:
         self.rows = self.looked = 0
         self.column = ""
-        self.tables = dict(tables or {})
+        self.tables = {str(path): stamp for path, stamp in (tables or {}).items()}
         self._digest = hashlib.sha256()
 
     def append(self, entry: Entry, key: str, look: Look, source: int) -> None:
-        self.mark(entry, key, look, source, str(entry.path), extra_text(entry))
+        self.add(Row.of(entry, key, look, source))
 
-    def mark(
-        self, entry: Entry, key: str, look: Look, source: int, path: str, extra: str
-    ) -> tuple[int, int, int]:
-        """Take a row; ``path`` and ``extra`` are what it has of these as texts.
-
-        Returns hashes of what of it decides the order, of where it is, and of all else.
-        """
-        order = hash_int(key, *entry.captions, *look.size, source)
-        place = hash_int(path, entry.row)
-        content = hash_int(order, entry.column, extra, look.bytes, look.changed)
-        self._digest.update(struct.pack("<QQ", place, content))
+    def add(self, row: Row) -> None:
+        self._digest.update(struct.pack("<QQ", row.place, row.content))
         self.rows += 1
-        self.looked += look.bytes > 0
-        if entry.row >= 0 and entry.path not in self.tables:
-            self.tables[entry.path] = _stamp(entry.path)
-        self.column = entry.column or self.column
-        return order, place, content
+        self.looked += row.bytes > 0
+        if row.row >= 0 and row.path not in self.tables:
+            self.tables[row.path] = _stamp(place(row.path))
+        self.column = row.column or self.column
 
     def __len__(self) -> int:
         return self.rows
 
     def note(self, findings: Findings) -> SourceNote:
-        tables = tuple((str(path), *stamp) for path, stamp in self.tables.items())
+        tables = tuple((path, *stamp) for path, stamp in self.tables.items())
         digest = self._digest.hexdigest()
         return SourceNote(self.rows, self.looked, digest, self.column, tables, findings)
 
@@ -128,21 +146,13 @@ class ManifestWriter:
         self.rows = 0
 
     def append(self, entry: Entry, key: str, look: Look, source: int) -> None:
-        path, extra = str(entry.path), extra_text(entry)
-        order, place, content = self.marks[source].mark(entry, key, look, source, path, extra)
-        values = (
-            _bytes(key),
-            _bytes(path),
-            _bytes(extra),
-            [_bytes(caption) for caption in entry.captions],
-            entry.row,
-            *look.size,
-            source,
-            look.bytes,
-            look.changed,
-            place,
-            content,
-        )
+        self.add(Row.of(entry, key, look, source))
+
+    def add(self, row: Row) -> None:
+        """Write a row, after those before it."""
+        self.marks[row.source].add(row)
+        key, path, extra, captions, *numbers, order, _ = row
+        values = (_bytes(key), _bytes(path), _bytes(extra), [_bytes(text) for text in captions], *numbers)
         for column, value in zip(self._rows.values(), values, strict=True):
             column.append(value)
         self._digest.update(struct.pack("<Q", order))
@@ -173,10 +183,23 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+class Gathering(Protocol):
+    """Reads all sources into a file, as :func:`~.gathering.gather_into` does, with the same errors."""
+
+    def __call__(
+        self, config: DataConfig, rows: ManifestWriter, known: KnownSizes | None, /
+    ) -> list[Findings]: ...
+
+
 def prepare(
-    config: DataConfig, known: Known | None = None, progress: Progress | None = None
+    config: DataConfig,
+    known: KnownSizes | None = None,
+    progress: Progress | None = None,
+    gathering: Gathering = gather_into,
 ) -> MappedManifest:
     """Gather all rows into a file and map them; sizes in ``known`` spare opening unchanged pictures.
+
+    The file is the same, byte for byte, whatever ``gathering`` reads the sources.
 
     Raises :class:`DataError` as :func:`~.gathering.gather` does, or if the folder cannot be written to, and
     :class:`ConfigError` if that is inside a folder of pictures.
@@ -191,7 +214,7 @@ def prepare(
             temporary.mkdir()
             writer = ManifestWriter(temporary / ROWS, tables, progress)
             try:
-                findings = gather_into(config, writer, known)
+                findings = gathering(config, writer, known)
             finally:
                 digest = writer.close()
             size = (temporary / ROWS).stat().st_size
@@ -332,13 +355,13 @@ def find_prepared(config: DataConfig) -> MappedManifest | None:
 
 
 def prepare_again(
-    config: DataConfig, progress: Progress | None = None
+    config: DataConfig, progress: Progress | None = None, gathering: Gathering = gather_into
 ) -> tuple[MappedManifest, Changes | None]:
     """As :func:`prepare`, with what is known from the last time, and what has changed since."""
     before = find_prepared(config)
     if before is None:
-        return prepare(config, progress=progress), None
-    after = prepare(config, KnownSizes(before), progress)
+        return prepare(config, progress=progress, gathering=gathering), None
+    after = prepare(config, KnownSizes(before), progress, gathering)
     return after, Changes.between(before, after)
 
 

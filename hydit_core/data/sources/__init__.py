@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from ...errors import DataError
 from ..config import SourceConfig
@@ -16,6 +17,8 @@ __all__ = [
     "PictureFile",
     "Tally",
     "base_of",
+    "one_column",
+    "read_part",
     "read_source",
     "source_kind",
     "tables_of",
@@ -27,29 +30,43 @@ def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry
 
     ``passed_over`` gets what lies there and is no row.
     """
-    kind = source_kind(source)
-    if kind == "folder":
+    files = tables_of(source)
+    if source_kind(source) in ("arrow", "parquet"):
+        from .arrow_table import check_tables
+
+        check_tables(files)
+    column = ""
+    for table in files or [None]:
+        for entry in read_part(source, table, passed_over):
+            column = one_column(column, entry.column, entry.path)
+            yield entry
+
+
+def read_part(source: SourceConfig, table: Path | None, passed_over: PassedOver) -> Iterator[Entry]:
+    """The rows of one of a source's tables; without one, those of its folder of pictures.
+
+    Those of all parts, one after the other, are what :func:`read_source` gives.
+    """
+    if table is None:
         from .folder import read_folder
 
         yield from read_folder(source, passed_over)
         return
-    files = tables_of(source)
-    if kind in ("arrow", "parquet"):
-        from .arrow_table import check_tables
+    kind, base = source_kind(source), base_of(source)
+    inside = table.parent.relative_to(base).as_posix() if table.is_relative_to(base) else "."
+    for entry in _read_file(source.model_copy(update={"path": table}), kind, passed_over):
+        # Shards of several folders may have one name.
+        yield entry if inside == "." else replace(entry, key=f"{inside}/{entry.key}")
 
-        check_tables(files)
-    column, base = "", base_of(source)
-    for path in files:
-        inside = path.parent.relative_to(base).as_posix() if path.is_relative_to(base) else "."
-        for entry in _read_file(source.model_copy(update={"path": path}), kind, passed_over):
-            if entry.column and column and entry.column != column:
-                raise DataError(
-                    f"{path}: its pictures are in {entry.column!r}, those of the files before in {column!r}; "
-                    "set image_field, or make two sources of them"
-                )
-            column = entry.column or column
-            # Shards of several folders may have one name.
-            yield entry if inside == "." else replace(entry, key=f"{inside}/{entry.key}")
+
+def one_column(before: str, found: str, path: Path) -> str:
+    """The column of a source's pictures, if they are in tables. Raises DataError where there are two."""
+    if found and before and found != before:
+        raise DataError(
+            f"{path}: its pictures are in {found!r}, those of the files before in {before!r}; "
+            "set image_field, or make two sources of them"
+        )
+    return found or before
 
 
 def _read_file(source: SourceConfig, kind: str, passed_over: PassedOver) -> Iterator[Entry]:
