@@ -36,7 +36,8 @@ def read_source(source: SourceConfig, passed_over: PassedOver) -> Iterator[Entry
 
         check_tables(files)
     column = ""
-    for table in files or [None]:
+    tables: list[Path | None] = [*files] or [None]
+    for table in tables:
         for entry in read_part(source, table, passed_over):
             column = one_column(column, entry.column, entry.path)
             yield entry
