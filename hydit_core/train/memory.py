@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .objectives.base import Rehearsal, parameter_bytes, rehearse_dit
 from .objectives.table import objective_of
 from .optim import in_blocks, parameter_groups
-from .optimizer_kinds import KINDS
+from .optimizer_kinds import state_bytes
 from .parallel.units import gathered_bytes, part_size
 
 SPARE = 1 << 30
@@ -79,17 +79,23 @@ def estimate(
     processes split the model, this one holds its part of what is trained, and of ``split_bytes`` of the
     ``frozen_bytes``.
     """
-    count = sum(part_size(tuple(p.shape), ranks) for p in trained.values())
-    in_muon = sum(part_size(tuple(p.shape), ranks) for name, p in trained.items() if name in muon)
+    held = {name: part_size(tuple(p.shape), ranks) for name, p in trained.items()}
+    count = sum(held.values())
     in_bf16 = config.run.weights == "bf16"
     halved = sum(p.numel() for name, p in trained.items() if in_bf16 and in_blocks(name, p))
+    states = sum(
+        4 * size
+        if name in muon
+        else state_bytes(config.optimizer.name, tuple(trained[name].shape), ranks, size)
+        for name, size in held.items()
+    )
     fraction = float(config.run.gradient_checkpointing)
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     rehearsal = partial(objective_of(config).rehearsal, config)
     return MemoryEstimate(
         weights=4 * count - 2 * halved,
         gradients=4 * count - 2 * halved,
-        optimizer=round(KINDS[config.optimizer.name].state_bytes * (count - in_muon)) + 4 * in_muon,
+        optimizer=round(states),
         average=4 * count * config.ema.enabled,
         frozen=frozen_bytes - split_bytes + -(-split_bytes // ranks),
         activations=activation_bytes(

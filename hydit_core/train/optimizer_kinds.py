@@ -7,6 +7,7 @@ there is one. Knows no torch, so that a configuration can be checked without it.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from ..errors import ConfigError
 
 _PYTORCH_OPTIMIZER = "pytorch_optimizer"
+_LEAST_PACKED = 4096  # torchao's, and bitsandbytes'
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Kind:
         library: the module that holds the class ``called``; empty: torch, and :mod:`.optimizers` builds it.
         options: of its constructor, where its own defaults do not suit; ``optimizer.args`` goes before them.
         state_bytes: of its state for each value of a matrix, for the estimate of memory.
+        block: so many values share a scale; 0: states are not packed.
         averages: it keeps averaged weights of its own, which are what is validated, drawn with and exported.
         one_rate: all parameters share one learning rate.
         rounds: it rounds updates of bf16 weights at random, up or down, right in the mean, when it is given
@@ -41,12 +44,20 @@ class Kind:
     one_rate: bool = False
     rounds: bool = False
     splits: bool = False
+    block: int = 0
 
 
 KINDS: Mapping[str, Kind] = {
     "adamw": Kind(splits=True),
     "muon": Kind(splits=True),
-    "adamw_8bit": Kind(library="torchao.optim", called="AdamW8bit", state_bytes=2 + 2 * 4 / 256, rounds=True),
+    "adamw_8bit": Kind(
+        library="torchao.optim",
+        called="AdamW8bit",
+        state_bytes=2 + 2 * 4 / 256,
+        rounds=True,
+        splits=True,
+        block=256,
+    ),
     "lion": Kind({"betas": (0.9, 0.99)}, _PYTORCH_OPTIMIZER, "Lion", state_bytes=4, splits=True),
     "adafactor": Kind(
         {},
@@ -69,6 +80,19 @@ KINDS: Mapping[str, Kind] = {
         {"lr": 2.5e-3}, _PYTORCH_OPTIMIZER, "ScheduleFreeAdamW", state_bytes=8, averages=True, splits=True
     ),
 }
+
+
+def packs(shape: tuple[int, ...], parts: int = 1, block: int = 256) -> bool:
+    """Whether states of a tensor that is split by rows are packed: its parts are large, and whole blocks."""
+    size = math.prod(shape) // parts
+    return bool(shape) and shape[0] % parts == 0 and size >= _LEAST_PACKED and size % block == 0
+
+
+def state_bytes(name: str, shape: tuple[int, ...], parts: int, held: int) -> float:
+    """Of the state of a tensor, ``held`` values of which a process holds."""
+    kind = KINDS[name]
+    packed = not kind.block or packs(shape, parts, kind.block)
+    return held * (kind.state_bytes if packed else 8)
 
 
 def packages(kind: Kind) -> str:

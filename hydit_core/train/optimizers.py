@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..quiet import quiet_imports
+from . import states_8bit
 from .optim import Group
 from .optimizer_kinds import KINDS, Kind, require_library
-from .parallel.copies import is_part, own
+from .parallel.copies import own
 from .sections import OptimizerSection
 
 _PER_GROUP = "group:"
@@ -53,6 +54,8 @@ def _from_library(section: OptimizerSection, tables: list[dict[str, Any]]) -> to
     require_library(name)
     with quiet_imports():
         made = getattr(importlib.import_module(kind.library), kind.called)
+        if kind.block:
+            made = states_8bit.optimizer_class()
     taken = set(inspect.signature(made).parameters) - _RESERVED
     if unknown := sorted(set(section.args) - taken):
         raise ConfigError(
@@ -182,7 +185,8 @@ class Optimizers:
             if KINDS[self.config.name].library:
                 for index, kept in entries.items():
                     parameter = self._parameters[names[index]]
-                    optimizer.state[parameter] = {k: _placed(v, parameter) for k, v in kept.items()}
+                    block = getattr(optimizer, "block_size", 0)
+                    optimizer.state[parameter] = {k: _placed(v, parameter, k, block) for k, v in kept.items()}
                 self._load_groups(optimizer, state)
             else:
                 groups = optimizer.state_dict()["param_groups"]
@@ -208,11 +212,8 @@ class Optimizers:
 
 def _stored(name: str, value: Any) -> dict[str, Tensor]:
     """One value of a state as tensors: a number says of which type it is, a quantised tensor is its parts."""
-    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__") and not is_part(value):
-        parts, (signed, *_) = value.__tensor_flatten__()
-        return {f"{name}.{part}": getattr(value, part) for part in parts} | {
-            f"{name}.signed": torch.tensor(signed)
-        }
+    if isinstance(value, Tensor) and (packed := states_8bit.stored(name, value)):
+        return packed
     if isinstance(value, Tensor):
         return {name: value}
     if type(value) in _DTYPES:
@@ -232,11 +233,8 @@ def _put(entries: dict[str, Any], key: str, value: Tensor) -> None:
         entries[key] = value
 
 
-def _placed(value: Any, parameter: Tensor) -> Any:
+def _placed(value: Any, parameter: Tensor, key: str = "", block: int = 0) -> Any:
     """A value of a state where its optimizer expects it: counters stay on the host."""
-    if isinstance(value, dict):
-        from torchao.optim.subclass_8bit import OptimState8bit
-
-        parts = [value[name].to(parameter.device) for name in ("codes", "scale", "qmap")]
-        return OptimState8bit(*parts, bool(value["signed"]), dtype=parameter.dtype)
+    if block and key in states_8bit.SIGNED:
+        return states_8bit.placed(value, key, parameter, block)
     return value.to(parameter.device) if isinstance(value, Tensor) and value.ndim else value

@@ -44,7 +44,8 @@ def _train(rank: int, world: int, ports: list[int], runs: list[Run]) -> list[str
     for port, (config, sets, resume) in zip(ports, runs, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         try:
-            done = train(load_config(config, sets), resume=resume)
+            with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, which takes a minute
+                done = train(load_config(config, sets), resume=resume)
             told.append("" if done else "interrupted")
         except Exception as error:
             told.append(f"{type(error).__name__}: {error}")

@@ -40,6 +40,7 @@ MUON = [
     "optimizer.name=muon",
     "objective.train_text_encoders=false",
 ]
+EIGHT = [*SHORT, "checkpoint.every=2", "optimizer.name=adamw_8bit", "run.grad_accumulation=1"]
 WHOLE = "run.parallel=ddp"
 KINDS = {
     "loha": [*SHORT, WHOLE, "checkpoint.every=2", "lora.kind=loha", "lora.rank_dropout=0.3"],
@@ -93,6 +94,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Pl
         middle = place.folder / f"{name}2/checkpoints/step_00000002"
         two[f"{name}2"] = (place.lora, place.sets(f"{name}2", 2, *sets), None)
         two[f"{name}-again2"] = (place.lora, place.sets(f"{name}-again2", 2, *sets), str(middle))
+    middle = place.folder / "eight2/checkpoints/step_00000002"
+    for name, start in (("eight2", None), ("eight-again2", str(middle))):
+        two[name] = (place.full, place.sets(name, 2, SPLIT, *EIGHT), start)
     two["whole2"] = (place.full, place.sets("whole2", 2, WHOLE, *FULL), str(half))
     four = {
         "full4": (place.full, place.sets("full4", 1, SPLIT, *FULL), str(half)),
@@ -102,6 +106,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Pl
             str(place.folder / "full1/checkpoints/step_00000002"),
         ),
     }
+    four["eight4"] = (place.full, place.sets("eight4", 1, SPLIT, *EIGHT), str(middle))
     for world, runs in ((2, two), (4, four)):
         place.told |= dict(zip(runs, run_together(world, list(runs.values())), strict=True))
     assert run_training(place.full, *place.sets("back1", 4, *FULL), resume=str(half))
@@ -147,6 +152,19 @@ def test_other_numbers_and_kinds_of_processes_go_on(place: Place, name: str) -> 
     for step, record in one.items():
         assert other[step]["loss"] == pytest.approx(record["loss"], abs=1e-5)
         assert other[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-3)
+
+
+def test_states_in_8_bits_go_on_in_parts(place: Place) -> None:
+    """Bit for bit in as many processes; with more, parts are smaller than what is packed."""
+    assert {*place.told["eight2"], *place.told["eight-again2"], *place.told["eight4"]} == {""}
+    names = ("eight2", "eight-again2", "eight4")
+    whole, again, four = (load_file(place.folder / run / "model.safetensors") for run in names)
+    assert whole.keys() == again.keys() == four.keys()
+    for key, tensor in whole.items():
+        assert torch.equal(again[key], tensor), key
+        torch.testing.assert_close(four[key], tensor, rtol=0, atol=1e-5)  # a step is 5e-4
+    content = checkpoints.load(place.folder / "eight2/checkpoints/step_00000002").tensors["optimizer"]
+    assert any(name.endswith("|exp_avg.codes") for name in content)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -214,7 +232,7 @@ def test_a_damaged_part_is_found(place: Place, damage: str, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_split_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("prodigy", "came", "adafactor", "adamw_8bit"):
+    for name in ("prodigy", "came", "adafactor"):
         with pytest.raises(ConfigError, match=rf"'{name}' looks at whole tensors.*use one of adamw, muon"):
             load_config(place.full, [SPLIT, f"optimizer.name={name}", "ema.enabled=false"])
     with pytest.raises(ConfigError, match=r"parallel_replicas needs run.parallel = 'hsdp'"):
