@@ -152,12 +152,38 @@ def _prepare(arguments: list[str]) -> int:
     parser = _config_parser(
         " prepare", "List the pictures and captions of a run in a file that trainings map; for large data."
     )
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="then encode what data.cache keeps, so that trainings encode nothing, and count the tokens of "
+        "all captions",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="work in this process, or in those that torchrun starts (local, default), or on a Ray cluster",
+    )
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        metavar="N",
+        help="with --engine ray and --features: how many processes load the model (default: one a GPU, "
+        "without any, one)",
+    )
     options = parser.parse_args(arguments)
+    if options.workers is not None and not (options.engine == "ray" and options.features):
+        raise ConfigError("--workers needs --engine ray and --features: it says how many processes encode")
 
     from .config import load_config
-    from .launch import prepare_rows
+    from .preparing import prepare
 
-    prepare_rows(load_config(options.config, options.set))
+    prepare(
+        load_config(options.config, options.set),
+        features=options.features,
+        engine=options.engine,
+        workers=options.workers,
+    )
     return 0
 
 

@@ -57,6 +57,19 @@ def caption_fits(captions: Iterable[str], tokenizers: Tokenizers) -> list[Captio
     return list(fits.values())
 
 
+def merged(fits: Iterable[CaptionFit]) -> list[CaptionFit]:
+    """Those of all captions, of those of parts of them in their order; one result per encoder."""
+    found: dict[str, CaptionFit] = {}
+    for fit in fits:
+        total = found.setdefault(fit.encoder, CaptionFit(fit.encoder, fit.limit))
+        total.captions += fit.captions
+        total.longest = max(total.longest, fit.longest)
+        total.cut += fit.cut
+        total.example = total.example or fit.example
+        total.unknown += fit.unknown
+    return list(found.values())
+
+
 class TextSource:
     """Tokens or features of a batch, each caption's computed once and remembered.
 

@@ -9,31 +9,25 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
-from ..data.cache.embeddings import EmbeddingCache, build_embedding_cache
-from ..data.cache.latents import LatentCache, build_latent_cache, cache_folder
-from ..data.cache.text import build_text_cache
+from ..data.cache.latents import cache_folder
 from ..data.dataset import TrainData, open_dataset
 from ..data.mapped import MappedManifest
 from ..data.prepared import (
     FEW,
-    described,
     find_prepared,
     gather_few,
     open_many,
-    prepare_again,
     prepared_layout,
     unchanged,
 )
-from ..data.prompt_images import PromptImages
 from ..errors import ConfigError
 from ..model.compiled import compile_networks
 from . import checkpoint as checkpoints
 from . import distributed, lock, saving
+from .caches import prepare_data, progress_of, require_caches
 from .checks import check_machine
 from .conditioning import caption_fits
 from .config import TrainConfig
@@ -50,11 +44,7 @@ from .parts import build
 from .posterior import Choice, choose
 from .prior_pictures import with_prior_pictures
 from .restoring import picture_stamps, require_same_data, restore, shared_checkpoint
-from .samples import sample_texts
 from .stopping import cause_of, ending_at_once, tell
-
-if TYPE_CHECKING:  # it brings transformers
-    from ..image_prompts.encoder import ImageEncoder
 
 
 def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: int | None = None) -> bool:
@@ -69,7 +59,7 @@ def train(config: TrainConfig, *, resume: str | None = None, stop_after_micro: i
     if run.device != "cpu":
         torch.set_float32_matmul_precision("high")
     check_machine(config)
-    with ending_at_once() as over, _processes(config) as processes, ExitStack() as held:
+    with ending_at_once() as over, processes_of(config) as processes, ExitStack() as held:
         held.callback(over.set)
         processes.from_main(partial(_claim, config, resume, held))
         say = tell if processes.is_main else _silent
@@ -124,7 +114,7 @@ def _parallel(
 
 
 @contextmanager
-def _processes(config: TrainConfig) -> Iterator[Processes]:
+def processes_of(config: TrainConfig) -> Iterator[Processes]:
     """This process and those that run beside it, which are told if it fails."""
     processes = distributed.start(config.run.device, config.run.answer_within)
     try:
@@ -180,67 +170,12 @@ def _map_together(config: TrainConfig, processes: Processes) -> MappedManifest:
     mapped: MappedManifest | None = None
     for is_now in (processes.is_main, processes.first_here):
         if is_now and mapped is None:
-            with _progress("preparing", processes) as progress:
+            with progress_of("preparing", processes) as progress:
                 say = tell if processes.is_main else _silent
                 mapped = open_many(data, lambda rows: progress(rows, rows), say)
             prepared_layout(data, mapped)
         processes.barrier()
     return mapped or find_prepared(data) or open_many(data)
-
-
-def prepare_rows(config: TrainConfig) -> None:
-    """Gather a run's pictures and captions anew into a file that every process of a training maps."""
-    with ending_at_once(), _processes(config) as processes:
-        if processes.is_main:
-            with _progress("preparing", processes) as progress:
-                manifest, changes = prepare_again(config.data, lambda rows: progress(rows, rows))
-            prepared_layout(config.data, manifest)
-            for line in manifest.findings.passed_over.lines():
-                tell(line if line.startswith(" ") else f"warning: {line}")
-            tell(described(manifest, changes))
-        processes.barrier()
-
-
-def prepare_data(config: TrainConfig, data: TrainData, parts: ModelParts, processes: Processes) -> None:
-    """Encode what is missing from the configured caches, and read what they hold from them from then on.
-
-    Text encoders that nothing else needs give their memory back.
-    """
-    cache = config.data.cache
-    if cache.latents:
-        parts.vae.to(processes.device)
-        with _progress("encoding pictures", processes) as progress:
-            together = _encoded_together(data, processes.device)
-            build_latent_cache(data, parts.vae, progress, batch_size=together)
-        processes.barrier()
-        parts.vae.to("cpu")
-        data.use_latents(LatentCache(data, parts.vae, cache_folder(config.data)))
-    if parts.image_encoder is not None:
-        _prepare_prompts(config, data, parts.image_encoder, processes)
-    if cache.text:
-        parts.text.to(processes.device)
-        with _progress("encoding captions", processes) as progress:
-            stored = build_text_cache(data, parts.text, progress, others=sample_texts(config.samples, parts))
-        processes.barrier()
-        stored.store.refresh()  # what other processes encoded
-        parts.stored_text = stored
-        parts.text.to("cpu" if objective_of(config).exports_text(config) else "meta")
-
-
-def _prepare_prompts(
-    config: TrainConfig, data: TrainData, encoder: ImageEncoder, processes: Processes
-) -> None:
-    """Prompt pictures with every batch; with cached latents, what the encoder gives for them."""
-    prompts = PromptImages(config.data.image_prompt, encoder.config.size, alpha_color=config.data.alpha_color)
-    encoder.to(processes.device)
-    if not config.data.cache.latents:
-        data.use_prompts(prompts)
-        return
-    with _progress("encoding prompt pictures", processes) as progress:
-        build_embedding_cache(data, encoder, prompts, progress)
-    processes.barrier()
-    encoder.to("cpu")
-    data.use_prompts(prompts, EmbeddingCache(data, encoder, prompts, cache_folder(config.data)))
 
 
 def with_posterior(
@@ -259,12 +194,6 @@ def with_posterior(
     return config.model_copy(update={"data": config.data.model_copy(update={"posterior": choice.kind})})
 
 
-def _encoded_together(data: TrainData, device: torch.device) -> int:
-    """How many pictures the VAE encodes at once: 4; on a GPU, as many as fit into 4 of 1024 x 1024."""
-    largest = max(width * height for width, height in data.sizes)
-    return 4 if device.type == "cpu" else max(4, 4 * 1024**2 // largest)
-
-
 def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:
     """Tell of captions whose ends are cut off, as far as the first ones show."""
     for fit in caption_fits(islice(data.captions(), 10_000), parts.text.tokenizers):
@@ -275,29 +204,13 @@ def _warn_of_cut_captions(data: TrainData, parts: ModelParts) -> None:
             )
 
 
-@contextmanager
-def _progress(what: str, processes: Processes) -> Iterator[Callable[[int, int], None]]:
-    with tqdm(desc=what, disable=not processes.is_main) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
-
-
 def build_caches(config: TrainConfig) -> None:
     """Encode everything that the configuration wants cached, without training."""
-    cache = config.data.cache
-    if not (cache.latents or cache.text):
-        raise ConfigError(
-            "nothing to cache: set data.cache.latents = true (encoded pictures) or data.cache.text = true "
-            "(encoded captions)"
-        )
+    require_caches(config)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     check_machine(config)
-    with ending_at_once(), _processes(config) as processes:
+    with ending_at_once(), processes_of(config) as processes:
         data = open_together(config, processes)
         prepare_data(config, data, build(config), processes)
     if processes.is_main:

@@ -1,12 +1,12 @@
 """Kill `train prepare`, bulk `generate` and training at random moments, and compare what they end with.
 
-    python tests/soak/soak.py          # 20 times each alone, 5 under torchrun, 5 on Ray, 10 kills of training
+    python tests/soak/soak.py          # 20 times each alone, 5 under torchrun, 5 each on Ray, 10 kills
     python tests/soak/soak.py --only alone --times 100 --seed 7
 
 Every trial begins in an empty folder, is killed with SIGKILL one to three times, each time after a random
 part of the time that an uninterrupted run takes, then runs to its end. Nothing may differ from what the
-uninterrupted run left: neither names nor bytes, hidden and temporary files included. For training see
-:mod:`training`. Needs Linux.
+uninterrupted run left: neither names nor bytes, hidden and temporary files included; of caches, the entries,
+which come to lie in other files after an interruption. For training see :mod:`training`. Needs Linux.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import training
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 ROWS, SHARD = 12, 3
-TIMES = {"alone": 20, "prepare": 20, "torchrun": 5, "ray": 5, "training": 10}
+TIMES = {"alone": 20, "prepare": 20, "torchrun": 5, "ray": 5, "prepare-ray": 5, "training": 10}
+FEATURES = ("data.cache.latents=true", "data.cache.text=true")
 _LIMIT = 900
 """Seconds that a run may take to its end."""
 
@@ -176,7 +177,7 @@ def _kill(process: psutil.Process) -> None:
 # -- the kinds of runs --------------------------------------------------------------------------------
 
 
-def starters(work: Path, config: Path) -> dict[str, Callable[[Path], Forked | Command]]:
+def starters(work: Path, config: Path, small: Path) -> dict[str, Callable[[Path], Forked | Command]]:
     """How each kind of run is started, for a folder."""
     from hydit_core.generate.__main__ import main as generate
     from hydit_core.train.__main__ import main as train
@@ -196,7 +197,18 @@ def starters(work: Path, config: Path) -> dict[str, Callable[[Path], Forked | Co
         command = [sys.executable, "-m", "hydit_core.generate", *bulk_arguments(work, out)]
         return Command([*command, "--engine", "ray", "--workers", "2"], "ray::Worker")
 
-    return {"prepare": prepared, "alone": alone, "torchrun": torchrun, "ray": on_ray}
+    def prepared_on_ray(out: Path) -> Command:
+        sets = [f"--set={name}" for name in (f"data.cache.dir={out}", *FEATURES)]
+        command = [sys.executable, "-m", "hydit_core.train", "prepare", str(small), *sets, "--features"]
+        return Command([*command, "--engine", "ray", "--workers", "2"], "ray::")
+
+    return {
+        "prepare": prepared,
+        "alone": alone,
+        "torchrun": torchrun,
+        "ray": on_ray,
+        "prepare-ray": prepared_on_ray,
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -208,7 +220,23 @@ def prepared_contents(folder: Path) -> dict[str, bytes]:
     (note,) = folder.glob("rows-*/prepared.json")
     told = json.loads(note.read_text("utf-8"))
     build = told.pop("build")
-    return {"note": json.dumps(told, sort_keys=True).encode(), **contents(note.parent / build)}
+    return {
+        "note": json.dumps(told, sort_keys=True).encode(),
+        **contents(note.parent / build),
+        **cached(folder),
+    }
+
+
+def cached(folder: Path) -> dict[str, bytes]:
+    """Every entry of the caches."""
+    from safetensors import safe_open
+
+    found = {}
+    for shard in folder.glob("*/shard-*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                found[f"{shard.parent.name}/{key}"] = file.get_tensor(key).numpy().tobytes()
+    return found
 
 
 def wait(run: Forked | Command, seconds: float) -> bool:
@@ -241,7 +269,7 @@ def trial(start: Callable[[], Forked | Command], seconds: float, chance: random.
 
 def soak(kind: str, start: Callable[[Path], Forked | Command], work: Path, times: int, seed: int) -> bool:
     """All trials of a kind; whether all were the same."""
-    look = prepared_contents if kind == "prepare" else contents
+    look = prepared_contents if kind.startswith("prepare") else contents
     whole = work / f"{kind}-whole"
     begun = time.monotonic()
     if not wait(start(whole), _LIMIT):
@@ -279,7 +307,7 @@ def main() -> int:
     work = Path(args.work or tempfile.mkdtemp(prefix="soak-")).resolve()
     work.mkdir(parents=True, exist_ok=True)
     write_rows(work / "rows.jsonl")
-    start = starters(work, write_data(work / "data"))
+    start = starters(work, write_data(work / "data"), write_data(work / "small", pictures=40))
     import hydit_core.pipeline  # before the forks
     import hydit_core.text.encoders
     import hydit_core.vae  # noqa: F401

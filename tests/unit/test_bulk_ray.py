@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from hydit_core import ray_cluster
 from hydit_core.errors import ConfigError
 from hydit_core.generate.__main__ import main
 from hydit_core.generate.bulk import on_ray
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -69,24 +65,14 @@ def test_a_cluster_that_does_not_start_is_one_line(monkeypatch, kind):
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
+    begun = []
+
     def init(**how):
+        begun.append("init")
         raise kind("The current node timed out\nduring startup.")
 
     with pytest.raises(
         ConfigError, match=r"cannot connect to Ray \(The current node timed out during startup"
     ):
-        on_ray._connect(SimpleNamespace(init=init))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: hydit[scale]")
-def test_on_a_cluster_of_this_machine_the_files_are_the_same(words):
-    """In a process of its own, which is all that Ray is started in."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, "-m", "hydit_core.generate", *words, "--out", "rays", "--engine", "ray"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split()) == [f"rays/00000{shard}.tar" for shard in range(3)]
-    assert main([*words, "--out", "alone"]) == 0
-    assert contents("rays") == contents("alone")
+        ray_cluster.connect(SimpleNamespace(init=init, shutdown=lambda: begun.append("shutdown")))
+    assert begun == ["init", "shutdown"] * 3  # nothing of a start that failed is left

@@ -15,7 +15,18 @@ LIBRARY = Path(__file__).resolve().parents[2] / "hydit_core"
 # Lower may not import higher, nor a neighbor on the same floor. A room that is not named here fails the test.
 FLOORS = (
     {"errors", "finite", "moved", "quiet", "version"},
-    {"devices", "dtypes", "embedded", "images", "locks", "new_files", "pages", "tiles", "untrusted"},
+    {
+        "devices",
+        "dtypes",
+        "embedded",
+        "images",
+        "locks",
+        "new_files",
+        "pages",
+        "ray_cluster",
+        "tiles",
+        "untrusted",
+    },
     {"facts", "layer_weights", "model", "offload"},
     {"diffusion", "weights"},
     {"control", "image_prompts", "inpaint", "lora", "pictures", "plan", "presets", "text", "vae"},
