@@ -38,7 +38,9 @@ def encode(
         data, found = ray_data(module), gpus(module)
         count = workers or max(1, found)
         parts = count * max(1, min(len(prepared(config)) // (count * _ROWS), _PARTS))
-        encoded = data.range(parts, override_num_blocks=parts).map_batches(
+        # Not data.range, whose tasks would wait for a core where the processes below hold all of them.
+        numbers = data.from_items([{"id": number} for number in range(parts)], override_num_blocks=parts)
+        encoded = numbers.map_batches(
             Encoder,
             fn_constructor_args=(os.getcwd(), config, parts),
             concurrency=count,

@@ -237,10 +237,12 @@ def test_what_does_not_go_together(
 
 ON_ONE_CLUSTER = """
 import json, sys
+from hydit_core.data import prepared
 from hydit_core.generate.__main__ import main as generate
 from hydit_core.ray_cluster import cluster
 from hydit_core.train.__main__ import main as train
 drawing, preparing = json.loads(sys.argv[1])
+prepared._BATCH = 4  # as in this process
 with cluster():
     raise SystemExit(generate(drawing) or train(preparing))
 """
