@@ -42,7 +42,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     def slow(path: Path, tensors: Any) -> None:
         if background == "always" and "step_00000003" in str(path):
-            assert go.wait(20)
+            assert go.wait(60)
         original(path, tensors)
 
     def during(number: int) -> None:
@@ -53,6 +53,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
     monkeypatch.setattr(checkpoint, "save_safetensors", slow)
     for background in ("never", "always"):
+        go.clear()
         folder = tmp_path / background
         how = {"every": 3, "background": background, "keep_last": 3}
         assert line_trainer(folder, steps=9, during=during, checkpoint=how).run()
