@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     parser.add_argument("--steps", type=int, default=GRID_STEPS, help="of a run of the grid")
     options = parser.parse_args()
+    options.data, options.work = options.data.resolve(), options.work.resolve()  # configurations name them
     if options.command == "run":
         run(options)
     else:

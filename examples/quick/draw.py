@@ -131,10 +131,12 @@ def gear(color: tuple[int, int, int], turn: float, size: float) -> Image.Image:
 
 
 def gears() -> Rows:
-    """All colors, then all again for the test, smaller or larger and turned."""
-    trained = [(gear(rgb, 0.0, 1.0), "") for rgb in COLORS.values()]
+    """All colors, each turned and sized in another way, then all again for the test, in ways in between."""
+    colors = list(enumerate(COLORS.values()))
+    trained = [(gear(rgb, number / 9, 0.9 + 0.02 * (4 * number % 9)), "") for number, rgb in colors]
     tested = [
-        (gear(rgb, 0.5, 0.9 + 0.02 * number), f"{TRIGGER} gear") for number, rgb in enumerate(COLORS.values())
+        (gear(rgb, (2 * number % 9 + 0.5) / 9, 0.9 + 0.02 * (5 * number % 9)), f"{TRIGGER} gear")
+        for number, rgb in colors
     ]
     return trained + tested
 
