@@ -55,6 +55,7 @@ ROWS = (
     Row("quantised", _speed("quantised", "forecast"), 90),
     Row("training", _speed("training", "adapters"), 90),
     Row("runs", _tests("training"), 150),
+    Row("parts", _tests("parts"), 60),
     Row("vae", _speed("vae"), 40),
 )
 """The most valuable first: time may run out."""

@@ -112,6 +112,8 @@ class TrainConfig(_OwnTables, TrainSections):  # type: ignore[valid-type,misc]
             self._check_bf16_weights(kind)
         if self.run.parallel_replicas is not None and self.run.parallel != "hsdp":
             raise ValueError("run.parallel_replicas needs run.parallel = 'hsdp'")
+        if self.run.parallel_offload and self.run.parallel not in ("fsdp", "hsdp"):
+            raise ValueError("run.parallel_offload needs run.parallel = 'fsdp' or 'hsdp'")
         if self.optimizer.args and not kind.library:
             raise ValueError(f"optimizer.args is for optimizers of libraries; {name} has keys of its own")
         if kind.averages and self.ema.enabled:

@@ -297,7 +297,8 @@ def start(device: str = "auto", limit: float = 240.0) -> Processes:
         torch.cuda.set_device(chosen)
     if world == 1:
         return Processes(rank, world, chosen, limit)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    # gloo for what stays in the host's memory, see run.parallel_offload
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     joining = timedelta(seconds=max(limit, _JOINING_SECONDS))
     shared, rank, world = next(dist.rendezvous("env://", rank, world, timeout=joining))
     store = fresh_store(shared, rank, world, joining.total_seconds())

@@ -11,7 +11,7 @@ themselves (about 0.5 GB), a CUDA context (about 0.5 GB), temporary buffers, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +45,8 @@ class MemoryEstimate:
     activations: int
     gathered: int = 0
     """Whole blocks, where processes hold parts of the model."""
+    offloaded: int = 0
+    """How much of the rest is in the host's memory instead of the device's (``run.parallel_offload``)."""
 
     @property
     def copied(self) -> int:
@@ -53,13 +55,20 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        return sum(vars(self).values())
+        """On the device."""
+        return sum(vars(self).values()) - 2 * self.offloaded
 
     def lines(self) -> list[str]:
         """One purpose a line."""
-        return [f"  {name}: {size_text(value)}" for name, value in vars(self).items() if value] + [
-            f"  together: {size_text(self.total)} (plus about 1 GB for libraries and buffers)"
+        lines = [
+            f"  {name}: {size_text(value)}"
+            for name, value in vars(self).items()
+            if value and name != "offloaded"
         ]
+        if self.offloaded:
+            lines.append(f"  of it in the host's memory: {size_text(self.offloaded)}")
+        where = "on the device" if self.offloaded else "together"
+        return [*lines, f"  {where}: {size_text(self.total)} (plus about 1 GB for libraries and buffers)"]
 
 
 def estimate(
@@ -92,12 +101,13 @@ def estimate(
     fraction = float(config.run.gradient_checkpointing)
     dtype = torch.bfloat16 if config.run.precision == "bf16" else torch.float32
     rehearsal = partial(objective_of(config).rehearsal, config)
-    return MemoryEstimate(
+    split = -(-split_bytes // ranks)
+    found = MemoryEstimate(
         weights=4 * count - 2 * halved,
         gradients=4 * count - 2 * halved,
         optimizer=round(states),
         average=4 * count * config.ema.enabled,
-        frozen=frozen_bytes - split_bytes + -(-split_bytes // ranks),
+        frozen=frozen_bytes - split_bytes + split,
         activations=activation_bytes(
             dit,
             config.run.batch_size,
@@ -110,6 +120,10 @@ def estimate(
         - 2 * halved,  # which need no copy in bf16
         gathered=gathered_bytes(_rehearsed(rehearsal, dit, dtype).module) if ranks > 1 else 0,
     )
+    if config.run.parallel_offload and ranks > 1:
+        parts = found.weights + found.gradients + found.optimizer + found.average
+        found = replace(found, offloaded=parts + split)
+    return found
 
 
 def of_run(

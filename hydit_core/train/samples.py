@@ -15,6 +15,7 @@ from ..control import ControlInput
 from ..image_prompts.run import ImagePrompt
 from ..images import load_picture
 from ..new_files import write_new
+from ..offload.placement import Placement
 from ..pipeline import Pipeline
 from ..presets import RunSettings, choose_settings
 from ..text.features import TextFeatures
@@ -65,7 +66,9 @@ def draw_samples(
     for net in networks:
         net.eval()
     try:
-        pipeline = Pipeline(parts.dit, text, parts.vae, parts.info)
+        placement = Placement()
+        placement.device = device  # parts of a DiT that is split may be elsewhere
+        pipeline = Pipeline(parts.dit, text, parts.vae, parts.info, placement=placement)
         chosen = pipeline.settings(**settings.given())
         run = RunSettings(chosen, settings.seed, forecast=settings.forecast)
         size, images = (chosen.width, chosen.height), []

@@ -201,6 +201,11 @@ class RunSection(Section):
     parallel_replicas: int | None = Field(
         default=None, gt=0, le=65536, description="hsdp: how many copies; unset: one on each machine"
     )
+    parallel_offload: bool = Field(
+        default=False,
+        description="fsdp, hsdp on GPUs: parts of weights, gradients, optimizer states and averages stay in "
+        "the host's memory, where the optimizer works; slower, for models too large for all GPUs together",
+    )
 
     @field_validator("gradient_checkpointing")
     @classmethod

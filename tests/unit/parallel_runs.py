@@ -7,12 +7,14 @@ import os
 import socket
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 import warm_commands
 
 from hydit_core.train.config import load_config
 from hydit_core.train.launch import train
+from hydit_core.train.parallel import choice
 
 Run = tuple[Path, list[str], str | None]
 """The configuration, what overrides it, and the checkpoint to go on from."""
@@ -44,7 +46,10 @@ def _train(rank: int, world: int, ports: list[int], runs: list[Run]) -> list[str
     for port, (config, sets, resume) in zip(ports, runs, strict=True):
         os.environ["MASTER_PORT"] = str(port)
         try:
-            with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, which takes a minute
+            with (
+                torch.compiler.set_stance("force_eager"),  # torchao compiles its step, which takes a minute
+                mock.patch.object(choice, "require_offload"),  # which refuses what has no GPU
+            ):
                 done = train(load_config(config, sets), resume=resume)
             told.append("" if done else "interrupted")
         except Exception as error:

@@ -20,10 +20,12 @@ from train_setup import needs_muon, records, run_training, write_run
 from hydit_core.errors import ConfigError, HyditError
 from hydit_core.train import checkpoint as checkpoints
 from hydit_core.train.config import load_config
+from hydit_core.train.distributed import Processes
 from hydit_core.train.export import export
-from hydit_core.train.parallel.choice import copies_of
+from hydit_core.train.parallel.choice import copies_of, make
 
 SPLIT = "run.parallel=fsdp"
+OFFLOAD = "run.parallel_offload=true"
 FULL = [
     "run.steps=4",
     "schedule.warmup_steps=2",
@@ -94,6 +96,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Pl
         middle = place.folder / f"{name}2/checkpoints/step_00000002"
         two[f"{name}2"] = (place.lora, place.sets(f"{name}2", 2, *sets), None)
         two[f"{name}-again2"] = (place.lora, place.sets(f"{name}-again2", 2, *sets), str(middle))
+    # The host's memory is where everything is here, too; tests/gpu has it on a GPU.
+    two["offload2"] = (place.full, place.sets("offload2", 2, SPLIT, OFFLOAD, *FULL, *SAMPLES), None)
+    two["offload-again2"] = (place.full, place.sets("offload-again2", 2, SPLIT, OFFLOAD, *FULL), str(half))
     middle = place.folder / "eight2/checkpoints/step_00000002"
     for name, start in (("eight2", None), ("eight-again2", str(middle))):
         two[name] = (place.full, place.sets(name, 2, SPLIT, *EIGHT), start)
@@ -110,6 +115,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_file: Path) -> Pl
     for world, runs in ((2, two), (4, four)):
         place.told |= dict(zip(runs, run_together(world, list(runs.values())), strict=True))
     assert run_training(place.full, *place.sets("back1", 4, *FULL), resume=str(half))
+    assert run_training(place.full, *place.sets("eight1", 4, *EIGHT), resume=str(middle))
     return place
 
 
@@ -157,14 +163,37 @@ def test_other_numbers_and_kinds_of_processes_go_on(place: Place, name: str) -> 
 def test_states_in_8_bits_go_on_in_parts(place: Place) -> None:
     """Bit for bit in as many processes; with more, parts are smaller than what is packed."""
     assert {*place.told["eight2"], *place.told["eight-again2"], *place.told["eight4"]} == {""}
-    names = ("eight2", "eight-again2", "eight4")
-    whole, again, four = (load_file(place.folder / run / "model.safetensors") for run in names)
-    assert whole.keys() == again.keys() == four.keys()
+    names = ("eight2", "eight-again2", "eight4", "eight1")
+    whole, again, four, one = (load_file(place.folder / run / "model.safetensors") for run in names)
+    assert whole.keys() == again.keys() == four.keys() == one.keys()
     for key, tensor in whole.items():
         assert torch.equal(again[key], tensor), key
         torch.testing.assert_close(four[key], tensor, rtol=0, atol=1e-5)  # a step is 5e-4
+        torch.testing.assert_close(one[key], tensor, rtol=0, atol=2e-4)  # packs what no half could
     content = checkpoints.load(place.folder / "eight2/checkpoints/step_00000002").tensors["optimizer"]
     assert any(name.endswith("|exp_avg.codes") for name in content)
+
+
+def test_parts_in_the_hosts_memory_are_the_same_parts(place: Place) -> None:
+    """Losses, samples and exports, and after a checkpoint that was read into that memory."""
+    assert place.told["offload2"] == place.told["offload-again2"] == ["", ""]
+    runs = [place.folder / name for name in ("full2", "offload2", "offload-again2")]
+    here, there, again = (of_steps(run, 2) for run in runs)
+    assert here == there == again
+    exports = {(run / "model.safetensors").read_bytes() for run in runs}
+    assert len(exports) == 1
+    sheets = [sorted(file.read_bytes() for file in (run / "samples").iterdir()) for run in runs[:2]]
+    assert sheets[0] == sheets[1]
+
+
+def test_offloading_is_for_gpus(place: Place) -> None:
+    with pytest.raises(ConfigError, match=r"run.parallel_offload needs run.parallel = 'fsdp' or 'hsdp'"):
+        load_config(place.full, [OFFLOAD])
+    run = load_config(place.full, [SPLIT, OFFLOAD]).run
+    with pytest.raises(ConfigError, match=r"from GPUs into the host's memory, and here .*: leave it out"):
+        make(run, "fsdp", Processes(0, 2, torch.device("cpu")))
+    with pytest.raises(ConfigError, match=r"several processes, each with a GPU.*run.weights = 'bf16'"):
+        make(run, "fsdp", Processes(0, 1, torch.device("cuda")))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -118,6 +118,22 @@ def test_every_cell_is_what_is_held(
     assert expected.copied == held.weights + held.optimizer + held.average
 
 
+def test_what_is_offloaded_is_not_on_the_device(configs: dict[str, Path]) -> None:
+    """Everything that is split; whole blocks, activations and what stays whole are left."""
+    sets = ["run.parallel=fsdp", "ema.enabled=true"]
+    for name in ("full", "lora"):
+        usual, less = (
+            load_config(configs[name], [*sets, *more]) for more in ([], ["run.parallel_offload=true"])
+        )
+        parts = build(usual)
+        here, there = (of_run(config, parts.dit, parts.text, (64, 64), 2) for config in (usual, less))
+        split = sum(p.nbytes for p in parts.dit.parameters()) // 2 if name == "lora" else 0
+        state = here.weights + here.gradients + here.optimizer + here.average
+        assert there.offloaded == pytest.approx(state + split, rel=0.01)
+        assert there.total == here.total - there.offloaded
+        assert there.copied == here.copied
+
+
 def test_what_is_gathered_is_written_out(configs: dict[str, Path]) -> None:
     """Two blocks with the gradients of one, and what is in no block, in fp32; gradients are there twice."""
     config = load_config(configs["full"], ["objective.train_text_encoders=false"])

@@ -22,6 +22,8 @@ def make(run: RunSection, kind: Kind, processes: Processes) -> Copies:
 
     Raises :class:`ConfigError` if they cannot do so.
     """
+    if run.parallel_offload:
+        require_offload(processes)
     if processes.world == 1 or kind == "ddp":
         return Copies(processes)
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _NEEDED:
@@ -32,7 +34,22 @@ def make(run: RunSection, kind: Kind, processes: Processes) -> Copies:
     from .sharded import Sharded
 
     replicas = copies_of(run, processes.world) if kind == "hsdp" else 1
-    return Sharded(processes, replicas=replicas, half=run.precision == "bf16")
+    half = run.precision == "bf16"
+    return Sharded(processes, replicas=replicas, half=half, offload=run.parallel_offload)
+
+
+def require_offload(processes: Processes) -> None:
+    """Raise :class:`ConfigError` where there is nothing that could be offloaded."""
+    if processes.device.type == "cpu":
+        raise ConfigError(
+            "run.parallel_offload takes parts of the model from GPUs into the host's memory, and here "
+            "everything is in that: leave it out"
+        )
+    if processes.world == 1:
+        raise ConfigError(
+            "run.parallel_offload needs several processes, each with a GPU. For one GPU, run.weights = "
+            "'bf16' with optimizer.name = 'adamw_8bit', or a LoRA, takes least memory"
+        )
 
 
 def copies_of(run: RunSection, world: int) -> int:

@@ -9,7 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ...weights import unread
@@ -30,14 +37,22 @@ class Sharded(Copies):
     Args:
         replicas: so many groups of processes hold a copy of the model each, and split it among them (HSDP).
         half: blocks that are trained are gathered, and compute, in bfloat16; their parts stay in float32.
+        offload: parts stay in the host's memory, so that the optimizer works there; what is gathered is on
+            the device.
     """
 
     sharded = True
 
-    def __init__(self, processes: Processes, *, replicas: int = 1, half: bool = False) -> None:
+    def __init__(
+        self, processes: Processes, *, replicas: int = 1, half: bool = False, offload: bool = False
+    ) -> None:
         super().__init__(processes)
         self._replicas = replicas
         self._half = half
+        self._home = torch.device("cpu") if offload else processes.device
+        # Without a GPU there is nothing to pin memory for.
+        pinned = processes.device.type != "cpu"
+        self._policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Split ``module`` in place: its parameters are other objects afterwards, parts of what they were.
@@ -57,9 +72,16 @@ class Sharded(Copies):
                 cast_forward_inputs=False,  # autocast decides, as in one process
             )
             # The root too: without a backward pass it would keep weights from before the next update.
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=whole)
+            fully_shard(
+                unit,
+                mesh=mesh,
+                mp_policy=policy,
+                offload_policy=self._policy,
+                reshard_after_forward=True,
+                ignored_params=whole,
+            )
         if values:
-            unread.give_memory(module, values, self.processes.device)
+            unread.give_memory(module, values, self._home)
             module._apply(lambda tensor: tensor)  # FSDP then looks at the new ones
             unread.fill(module, values, _part)
         if hasattr(module, "drawing"):
@@ -94,7 +116,8 @@ class Sharded(Copies):
     def split(self, tensor: Tensor, as_is: Tensor) -> Tensor:
         assert isinstance(as_is, DTensor)
         with answered(self.processes.limit):
-            return distribute_tensor(tensor.to(self.processes.device), as_is.device_mesh, as_is.placements)
+            sent = tensor.to(self.processes.device)
+            return distribute_tensor(sent, as_is.device_mesh, as_is.placements).to(self._home)
 
     def gathered(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
