@@ -24,10 +24,14 @@ _MEASURES = 24
 _EVERY = 15
 """No validation before so many more steps: it takes as long as several of them."""
 _PATIENCE = 3
+_HALF = 0.5
+"""Less of a validation: epochs are counted with the base's own pictures, whose number is rounded."""
 _FEW = 5
-_EPOCHS = {"subject": 100, "style": 60, "concept": 60}
+_EPOCHS = {"subject": 60, "style": 35, "concept": 35}
 """How often each picture is shown at most; the steps of a run that no validation can end are half of it."""
-_STEPS = (120, 3000)
+_STEPS = (80, 3000)
+_RATE = 5e-4 * 1408
+"""Learning rate times width (DiT-g/2 is 1408 wide), of the runs in examples/quick."""
 KNOWN = ("a cat", "a red apple", "a house", "一棵树", "a blue car", "the sun")
 """What every model can draw."""
 KEPT = (
@@ -178,7 +182,7 @@ def rank_of(wish: Wish, base: Base) -> int:
 
 
 def optimizer_choices(base: Base, steps: int) -> Iterator[Choice]:
-    rate = float(f"{1e-4 * 1408 / base.dit.hidden_size:.1g}")  # as for DiT-g/2, which is 1408 wide
+    rate = float(f"{_RATE / base.dit.hidden_size:.1g}")
     if importlib.util.find_spec("pytorch_optimizer") is not None:
         yield Choice("optimizer", "name", "prodigy", "finds the learning rate by itself")
         yield Choice("optimizer", "args", {"d0": rate}, "where it begins to look, by the model's width")
@@ -220,7 +224,7 @@ def run_choices(wish: Wish, found: Survey, fit: Fit) -> Iterator[Choice]:
         yield Choice(
             "validation",
             "patience",
-            round(_PATIENCE * every * epochs, 2),
+            round((_PATIENCE - _HALF) * every * epochs, 2),
             "epochs, which are three validations: then it only learns the pictures by heart",
         )
         yield Choice("validation", "min_epochs", round(steps / 4 * epochs, 2))
