@@ -251,7 +251,7 @@ def test_without_the_library_a_fixed_rate_of_adamw(monkeypatch: pytest.MonkeyPat
     base = choices.Base(Path("x"), DiTConfig(), ModelInfo.published("v1.2"))
     monkeypatch.setattr(choices.importlib.util, "find_spec", lambda name: None)
     found = {choice.key: choice for choice in choices.optimizer_choices(base, 100)}
-    assert found["lr"].value == 1e-4 and "pip install pytorch-optimizer" in found["lr"].reason
+    assert found["lr"].value == 5e-4 and "pip install pytorch-optimizer" in found["lr"].reason
 
 
 def quick(*arguments: object) -> int:
@@ -333,8 +333,8 @@ def test_what_the_base_draws_is_trained_with_the_rest(tmp_path: Path, model: Pat
     made = plan(Wish(pictures, "ohwx", model, out=run, device="cpu"))
     assert made.config.data.prior.share == 0.25 and len(made.config.data.prior.prompts) == 12
     assert not {*made.config.data.prior.prompts} & {*made.config.validation.prior}
-    # 150 steps of 4, of which 3 are of the six that are trained
-    assert "each picture would be shown 75 times" in made.toml
+    # 90 steps of 4, of which 3 are of the six that are trained
+    assert "each picture would be shown 45 times" in made.toml
     raw = parse_toml(made.toml, "")
     raw["data"]["prior"]["prompts"] = raw["validation"]["prior"] = ["a cat", "a dog"]
     config = checked(raw, made.path)
