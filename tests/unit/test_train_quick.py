@@ -340,7 +340,7 @@ def test_what_the_base_draws_is_trained_with_the_rest(tmp_path: Path, model: Pat
     config = checked(raw, made.path)
     text = "\n".join(describe(config))
     assert "and 2 pictures that the base draws at the start, 25% of what is trained" in text
-    assert "150 steps of 4 x 1 samples: 75.0 epochs in one process" in text
+    assert "90 steps of 4 x 1 samples: 45.0 epochs in one process" in text
     config = with_prior_pictures(config, Processes(0, 1, torch.device("cpu")))
     trained, held_out = config.data.sources[1:]
     assert (trained.prior, trained.validation, held_out.prior, held_out.validation) == (
