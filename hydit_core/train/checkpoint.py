@@ -75,6 +75,8 @@ class Progress:
     """Checkpoints from which a step was made that went well."""
     best: dict[str, float] = field(default_factory=dict)
     """Step and validation loss of the best validation so far (``checkpoint.keep_best``)."""
+    due: bool = False
+    """Whether what comes after ``step`` (record, validation, pictures, checkpoint) was cut off."""
 
 
 @dataclass
@@ -267,7 +269,7 @@ def _check_types(progress: Progress) -> None:
     for name, usual in asdict(Progress()).items():
         value = getattr(progress, name)
         wanted = (int, float) if isinstance(usual, float) else type(usual)
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(usual, bool):
             raise TypeError(f"state.json: {name} is a {type(value).__name__}")
     if min(progress.step, progress.micro) < 0:
         raise ValueError("state.json: step and micro cannot be negative")

@@ -83,7 +83,8 @@ class Looks:
         loss = values.get("val_loss_ema", values["val_loss"])
         if not self.config.checkpoint.keep_best or progress.step == 0 or not math.isfinite(loss):
             return False
-        if progress.best and loss >= progress.best["val_loss"]:
+        again = progress.best.get("step") == progress.step  # after an interruption
+        if progress.best and not again and loss >= progress.best["val_loss"]:
             return False
         progress.best = {"step": progress.step, "val_loss": loss}
         return True

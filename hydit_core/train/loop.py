@@ -122,7 +122,7 @@ class Trainer:
         run, progress = self.config.run, self.progress
         self.metrics = Metrics(
             self.folder,
-            start=progress.step,
+            start=progress.step - progress.due,
             resumed=progress.step > 0 or progress.micro > 0,
             total=run.steps,
             active=self.processes.is_main,
@@ -189,6 +189,9 @@ class Trainer:
             if self.saver.misses_export(self.progress):
                 self.saver.export(self._state())
         self.processes.barrier()
+        if self.progress.due:
+            self.metrics.advance()
+            self._finish_step()
 
     def _end(self, finished: bool) -> None:
         """The last checkpoint and export, of a finished run or of an interrupted one."""
@@ -351,6 +354,7 @@ class Trainer:
         self._gradients_whole = False
         factor = learning_rate_factor(progress.step, run.steps, self.config.schedule)
         value = self.parallel.clip(self.trained.values(), run.clip_norm or math.inf)
+        self.window.exchange(run.grad_accumulation)  # before the update: a process that dies loses no loss
         loss = self.window.step_loss(run.grad_accumulation)
         if math.isfinite(value):
             self._weights_whole = False
@@ -365,7 +369,9 @@ class Trainer:
         for parameter in self.trained.values():
             parameter.grad = None
         optimizer = self.config.optimizer
-        self.window.close_step(value, factor * optimizer.lr, ratio=optimizer.loraplus_lr_ratio)
+        rate = factor * optimizer.lr * self.optimizer.found
+        self.window.close_step(value, rate, ratio=optimizer.loraplus_lr_ratio)
+        progress.due = True
         progress.step += 1
         progress.micro = 0
         self._weights_whole = self._gradients_whole = True
@@ -388,22 +394,34 @@ class Trainer:
     # -- between steps -----------------------------------------------------------------------------
 
     def _after_step(self) -> None:
-        config, step = self.config, self.progress.step
-        final = step == config.run.steps
         if self.processes.is_main and not self.health.trouble:
             self.saver.went_well(self.progress)
         self.metrics.advance()
         self.usage.step_done()
-        if step % config.metrics.every == 0 or final or step == 1:
+        self._finish_step()
+
+    def _finish_step(self) -> None:
+        """Record, validation, pictures and checkpoint, where they are due.
+
+        An error on the way, or another process that dies, ends the run after a step that counts. Until all
+        is done ``progress.due`` stands in what is then saved, and all of it is done when the run goes on.
+        """
+        config, step = self.config, self.progress.step
+        final = step == config.run.steps
+        recorded = step % config.metrics.every == 0 or final or step == 1
+        if recorded:
             self._log(step)
         with self.encoding.paused():
             best = self.looks.at(self.progress)
+        if recorded:
+            self.window.clear()
+        self.progress.due = False
         kept = is_numbered(self.progress, config.checkpoint.keep_every)
         if step % config.checkpoint.every == 0 or kept or best or final:
             self.save(best=best, background=not final)
 
     def _log(self, step: int) -> None:
-        values = self.window.flush()
+        values = self.window.means()
         if self.progress.skipped:
             values["skipped"] = self.progress.skipped
         seconds = self.progress.seconds

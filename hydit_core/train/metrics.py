@@ -162,6 +162,12 @@ class LossWindow:
         self._terms.append(per_sample.mean(1))
         self._step.append((per_sample[0], batch.keys))
 
+    def exchange(self, micro_batches: int) -> None:
+        """Let the terms of the last so many micro-batches be the means over all processes."""
+        if self.processes.world > 1:
+            everywhere = self.processes.sum(torch.stack(self._terms[-micro_batches:])) / self.processes.world
+            self._terms[-micro_batches:] = everywhere.unbind()
+
     def close_step(self, norm: float, lr: float, *, ratio: float = 1.0) -> None:
         """``ratio`` is LoRA+'s, between the learning rate of a LoRA's B and that of its A."""
         self._norms.append(norm)
@@ -169,7 +175,7 @@ class LossWindow:
         self._step.clear()
 
     def step_loss(self, micro_batches: int) -> float:
-        """Mean loss of the last so many micro-batches, of this process."""
+        """Mean loss of the last so many micro-batches."""
         return float(torch.stack(self._terms[-micro_batches:])[:, 0].mean())
 
     def forget(self, micro_batches: int) -> None:
@@ -191,19 +197,24 @@ class LossWindow:
     def state(self) -> dict[str, Any]:
         """For the progress record, so that an interruption leaves no trace in the next record."""
         terms = [[_plain(value) for value in term.tolist()] for term in self._terms]
-        return {"terms": terms, "norms": [_plain(norm) for norm in self._norms]}
+        norms = [_plain(norm) for norm in self._norms]
+        return {"terms": terms, "norms": norms, "rates": [self._lr, self._ratio]}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
         self._terms = [torch.tensor([float(v) for v in term], device=device) for term in state["terms"]]
         self._norms = [float(norm) for norm in state["norms"]]
+        self._lr, self._ratio = map(float, state.get("rates", (0.0, 1.0)))
 
-    def flush(self) -> dict[str, Any]:
-        """Means since the last call, over all processes."""
-        means = self.processes.sum(torch.stack(self._terms).nanmean(0)) / self.processes.world
-        norms = [n for n in self._norms if math.isfinite(n)]
-        norm = sum(norms) / len(norms) if norms else math.nan
+    def clear(self) -> None:
+        """What there was is in a record."""
         self._terms.clear()
         self._norms.clear()
+
+    def means(self) -> dict[str, Any]:
+        """Means since the last :meth:`clear`, without asking another process."""
+        means = torch.stack(self._terms).nanmean(0)
+        norms = [n for n in self._norms if math.isfinite(n)]
+        norm = sum(norms) / len(norms) if norms else math.nan
         names = ("loss", "mse", "vlb")
         values: dict[str, Any] = {name: round(v, 6) for name, v in zip(names, means.tolist(), strict=True)}
         values |= {"grad_norm": round(norm, 4), "lr": self._lr}

@@ -137,6 +137,11 @@ class Optimizers:
                     group["lr"] = group["base_lr"] * factor
             optimizer.step()
 
+    @property
+    def found(self) -> float:
+        """By what Prodigy multiplies the learning rate; 1 for others."""
+        return float(self._optimizers[0].param_groups[0].get("d", 1.0))
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within this context the model holds the averaged weights; afterwards, exactly those from before."""

@@ -70,7 +70,7 @@ class Saver:
     def continued(self, progress: Progress) -> None:
         """The run stands at the checkpoint of ``progress``; the next step shows whether it is a good one."""
         name = checkpoints.folder_name(progress)
-        if (self.folder / CHECKPOINTS / name).is_dir():
+        if (self.folder / CHECKPOINTS / name).is_dir() and not progress.due:
             self._written = name
         self._unproven = None if progress.health.get("trouble") else name
 

@@ -149,8 +149,17 @@ def maps_what_is_broken(processes: Processes, folder: Path) -> None:
         raise
 
 
-def _goes_on(processes: Processes, folder: Path, ends: dict[int, tuple[int, signal.Signals]]) -> None:
-    """In some attempts of a launcher process 1 gets a signal at some micro-batch; the next one resumes."""
+def _goes_on(
+    processes: Processes,
+    folder: Path,
+    ends: dict[int, tuple[int, signal.Signals]],
+    records: dict[int, int] | None = None,
+) -> None:
+    """In some attempts of a launcher process 1 gets a signal at some micro-batch; the next one resumes.
+
+    ``records``: in which attempts it is killed when the record of which step is made.
+    """
+    records = records or {}
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     at, received = ends.get(attempt, (-1, signal.SIGKILL))
 
@@ -159,6 +168,14 @@ def _goes_on(processes: Processes, folder: Path, ends: dict[int, tuple[int, sign
             os.kill(os.getpid(), received)
 
     trainer = line_trainer(folder, processes=processes, during=during, checkpoint={"every": 3})
+    flush = trainer.usage.flush
+
+    def record() -> dict[str, float]:
+        if processes.rank == 1 and records.get(attempt) == trainer.progress.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return flush()
+
+    trainer.usage.flush = record  # type: ignore[method-assign]
     found = shared_checkpoint(folder, processes, print)
     assert (found is None) == (attempt == 0)
     if found is not None:
@@ -167,9 +184,9 @@ def _goes_on(processes: Processes, folder: Path, ends: dict[int, tuple[int, sign
     assert trainer.run()
 
 
-def ended_twice(processes: Processes, folder: Path) -> None:
-    """Killed at the fifth of six steps; after the restart, frozen there."""
-    _goes_on(processes, folder, {0: (4, signal.SIGKILL), 1: (4, signal.SIGSTOP)})
+def ended_thrice(processes: Processes, folder: Path) -> None:
+    """Killed at the fifth of six steps; after the restart, frozen there; then killed before its record."""
+    _goes_on(processes, folder, {0: (4, signal.SIGKILL), 1: (4, signal.SIGSTOP)}, {2: 5})
 
 
 def undisturbed(processes: Processes, folder: Path) -> None:
@@ -188,7 +205,7 @@ CASES = [
     maps,
     maps_what_is_broken,
 ]
-MORE_CASES = [unreadable, ended_twice, undisturbed]
+MORE_CASES = [unreadable, ended_thrice, undisturbed]
 """For torchrun, and what its runs are compared with."""
 
 

@@ -89,11 +89,27 @@ def test_a_window_gives_means_and_forgets_them() -> None:
     window.close_step(2.0, 0.125)
     window.close_step(math.inf, 0.25)
     window.close_step(3.0, 0.5)
-    found = window.flush()
+    found = window.means()
+    window.clear()
     assert found == {"loss": 4.0, "mse": 8.0, "vlb": 12.0, "grad_norm": 2.5, "lr": 0.5}
     window.add(LossTerms(*torch.ones(3, 1)), types.SimpleNamespace(keys=["x"]))  # type: ignore[arg-type]
-    again = window.flush()
+    again = window.means()
     assert again["loss"] == 1.0 and math.isnan(again["grad_norm"])
+
+
+def test_a_window_has_the_means_of_all_processes() -> None:
+    """From before the update on, so that no process is asked again; earlier steps stay as they are."""
+
+    class Two(Processes):
+        def sum(self, values: torch.Tensor) -> torch.Tensor:
+            return values.add_(torch.tensor([[10.0, 20.0, 30.0], [0.0, 2.0, 4.0]]))
+
+    window = window_of([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [4.0, 4.0, 4.0])
+    window.processes = Two(0, 2, torch.device("cpu"))
+    window.exchange(2)
+    assert window.step_loss(2) == (6.0 + 2.0) / 2
+    found = [window.means()[name] for name in ("loss", "mse", "vlb")]
+    assert found == pytest.approx([(1 + 6 + 2) / 3, (2 + 12 + 5) / 3, (3 + 18 + 8) / 3], abs=1e-6)
 
 
 def test_a_window_survives_a_checkpoint() -> None:
@@ -104,7 +120,7 @@ def test_a_window_survives_a_checkpoint() -> None:
     restored = LossWindow(Processes(0, 1, torch.device("cpu")))
     restored.load(state, torch.device("cpu"))
     assert restored.state() == window.state() and "nan" in str(state)
-    assert restored.flush()["grad_norm"] == 2.0
+    assert (found := restored.means())["grad_norm"] == 2.0 and found["lr"] == 0.5
 
 
 def test_the_culprits_are_the_samples_whose_loss_is_not_finite_or_all() -> None:

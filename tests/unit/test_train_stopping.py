@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,7 @@ from hydit_core.train import stopping
 from hydit_core.train.checkpoint import Checkpoint, Progress
 from hydit_core.train.config import load_config
 from hydit_core.train.launch import build_caches
+from hydit_core.train.looks import Looks
 from hydit_core.train.loop import Trainer
 from hydit_core.train.stopping import TrainingStopped
 
@@ -86,6 +88,53 @@ def test_what_nobody_foresaw_begins_the_step_again(tmp_path: Path, error: Except
     assert names(run) == ["step_00000002"]
     assert "Traceback" in (run / "error.txt").read_text()
     assert_continued_run_is_whole(run, tmp_path, micro=2)
+
+
+@pytest.mark.parametrize("cut", ["record", "validation", "pictures"])
+def test_what_comes_after_a_step_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    """What fails between an update and the next step is done when the run goes on, once."""
+    validations = {1: 0.5, 2: 0.4, 3: 0.2, 4: 0.3, 5: 0.3, 6: 0.3}
+    steps: list[int] = []
+
+    def prepared(trainer: Trainer, failing: bool) -> Trainer:
+        def fail(part: str) -> None:
+            if failing and part == cut and trainer.progress.step == 3:
+                raise RuntimeError("no memory for it")
+
+        def validate() -> dict[str, float]:
+            fail("validation")
+            return {"val_loss": validations.get(trainer.progress.step, 0.9)}
+
+        def pictures(looks: Looks, step: int) -> None:
+            fail("pictures")
+            steps.append(step)
+
+        flush = trainer.usage.flush
+        monkeypatch.setattr(trainer.usage, "flush", lambda: (fail("record"), flush())[1])
+        monkeypatch.setattr(trainer, "_validate", validate)
+        monkeypatch.setattr(Looks, "_samples", pictures)
+        return trainer
+
+    sections: dict[str, Any] = {
+        "validation": {"every": 1},
+        "samples": {"every": 3, "prompts": ["a cat"]},
+        "checkpoint": {"keep_best": True},
+        "metrics": {"every": 3},
+    }
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    with pytest.raises(TrainingStopped, match=r"Stopped at step 3; everything is saved"):
+        prepared(line_trainer(run, **sections), failing=True).run()
+    assert json.loads((run / "checkpoints/step_00000003/state.json").read_text())["progress"]["due"] is True
+    steps.clear()
+    assert prepared(line_trainer(run, resume=run, **sections), failing=False).run()
+    assert steps == [3, 6]
+    assert not json.loads((run / "checkpoints/step_00000003/state.json").read_text())["progress"]["due"]
+    assert prepared(line_trainer(whole, **sections), failing=False).run()
+    assert records(run) == records(whole)
+    assert (run / "best.safetensors").read_text() == (whole / "best.safetensors").read_text()
+    assert "step 3" in (run / "best.safetensors").read_text() and "step_00000003" in names(run)
 
 
 def test_half_an_update_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
