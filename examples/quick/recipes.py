@@ -78,7 +78,7 @@ def drawn(prompts: tuple[str, str], lora: Path | None) -> list[Image.Image]:
     pipeline = hydit_core.load(embedded_model(), device="cpu")
     if lora is not None:
         pipeline.load_lora(lora)
-    return [picture.image for picture in pipeline(list(prompts), steps=20, seed=1)]
+    return pipeline(list(prompts), steps=20, seed=1)
 
 
 def main() -> None:
