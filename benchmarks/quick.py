@@ -65,7 +65,8 @@ def by_hand(table: dict[str, Any], lr: float, rank: int, steps: int) -> dict[str
     changed["run"] = {**table["run"], "steps": steps}
     share = table["data"].get("prior", {}).get("share", 0.0)  # without which an epoch has fewer steps
     patience = table["validation"]["patience"] / (1 - share)
-    changed["validation"] = {**table["validation"], "every": EVERY, "patience": patience, "min_epochs": 0.0}
+    changed["validation"] = {**table["validation"], "every": EVERY, "patience": patience}
+    changed["validation"] |= {"min_epochs": 0.0, "min_improvement": 0.0}
     return changed
 
 

@@ -74,7 +74,10 @@ class Progress:
     good: list[str] = field(default_factory=list)
     """Checkpoints from which a step was made that went well."""
     best: dict[str, float] = field(default_factory=dict)
-    """Step and validation loss of the best validation so far (``checkpoint.keep_best``)."""
+    """Step and validation loss of the best validation so far (``checkpoint.keep_best``).
+
+    ``counted_step`` and ``counted_loss`` are those of the last one that was better by ``min_improvement``.
+    """
     due: bool = False
     """Whether what comes after ``step`` (record, validation, pictures, checkpoint) was cut off."""
 

@@ -83,10 +83,17 @@ class Looks:
         loss = values.get("val_loss_ema", values["val_loss"])
         if not self.config.checkpoint.keep_best or progress.step == 0 or not math.isfinite(loss):
             return False
-        again = progress.best.get("step") == progress.step  # after an interruption
-        if progress.best and not again and loss >= progress.best["val_loss"]:
+        before, step = progress.best, progress.step
+        if before.get("step") == step:  # after an interruption
+            return True
+        if before and loss >= before["val_loss"]:
             return False
-        progress.best = {"step": progress.step, "val_loss": loss}
+        counted = {"counted_step": step, "counted_loss": loss}
+        if before:
+            last_step, last_loss = _counted(before)
+            if loss > last_loss * (1 - self.config.validation.min_improvement):
+                counted = {"counted_step": last_step, "counted_loss": last_loss}
+        progress.best = {"step": step, "val_loss": loss, **counted}
         return True
 
     def _samples(self, step: int) -> None:
@@ -107,5 +114,10 @@ class Looks:
             return False
         samples = run.batch_size * self.processes.world * run.grad_accumulation
         epochs = samples / max(1, len(self.data.samples))
-        since = progress.step - progress.best["step"]
+        since = progress.step - _counted(progress.best)[0]
         return since * epochs >= validation.patience and progress.step * epochs >= validation.min_epochs
+
+
+def _counted(best: dict[str, float]) -> tuple[float, float]:
+    """Step and loss of the last validation that was better by ``min_improvement``."""
+    return best.get("counted_step", best["step"]), best.get("counted_loss", best["val_loss"])

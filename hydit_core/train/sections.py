@@ -234,6 +234,12 @@ class ValidationSection(Section):
         "checkpoint.keep_best",
     )
     min_epochs: float = Field(default=0.0, ge=0, le=1e6, description="patience: but not before")
+    min_improvement: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="patience: a loss that is lower by a smaller share does not count",
+    )
     prior: tuple[Prompt, ...] = Field(
         default=(),
         description="prompts that the base draws before the run: that loss on them shows what is forgotten",

@@ -154,6 +154,11 @@ def test_patience_ends_a_run_that_learns_no_more(tmp_path: Path, monkeypatch: py
     assert run(tmp_path / "b", patience=1.0) == (4 + 1 * per_epoch, True)
     assert run(tmp_path / "c", patience=1.0, min_epochs=3.0) == (14, True)  # 12 is too early after 10
     assert run(tmp_path / "d", patience=0.0) == (100, True)
+    # 0.4 is lower than 0.5 by a fifth: the best, but with a quarter asked for it does not prolong the run.
+    assert run(tmp_path / "e", patience=4.0, min_improvement=0.15) == (26, True)
+    assert run(tmp_path / "f", patience=4.0, min_improvement=0.25) == (20, True)
+    assert (tmp_path / "f/best.safetensors").read_text().startswith("step 10 of 100,")
+    assert run(tmp_path / "f", resume=tmp_path / "f", patience=4.6, min_improvement=0.25) == (24, True)
 
 
 def test_keep_best_needs_a_validation(tmp_path: Path) -> None:
