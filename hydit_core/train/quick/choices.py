@@ -33,7 +33,7 @@ _STEPS = (80, 3000)
 _RATE, _WIDTH, _FALL = 5e-4, 1408, 1.25
 """A learning rate for DiT-g/2, 1408 wide with 40 blocks, and how it falls with the width of models.
 
-So that it is 6e-3 for 192 with 6 blocks, with which the runs in examples/quick come to their best in few steps.
+So that it is 6e-3 for 192 with 6 blocks, with which the runs in examples/quick come to their best soon.
 """
 _IMPROVEMENT = 0.02
 KNOWN = ("a cat", "a red apple", "a house", "一棵树", "a blue car", "the sun")
