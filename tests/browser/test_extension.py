@@ -124,13 +124,13 @@ def ready(either_page):
 
 def test_rows_are_neither_saved_nor_sent(ready):
     saved = {entry["type"]: entry.get("widgets_values") for entry in ready.workflow()["nodes"]}
-    assert saved["HyDiTCheckpointLoader"] == [MODEL, "default"]
+    assert saved["HyDiTCheckpointLoader"] == [MODEL, "default", "auto"]
     assert saved["HyDiTTextEncode"][0].startswith(LONG)
     assert saved["HyDiTTextEncode"][1:] == ["", "exact", 0, 0]
     assert saved["HyDiTEmptyLatent"] == [1280, 960, 1]
     sent = {entry["class_type"]: entry["inputs"] for entry in ready.prompt().values()}
     assert sorted(sent["HyDiTEmptyLatent"]) == ["batch_size", "height", "width"]
-    assert sorted(sent["HyDiTCheckpointLoader"]) == ["ckpt_name", "weight_dtype"]
+    assert sorted(sent["HyDiTCheckpointLoader"]) == ["ckpt_name", "load_key", "weight_dtype"]
     assert sorted(sent["HyDiTTextEncode"]) == ["clip", "height", "mode", "text", "text_mt5", "width"]
 
 

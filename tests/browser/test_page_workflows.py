@@ -34,8 +34,9 @@ NAMES = [path.stem for path in WORKFLOWS]
 def models(server: Any) -> Any:
     write_models(server.models_dir)
     yield server.models_dir
-    for kind in MODEL_FOLDERS:
+    for kind in MODEL_FOLDERS:  # ComfyUI remembers the folders and checks no graph without one
         shutil.rmtree(server.models_dir / kind)
+        (server.models_dir / kind).mkdir(parents=True)
 
 
 def pictures(page: Any, result: Any) -> list[Image.Image]:
