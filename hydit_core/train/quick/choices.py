@@ -35,7 +35,7 @@ _RATE, _WIDTH, _FALL = 5e-4, 1408, 1.25
 
 So that it is 6e-3 for 192 with 6 blocks, with which the runs in examples/quick come to their best soon.
 """
-_IMPROVEMENT = 0.02
+_IMPROVEMENT = 0.025
 KNOWN = ("a cat", "a red apple", "a house", "一棵树", "a blue car", "the sun")
 """What every model can draw."""
 KEPT = (
