@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ def trained(recipe: Recipe, data: Path, out: Path, *, alone: bool = False) -> di
     table["checkpoint"]["keep_every"] = table["validation"]["every"]
     if alone:
         table["data"].pop("prior")
+    begun = time.process_time()
     if not (out / "lora.safetensors").exists() and not train(
         checked(table, out / "quick.toml"), resume="auto"
     ):
@@ -67,7 +69,7 @@ def trained(recipe: Recipe, data: Path, out: Path, *, alone: bool = False) -> di
     return {
         "run": out.name,
         "steps": f"{last['step']} of at most {table['run']['steps']}, best {best}",
-        "seconds": last["seconds"],
+        "processor_seconds": round(time.process_time() - begun),
         "rss_mib": last["rss_mib"],
         "losses": {step: round(loss, 4) for step, loss in losses.items()},
         "known": {step: known[step] for step in (0, best)},
