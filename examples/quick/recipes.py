@@ -40,9 +40,9 @@ class Recipe(NamedTuple):
 
 
 RECIPES = (
-    Recipe("robot", "subject", (0, 3), ("ohwx on the right", "a monkey"), (15, 30)),
-    Recipe("stitch", "style", (1, 4), ("a cat in ohwx style", "an apple in ohwx style"), (25, 50)),
-    Recipe("dusk", "concept", (1, 4), ("a cat in ohwx colors", "an apple in ohwx colors"), (15, 45)),
+    Recipe("robot", "subject", (0, 3), ("ohwx on the right", "a monkey"), (15,)),
+    Recipe("stitch", "style", (1, 4), ("a cat in ohwx style", "an apple in ohwx style"), (15, 30)),
+    Recipe("dusk", "concept", (1, 4), ("a cat in ohwx colors", "an apple in ohwx colors"), (15, 30)),
 )
 
 
@@ -68,7 +68,7 @@ def trained(recipe: Recipe, data: Path, out: Path, *, alone: bool = False) -> di
     last = [r for r in records if "seconds" in r][-1]
     return {
         "run": out.name,
-        "steps": f"{last['step']} of at most {table['run']['steps']}, best {best}",
+        "steps": f"{max(r['step'] for r in records)} of at most {table['run']['steps']}, best {best}",
         "processor_seconds": round(time.process_time() - begun),
         "rss_mib": last["rss_mib"],
         "losses": {step: round(loss, 4) for step, loss in losses.items()},
