@@ -98,7 +98,7 @@ def write_config(folder: Path, name: str, kind: Kind, steps: int) -> Path:
 
 def trained(config: Path, out: Path, ranks: int, way: str, resume: Path | None = None) -> dict[int, float]:
     """The losses of each step of a run, which is made unless it is there."""
-    if not (out / "metrics.jsonl").exists():
+    if not any(out.glob("*.safetensors")):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         sets = [f"run.output_dir={out}", f"run.batch_size={GLOBAL_BATCH // ranks}", f"run.parallel={way}"]
         command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "hydit_core.train", str(config)]
