@@ -56,15 +56,14 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """On the device."""
-        return sum(vars(self).values()) - 2 * self.offloaded
+        return sum(self._purposes().values()) - self.offloaded
+
+    def _purposes(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if name != "offloaded"}
 
     def lines(self) -> list[str]:
         """One purpose a line."""
-        lines = [
-            f"  {name}: {size_text(value)}"
-            for name, value in vars(self).items()
-            if value and name != "offloaded"
-        ]
+        lines = [f"  {name}: {size_text(value)}" for name, value in self._purposes().items() if value]
         if self.offloaded:
             lines.append(f"  of it in the host's memory: {size_text(self.offloaded)}")
         where = "on the device" if self.offloaded else "together"

@@ -219,3 +219,14 @@ def test_own_defaults_give_way_to_what_is_written(tmp_path: Path):
     assert OptimizerSection.model_validate({"name": "prodigy"}).lr == 1.0
     assert OptimizerSection.model_validate({"name": "lion"}).betas == (0.9, 0.99)
     assert OptimizerSection.model_validate({"name": "lion", "betas": [0.5, 0.6]}).betas == (0.5, 0.6)
+
+
+def test_records_have_the_rate_that_prodigy_found(tmp_path: Path) -> None:
+    """It begins with ``d0`` and only grows."""
+    sets = ["optimizer.name=prodigy", "optimizer.lr=1.0", "optimizer.args={d0=2e-4}"]
+    sets += ["run.steps=3", "metrics.every=1"]
+    sets += ["objective.train_text_encoders=false", "ema.enabled=false", "validation.every=0"]
+    sets += ["schedule.kind=constant", "schedule.warmup_steps=0", f"run.output_dir={tmp_path / 'run'}"]
+    assert run_training(write_run(tmp_path), *sets)
+    rates = [record["lr"] for record in records(tmp_path / "run") if "lr" in record]
+    assert len(rates) == 3 and rates[0] == pytest.approx(2e-4) and sorted(rates) == rates and rates[-1] < 0.1

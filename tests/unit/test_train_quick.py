@@ -251,6 +251,9 @@ def test_without_the_library_a_fixed_rate_of_adamw(monkeypatch: pytest.MonkeyPat
     base = choices.Base(Path("x"), DiTConfig(), ModelInfo.published("v1.2"))
     monkeypatch.setattr(choices.importlib.util, "find_spec", lambda name: None)
     found = {choice.key: choice for choice in choices.optimizer_choices(base, 100)}
+    small = choices.Base(Path("x"), DiTConfig(hidden_size=192, num_heads=4), ModelInfo.published("v1.2"))
+    rates = {choice.key: choice.value for choice in choices.optimizer_choices(small, 100)}
+    assert rates["lr"] == 6e-3  # the embedded model's
     assert found["lr"].value == 5e-4 and "pip install pytorch-optimizer" in found["lr"].reason
 
 
